@@ -1,0 +1,104 @@
+"""The process in which reward functions run: ``python -m actors.reward_child <socket fd>``, started by RewardProcess.
+
+It reads a set-up, loads the functions, says that it is ready, then answers one call at a time on its main thread
+(math-verify keeps its time with SIGALRM). It talks over its own socket: standard output belongs to the functions.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.reward_wire import Request, Setup, frame, read_frame
+from rewards import RewardError, RewardFunction, load
+
+MAX_MESSAGE = 500
+PR_SET_PDEATHSIG = 1
+
+
+def main(descriptor: int) -> None:
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    os.register_at_fork(after_in_child=connection.close)
+    first = read_frame(connection)
+    if first is None:
+        return
+    setup: Setup = pickle.loads(first[1])
+    _die_with(setup.parent_pid)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
+    try:
+        functions = [load(*function) for function in setup.functions]
+    except RewardError as error:
+        _answer(connection, first[0], {"fatal": str(error)})
+        return
+    _answer(connection, first[0], {"ready": True})
+    own_pid = os.getpid()
+    while (request := read_frame(connection)) is not None:
+        answer = _call(functions, request[1])
+        if os.getpid() != own_pid:
+            os._exit(0)  # a copy that the function forked and let return
+        _answer(connection, request[0], answer)
+
+
+def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
+    try:
+        request: Request = pickle.loads(body)
+        scores = functions[request.function](
+            request.prompts,
+            request.completions,
+            [array.array("i", ids).tolist() for ids in request.completion_ids],
+            **request.columns,
+        )
+        if isinstance(scores, str | bytes | Mapping) or not hasattr(scores, "__len__"):
+            return {"error": f"returned a {type(scores).__name__}, not a list of numbers"}
+        if len(scores) != len(request.completions):
+            return {"error": f"returned {len(scores)} scores for {len(request.completions)} completions"}
+        return {"scores": [_plain(score) for score in scores]}
+    except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exception
+        return {"error": f"raised {_describe(error)}"}
+
+
+def _plain(score: Any) -> float | str | None:
+    """Returns a number or None as it is, and of anything else what it is, in words."""
+    if score is None:
+        return None
+    if isinstance(score, str | bytes | complex) or not hasattr(score, "__float__"):
+        return f"a {type(score).__name__}"
+    try:
+        return float(score)
+    except (OverflowError, TypeError, ValueError) as error:
+        return f"a {type(score).__name__} that is no float ({error})"[:MAX_MESSAGE]
+
+
+def _describe(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE] + place
+
+
+def _answer(connection: socket.socket, call_id: int, answer: Mapping[str, Any]) -> None:
+    connection.sendall(frame(call_id, json.dumps(answer).encode()))
+
+
+def _die_with(parent_pid: int) -> None:
+    """Asks the kernel to kill this process when the thread that started it ends, whatever the functions do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the reward server is gone")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,214 @@
+"""RewardServer: completions in, rewards out. Functions run in child processes that can be killed.
+
+    score: group 0 x function 0, group 1 x function 0, ...   one call each, spread over the children
+               |
+               +-- scores          -> the rows' rewards
+               +-- raised, hung, died, wrong number of scores
+                                   -> the same rows one by one; those that fail alone are marked failed
+
+A failed row is NaN and marked, never 0; the other rows of its group keep their scores.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from actors.reward_pool import START_TIMEOUT_S, Answer, Call, RewardPool
+from actors.reward_wire import Request, Setup
+from rewards import RewardError
+from rlflow.recipe import RewardBlock
+from rlflow.types import Prompt, RolloutBatch, ScoreBatch
+
+MAX_ERRORS = 8
+LARGEST = float(np.finfo(np.float32).max)
+WASTED_CALLS = 6
+RESTART_S = 1.0
+"""A function whose failed calls have cost ``WASTED_CALLS * (deadline + RESTART_S)`` a child in one `score` is not
+called again in it."""
+
+
+class RewardServer:
+    def __init__(self, rewards: Sequence[RewardBlock], children: int, *, memory_gib: float = 0.9) -> None:
+        """Starts the children; `ready` waits for them.
+
+        Args:
+            rewards: The recipe's, each with a label of its own.
+            children: Processes, so many calls at a time.
+            memory_gib: What a child may allocate; beyond it the function gets a MemoryError.
+
+        Raises:
+            RewardError: Two rewards have one label.
+        """
+        self._rewards = tuple(rewards)
+        labels = [block.label for block in rewards]
+        if repeated := {label for label in labels if labels.count(label) > 1}:
+            raise RewardError(
+                f"two rewards are called {', '.join(sorted(repeated))}: metrics could not tell them apart"
+            )
+        setup = Setup(
+            functions=tuple((block.name, block.plugin, dict(block.args)) for block in rewards),
+            parent_pid=os.getpid(),
+            memory_bytes=int(memory_gib * 2**30),
+        )
+        self._children = children
+        self._pool = RewardPool(pickle.dumps(setup), children)
+
+    def ready(self, timeout_s: float = START_TIMEOUT_S) -> float:
+        """Waits until every child has loaded every function; returns the seconds it took.
+
+        Raises:
+            RewardError: A function cannot be found or loaded.
+        """
+        started = time.perf_counter()
+        self._pool.ready(timeout_s)
+        return time.perf_counter() - started
+
+    def ping(self) -> list[int]:
+        """Returns the process ids of the children."""
+        return self._pool.pids
+
+    def score(self, rollouts: RolloutBatch, prompts: tuple[Prompt, ...]) -> ScoreBatch:
+        """Calls every function with the rollouts of one prompt at a time.
+
+        Takes at most, for each function, the time of its good calls and ``WASTED_CALLS + 1`` times its deadline plus
+        the restart of a child: after that its remaining rows fail without a call.
+
+        Args:
+            rollouts: Sample g of prompt i is row ``i * G + g``.
+            prompts: In the same order.
+
+        Returns:
+            A reward a row, NaN where the function abstained or failed; at most `MAX_ERRORS` sentences on failures.
+
+        Raises:
+            RewardError: No child can be started any more.
+        """
+        return self._score(range(len(self._rewards)), rollouts, prompts)
+
+    def self_check(self) -> None:
+        """Scores a right and a wrong answer through the path that training uses, where math_accuracy is used.
+
+        Raises:
+            RewardError: The verdicts are not 1 and 0: the rewards of this installation cannot be trusted.
+        """
+        functions = [index for index, block in enumerate(self._rewards) if block.name == "math_accuracy"]
+        rollouts = RolloutBatch(
+            token_ids=np.zeros(2, np.int32),
+            logprobs=np.zeros(2, np.float32),
+            offsets=np.arange(3),
+            finish_reasons=("stop", "stop"),
+            texts=(r"One half is \boxed{\frac12}", r"The answer is \boxed{3}"),
+            policy_version=0,
+            seconds=0.0,
+        )
+        prompt = Prompt("self-check", np.zeros(1, np.int32), [{"role": "user", "content": "1/2?"}], {"solution": "0.5"})
+        scores = self._score(functions, rollouts, (prompt,))
+        for label, verdicts in scores.rewards.items():
+            if verdicts.tolist() != [1.0, 0.0]:
+                raise RewardError(
+                    f"{label} gave a right and a wrong answer {verdicts.tolist()}, not [1.0, 0.0]: "
+                    f"{' '.join(scores.errors) or 'its installation is broken'}"
+                )
+
+    def close(self) -> None:
+        """Kills the children. Safe to call twice."""
+        self._pool.close()
+
+    def _score(self, functions: Sequence[int], rollouts: RolloutBatch, prompts: tuple[Prompt, ...]) -> ScoreBatch:
+        started = time.perf_counter()
+        scoring = _Scoring({index: self._rewards[index] for index in functions}, rollouts, prompts, self._children)
+        for call, answer in self._pool.run(scoring.queue, scoring.encode):
+            scoring.settle(call, answer)
+        return ScoreBatch(
+            rewards={block.label: scoring.rewards[index] for index, block in scoring.blocks.items()},
+            failed={block.label: scoring.failed[index] for index, block in scoring.blocks.items()},
+            errors=tuple(scoring.errors),
+            seconds=time.perf_counter() - started,
+        )
+
+
+class _Scoring:
+    """One batch on its way: calls still to make, and what is known of each row."""
+
+    def __init__(
+        self,
+        blocks: Mapping[int, RewardBlock],
+        rollouts: RolloutBatch,
+        prompts: tuple[Prompt, ...],
+        children: int,
+    ) -> None:
+        num_rows = len(rollouts.texts)
+        assert num_rows == 0 if not prompts else num_rows % len(prompts) == 0, "rows are prompts x group size"
+        self.blocks = blocks
+        self.rewards = {index: np.full(num_rows, np.nan, np.float32) for index in blocks}
+        self.failed = {index: np.zeros(num_rows, np.bool_) for index in blocks}
+        self.errors: list[str] = []
+        self._rollouts = rollouts
+        self._prompts = prompts
+        self._group_size = num_rows // max(1, len(prompts))
+        self._children = children
+        self._wasted_s = dict.fromkeys(blocks, 0.0)
+        self.queue = deque(
+            Call(index, range(first, first + self._group_size), block.timeout_s)
+            for first in range(0, num_rows, self._group_size or 1)
+            for index, block in blocks.items()
+        )
+
+    def encode(self, call: Call) -> bytes:
+        """Returns the request of a call, all of whose rows belong to one prompt."""
+        prompt = self._prompts[call.rows.start // self._group_size]
+        offsets = self._rollouts.offsets
+        token_ids = self._rollouts.token_ids.astype(np.int32, copy=False)
+        return pickle.dumps(
+            Request(
+                function=call.function,
+                prompts=[list(prompt.messages)] * len(call.rows),
+                completions=[self._rollouts.texts[row] for row in call.rows],
+                completion_ids=[token_ids[offsets[row] : offsets[row + 1]].tobytes() for row in call.rows],
+                columns={name: [value] * len(call.rows) for name, value in prompt.columns.items()},
+            )
+        )
+
+    def settle(self, call: Call, answer: Answer) -> None:
+        """Takes the answer to a call; a failed call of several rows is queued again, row by row."""
+        if answer.scores is not None:
+            for row, score in zip(call.rows, answer.scores, strict=True):
+                self._settle_row(call.function, row, score)
+            return
+        if len(call.rows) == 1:
+            self._fail(call.function, call.rows[0], answer.error)
+        else:
+            self.queue.extend(Call(call.function, range(row, row + 1), call.timeout_s) for row in call.rows)
+        self._wasted_s[call.function] += answer.seconds
+        if self._wasted_s[call.function] > WASTED_CALLS * (call.timeout_s + RESTART_S) * self._children:
+            self._give_up(call.function)
+
+    def _settle_row(self, function: int, row: int, score: float | str | None) -> None:
+        if isinstance(score, str):
+            self._fail(function, row, f"returned {score}")
+        elif score is not None and not abs(score) <= LARGEST:
+            self._fail(function, row, f"returned {score:g}")
+        elif score is not None:
+            self.rewards[function][row] = score
+
+    def _give_up(self, function: int) -> None:
+        waiting = list(self.queue)
+        self.queue.clear()
+        self.queue.extend(call for call in waiting if call.function != function)
+        cause = f"was not called: its failures had already taken {self._wasted_s[function]:.1f} s"
+        for call in waiting:
+            if call.function == function:
+                for row in call.rows:
+                    self._fail(function, row, cause)
+
+    def _fail(self, function: int, row: int, cause: str) -> None:
+        self.failed[function][row] = True
+        if len(self.errors) < MAX_ERRORS:
+            prompt = self._prompts[row // self._group_size]
+            self.errors.append(f"reward {self.blocks[function].label!r}, prompt {prompt.id!r}, row {row}: it {cause}.")

@@ -1,0 +1,138 @@
+"""RolloutWorker: prompts in, completions out, with the newest weights it was given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rlflow.recipe import ModelBlock, RolloutBlock
+from rlflow.types import Completion, GenerationRequest, RolloutBatch, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import torch
+
+    from actors.weight_sync import WeightSnapshot
+
+
+class RolloutEngine(Protocol):
+    """What torch_engine and vllm_engine have in common."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """What a worker says when it is up."""
+
+    engine: str
+    seconds: float
+
+
+class RolloutWorker:
+    def __init__(
+        self,
+        model: ModelBlock,
+        rollout: RolloutBlock,
+        *,
+        rank: int,
+        engine: str,
+        max_model_len: int,
+        num_threads: int,
+        seed: int,
+        log_directory: Path,
+    ) -> None:
+        started = time.perf_counter()
+        self.rank = rank
+        self.version = -1
+        self.engine = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
+        from rlflow.data.tokenizer import load_tokenizer
+
+        self.tokenizer = load_tokenizer(model)
+        self._ready = WorkerReady(engine, time.perf_counter() - started)
+
+    def ready(self) -> WorkerReady:
+        return self._ready
+
+    def load_weights(self, snapshot: WeightSnapshot) -> float:
+        """Takes new weights. Returns seconds."""
+        from actors.weight_sync import unpack_weights
+
+        started = time.perf_counter()
+        self.engine.load_weights(unpack_weights(snapshot))
+        self.version = snapshot.version
+        return time.perf_counter() - started
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
+        """One completion for every seed of every request, in that order."""
+        assert self.version >= 0, "generate before the first weights"
+        started = time.perf_counter()
+        completions = self.engine.generate(requests, params)
+        offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
+        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        return RolloutBatch(
+            token_ids=np.concatenate([c.token_ids for c in completions]),
+            logprobs=np.concatenate([c.logprobs for c in completions]),
+            offsets=offsets.astype(np.int64),
+            finish_reasons=tuple(c.finish_reason for c in completions),
+            texts=tuple(texts),
+            policy_version=self.version,
+            seconds=time.perf_counter() - started,
+        )
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _make_engine(
+    name: str,
+    model: ModelBlock,
+    rollout: RolloutBlock,
+    max_model_len: int,
+    num_threads: int,
+    seed: int,
+    log_directory: Path,
+    rank: int,
+) -> RolloutEngine:
+    assert model.path is not None
+    common: dict[str, Any] = {
+        "dtype": model.dtype,
+        "max_num_seqs": rollout.max_num_seqs,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    if name == "vllm":
+        from actors.rollout_engines.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model.path,
+            max_model_len=max_model_len,
+            seed=seed,
+            gpu_memory_fraction=rollout.gpu_memory_fraction,
+            kv_cache_gib=rollout.kv_cache_gib,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            log_path=log_directory / f"vllm-{rank}.log",
+            num_threads=num_threads,
+            **common,
+        )
+    import torch
+
+    from actors.rollout_engines.torch_engine import TorchEngine
+
+    torch.set_num_threads(num_threads)
+    return TorchEngine(model.path, **common)

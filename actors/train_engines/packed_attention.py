@@ -1,0 +1,106 @@
+"""Block-causal attention over packed sequences, exact, without a [tokens, tokens] mask.
+
+Sequences of similar length are padded on the right into one [sequences, heads, length, dim] batch and go through
+causal scaled-dot-product attention. Under a causal mask no real token can see what is padded to its right, so the
+padding needs no mask and changes nothing. Everything outside attention stays packed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "rlflow_packed"
+"""What transformers calls this attention. Because it registers no mask function, models build no mask for it."""
+
+_MAX_PADDING = 0.25
+"""Share of a bucket's longest sequence that its shortest may leave empty."""
+
+
+class PackedLayout:
+    """Where each token of a packed micro-batch sits in the padded buckets. Built once, used by every layer."""
+
+    def __init__(self, cu_seqlens: np.ndarray, device: torch.device) -> None:
+        """Args: cu_seqlens: int [S + 1], boundaries of the packed sequences."""
+        starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
+        self.num_tokens = int(cu_seqlens[-1])
+        self.buckets: list[torch.Tensor] = []
+        where = np.empty(self.num_tokens, dtype=np.int64)
+        base = 0
+        for members in _similar_lengths(lengths):
+            longest = int(lengths[members].max())
+            column = np.arange(longest)
+            real = column[None, :] < lengths[members][:, None]
+            tokens = np.where(real, starts[members][:, None] + column[None, :], self.num_tokens)
+            where[tokens[real]] = base + np.flatnonzero(real.ravel())
+            base += tokens.size
+            self.buckets.append(torch.from_numpy(tokens).to(device))
+        self.where = torch.from_numpy(where).to(device)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    ) -> torch.Tensor:
+        """query [N, H, D], key and value [N, K, D] -> [N, H, D]. Padded rows read an extra all-zero token."""
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        outputs = []
+        for tokens in self.buckets:
+            q, k, v = (x[tokens].transpose(1, 2) for x in (query, key, value))
+            mask = _band(tokens.shape[1], window, q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[self.where]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__}: attention with logit soft-capping or sinks is not supported by packed training"
+        )
+    if dropout:
+        raise ValueError(f"{type(module).__name__}: set attention_dropout to 0; packed training applies none")
+    out = layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
+    """Groups of sequence indices, longest first, within which padding stays below ``_MAX_PADDING``."""
+    order = np.argsort(-lengths, kind="stable")
+    groups: list[list[int]] = []
+    longest = 0
+    for index in order:
+        if not groups or lengths[index] < (1 - _MAX_PADDING) * longest:
+            groups.append([])
+            longest = int(lengths[index])
+        groups[-1].append(int(index))
+    return [np.array(group) for group in groups]
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [length, length], or None where plain causal attention is the same."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < window)

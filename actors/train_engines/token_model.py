@@ -1,0 +1,148 @@
+"""A causal language model that returns log-probabilities of chosen tokens instead of logits.
+
+The [tokens, vocabulary] logits are computed only for the tokens asked for, in chunks, and computed again in the
+backward pass, so they are never whole in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from actors.train_engines import packed_attention
+from actors.train_engines.packed_attention import PackedLayout
+from rlflow.recipe import ModelBlock
+from rlflow.types import MicroBatch
+
+_CHUNK_ELEMENTS = 1 << 25
+"""Logits held at a time (128 MiB in float32)."""
+
+
+class TokenOutputs(NamedTuple):
+    logprobs: torch.Tensor
+    """[N]: log-probability of the token at each asked-for position, 0 elsewhere."""
+    entropies: torch.Tensor
+    """[N]: entropy of the distribution it was drawn from, in nats, 0 elsewhere; without gradient unless asked for."""
+
+
+class TokenModel(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.softcap: float | None = model.config.to_dict().get("final_logit_softcapping")
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        layout: PackedLayout,
+        wanted: torch.Tensor,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> TokenOutputs:
+        """token_ids, position_ids int [N], wanted bool [N] (never the first token of a sequence).
+
+        ``logprobs[t] = log softmax(logits[t - 1] / temperature)[token_ids[t]]``.
+        """
+        hidden = self.model.get_decoder()(
+            input_ids=token_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False
+        ).last_hidden_state[0]
+        rows = wanted.nonzero().squeeze(1)
+        # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
+        zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) + 0.0 * hidden.sum().float()
+        if not len(rows):
+            return TokenOutputs(zeros, zeros.detach())
+        before, targets = hidden[rows - 1], token_ids[rows]
+        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
+        run = checkpoint if len(rows) > chunk and torch.is_grad_enabled() else _call
+        parts = [
+            run(self._score, before[i : i + chunk], targets[i : i + chunk], temperature, entropy_gradient)
+            for i in range(0, len(rows), chunk)
+        ]
+        logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        return TokenOutputs(zeros.index_put((rows,), logprobs), torch.zeros_like(zeros).index_put((rows,), entropies))
+
+    def of_batch(
+        self,
+        batch: MicroBatch,
+        device: torch.device,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> TokenOutputs:
+        """Outputs at the batch's loss tokens."""
+        return self(
+            torch.from_numpy(batch.token_ids).to(device),
+            torch.from_numpy(batch.position_ids).to(device),
+            PackedLayout(batch.cu_seqlens, device),
+            torch.from_numpy(batch.loss_mask).to(device),
+            temperature,
+            entropy_gradient,
+        )
+
+    def _score(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [M, H], targets [M] -> logprobs [M], entropies [M]."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        distribution = logprobs if entropy_gradient else logprobs.detach()
+        entropies = -(distribution.exp() * distribution).sum(dim=-1)
+        return logprobs.gather(1, targets[:, None].long()).squeeze(1), entropies
+
+
+@torch.no_grad()
+def score(module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float) -> list[np.ndarray]:
+    """Logprobs of the loss tokens, float32 [N] for each micro-batch."""
+    return [module.of_batch(batch, device, temperature).logprobs.cpu().numpy() for batch in batches]
+
+
+def _call(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False) -> TokenModel:
+    """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
+
+    Raises:
+        ValueError: The architecture computes its logits in a way that TokenModel does not (checked on a short text).
+    """
+    assert block.path is not None
+    dtype = getattr(torch, block.dtype)
+    options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code, "attn_implementation": packed_attention.NAME}
+    if block.architecture is not None:
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(block.path)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
+    model.to(device)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    token_model = TokenModel(model)
+    _check(token_model, device)
+    return token_model
+
+
+@torch.no_grad()
+def _check(token_model: TokenModel, device: torch.device) -> None:
+    """Our logprobs of a few tokens must equal those of the model's own forward pass."""
+    vocabulary = token_model.model.config.get_text_config().vocab_size
+    tokens = torch.arange(8, device=device) * 7 % vocabulary
+    positions = torch.arange(8, device=device)
+    layout = PackedLayout(np.array([0, 8]), device)
+    ours = token_model(tokens, positions, layout, positions > 0).logprobs[1:]
+    logits = token_model.model(input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False).logits
+    theirs = torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
+    difference = (ours - theirs).abs().max().item()
+    # The tolerance covers bfloat16; a missing scale or cap on the logits is off by whole units.
+    if not difference < 0.05:
+        name = type(token_model.model).__name__
+        raise ValueError(f"{name}: logits differ from the model's own forward pass by {difference:.3g}; not supported yet")

@@ -1,0 +1,230 @@
+"""Rewards to advantages, and what shapes rewards before that. numpy, on the driver, over a whole batch.
+
+Unscored rollouts have the reward NaN. They are left out of every mean and standard deviation and get advantage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rlflow.recipe import AdvantageBlock
+
+
+def compute_advantages(rewards: np.ndarray, block: AdvantageBlock) -> np.ndarray:
+    """One advantage a rollout: (reward - baseline) / (standard deviation + eps).
+
+    Args:
+        rewards: float [P, G], NaN where unscored.
+        block: Its estimator may be any but gae, which needs values (see token_advantages).
+
+    Returns:
+        float64 [P, G], 0 where unscored.
+    """
+    rewards = rewards.astype(np.float64)
+    difference = rewards - BASELINES[block.estimator](rewards)
+    if block.scale != "none":
+        difference = difference / (SCALES[block.scale](rewards, block.ddof) + block.eps)
+    return np.where(np.isnan(rewards), 0.0, difference)
+
+
+def token_advantages(
+    rewards: np.ndarray,
+    penalties: Sequence[np.ndarray],
+    block: AdvantageBlock,
+    values: Sequence[np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
+
+    Group and batch estimators subtract a rollout's summed penalties from its reward and give all its tokens the same
+    advantage. ``return`` and ``gae`` subtract each token's penalty where it falls; the reward comes at the last token.
+
+    Args:
+        rewards: float [P, G], NaN where unscored. Sample g of prompt i is row i * G + g of the lists.
+        penalties: [C] a row, C its loss tokens: ``kl.coef`` times kl_penalty; zeros when the KL is not in the reward.
+        values: [C] a row: the critic's value before each token. Needed by gae.
+
+    Returns:
+        Advantages and returns (what values should have been), float64 [C] a row each; 0 where unscored.
+    """
+    scored = ~np.isnan(rewards.ravel())
+    if block.estimator in ("return", "gae"):
+        if block.estimator == "gae" and values is None:
+            raise ValueError("advantage.estimator gae needs a value for each token; none were given")
+        baseline, lam = (values, block.gae_lambda) if block.estimator == "gae" and values else (None, 1.0)
+        advantages, returns = _with_values(rewards.ravel(), penalties, baseline, block.gamma, lam)
+    else:
+        totals = rewards - np.array([float(np.sum(p)) for p in penalties]).reshape(rewards.shape)
+        per_rollout = compute_advantages(totals, block).ravel()
+        advantages = [np.full(len(p), a) for p, a in zip(penalties, per_rollout, strict=True)]
+        returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals.ravel()), strict=True)]
+    if block.whiten:
+        chosen = np.flatnonzero(scored)
+        for row, whitened in zip(chosen, whiten([advantages[row] for row in chosen], block.ddof), strict=True):
+            advantages[row] = whitened
+    return advantages, returns
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), the episode ending after the last token:
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    R_t = A_t + V_t
+
+    Args:
+        rewards: float [..., C]. Shorter sequences are padded with zeros on the right, in both arguments.
+        values: float [..., C]: V_t, the critic's before token t.
+
+    Returns:
+        Advantages and returns, float64 [..., C].
+    """
+    following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
+    deltas = (rewards + gamma * following - values).astype(np.float64)
+    advantages = np.zeros_like(deltas)
+    running = np.zeros(deltas.shape[:-1])
+    for t in reversed(range(deltas.shape[-1])):
+        running = deltas[..., t] + gamma * lam * running
+        advantages[..., t] = running
+    return advantages, advantages + values
+
+
+def whiten(arrays: Sequence[np.ndarray], ddof: int = 1, eps: float = 1e-8) -> list[np.ndarray]:
+    """Shifts and scales all elements together to mean 0 and variance 1: (x - mean) / sqrt(variance + eps).
+
+    A single element, or none, becomes 0.
+    """
+    flat = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in arrays] or [np.zeros(0)])
+    if len(flat) <= max(1, ddof):
+        return [np.zeros(np.shape(array)) for array in arrays]
+    mean, scale = flat.mean(), np.sqrt(flat.var(ddof=ddof) + eps)
+    return [(array - mean) / scale for array in arrays]
+
+
+def soft_overlong_penalty(lengths: np.ndarray, max_new_tokens: int, buffer_tokens: float) -> np.ndarray:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), from 0 down to -1 over the buffer's tokens:
+
+        0 up to L_max - L_buffer,    (L_max - L_buffer - length) / L_buffer in between,    -1 from L_max on
+
+    Args:
+        lengths: int [...], tokens of each completion.
+    """
+    return np.clip((max_new_tokens - buffer_tokens - lengths) / buffer_tokens, -1.0, 0.0)
+
+
+def combine_rewards(
+    rewards: np.ndarray,
+    failed: np.ndarray,
+    weights: np.ndarray,
+    scaling: str = "sum",
+    ddof: int = 1,
+    eps: float = 1e-4,
+) -> np.ndarray:
+    """Several reward functions to one reward a rollout.
+
+    A function that abstains (NaN) is left out of the sum. A rollout is unscored when every function abstained or any
+    function failed: a failure must not pass for a low score.
+
+    Args:
+        rewards: float [K, P, G] by function; NaN where it abstained or failed.
+        failed: bool [K, P, G].
+        weights: float [K].
+        scaling: ``sum``: weighted sum. ``normalize_each``: every function is first normalised in its group
+            (GDPO, arXiv 2601.05242; batch_mean with batch_std then gives its last step). ``normalize_sum``: the sum is
+            normalised over the batch.
+
+    Returns:
+        float64 [P, G], NaN where unscored.
+    """
+    rewards = rewards.astype(np.float64)
+    if scaling == "normalize_each":
+        rewards = np.stack([(r - _group_mean(r)) / (_group_std(r, ddof) + eps) for r in rewards])
+    given = ~np.isnan(rewards)
+    total = np.where(given, rewards * np.reshape(weights, (-1, 1, 1)), 0.0).sum(axis=0)
+    total = np.where(failed.any(axis=0) | ~given.any(axis=0), np.nan, total)
+    if scaling == "normalize_sum":
+        total = (total - _batch_mean(total)) / (_batch_std(total, ddof) + eps)
+    return total
+
+
+def has_signal(rewards: np.ndarray) -> bool:
+    """Whether the scored rewards [G] of a group differ, so that a group baseline leaves a gradient."""
+    scored = rewards[~np.isnan(rewards)]
+    return len(scored) > 1 and bool(np.ptp(scored) > 0)
+
+
+def _mean(rewards: np.ndarray, axis: int | None) -> np.ndarray:
+    """Mean of the scored rewards, 0 where there are none; keeps the axes."""
+    scored = ~np.isnan(rewards)
+    count = scored.sum(axis=axis, keepdims=True)
+    return np.where(scored, rewards, 0.0).sum(axis=axis, keepdims=True) / np.maximum(count, 1)
+
+
+def _std(rewards: np.ndarray, axis: int | None, ddof: int) -> np.ndarray:
+    """Standard deviation of the scored rewards, 0 where there are too few; keeps the axes."""
+    scored = ~np.isnan(rewards)
+    count = scored.sum(axis=axis, keepdims=True)
+    squares = np.where(scored, (rewards - _mean(rewards, axis)) ** 2, 0.0).sum(axis=axis, keepdims=True)
+    return np.sqrt(squares / np.maximum(count - ddof, 1)) * (count > ddof)
+
+
+def _group_mean(rewards: np.ndarray) -> np.ndarray:
+    """GRPO (arXiv 2402.03300, section 4.1.2), Dr. GRPO (arXiv 2503.20783)."""
+    return _mean(rewards, axis=1)
+
+
+def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """Mean of the group's other scored rewards (RLOO, arXiv 2402.14740); a lone one is its own baseline."""
+    others = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True) - 1, 0)
+    total = np.nansum(rewards, axis=1, keepdims=True)
+    return np.where(others > 0, (total - rewards) / np.maximum(others, 1), rewards)
+
+
+def _batch_mean(rewards: np.ndarray) -> np.ndarray:
+    """REINFORCE with the batch's mean as baseline."""
+    return _mean(rewards, axis=None)
+
+
+def _group_std(rewards: np.ndarray, ddof: int) -> np.ndarray:
+    return _std(rewards, 1, ddof)
+
+
+def _batch_std(rewards: np.ndarray, ddof: int) -> np.ndarray:
+    return _std(rewards, None, ddof)
+
+
+BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group_mean": _group_mean,
+    "leave_one_out": _leave_one_out,
+    "batch_mean": _batch_mean,
+    "return": np.zeros_like,
+}
+"""``advantage.estimator`` -> what is subtracted: [P, G] to something that broadcasts to it."""
+
+SCALES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "group_std": _group_std,
+    "batch_std": _batch_std,
+}
+"""``advantage.scale`` -> what the difference is divided by."""
+
+
+def _with_values(
+    rewards: np.ndarray,
+    penalties: Sequence[np.ndarray],
+    values: Sequence[np.ndarray] | None,
+    gamma: float,
+    lam: float,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """gae over rows of unequal length; without values and with lambda 1 it is the discounted sum of what follows."""
+    lengths = [len(p) for p in penalties]
+    token_rewards, padded_values = np.zeros((2, len(lengths), max(lengths, default=0)))
+    for row, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
+        if length and not np.isnan(reward):
+            token_rewards[row, :length] = -penalties[row]
+            token_rewards[row, length - 1] += reward
+            if values is not None:
+                padded_values[row, :length] = values[row]
+    advantages, returns = gae(token_rewards, padded_values, gamma, lam)
+    return (
+        [advantages[row, :length] for row, length in enumerate(lengths)],
+        [returns[row, :length] for row, length in enumerate(lengths)],
+    )

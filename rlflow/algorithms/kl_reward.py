@@ -1,0 +1,39 @@
+"""The KL to the reference as a part of the reward. numpy, on the driver."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def kl_penalty(estimator: str, logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
+    """Schulman's estimators of KL(policy || reference) at each sampled token; the numpy twin of kl.kl_estimate.
+
+    Args:
+        estimator: k1, k2 or k3.
+        logprobs: float [C], of the policy that sampled.
+        ref_logprobs: float [C].
+
+    Returns:
+        float64 [C].
+    """
+    log_ratio = logprobs.astype(np.float64) - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    assert estimator == "k3", estimator
+    return np.expm1(-log_ratio) + log_ratio
+
+
+def adapt_kl_coef(coef: float, kl: float, target: float, horizon: int, num_samples: int) -> float:
+    """Proportional controller in log space towards a KL a sequence (arXiv 1909.08593, section 2.2):
+
+        e = clip((KL - target) / target, -0.2, 0.2),    coef <- coef (1 + e num_samples / horizon)
+
+    Args:
+        coef: The step's.
+        kl: Mean over the step's sequences of their summed k1, measured against the reference.
+        num_samples: Sequences of the step.
+    """
+    error = float(np.clip(kl / target - 1.0, -0.2, 0.2))
+    return coef * (1.0 + error * num_samples / horizon)

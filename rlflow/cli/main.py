@@ -1,0 +1,83 @@
+"""Entry point of `rlflow`: finds the command, turns failures into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlflow.cli import algorithms, plan, run, submit
+from rlflow.cli.common import EXIT_CODES, Command
+from rlflow.data.errors import DataError
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.recipe import RecipeError
+
+COMMANDS: dict[str, Command] = {"run": run, "plan": plan, "submit": submit, "algorithms": algorithms}
+
+FAILED, WRONG_INPUT, STOPPED = 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code; a failure that nobody foresaw leaves with its traceback."""
+    try:
+        check_packages()
+        name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+        if name not in COMMANDS:
+            make_parser().parse_args([name])
+        command = COMMANDS[name]
+        return command.execute(command.make_parser().parse_intermixed_args(rest))
+    except (RecipeError, DataError) as error:
+        print(error, file=sys.stderr)
+        return WRONG_INPUT
+    except StopRequested as stop:
+        print(stop, file=sys.stderr)
+        return STOPPED
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not complain about it once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of what stands before a command: it knows the commands' names and prints their list."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {command.SUMMARY}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="rlflow",
+        description=f"One recipe, from a laptop to a cluster.\n\ncommands:\n{listed}",
+        epilog=f"example:\n  rlflow run recipes/grpo/gsm8k.yaml\n\n`rlflow COMMAND --help` says more. {EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the above")
+    return parser
+
+
+def check_packages() -> None:
+    """The three packages must be of one installation, or one would silently run another's code.
+
+    Raises:
+        RunError: Which directory shadows which.
+    """
+    home = Path(__file__).resolve().parents[2]
+    for name in ("actors", "rewards"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
+        if origin is None or origin.parents[1] != home:
+            found = origin.parent if origin is not None else "nowhere"
+            raise RunError(
+                f"rlflow is imported from {home / 'rlflow'}, {name} from {found}: rename or remove what shadows it, "
+                "or run from another directory"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a recipe names must exist before anything starts: files, functions, models, reward names.
+
+Nothing is loaded or executed: plugins are parsed, models are judged by their files. Hub ids are not looked up.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rewards import REWARDS
+from rlflow.data.generated import GENERATORS
+from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
+from rlflow.recipe.loading import LocatedRecipe, load_located
+from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.overrides import Overrides
+from rlflow.recipe.problems import did_you_mean, nearest
+
+Found = Iterator[tuple[str, str]]
+"""(dotted key, what is wrong with its value and what to do)."""
+
+
+def load_checked(path: str | Path, overrides: Overrides = ()) -> list[Recipe]:
+    """``load_recipe``, and everything that the recipe names exists.
+
+    Raises:
+        RecipeError: All of what is wrong.
+    """
+    located = load_located(path, overrides)
+    check(located)
+    return [stage.recipe for stage in located]
+
+
+def check(stages: Sequence[LocatedRecipe]) -> None:
+    """Looks for every file, function and name of the stages. A model that an earlier stage will write may be missing.
+
+    Raises:
+        RecipeError: All that is not there, each with the place where it is named.
+    """
+    to_come: set[str] = set()
+    problems = []
+    for stage in stages:
+        for key, message in _missing(stage.recipe, to_come):
+            problems.append(stage.problem(key, message))
+        to_come.add(f"{stage.recipe.run.output_dir}/final")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _missing(recipe: Recipe, to_come: set[str]) -> Found:
+    models = {
+        "model.path": recipe.model.path,
+        "reference.path": recipe.reference.path,
+        "algorithm.critic.path": recipe.algorithm.critic.path,
+    }
+    for key, path in models.items():
+        if path is not None and path not in to_come:
+            yield from _in_model(key, path)
+    template = recipe.model.chat_template
+    if template is not None and template.startswith("/") and not Path(template).is_file():
+        yield "model.chat_template", f"there is no file {template}"
+    train = recipe.data.train
+    sources = {f"data.train.{i}": s for i, s in enumerate(train)} if isinstance(train, list) else {"data.train": train}
+    if recipe.evaluation is not None:
+        sources["evaluation.data"] = recipe.evaluation.data
+    for key, source in sources.items():
+        yield from _in_source(key, source)
+    rewards = {f"rewards.{i}": reward for i, reward in enumerate(recipe.rewards)}
+    if recipe.evaluation is not None and recipe.evaluation.reward is not None:
+        rewards["evaluation.reward"] = recipe.evaluation.reward
+    for key, reward in rewards.items():
+        yield from _in_reward(key, reward)
+    if Path(recipe.run.output_dir).is_file():
+        yield "run.output_dir", f"{recipe.run.output_dir} is a file: name a directory"
+
+
+def _in_model(key: str, path: str) -> Found:
+    directory = Path(path)
+    if not directory.exists():
+        if not is_hub_id(path):
+            yield key, f"there is no directory {path}{_similar(directory)}"
+    elif not directory.is_dir():
+        yield key, f"{path} is a file: name the directory with config.json and the weights"
+    elif (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        yield key, f"{path} holds an adapter, not a model: merge it into its base model first"
+    elif not (directory / "config.json").exists():
+        yield key, f"{path} holds no model: it has no config.json"
+    else:
+        yield from _in_weights(key, directory)
+
+
+def _in_weights(key: str, directory: Path) -> Found:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError):
+            yield key, f"{index} cannot be read: fetch it again"
+            return
+        if missing := sorted(name for name in named if not (directory / name).exists()):
+            yield key, f"{directory} lacks {', '.join(missing)}, which its index names: fetch it again"
+    elif not list(directory.glob("*.safetensors")):
+        yield key, f"{directory} has no *.safetensors: fetch the weights, or write them with save_pretrained"
+
+
+def _in_source(key: str, source: SourceBlock) -> Found:
+    if source.path is not None and not Path(source.path).exists():
+        if not is_hub_id(source.path) and "://" not in source.path:
+            yield f"{key}.path", f"there is no file {source.path}{_similar(Path(source.path))}"
+    elif source.generator is not None:
+        yield from _in_function(f"{key}.generator", source.generator, "generator", list(GENERATORS))
+
+
+def _in_reward(key: str, reward: RewardBlock) -> Found:
+    if reward.plugin is not None:
+        yield from _in_function(f"{key}.plugin", reward.plugin, "reward", [])
+    elif reward.name is not None and reward.name not in REWARDS:
+        remedy = did_you_mean(reward.name, list(REWARDS))
+        yield f"{key}.name", f"no reward is called {reward.name} ({remedy} Your own: plugin: file.py:function)"
+
+
+def _in_function(key: str, spec: str, kind: str, names: list[str]) -> Found:
+    """``spec``: a name among ``names``, or ``file.py:function``."""
+    file, colon, function = spec.rpartition(":")
+    if not colon:
+        if spec not in names:
+            yield key, f"no {kind} is called {spec} ({did_you_mean(spec, names)} Your own: file.py:function)"
+        return
+    path = Path(file)
+    if not path.is_file():
+        yield key, f"there is no file {path}{_similar(path)}"
+        return
+    try:
+        defined = list(_defined_names(ast.parse(path.read_bytes(), filename=file)))
+    except (SyntaxError, ValueError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        yield key, f"{path}{line} is not Python: {error.msg if isinstance(error, SyntaxError) else error}"
+        return
+    if function not in defined and "*" not in defined:
+        near = nearest(function, defined)
+        remedy = f"did you mean {near}?" if near else f"it defines {', '.join(defined[:8]) or 'nothing'}"
+        yield key, f"{path} has no function {function} ({remedy})"
+
+
+def _defined_names(node: ast.AST) -> Iterator[str]:
+    """What importing the module binds, in whichever branch; ``*`` when that cannot be told."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.alias(name=name, asname=asname):
+                yield asname or name
+            case _:
+                yield from _defined_names(child)
+
+
+def _similar(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    return f" (did you mean {path.parent / near}?)" if near else ""

@@ -1,0 +1,41 @@
+"""`rlflow run`: the recipe, from here to its checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlflow.cli.common import add_recipe_arguments, parser_of
+from rlflow.cli.preflight import load_checked
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.recipe import Recipe
+
+SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    example = "rlflow run recipes/grpo/gsm8k.yaml trainer.learning_rate=2e-6 run.steps=50"
+    parser = parser_of("run", SUMMARY, example)
+    add_recipe_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.output_dir")
+    return parser
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    run(load_checked(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    return 0
+
+
+def run(recipes: Sequence[Recipe], *, resume: bool) -> None:
+    """Runs the stages; a failure that one message explains becomes a RunError that also says where the logs are."""
+    from actors.actor_group import ActorFailure
+    from rlflow.driver.run import run_recipes
+
+    try:
+        run_recipes(recipes, resume=resume)
+    except StopRequested:
+        raise
+    except (RunError, ActorFailure) as error:
+        logs = [str(path) for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
+        raise RunError("\n".join([str(error), *[f"logs: {path}" for path in logs]])) from error

@@ -1,0 +1,115 @@
+"""`rlflow submit`: `ray job submit` of `rlflow run`, with a lean working directory, followed to its end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlflow.cli.common import add_recipe_arguments, parser_of
+from rlflow.driver.errors import RunError
+from rlflow.recipe import Problem, RecipeError, load_recipe
+
+EXCLUDES = (
+    ".git",
+    ".venv*",
+    "/venv",
+    "/env",
+    ".env",
+    "__pycache__",
+    ".*_cache",
+    "*.egg-info",
+    "node_modules",
+    "/runs",
+    "/checkpoints",
+    "/models",
+    "/wandb",
+    "/dist",
+    "/build",
+)
+"""What never travels, in .gitignore's syntax."""
+
+
+SUMMARY = "run a recipe as a job of a Ray cluster, and follow it"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    example = "rlflow submit recipes/grpo/gsm8k.yaml run.output_dir=/shared/runs/gsm8k --address http://127.0.0.1:8265"
+    parser = parser_of("submit", SUMMARY, example)
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, when left out",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.output_dir")
+    return parser
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    directory = Path.cwd()
+    recipe = _within(Path(arguments.recipe), directory)
+    for stage in load_recipe(arguments.recipe, arguments.overrides):
+        if Path(stage.run.output_dir).is_relative_to(directory):
+            print(
+                f"results will stay on the cluster's head node, in the job's copy of {directory}: set run.output_dir "
+                "to a directory that every node shares",
+                file=sys.stderr,
+            )
+            break
+    entrypoint = make_entrypoint(recipe, arguments.overrides, resume=arguments.resume)
+    return asyncio.run(submit(arguments.address, entrypoint, make_runtime_env(directory)))
+
+
+def make_entrypoint(recipe: Path, overrides: list[str], *, resume: bool) -> str:
+    """The command that the cluster runs, in its copy of the working directory."""
+    return shlex.join(["python", "-m", "rlflow", "run", recipe.as_posix(), *overrides, *["--resume"] * resume])
+
+
+def make_runtime_env(directory: Path) -> dict[str, Any]:
+    """The working directory without what is large, secret or of this machine only."""
+    environments = [f"/{marker.parent.name}" for marker in directory.glob("*/pyvenv.cfg")]
+    return {"working_dir": str(directory), "excludes": [*EXCLUDES, *environments]}
+
+
+async def submit(address: str | None, entrypoint: str, runtime_env: dict[str, Any]) -> int:
+    """Starts the job, prints its log as it grows, and returns its exit code.
+
+    Raises:
+        RunError: The cluster cannot be reached, or the connection broke while the job goes on.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError) as error:
+        raise RunError(f"the job could not be submitted: {error}") from error
+    print(f"job {job}: {entrypoint}", file=sys.stderr)
+    try:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+        info = client.get_job_info(job)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"lost sight of job {job} ({error}); it goes on: ray job logs {job} --follow") from error
+    except asyncio.CancelledError:
+        print(f"job {job} goes on; to end it: ray job stop {job}", file=sys.stderr)
+        raise
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    # Without an exit code the command never ran, and the message is all there is; with one it repeats the log.
+    reason = info.message if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
+    print(f"job {job}: {info.status}: {reason}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+def _within(recipe: Path, directory: Path) -> Path:
+    """The recipe's path in the working directory. Raises RecipeError when it is elsewhere."""
+    path = recipe.resolve()
+    if not path.is_relative_to(directory.resolve()):
+        message = f"is not below {directory}, which is what the cluster gets: go to a directory that holds it"
+        raise RecipeError([Problem(str(recipe), None, "", message)])
+    return path.relative_to(directory.resolve())

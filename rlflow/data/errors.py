@@ -1,0 +1,61 @@
+"""What is wrong with data, and how it reaches the user.
+
+A row that cannot be used raises RowError where that is noticed; the loader turns it into a BadRow, and too many of
+those into one DataError that names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LISTED = 10
+"""How many rows one error lists."""
+
+
+class DataError(ValueError):
+    """The data cannot be used as it is. The message names file, row and field, and says what to do."""
+
+
+class RowError(ValueError):
+    """Why one row cannot be used, without its place: the loader adds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is left out, or that stops the run."""
+
+    source: str
+    """File, hub id or generator."""
+    row: int
+    """From 1: the line of a JSONL or text file, the record of any other."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}: {self.reason}"
+
+
+class Rows(list[T]):
+    """The rows that can be used, and ``skipped``: those that were left out, each with its reason."""
+
+    def __init__(self, rows: Iterable[T] = (), skipped: Sequence[BadRow] = ()) -> None:
+        super().__init__(rows)
+        self.skipped: list[BadRow] = list(skipped)
+
+
+def listing(lines: Sequence[object]) -> str:
+    """The first few, a line each, and how many more there are."""
+    shown = [f"\n  {line}" for line in lines[:LISTED]]
+    if len(lines) > LISTED:
+        shown.append(f"\n  and {len(lines) - LISTED} more")
+    return "".join(shown)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`` Nearest: a, b.``, or nothing when no name comes near."""
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(close)}." if close else ""

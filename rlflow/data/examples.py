@@ -1,0 +1,104 @@
+"""Rows to Examples: whole conversations or texts for supervised fine-tuning, with the mask of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from rlflow.data.chat import Chat, Rendered
+from rlflow.data.errors import RowError, Rows
+from rlflow.data.formats import Record, with_system
+from rlflow.data.overlong import Overlong
+from rlflow.data.records import Loaded, load_records
+from rlflow.recipe.schema import DataBlock
+from rlflow.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence to learn from."""
+
+    id: str
+    token_ids: np.ndarray
+    """int32 [T]."""
+    loss_mask: np.ndarray
+    """bool [T]; position 0 is never trained."""
+
+
+def load_examples(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Example]:
+    """The examples of ``data.train``, in the order of its sources.
+
+    ``data.loss_on`` says which tokens of a conversation are trained; of plain text all are. A message's own ``loss``
+    (true or false) goes before it.
+
+    Returns:
+        The examples; ``skipped`` names the rows that were left out, bad or overlong.
+
+    Raises:
+        DataError: a source or too many of its rows cannot be used, or rows are overlong and must not be.
+    """
+    chat = Chat(tokenizer)
+    rows = load_records(data.train, seed, lambda record: render_example(record, data, chat))
+    encoded = encode_rows(rows, lambda rendered: [rendered], data, chat)
+    return Rows([example for _, (example,) in encoded], encoded.skipped)
+
+
+def encode_rows(
+    rows: Rows[Loaded[T]], texts: Callable[[T], Sequence[Rendered]], data: DataBlock, chat: Chat
+) -> Rows[tuple[Loaded[T], list[Example]]]:
+    """Each row with its ``texts`` as examples of at most ``data.max_tokens``; a row is as long as its longest text.
+
+    Raises:
+        DataError: rows are overlong and must not be.
+    """
+    limit = data.max_tokens
+    overlong = Overlong("max_tokens", limit, data.overlong)
+    encoded = iter(chat.encode_trained([text for row in rows for text in texts(row.value)]))
+    kept: Rows[tuple[Loaded[T], list[Example]]] = Rows(skipped=rows.skipped)
+    for row in rows:
+        pieces = [next(encoded) for _ in texts(row.value)]
+        num_tokens = max(len(token_ids) for token_ids, _ in pieces)
+        if num_tokens > limit and overlong.leaves_out(row, num_tokens):
+            continue
+        examples = [Example(row.id, token_ids[:limit], loss_mask[:limit]) for token_ids, loss_mask in pieces]
+        if all(example.loss_mask.any() for example in examples):
+            kept.append((row, examples))
+        else:
+            kept.skipped.append(row.bad(f"nothing is trained in its first {limit:,} tokens"))
+    overlong.settle(kept)
+    return kept
+
+
+def render_example(record: Record, data: DataBlock, chat: Chat) -> Rendered:
+    """A record as text, with the parts that ``data.loss_on`` trains."""
+    if record.text is not None:
+        text = chat.render_text(record.text, complete=True)
+        return Rendered(text, ((0, len(text)),))
+    answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RowError("it has no assistant answer to learn")
+    # What comes behind the last answer has no influence on it.
+    messages = with_system(record.messages[: answers[-1] + 1], data.system)
+    if data.loss_on == "all":
+        text = chat.render_conversation(messages, (), record.tools).text
+        return Rendered(text, ((0, len(text)),))
+    turns = trained_turns(messages, last_only=data.loss_on == "last_assistant")
+    return chat.render_conversation(messages, turns, record.tools, ignore_empty_think=data.ignore_empty_think)
+
+
+def trained_turns(messages: Sequence[Message], *, last_only: bool) -> list[int]:
+    """Indices of the assistant turns to train: those whose ``loss`` is true if any says so, else by position."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = answers[-1:] if last_only else answers
+    turns = [index for index in answers if messages[index].get("loss", index in turns)]
+    if not turns:
+        raise RowError("`loss` is false in every assistant message")
+    return turns

@@ -1,0 +1,131 @@
+"""What a column holds to chat messages: ``{"role": system|user|assistant|tool, "content": text, ...}``."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from rlflow.data.errors import RowError
+from rlflow.data.sources import kind
+from rlflow.types import Message
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "loss")
+"""What a message may carry for the chat template, and ``loss``, which says whether its tokens are trained."""
+
+
+def to_messages(value: Any, column: str) -> list[Message]:
+    """A list of messages, with role and content or ShareGPT's from and value; CSV holds the list as JSON text.
+
+    Raises:
+        RowError: it is not such a list, or a message has no known role or nothing in it.
+    """
+    value = from_json_text(value, column)
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`{column}` is {kind(value) if value else 'empty'}, not a list of messages")
+    messages = [to_message(item, f"{column}[{index}]") for index, item in enumerate(value)]
+    said = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    if not said:
+        raise RowError(f"`{column}` holds only an empty system message")
+    return said
+
+
+def to_message(item: Any, place: str) -> Message:
+    """One message, its role under our name and its content as text."""
+    if not isinstance(item, dict):
+        raise RowError(f"`{place}` is {kind(item)}, not a message")
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    if role_key not in item or content_key not in item:
+        raise RowError(f"`{place}` lacks `{role_key if role_key not in item else content_key}`")
+    role = item[role_key]
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError(f"`{place}` has the role {role!r}; roles are {', '.join(ROLES)}")
+    message: Message = {"role": ROLES[role], "content": _content(item[content_key], f"{place}.{content_key}")}
+    message |= {key: item[key] for key in KEPT_KEYS if key in item and item[key] is not None}
+    if role == "function_call":
+        message |= {"content": "", "tool_calls": _tool_calls(message["content"], place)}
+    if not message["content"].strip() and message["role"] in ("user", "assistant") and "tool_calls" not in message:
+        raise RowError(f"`{place}` is empty")
+    return message
+
+
+def pairs_to_messages(value: Any, column: str, user: str | int, assistant: str | int) -> list[Message]:
+    """A list of exchanges, each an object or a pair with what was said under the keys ``user`` and ``assistant``."""
+    value = from_json_text(value, column)
+    if not isinstance(value, list):
+        raise RowError(f"`{column}` is {kind(value)}, not a list of exchanges")
+    messages = []
+    for index, pair in enumerate(value):
+        said: dict[str | int, Any] = (
+            pair if isinstance(pair, dict) else dict(enumerate(pair)) if isinstance(pair, list) else {}
+        )
+        for role, key in (("user", user), ("assistant", assistant)):
+            if key not in said:
+                raise RowError(f"`{column}[{index}]` is not an exchange: it has no {key!r}")
+            messages.append(to_message({"role": role, "content": said[key]}, f"{column}[{index}][{key!r}]"))
+    return messages
+
+
+def transcript_to_messages(text: str, column: str) -> list[Message]:
+    r"""hh-rlhf's ``\n\nHuman: ...\n\nAssistant: ...``."""
+    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if before.strip() or not turns:
+        raise RowError(f"`{column}` does not begin with Human: or Assistant:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        to_message({"role": roles[speaker], "content": content.strip()}, f"{column}[{index}]")
+        for index, (speaker, content) in enumerate(zip(turns[::2], turns[1::2], strict=True))
+    ]
+
+
+def from_json_text(value: Any, column: str) -> Any:
+    """The list that a text column holds as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`{column}` is not valid JSON: {error}") from None
+
+
+def _content(value: Any, place: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RowError(f"`{place}` is {kind(value)}, not text")
+    return "".join(_part(part, f"{place}[{index}]") for index, part in enumerate(value))
+
+
+def _part(part: Any, place: str) -> str:
+    """The text of one content part, OpenAI's ``text`` or LLaMA-Factory's ``value``."""
+    if not isinstance(part, dict) or "type" not in part:
+        raise RowError(f"`{place}` is {kind(part)}, not a content part")
+    if part["type"] != "text":
+        raise RowError(f"`{place}` is of type {part['type']!r}; only text is supported")
+    texts = [part[key] for key in ("text", "value") if key in part and isinstance(part[key], str)]
+    if not texts:
+        raise RowError(f"`{place}` holds no text")
+    return texts[0]
+
+
+def _tool_calls(content: str, place: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`{place}` is a function call that is not valid JSON: {error}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RowError(f"`{place}` is a function call without a name")
+    return [{"type": "function", "function": call} for call in calls]

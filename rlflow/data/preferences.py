@@ -1,0 +1,121 @@
+"""Rows to pairs (DPO and its kin, reward models) and to labelled answers (KTO)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlflow.data.chat import Chat, Rendered
+from rlflow.data.errors import DataError, RowError, Rows
+from rlflow.data.examples import Example, encode_rows
+from rlflow.data.formats import Record, with_system
+from rlflow.data.records import load_records
+from rlflow.recipe.schema import DataBlock
+from rlflow.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt. Their masks hold what is theirs alone: every assistant turn after they part."""
+
+    id: str
+    chosen: Example
+    rejected: Example
+    margin: float
+    """By how much the chosen one should win: the column ``margin``, or 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """An answer, and whether it is a desirable one."""
+
+    id: str
+    example: Example
+    label: bool
+
+
+def load_pairs(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Pair]:
+    """The preference pairs of ``data.train``.
+
+    A pair of which either side is overlong is overlong.
+
+    Raises:
+        DataError: a source or too many of its rows cannot be used (no rejected answer, the same as the chosen one, or
+            one to another prompt), or rows are overlong and must not be.
+    """
+    chat = Chat(tokenizer)
+    rows = load_records(data.train, seed, lambda record: _render_pair(record, data, chat))
+    encoded = encode_rows(rows, lambda value: value[:2], data, chat)
+    pairs = [Pair(row.id, chosen, rejected, margin=row.value[2]) for row, (chosen, rejected) in encoded]
+    return Rows(pairs, encoded.skipped)
+
+
+def load_labelled(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Labelled]:
+    """The labelled answers of ``data.train``; the last assistant turn is the one that is judged.
+
+    Raises:
+        DataError: as ``load_pairs``, or all labels are the same: KTO needs both kinds.
+    """
+    chat = Chat(tokenizer)
+    rows = load_records(data.train, seed, lambda record: _render_labelled(record, data, chat))
+    encoded = encode_rows(rows, lambda value: value[:1], data, chat)
+    labelled = Rows([Labelled(row.id, example, label=row.value[1]) for row, (example,) in encoded], encoded.skipped)
+    labels = {item.label for item in labelled}
+    if len(labels) < 2:
+        raise DataError(
+            f"all {len(labelled)} rows have the label {str(labels.pop()).lower()}. KTO compares desirable answers with "
+            "undesirable ones: give rows of both kinds, or use sft."
+        )
+    return labelled
+
+
+def _render_pair(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, Rendered, float]:
+    if record.rejected is None:
+        raise RowError("it has no rejected answer")
+    chosen, rejected = record.messages, record.rejected
+    if list(chosen) == list(rejected):
+        raise RowError("the chosen and the rejected answer are identical")
+    shared = _num_shared(chosen, rejected)
+    if not any(message["role"] == "user" for message in chosen[:shared]):
+        raise RowError("the chosen and the rejected answer are to different prompts")
+    first, second = (_render_answers(side, shared, record, data, chat) for side in (chosen, rejected))
+    return first, second, _margin(record.columns)
+
+
+def _render_labelled(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, bool]:
+    if record.label is None:
+        raise RowError("it has no `label`")
+    return _render_answers(record.messages, len(record.messages) - 1, record, data, chat), record.label
+
+
+def _render_answers(
+    messages: Sequence[Message], num_prompt: int, record: Record, data: DataBlock, chat: Chat
+) -> Rendered:
+    """The conversation, with the assistant turns from ``messages[num_prompt]`` on trained."""
+    if messages[-1]["role"] != "assistant" or len(messages) <= num_prompt:
+        raise RowError("it does not end with an assistant's answer")
+    whole = with_system(messages, data.system)
+    first = num_prompt + len(whole) - len(messages)
+    turns = [index for index in range(first, len(whole)) if whole[index]["role"] == "assistant"]
+    return chat.render_conversation(whole, turns, record.tools)
+
+
+def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    count = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _margin(columns: dict[str, Any]) -> float:
+    value = columns.get("margin")
+    try:
+        return 0.0 if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise RowError(f"`margin` is {value!r}, not a number") from None

@@ -1,0 +1,73 @@
+"""Rows to Prompts: what the policy is asked, rendered and tokenised once, before the run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlflow.data.chat import Chat
+from rlflow.data.errors import RowError, Rows
+from rlflow.data.formats import Record, with_system
+from rlflow.data.overlong import Overlong
+from rlflow.data.records import load_records
+from rlflow.recipe.schema import DataBlock, SourceBlock
+from rlflow.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    text: str
+    messages: Sequence[Message]
+    columns: Mapping[str, Any]
+
+
+def load_prompts(
+    sources: SourceBlock | Sequence[SourceBlock], data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Rows[Prompt]:
+    """The prompts of the sources, in their order.
+
+    A last assistant turn is an answer, not part of the prompt: it becomes the column ``response`` unless the row has
+    one. A row's other columns stay as they are, for reward functions.
+
+    Args:
+        sources: those of training, or those of an evaluation.
+        data: system message, prompt limit and what is done beyond it.
+        tokenizer: renders and tokenises them.
+        seed: the run's.
+
+    Returns:
+        The prompts; ``skipped`` names the rows that were left out, bad or overlong.
+
+    Raises:
+        DataError: a source or too many of its rows cannot be used, or prompts are overlong and must not be.
+    """
+    chat = Chat(tokenizer)
+    rows = load_records(sources, seed, lambda record: _render(record, data, chat))
+    overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
+    prompts: Rows[Prompt] = Rows(skipped=rows.skipped)
+    for row, token_ids in zip(rows, chat.encode([row.value.text for row in rows]), strict=True):
+        if len(token_ids) > data.max_prompt_tokens:
+            if overlong.leaves_out(row, len(token_ids)):
+                continue
+            token_ids = token_ids[-data.max_prompt_tokens :]
+        prompts.append(Prompt(row.id, token_ids, row.value.messages, row.value.columns))
+    overlong.settle(prompts)
+    return prompts
+
+
+def _render(record: Record, data: DataBlock, chat: Chat) -> _Rendered:
+    if record.text is not None:
+        messages = [{"role": "user", "content": record.text}]
+        return _Rendered(chat.render_text(record.text, complete=False), messages, record.columns)
+    messages, columns = list(record.messages), record.columns
+    if messages[-1]["role"] == "assistant":
+        answer = messages.pop()
+        columns = {"response": answer["content"], **columns}
+    if not any(message["role"] == "user" for message in messages):
+        raise RowError("no user message is left when the answer is taken off")
+    messages = with_system(messages, data.system)
+    return _Rendered(chat.render_prompt(messages, record.tools), messages, columns)

@@ -1,0 +1,99 @@
+"""The one path that every kind of training takes from the recipe's sources to rows with stable ids.
+
+    SourceBlock --read_table--> Table --to_record--> Record --build--> what the caller trains on --draw--> Loaded
+
+A row that fails anywhere on it is set aside with its reason, and counts against its source's ``max_bad_rows``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from rlflow.data.errors import BadRow, DataError, RowError, Rows, listing
+from rlflow.data.formats import Record, format_of, to_record
+from rlflow.data.sampler import permutation
+from rlflow.data.sources import Table, read_table
+from rlflow.recipe.schema import SourceBlock
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[T]):
+    """A row on its way to training."""
+
+    id: str
+    """``<stem>:<row>``; ``#2`` and so on follow when ``rows`` repeats it."""
+    place: str
+    row: int
+    value: T
+
+    def bad(self, reason: str) -> BadRow:
+        """This row, set aside."""
+        return BadRow(self.place, self.row, reason)
+
+
+def load_records(
+    sources: SourceBlock | Sequence[SourceBlock], seed: int, build: Callable[[Record], T]
+) -> Rows[Loaded[T]]:
+    """Reads the sources one after the other and makes each row what ``build`` returns for it.
+
+    Args:
+        sources: the recipe's.
+        seed: the run's; it decides which rows ``SourceBlock.rows`` draws.
+        build: raises RowError for a row it cannot use.
+
+    Raises:
+        DataError: a source cannot be read, has more bad rows than it may, or nothing else.
+    """
+    loaded: Rows[Loaded[T]] = Rows()
+    stems: Counter[str] = Counter()
+    for source in [sources] if isinstance(sources, SourceBlock) else sources:
+        table = read_table(source)
+        stems[table.stem] += 1
+        name = table.stem if stems[table.stem] == 1 else f"{table.stem}-{stems[table.stem]}"
+        rows = _build_rows(table, name, source, build)
+        loaded.extend(_draw(rows, name, source.rows, seed))
+        loaded.skipped.extend(rows.skipped)
+    if len({row.id for row in loaded}) < len(loaded):
+        raise DataError("two data sources give their rows the same ids. Rename one of the files.")
+    return loaded
+
+
+def _build_rows(table: Table, name: str, source: SourceBlock, build: Callable[[Record], T]) -> Rows[Loaded[T]]:
+    rows: Rows[Loaded[T]] = Rows(skipped=table.bad)
+    if table.rows:
+        form = format_of(table) if source.format == "auto" else source.format
+        for row in table.rows:
+            try:
+                value = build(to_record(row, form))
+            except RowError as error:
+                rows.skipped.append(BadRow(table.place, row.number, str(error)))
+            else:
+                rows.append(Loaded(f"{name}:{row.number}", table.place, row.number, value))
+    rows.skipped.sort(key=lambda row: row.row)
+    num_bad = len(rows.skipped)
+    named = listing([f"row {bad.row}: {bad.reason}" for bad in rows.skipped])
+    if num_bad > source.max_bad_rows:
+        raise DataError(
+            f"{table.place}: {num_bad} bad row{'s' if num_bad > 1 else ''}, and max_bad_rows is {source.max_bad_rows}."
+            f"{named}\nRepair them, or leave them out with `max_bad_rows: {num_bad}` in this source."
+        )
+    if not rows:
+        raise DataError(f"{table.place}: every row is bad.{named}")
+    return rows
+
+
+def _draw(rows: Sequence[Loaded[T]], name: str, wanted: int | None, seed: int) -> Iterator[Loaded[T]]:
+    """All rows, or as many as wanted: whole passes over the rows, then a random part, in the order of the file."""
+    if wanted is None:
+        yield from rows
+        return
+    passes, rest = divmod(wanted, len(rows))
+    part = sorted(permutation(len(rows), seed, f"rows of {name}")[:rest])
+    for number in range(1, passes + 2):
+        for row in rows if number <= passes else [rows[index] for index in part]:
+            yield row if number == 1 else replace(row, id=f"{row.id}#{number}")

@@ -1,0 +1,115 @@
+"""The policy's tokenizer: the model's own, or one made of single characters for a model made from scratch.
+
+Neither importing this module nor loading a tokenizer from a directory imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlflow.data.chat import Chat
+from rlflow.data.errors import DataError, nearest
+from rlflow.recipe.schema import ModelBlock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHARACTER_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""Contents end to end, an answer closed by eos."""
+
+
+def load_tokenizer(model: ModelBlock) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``model.path``, or one of ``model.characters`` when there is no path.
+
+    Raises:
+        DataError: there is no tokenizer, it is not a fast one, or ``chat_template`` names a file that is not there.
+    """
+    if model.path is not None:
+        tokenizer = _from_path(model)
+    elif model.characters is not None:
+        tokenizer = build_character_tokenizer(model.characters)
+    else:
+        raise DataError("the model has no tokenizer: give model.path, or model.characters for a new one.")
+    if model.chat_template is not None:
+        tokenizer.chat_template = _template(model.chat_template)
+    return tokenizer
+
+
+def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A token a character, in the order given, behind ``<pad>`` (id 0) and ``<eos>`` (id 1).
+
+    It saves to a directory that AutoTokenizer and vLLM load.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(["<pad>", "<eos>", *characters]))}
+    backend = Tokenizer(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tuple[int, ...]:
+    """The tokens that end a completion: eos, the chat template's end of turn, and those of generation_config.json."""
+    ids = set(Chat(tokenizer).end_ids)
+    config = Path(model.path or "") / "generation_config.json"
+    if model.path is not None and config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        stop = settings.get("eos_token_id", [])
+        ids.update(stop if isinstance(stop, list) else [stop])
+    return tuple(sorted(ids))
+
+
+def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
+    assert model.path is not None
+    directory = Path(model.path).expanduser()
+    if model.path.startswith((".", "/", "~")) and not directory.is_dir():
+        siblings = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
+        raise DataError(f"model.path: there is no directory {directory}.{nearest(directory.name, siblings)}")
+    try:
+        if (directory / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory if directory.is_dir() else model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except Exception as error:
+        # Whatever a damaged file makes the tokenizers library raise, it is about that file.
+        raise DataError(
+            f"model.path: no tokenizer can be loaded from {model.path}: {error}. Give a directory with tokenizer.json, "
+            "or a hub id that this machine can reach."
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"model.path: the tokenizer of {model.path} has no tokenizer.json and cannot be made into one; "
+            "rlflow needs its character offsets. Convert it with transformers and save it to a directory."
+        )
+    return tokenizer
+
+
+def _template(value: str) -> str:
+    """A template is text with Jinja in it; anything else is the name of a file."""
+    if "{" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"model.chat_template: {value} is neither a Jinja template nor a file.{nearest(path.name, siblings)}"
+        )
+    return path.read_text(encoding="utf-8")

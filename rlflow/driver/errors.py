@@ -1,0 +1,11 @@
+"""How a run ends when it does not end well."""
+
+from __future__ import annotations
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason that one message explains: no traceback is shown for it."""
+
+
+class StopRequested(RunError):
+    """Somebody asked the run to stop, and a checkpoint was written: it goes on with ``--resume``."""

@@ -1,0 +1,85 @@
+"""The online loop: GRPO and its kin.
+
+                 Prompt                    Group (unscored)            Group (scored)
+    data/sampler ------> RolloutWorker xN ------------> RewardServer xM ---------+
+                            ^                                                    v
+                            | weights v+1                              RolloutPipeline (staleness <= k)
+                            |                                                    v
+                        weight sync <--- PolicyTrainer xR <--- batching <--- advantages (+ ref_logprobs)
+
+    verb               waits for                          unblocked by
+    pipeline.fill      nothing                            prompts of steps <= step + max_staleness are sent out
+    pipeline.take      this step's generation, scoring    the workers, the reward servers
+    learn              forward, backward, optimizer       every trainer rank
+    sync_weights       the workers' current call          the snapshot in the object store
+
+With ``max_staleness: 0`` nothing overlaps and every token was sampled by the policy it trains. With k, k steps'
+generation is under way while a step is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlflow.driver import assemble, learner
+from rlflow.driver.rollouts import RolloutPipeline
+from rlflow.driver.stage import Stage
+from rlflow.tracking.rollouts import write_rollouts
+from rlflow.types import Prompt, Sample, StepStats
+
+
+def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, resume: bool) -> None:
+    """Runs the steps that are left and leaves a checkpoint after the last."""
+    pipeline = RolloutPipeline(stage, prompts, num_steps)
+    first = 0
+    if resume:
+        first, state = stage.resume()
+        if first:
+            pipeline.restore(first, state)
+    stage.sync_weights(first)
+    if first == 0:
+        stage.report_start()
+    for step in range(first, num_steps):
+        stats = StepStats(step + 1)
+        pipeline.fill(step)
+        with stage.clock("rollout"):
+            groups, stats.metrics = pipeline.take(step)
+        batch = assemble.assemble(groups, stage.recipe.algorithm, stage.recipe.rollout.max_new_tokens)
+        stats.metrics |= assemble.rollout_metrics(batch, step)
+        stats.metrics |= learn(stage, batch.samples, step, num_steps)
+        stage.sync_weights(step + 1)
+        if step % stage.recipe.run.log_rollouts_every == 0:
+            path = stage.directory / "rollouts" / f"step_{step + 1:06d}.parquet"
+            write_rollouts(path, batch.groups, list(batch.advantages), batch.states)
+        stage.end_step(stats, pipeline.state(step + 1), last=step + 1 == num_steps)
+
+
+def learn(stage: Stage, samples: list[Sample], step: int, num_steps: int) -> dict[str, float]:
+    """Trains on one rollout batch: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates."""
+    algorithm, rollout = stage.recipe.algorithm, stage.recipe.rollout
+    blocks = algorithm.groups
+    if stage.recipe.needs_reference:
+        with stage.clock("reference"):
+            samples = learner.with_reference(stage, samples, rollout.temperature)
+    updates = blocks.updates_per_step * blocks.epochs_per_step
+    if algorithm.correction.old_policy == "trainer" and updates > 1:
+        with stage.clock("proximal"):
+            samples = learner.with_proximal(stage, samples, rollout.temperature)
+    all_metrics = []
+    per_update = len(samples) // blocks.updates_per_step
+    with stage.clock("train"):
+        for update in range(updates):
+            start = update % blocks.updates_per_step * per_update
+            part, denominators = assemble.weigh(
+                samples[start : start + per_update], algorithm.group_size, algorithm, rollout.max_new_tokens
+            )
+            metrics = learner.update(
+                stage,
+                part,
+                denominators,
+                learning_rate=stage.learning_rate(step * updates + update, num_steps * updates),
+                temperature=rollout.temperature,
+            )
+            stage.count_skipped(bool(metrics["trainer/skipped"]), step + 1)
+            all_metrics.append(metrics)
+    return {name: sum(m[name] for m in all_metrics) / updates for name in all_metrics[0]}

@@ -1,0 +1,222 @@
+"""Prompts out to the workers, whole scored groups back, in prompt order.
+
+    sampler --prompts--> RolloutWorker.generate --object reference--> RewardServer.score
+                                  \\______________________ take() ______________________/
+
+``fill(step)`` waits for nothing: it sends out every step's prompts that staleness allows. ``take(step)`` waits for
+that step's chunks. A chunk is what one worker generates in one call; which prompts it holds depends on their order
+alone, never on who is faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import ray
+
+from actors.reward_server import RewardServer
+from actors.rollout_worker import RolloutWorker
+from rlflow.data.sampler import Sampler
+from rlflow.driver.errors import RunError
+from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, SamplingParams, ScoreBatch
+
+if TYPE_CHECKING:
+    from rlflow.driver.stage import Stage
+
+Item = tuple[int, Prompt]
+"""(epoch, prompt)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One worker's share of a step, on its way."""
+
+    items: tuple[Item, ...]
+    worker: int
+    server: int
+    rollouts: ray.ObjectRef
+    scores: ray.ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """What came back."""
+
+    items: tuple[Item, ...]
+    rollouts: RolloutBatch
+    scores: ScoreBatch
+
+
+@dataclass(slots=True)
+class Ledger:
+    """issued = trained + filtered + in flight: nothing is lost or counted twice."""
+
+    issued: int = 0
+    trained: int = 0
+    filtered: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.issued - self.trained - self.filtered
+
+
+def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
+    """63-bit seed of one sample, from names alone: who generates it, and when, cannot matter."""
+    text = f"{run_seed}/{prompt_id}/{epoch}/{index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def generate_and_score(
+    stage: Stage, items: Sequence[Item], num_samples: int, params: SamplingParams, purpose: str
+) -> list[Chunk]:
+    """Starts generation of ``num_samples`` completions a prompt, and their scoring. Waits for nothing."""
+    rollout, rewards = stage.actors.rollout, stage.actors.rewards
+    assert rollout is not None and rewards is not None
+    chunks = []
+    for worker, share in enumerate(np.array_split(np.arange(len(items)), len(rollout))):
+        if not len(share):
+            continue
+        chosen = tuple(items[i] for i in share)
+        requests = [
+            GenerationRequest(
+                prompt.token_ids,
+                tuple(
+                    sample_seed(stage.recipe.run.seed, f"{purpose}{prompt.id}", epoch, index)
+                    for index in range(num_samples)
+                ),
+            )
+            for epoch, prompt in chosen
+        ]
+        rollouts_ref = rollout.start(worker, RolloutWorker.generate, requests, params)
+        server = worker % len(rewards)
+        prompts = tuple(prompt for _, prompt in chosen)
+        scores_ref = rewards.start(server, RewardServer.score, rollouts_ref, prompts)
+        chunks.append(Chunk(chosen, worker, server, rollouts_ref, scores_ref))
+    return chunks
+
+
+def collect(stage: Stage, chunks: Sequence[Chunk]) -> list[ScoredChunk]:
+    """Waits for chunks, in order."""
+    rollout, rewards = stage.actors.rollout, stage.actors.rewards
+    assert rollout is not None and rewards is not None
+    collected = []
+    for chunk in chunks:
+        batch = rollout.get(chunk.worker, RolloutWorker.generate, chunk.rollouts)
+        scores = rewards.get(chunk.server, RewardServer.score, chunk.scores)
+        collected.append(ScoredChunk(chunk.items, batch, scores))
+    return collected
+
+
+class RolloutPipeline:
+    """The step's groups, generated at most ``max_staleness`` policy versions before they are trained."""
+
+    def __init__(self, stage: Stage, prompts: Sequence[Prompt], num_steps: int) -> None:
+        recipe = stage.recipe
+        self.stage, self.prompts, self.num_steps = stage, prompts, num_steps
+        self.sampler = Sampler(len(prompts), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
+        self.params = stage.sampling_params()
+        self.ledger = Ledger()
+        self._next = 0
+        self._chunks: dict[int, list[Chunk]] = {}
+        self._cursors: dict[int, dict] = {}
+
+    def fill(self, step: int) -> None:
+        """Issues the prompts of every step up to ``step + max_staleness``."""
+        while self._next <= min(step + self.stage.recipe.run.max_staleness, self.num_steps - 1):
+            self._cursors[self._next] = self.sampler.state()
+            self._chunks[self._next] = self._issue(self.stage.recipe.data.prompts_per_step)
+            self._next += 1
+
+    def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """The groups of ``step``, whole and scored, and the metrics of making them.
+
+        Groups without signal are replaced when the algorithm asks for it: new prompts take their place, at most
+        ``max_resamples`` times, and every group that has signal is kept.
+        """
+        block = self.stage.recipe.algorithm.groups
+        wanted = self.stage.recipe.data.prompts_per_step
+        kept: list[Group] = []
+        spare: list[Group] = []
+        timing = RolloutTiming()
+        chunks = self._chunks.pop(step)
+        for attempt in range(block.max_resamples + 1):
+            for chunk in collect(self.stage, chunks):
+                timing.add(chunk)
+                for group in self.stage.build_groups(chunk):
+                    (kept if not block.require_signal or has_signal(group.rewards) else spare).append(group)
+            missing = wanted - len(kept)
+            if not missing or attempt == block.max_resamples:
+                break
+            chunks = self._issue(missing)
+        num_resampled = len(kept) + len(spare) - wanted
+        groups = kept + spare[: wanted - len(kept)]
+        self.ledger.trained += len(groups)
+        self.ledger.filtered += num_resampled
+        self._cursors.pop(step)
+        return groups, timing.metrics() | {"group/resampled": float(num_resampled)}
+
+    def state(self, step: int) -> dict:
+        """Where a run resumed at ``step`` starts: what was issued for it and later is issued again."""
+        return {"sampler": self._cursors.get(step, self.sampler.state())}
+
+    def restore(self, step: int, state: dict) -> None:
+        self._next = step
+        self.sampler.restore(state["sampler"])
+
+    def _issue(self, num_prompts: int) -> list[Chunk]:
+        self.ledger.issued += num_prompts
+        items = [(epoch, self.prompts[index]) for epoch, index in self.sampler.take(num_prompts)]
+        return generate_and_score(self.stage, items, self.stage.recipe.algorithm.group_size, self.params, "")
+
+
+def has_signal(rewards: np.ndarray) -> bool:
+    """Whether a group's scored rewards differ, so that it has a gradient."""
+    scored = rewards[~np.isnan(rewards)]
+    return len(scored) > 1 and bool(np.ptp(scored) > 0)
+
+
+class RolloutTiming:
+    """Times and token counts of a step's chunks. Workers run side by side: the slowest is what the step waited for."""
+
+    def __init__(self) -> None:
+        self.generate_s: dict[int, float] = {}
+        self.tokens = 0
+        self.score_s = 0.0
+        self.rows = 0
+        self.failed = 0
+        self.errors: list[str] = []
+
+    def add(self, chunk: ScoredChunk) -> None:
+        rank = len(self.generate_s)
+        self.generate_s[rank] = chunk.rollouts.seconds
+        self.tokens += len(chunk.rollouts.token_ids)
+        self.score_s = max(self.score_s, chunk.scores.seconds)
+        self.rows += len(chunk.rollouts.texts)
+        failed = np.zeros(len(chunk.rollouts.texts), dtype=bool)
+        for rows in chunk.scores.failed.values():
+            failed |= rows
+        self.failed += int(failed.sum())
+        self.errors += chunk.scores.errors
+
+    def metrics(self) -> dict[str, float]:
+        slowest = max(self.generate_s.values())
+        return {
+            "time/generate_s": slowest,
+            "time/reward_s": self.score_s,
+            "perf/generated_tokens_per_s": self.tokens / slowest,
+            "reward/error_fraction": self.failed / self.rows,
+        }
+
+
+def require_few_errors(timing: RolloutTiming, limit: float) -> None:
+    """Raises RunError when more than ``limit`` of the rollouts are unscored because a reward function failed."""
+    if timing.failed > limit * timing.rows:
+        shown = "\n  ".join(timing.errors[:3])
+        raise RunError(
+            f"{timing.failed} of {timing.rows} rollouts could not be scored, more than "
+            f"reward_server.max_error_fraction = {limit:g}:\n  {shown}"
+        )

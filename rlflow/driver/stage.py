@@ -1,0 +1,174 @@
+"""What both loops share: the actors of a stage, its directory, the current weights, saving, evaluating, stopping."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.policy_trainer import PolicyTrainer
+from actors.rollout_worker import RolloutWorker
+from rlflow import checkpoint
+from rlflow.data.tokenizer import stop_token_ids
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.evaluation import Evaluator
+from rlflow.placement import Actors
+from rlflow.recipe import ModelBlock, Recipe
+from rlflow.tracking import Tracker
+from rlflow.types import SamplingParams, StepStats
+
+
+class Clock:
+    """Seconds spent in each named phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>_s`` and ``time/step_s`` since the last call."""
+        now = time.perf_counter()
+        metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        metrics["time/step_s"] = now - self.started
+        self.seconds.clear()
+        self.started = now
+        return metrics
+
+
+@dataclass(slots=True)
+class Stage:
+    recipe: Recipe
+    directory: Path
+    model: ModelBlock
+    """The recipe's, with a path that exists."""
+    tokenizer: Any
+    actors: Actors
+    tracker: Tracker
+    should_stop: Callable[[], bool]
+    """Whether somebody asked the run to end."""
+    evaluator: Evaluator | None = None
+    clock: Clock = field(default_factory=Clock)
+    best: float = -math.inf
+    skipped_in_a_row: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def sampling_params(self) -> SamplingParams:
+        rollout = self.recipe.rollout
+        return SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=stop_token_ids(self.tokenizer, self.model),
+        )
+
+    def sync_weights(self, version: int) -> None:
+        """Gives the trainer's weights to every rollout worker; they are version ``version`` from then on."""
+        if self.actors.rollout is None:
+            return
+        trainer = self.actors.trainer
+        with self.clock("sync"):
+            refs = trainer.start_all(PolicyTrainer.weights, version).refs
+            self.actors.rollout.call_all(RolloutWorker.load_weights, refs[0])
+
+    def learning_rate(self, update: int, num_updates: int) -> float:
+        """The schedule's value for update ``update`` of ``num_updates``, both counted from 0."""
+        trainer = self.recipe.trainer
+        if update < trainer.warmup_steps:
+            return trainer.learning_rate * (update + 1) / trainer.warmup_steps
+        done = (update - trainer.warmup_steps) / max(1, num_updates - trainer.warmup_steps)
+        factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return trainer.learning_rate * factor[trainer.schedule]
+
+    def count_skipped(self, skipped: bool, step: int) -> None:
+        """Raises RunError when too many updates in a row had no finite gradient."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        limit = self.recipe.trainer.max_skipped_steps
+        if self.skipped_in_a_row >= limit:
+            raise RunError(
+                f"step {step}: the gradient was not finite for {limit} updates in a row; parameters are those of the "
+                "last good step. Lower trainer.learning_rate, or look at the rollouts of these steps"
+            )
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Loads the newest valid checkpoint. Returns the step to go on with and the driver's saved state."""
+        path = checkpoint.newest_valid(self.checkpoints, self.tracker.message)
+        if path is None:
+            return 0, {}
+        self.actors.trainer.call_all(PolicyTrainer.load, path)
+        state = checkpoint.read_driver_state(path)
+        self.best = state["best"] if state["best"] is not None else -math.inf
+        self.tracker.message(f"resumed from {path.name}")
+        return state["step"], state
+
+    def evaluates_after(self, step: int, *, last: bool) -> bool:
+        every = self.recipe.evaluation.every if self.recipe.evaluation else None
+        return self.evaluator is not None and (last or bool(every and step % every == 0))
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the weights the workers have."""
+        if self.evaluator is None:
+            return {}
+        with self.clock("evaluate"):
+            return self.evaluator.run()
+
+    def report_start(self) -> None:
+        """Evaluates and logs what the policy is before the first step."""
+        self.tracker.log(StepStats(0, self.evaluate() | self.clock.metrics()))
+
+    def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> None:
+        """Evaluates and saves when it is due, logs. ``state``: what the loop needs to go on from here."""
+        if self.evaluates_after(stats.step, last=last):
+            stats.metrics |= self.evaluate()
+        stats.metrics |= self.clock.metrics()
+        self.tracker.log(stats)
+        # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
+        self._save_if_due(stats, state, last=last)
+        if self.should_stop() and not last:
+            raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
+
+    def _save_if_due(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> None:
+        """Saves every ``save_every`` steps, after the last one, and when asked to stop."""
+        stopping = self.should_stop() and not last
+        every = self.recipe.run.save_every
+        if not (last or stopping or (every and stats.step % every == 0)):
+            return
+        score = stats.metrics.get(self.evaluator.metric, -math.inf) if self.evaluator else -math.inf
+        improved = score > self.best
+        self.best = max(self.best, score)
+        driver_state = {"step": stats.step, "best": self.best if math.isfinite(self.best) else None, **state}
+        with self.clock("save"):
+            path = checkpoint.publish(
+                self.checkpoints,
+                stats.step,
+                driver_state,
+                lambda directory: self.actors.trainer.call_all(PolicyTrainer.save, directory) and None,
+            )
+        if improved:
+            checkpoint.link(self.checkpoints, "best", path)
+        checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
+
+    def export(self) -> Path:
+        """Writes ``final/``, a Hugging Face directory, under a temporary name first."""
+        final, temporary = self.directory / "final", self.directory / ".final.writing"
+        temporary.mkdir(exist_ok=True)
+        self.actors.trainer.call_all(PolicyTrainer.export, temporary)
+        self.tokenizer.save_pretrained(temporary)
+        if final.exists():
+            raise RunError(f"{final} exists already")
+        temporary.rename(final)
+        return final

@@ -1,0 +1,235 @@
+"""How much memory each actor will need, from the model's config alone: nothing is loaded.
+
+An estimate of the largest things that are alive at once. Sums are exact for what is counted; allocator slack, sharding
+buffers and the data are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe import ModelBlock, Recipe
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_BYTES = 1 << 29
+"""Of an actor with torch and transformers or vLLM imported, before it holds anything (0.4 to 0.6 GiB)."""
+REWARD_PROCESS_BYTES = 1 << 27
+"""Of a process that only runs reward functions."""
+LOGITS_ELEMENTS = 1 << 25
+"""Trainer and reference score tokens in chunks of this many logits, in float32."""
+
+_TWO_MATRIX_MLP = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "phi", "falcon", "starcoder2"}
+_UNTIED_UNLESS_SAID = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3"}
+_SPECIAL_TOKENS = 2
+"""Pad and eos, of the tokenizer made from `model.characters`."""
+
+
+class UnknownShape(ValueError):
+    """The memory of this model cannot be estimated here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What memory depends on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    query_width: int
+    """Heads times their size."""
+    key_width: int
+    """Key-value heads times their size."""
+    mlp_width: int
+    """Of what one token passes through: all of its experts."""
+    vocabulary: int
+    max_positions: int | None
+
+    @property
+    def activations_per_token(self) -> int:
+        """Elements a layer keeps of each token for the backward pass: counted in a Llama layer of transformers."""
+        return 6 * self.hidden + 2 * (self.query_width + self.key_width) + 4 * self.mlp_width
+
+    @property
+    def cache_per_token(self) -> int:
+        """Elements of keys and values a token takes in all layers."""
+        return 2 * self.layers * self.key_width
+
+
+def read_shape(model: ModelBlock) -> ModelShape:
+    """The shape of a model that is on this machine, or of a new one.
+
+    Raises:
+        UnknownShape: A hub id, or a config without the common fields.
+    """
+    if model.architecture is not None:
+        size = len(set(model.characters or "")) + _SPECIAL_TOKENS
+        return shape_of({"tie_word_embeddings": True, **model.architecture, "vocab_size": size})
+    directory = Path(model.path or "")
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UnknownShape(f"{model.path} has no config.json on this machine") from error
+    return shape_of(config, count_stored(directory))
+
+
+def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelShape:
+    """From the fields of a transformers config, by the names that most architectures use.
+
+    Args:
+        parameters: How many there are, when that is known; otherwise the count of a Llama-like decoder, exact for
+            llama, qwen2 and qwen3.
+    """
+    if "text_config" in config and isinstance(config["text_config"], dict):
+        config = config["text_config"]
+    hidden = _count(config, "hidden_size", "n_embd", "d_model")
+    heads = _count(config, "num_attention_heads", "n_head", "num_heads")
+    head_size = _count(config, "head_dim", default=hidden // heads)
+    mlp = _count(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    shape = ModelShape(
+        parameters=parameters or 0,
+        layers=_count(config, "num_hidden_layers", "n_layer", "num_layers"),
+        hidden=hidden,
+        query_width=heads * head_size,
+        key_width=_count(config, "num_key_value_heads", default=heads) * head_size,
+        mlp_width=mlp * _count(config, "num_experts_per_tok", default=1),
+        vocabulary=_count(config, "vocab_size"),
+        max_positions=_count(config, "max_position_embeddings", "n_positions", default=0) or None,
+    )
+    if parameters is not None:
+        return shape
+    total = _layer_parameters(config, shape, mlp, head_size) * shape.layers + hidden
+    kind = str(_first(config, "model_type", default=""))
+    tied = _first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)
+    total += shape.vocabulary * hidden * (1 if tied else 2)
+    total += _count(config, "n_positions", default=0) * hidden
+    return replace(shape, parameters=total)
+
+
+def _layer_parameters(config: Mapping[str, Any], shape: ModelShape, mlp: int, head_size: int) -> int:
+    kind = str(_first(config, "model_type", default=""))
+    experts = _count(config, "num_local_experts", "num_experts", default=1)
+    queries, keys, hidden = shape.query_width, shape.key_width, shape.hidden
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    if kind == "qwen2" or _first(config, "attention_bias", default=False):
+        attention += queries + 2 * keys + (0 if kind == "qwen2" else hidden)
+    if kind.startswith("qwen3"):
+        attention += 2 * head_size
+    matrices = 2 if kind in _TWO_MATRIX_MLP else 3
+    feed_forward = matrices * hidden * mlp
+    if _first(config, "mlp_bias", default=False):
+        feed_forward += (matrices - 1) * mlp + hidden
+    router = experts * hidden if experts > 1 else 0
+    return attention + experts * feed_forward + router + 2 * hidden
+
+
+def count_stored(directory: Path) -> int | None:
+    """Parameters in a directory's safetensors files, from their headers; None when there are none.
+
+    https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON with the shape of every tensor.
+    """
+    total = 0
+    for path in sorted(directory.glob("model*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        except (OSError, ValueError, struct.error) as error:
+            raise UnknownShape(f"{path} is no safetensors file: {error}") from error
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def trainer_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Of one rank. Weights, gradients and Adam's two moments have the model's dtype and are sharded over the ranks."""
+    trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
+    share = math.ceil(shape.parameters / trainer.workers) * size
+    tokens = micro_batch_tokens(recipe)
+    layers_kept = 1 if trainer.gradient_checkpointing else shape.layers
+    kept = layers_kept * shape.activations_per_token + (shape.layers - layers_kept) * shape.hidden
+    return {
+        "weights": share,
+        "gradients": share,
+        "Adam": 2 * share,
+        "activations": tokens * kept * size,
+        "logits": 3 * _logits_bytes(tokens, shape),
+        "process": PROCESS_BYTES,
+    }
+
+
+def reference_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Of one ReferenceModel: it keeps nothing for a backward pass."""
+    tokens, size = micro_batch_tokens(recipe), DTYPE_BYTES[recipe.model.dtype]
+    return {
+        "weights": shape.parameters * size,
+        "activations": tokens * shape.activations_per_token * size,
+        "logits": 2 * _logits_bytes(tokens, shape),
+        "process": PROCESS_BYTES,
+    }
+
+
+def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> dict[str, int]:
+    """Of one RolloutWorker. The key-value cache is vLLM's fixed one, or what the longest completions would fill."""
+    rollout, size = recipe.rollout, DTYPE_BYTES[recipe.model.dtype]
+    sequences = rollout.max_num_seqs
+    if recipe.family == "online":
+        share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * recipe.algorithm.group_size
+        sequences = min(sequences, share)
+    length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
+    cache = sequences * length * shape.cache_per_token * size
+    if engine == "vllm" and not rollout.gpus_per_worker:
+        cache = int(rollout.kv_cache_gib * 2**30)
+    return {
+        "weights": shape.parameters * size,
+        "KV cache": cache,
+        "logits": 2 * sequences * shape.vocabulary * 4,
+        "process": PROCESS_BYTES,
+    }
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens in one forward pass of a rank: the packing budget, one longer sequence, or all there is."""
+    longest = longest_sequence(recipe)
+    per_rank = math.ceil(sequences_per_step(recipe) / recipe.trainer.workers) * longest
+    return max(longest, min(recipe.trainer.tokens_per_micro_batch, per_rank))
+
+
+def longest_sequence(recipe: Recipe) -> int:
+    """Tokens of the longest sequence that is trained."""
+    if recipe.family == "online":
+        return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    return recipe.data.max_tokens
+
+
+def sequences_per_step(recipe: Recipe) -> int:
+    """Rollouts, examples, or both answers of every pair."""
+    if recipe.family == "online":
+        return recipe.data.prompts_per_step * recipe.algorithm.group_size
+    is_paired = recipe.family == "preference" and recipe.algorithm.name != "kto"
+    return recipe.data.prompts_per_step * (2 if is_paired else 1)
+
+
+def _logits_bytes(tokens: int, shape: ModelShape) -> int:
+    return 4 * min(tokens * shape.vocabulary, max(LOGITS_ELEMENTS, shape.vocabulary))
+
+
+def _count(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    """The first of these fields that the config has, a whole number."""
+    value = _first(config, *names, default=default)
+    if not isinstance(value, int) or (value < 1 and value != default):
+        raise UnknownShape(f"its config gives {value} for {names[0]}, not a number")
+    return value
+
+
+def _first(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of these fields that the config has."""
+    for name in names:
+        if name in config and config[name] is not None:
+            return config[name]
+    if default is None:
+        raise UnknownShape(f"its config has no {names[0]}")
+    return default

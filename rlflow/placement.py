@@ -1,0 +1,198 @@
+"""Recipe -> placement group -> actor groups: the one file that says `ray.remote`.
+
+Actors start side by side; nothing here waits for a model to load. `Actors.wait_ready` does, with a deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.actor_group import ActorGroup, Pending
+from actors.policy_trainer import PolicyTrainer
+from actors.reference_model import ReferenceModel
+from actors.reward_server import RewardServer
+from actors.rollout_worker import RolloutWorker
+from rlflow.recipe import ModelBlock, Recipe
+
+_OBJECT_STORE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """How many actors of one class, and what each needs."""
+
+    name: str
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(slots=True)
+class Actors:
+    """The actor groups of one stage."""
+
+    trainer: ActorGroup[PolicyTrainer]
+    rollout: ActorGroup[RolloutWorker] | None
+    rewards: ActorGroup[RewardServer] | None
+    reference: ActorGroup[ReferenceModel] | None
+    group: PlacementGroup
+    starting: list[Pending[Any]] = field(default_factory=list)
+
+    def wait_ready(self, timeout_s: float) -> dict[str, float]:
+        """Waits until every actor has loaded what it needs. Returns seconds each role took, by its slowest actor."""
+        seconds = {}
+        for pending in self.starting:
+            ready = pending.get(timeout_s)
+            role = pending.names[0].partition("[")[0]
+            seconds[role] = max(r if isinstance(r, float) else r.seconds for r in ready)
+        return seconds
+
+    def close(self) -> None:
+        for group in (self.trainer, self.rollout, self.rewards, self.reference):
+            if group is not None:
+                group.kill()
+        remove_placement_group(self.group)
+
+
+def rollout_engine(recipe: Recipe) -> str:
+    """`auto` is vllm where rollout workers have a GPU."""
+    if recipe.rollout.engine != "auto":
+        return recipe.rollout.engine
+    return "vllm" if recipe.rollout.gpus_per_worker else "torch"
+
+
+def roles(recipe: Recipe) -> list[Role]:
+    """Who is placed for a stage."""
+    rollout, trainer, reference = recipe.rollout, recipe.trainer, recipe.reference
+    found = [Role("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker)]
+    if recipe.needs_rollouts:
+        found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
+        found.append(Role("rewards", recipe.reward_server.workers, recipe.reward_server.cpus_per_worker, 0.0))
+    if recipe.needs_reference:
+        found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
+    return found
+
+
+def start_ray(recipes: Sequence[Recipe]) -> None:
+    """Joins the cluster that RAY_ADDRESS names (a submitted job has it set), or starts Ray in this process.
+
+    A cluster of our own promises as many CPUs as the recipe asks for: on a small machine actors take turns.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    wanted = max(sum(role.cpus * role.workers for role in roles(recipe)) for recipe in recipes)
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int) -> Actors:
+    """Reserves resources and starts the actors of a stage.
+
+    Raises:
+        ValueError: The cluster cannot hold them: what is asked for and what there is.
+    """
+    wanted = roles(recipe)
+    group = _reserve(wanted, recipe.run.startup_timeout_s)
+    bundles = iter(range(sum(role.workers for role in wanted)))
+    placed = {role.name: [_strategy(group, next(bundles)) for _ in range(role.workers)] for role in wanted}
+    seed = recipe.run.seed
+
+    def spawn(cls: type, role: Role, rank: int, *args: Any, **kwargs: Any) -> Any:
+        options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": placed[role.name][rank]}
+        return ray.remote(cls).options(**options).remote(*args, **kwargs)
+
+    groups: dict[str, ActorGroup] = {}
+    for role in wanted:
+        handles = []
+        for rank in range(role.workers):
+            threads = max(1, int(role.cpus))
+            match role.name:
+                case "trainer":
+                    options = {"rank": rank, "world_size": role.workers, "num_threads": threads, "seed": seed}
+                    handles.append(spawn(PolicyTrainer, role, rank, model, recipe.trainer, **options))
+                case "rollout":
+                    options = {
+                        "rank": rank,
+                        "engine": rollout_engine(recipe),
+                        "max_model_len": max_model_len,
+                        "num_threads": threads,
+                        "seed": seed,
+                        "log_directory": directory / "logs",
+                    }
+                    handles.append(spawn(RolloutWorker, role, rank, model, recipe.rollout, **options))
+                case "rewards":
+                    handles.append(spawn(RewardServer, role, rank, recipe.scoring, recipe.reward_server.children))
+                case "reference":
+                    source = model if recipe.reference.path is None else ModelBlock(path=recipe.reference.path, dtype=model.dtype)
+                    options = {"gpus": role.gpus, "num_threads": threads, "seed": seed}
+                    handles.append(spawn(ReferenceModel, role, rank, source, **options))
+        timeout_s = recipe.trainer.timeout_s if role.name == "trainer" else recipe.rollout.timeout_s
+        groups[role.name] = ActorGroup(role.name, handles, timeout_s)
+    actors = Actors(
+        groups["trainer"], groups.get("rollout"), groups.get("rewards"), groups.get("reference"), group
+    )
+    _begin_setup(actors, recipe)
+    return actors
+
+
+def _begin_setup(actors: Actors, recipe: Recipe) -> None:
+    trainer = actors.trainer
+    address = None
+    if len(trainer) > 1:
+        first = Pending([trainer.name_of(0)], "rendezvous", [trainer.start(0, PolicyTrainer.rendezvous)])
+        address = first.get(recipe.run.startup_timeout_s)[0]
+    actors.starting.append(trainer.start_all(PolicyTrainer.setup, address))
+    if actors.rollout:
+        actors.starting.append(actors.rollout.start_all(RolloutWorker.ready))
+    if actors.rewards:
+        actors.starting.append(actors.rewards.start_all(RewardServer.ready))
+    if actors.reference:
+        actors.starting.append(actors.reference.start_all(ReferenceModel.ready))
+
+
+def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
+    bundles = [{"CPU": role.cpus, "GPU": role.gpus} for role in wanted for _ in range(role.workers)]
+    bundles = [{name: n for name, n in bundle.items() if n} or {"CPU": 0.001} for bundle in bundles]
+    group = placement_group(bundles, strategy="PACK")
+    total = ray.cluster_resources()
+    for name in ("CPU", "GPU"):
+        asked = sum(bundle.get(name, 0) for bundle in bundles)
+        if asked > total.get(name, 0):
+            remove_placement_group(group)
+            needs = ", ".join(f"{r.name} {r.workers} x ({r.cpus:g} CPU, {r.gpus:g} GPU)" for r in wanted)
+            raise ValueError(
+                f"the cluster has {total.get(name, 0):g} {name}, the recipe asks for {asked:g}: {needs}; "
+                "lower workers, cpus_per_worker or gpus_per_worker"
+            )
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except GetTimeoutError:
+        remove_placement_group(group)
+        raise ValueError(
+            f"no room for {bundles} within {timeout_s:.0f} s; free now: {ray.available_resources()}"
+        ) from None
+    return group
+
+
+def _strategy(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)

@@ -1,0 +1,60 @@
+"""The recipe: blocks, the algorithm table, loading."""
+
+from rlflow.recipe.algorithm_blocks import (
+    AdvantageBlock,
+    AlgorithmBlock,
+    CorrectionBlock,
+    CriticBlock,
+    GroupBlock,
+    KLBlock,
+    PolicyLossBlock,
+    PreferenceBlock,
+)
+from rlflow.recipe.block import Block
+from rlflow.recipe.loading import dump_recipe, load_recipe
+from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
+from rlflow.recipe.problems import Problem, RecipeError
+from rlflow.recipe.schema import (
+    DataBlock,
+    EvaluationBlock,
+    ModelBlock,
+    Recipe,
+    ReferenceBlock,
+    RewardBlock,
+    RewardServerBlock,
+    RolloutBlock,
+    RunBlock,
+    SourceBlock,
+    TrackerName,
+    TrainerBlock,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "AdvantageBlock",
+    "AlgorithmBlock",
+    "AlgorithmRow",
+    "Block",
+    "CorrectionBlock",
+    "CriticBlock",
+    "DataBlock",
+    "EvaluationBlock",
+    "GroupBlock",
+    "KLBlock",
+    "ModelBlock",
+    "PolicyLossBlock",
+    "PreferenceBlock",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "ReferenceBlock",
+    "RewardBlock",
+    "RewardServerBlock",
+    "RolloutBlock",
+    "RunBlock",
+    "SourceBlock",
+    "TrackerName",
+    "TrainerBlock",
+    "dump_recipe",
+    "load_recipe",
+]

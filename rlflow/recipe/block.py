@@ -1,0 +1,43 @@
+"""What every block of a recipe has in common: unknown keys are errors, and so are values that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+Number = Annotated[float, Field(strict=True)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+
+LATER = {"conflicts": "later"}
+"""Validation context under which conflicts are not raised: the loader collects them with their places."""
+
+
+class Conflict(NamedTuple):
+    """Values that are each fine and do not go together."""
+
+    keys: tuple[str, ...]
+    """Dotted keys below the block that says so; the error points at the first."""
+    reason: str
+    """What is wrong and what to do."""
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    def conflicts(self) -> Iterable[Conflict]:
+        """Combinations of this block's values that make no sense."""
+        return ()
+
+    @model_validator(mode="after")
+    def _has_no_conflicts(self, info: ValidationInfo) -> Block:
+        if info.context != LATER and (found := list(self.conflicts())):
+            raise ValueError("; ".join(f"{conflict.keys[0]}: {conflict.reason}" for conflict in found))
+        return self

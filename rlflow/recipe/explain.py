@@ -1,0 +1,247 @@
+"""Validation errors in plain English, with the place of the key and the remedy."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rlflow.recipe.block import LATER, Block
+from rlflow.recipe.problems import Problem, nearest
+from rlflow.recipe.schema import Recipe
+from rlflow.recipe.yaml_source import Document, KeyPath
+
+ELSEWHERE = {
+    "batch_size": "data.prompts_per_step",
+    "dataset": "data.train",
+    "epsilon": "algorithm.loss.clip_low",
+    "epsilon_high": "algorithm.loss.clip_high",
+    "eval_steps": "evaluation.every",
+    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
+    "lr": "trainer.learning_rate",
+    "lr_scheduler_type": "trainer.schedule",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_steps": "run.steps",
+    "micro_batch_size": "trainer.tokens_per_micro_batch",
+    "model_name_or_path": "model.path",
+    "num_generations": "algorithm.group_size",
+    "num_iterations": "algorithm.groups.epochs_per_step",
+    "num_train_epochs": "run.epochs",
+    "per_device_train_batch_size": "data.prompts_per_step",
+    "report_to": "tracking",
+    "reward_funcs": "rewards",
+    "save_steps": "run.save_every",
+    "save_total_limit": "run.keep_checkpoints",
+    "torch_dtype": "model.dtype",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_fraction",
+    "warmup_ratio": "trainer.warmup_steps",
+}
+"""Names that other frameworks use for our keys."""
+
+_BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "string": "text",
+    "bool": "true or false",
+    "list": "a list, with `- ` before each item or in [ ]",
+    "tuple": "a list",
+    "dict": "a block of keys",
+    "model": "a block of keys",
+}
+
+
+def validate(document: Document, problems: list[Problem]) -> Recipe | None:
+    """The recipe, or None when something is wrong with it: then ``problems`` grows by all of it.
+
+    Keys that are wrong are left out for a second look, so that values that do not go together are found as well.
+    """
+    try:
+        recipe = Recipe.model_validate(document.data, context=LATER)
+    except ValidationError as failure:
+        errors = [(_without_tags(error["loc"]), error) for error in failure.errors()]
+        problems += [Problem.at(document.place(path), dotted(path), _explain(path, error)) for path, error in errors]
+        try:
+            recipe = Recipe.model_validate(_pruned(document.data, [path for path, _ in errors]), context=LATER)
+        except ValidationError:
+            return None
+        wrong = {_named(path) for path, _ in errors}
+        wrong |= {key for path, error in errors if error["type"] == "extra_forbidden" for key in _meant(path)}
+        problems += _conflicts(recipe, document, wrong)
+        return None
+    found = _conflicts(recipe, document, set())
+    problems += found
+    return None if found else recipe
+
+
+def _conflicts(recipe: Recipe, document: Document, wrong: set[str]) -> list[Problem]:
+    """What does not go together, but for what may only follow from the keys in ``wrong``."""
+    found = []
+    for path, block in _blocks_of(recipe):
+        for conflict in block.conflicts():
+            keys = [(*path, *key.split(".")) for key in conflict.keys]
+            if not any(_overlap(_named(key), other) for key in keys for other in wrong):
+                given = next((key for key in keys if key in document.places), keys[0])
+                found.append(Problem.at(document.place(given), dotted(keys[0]), conflict.reason))
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one is within the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+@cache
+def block_classes() -> dict[str, type[Block]]:
+    """Every block by its dotted path, list indices left out: ``algorithm.kl``, ``rewards``, ``data.train``."""
+    return dict(_walk("", Recipe))
+
+
+def _walk(path: str, block: type[Block]) -> Iterator[tuple[str, type[Block]]]:
+    yield path, block
+    hints = typing.get_type_hints(block)
+    for name in block.model_fields:
+        for inner in _blocks_in(hints[name]):
+            yield from _walk(f"{path}.{name}".lstrip("."), inner)
+
+
+def _blocks_in(hint: Any) -> set[type[Block]]:
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and issubclass(hint, Block):
+        return {hint}
+    return {block for argument in typing.get_args(hint) for block in _blocks_in(argument)}
+
+
+def _blocks_of(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Block]]:
+    if isinstance(value, Block):
+        yield path, value
+        for name in type(value).model_fields:
+            yield from _blocks_of(getattr(value, name), (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _blocks_of(item, (*path, index))
+
+
+def _without_tags(location: tuple[int | str, ...]) -> KeyPath:
+    return tuple(part for part in location if not str(part).startswith("<"))
+
+
+def _pruned(data: Any, paths: list[KeyPath]) -> Any:
+    """A copy of ``data`` without the values at ``paths``; a list that loses an item is left out whole."""
+    here = {path[0] for path in paths if len(path) == 1}
+    if isinstance(data, list):
+        return [] if here else [_pruned(item, _under(paths, index)) for index, item in enumerate(data)]
+    if isinstance(data, dict):
+        return {key: _pruned(value, _under(paths, key)) for key, value in data.items() if key not in here}
+    return data
+
+
+def _under(paths: list[KeyPath], part: int | str) -> list[KeyPath]:
+    return [path[1:] for path in paths if path[:1] == (part,) and len(path) > 1]
+
+
+def _explain(path: KeyPath, error: ErrorDetails) -> str:
+    kind, value = error["type"], error["input"]
+    context = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "missing":
+        return f"is missing: {_meaning(path)}" if isinstance(path[-1], str) else "has too few values"
+    if kind == "value_error":
+        return str(context["error"])
+    if value is None:
+        return "has no value: give one, or remove the line"
+    if kind == "literal_error":
+        return _not_among(value, str(context["expected"]))
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"must be {words} {context[bound]:g}, is {_shown(value)}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"must be a whole number, is {_shown(value)}: write {int(value)}"
+    if kind == "too_long":
+        return f"has {context['actual_length']} values, at most {context['max_length']} are possible"
+    expected = next((words for word, words in _EXPECTED.items() if kind.startswith(word)), None)
+    if expected is None:
+        return error["msg"]
+    hint = ": put it in quotes" if kind.startswith("string") and not isinstance(value, dict | list) else ""
+    return f"must be {expected}, is {_shown(value)}{hint}"
+
+
+def _meaning(path: KeyPath) -> str:
+    block = block_classes()[_named(path[:-1])]
+    text = block.model_fields[str(path[-1])].description or ""
+    return " ".join(text.split())
+
+
+def _named(path: KeyPath) -> str:
+    """The dotted path without list indices."""
+    return dotted(tuple(part for part in path if isinstance(part, str)))
+
+
+def _meant(path: KeyPath) -> list[str]:
+    """The dotted keys that an unknown one may stand for, likeliest first."""
+    key, here = str(path[-1]), _named(path[:-1])
+    keys = {owner: list(block.model_fields) for owner, block in block_classes().items()}
+    keys[""] += ["extends", "stages"]
+    owners = sorted((owner for owner, own in keys.items() if key in own), key=lambda owner: owner.count("."))
+    found = [_join(owner, key) for owner in owners]
+    if near := nearest(key, keys[here], cutoff=0.8):
+        found.insert(0, _join(here, near))
+    if found or key in ELSEWHERE:
+        return found or [ELSEWHERE[key]]
+    owner_of = {name: owner for owner, own in keys.items() for name in own}
+    if near := nearest(key, owner_of, cutoff=0.8):
+        return [_join(owner_of[near], near)]
+    near = nearest(key, keys[here])
+    return [_join(here, near)] if near else []
+
+
+def _unknown_key(path: KeyPath) -> str:
+    key, here, meant = str(path[-1]), _named(path[:-1]), _meant(path)
+    if not meant:
+        return f"unknown key; keys here are {', '.join(block_classes()[here].model_fields)}"
+    owners = [full.rpartition(".")[0] for full in meant if _last(full) == key]
+    remedies = [f"did you mean {full.removeprefix(f'{here}.')}?" for full in meant if _last(full) != key]
+    if owners:
+        shown = ", ".join(f"`{owner}`" if owner else "the top level" for owner in owners[:4])
+        remedies.append(f"{key} belongs to {shown}")
+    return f"unknown key here ({' '.join(remedies)})"
+
+
+def _join(owner: str, key: str) -> str:
+    return f"{owner}.{key}" if owner else key
+
+
+def _last(dotted_key: str) -> str:
+    return dotted_key.rpartition(".")[2]
+
+
+def _not_among(value: Any, expected: str) -> str:
+    words = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+    near = nearest(value, words) if isinstance(value, str) else None
+    return f"must be one of {', '.join(words)}; is {_shown(value)}" + (f" (did you mean {near}?)" if near else "")
+
+
+def _shown(value: Any) -> str:
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, dict):
+        return "a block of keys"
+    if isinstance(value, list):
+        return "a list"
+    return text if len(text) <= 60 else f"{text[:57]}..."

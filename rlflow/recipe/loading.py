@@ -1,0 +1,196 @@
+"""A recipe file -> validated recipes, one a stage.
+
+    file -- extends --> one document -- stages, overrides --> a document a stage
+         -- the algorithm's defaults, absolute paths --> a validated Recipe
+
+Every value keeps its file and line on the way, so that a problem is reported where the user can correct it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe.explain import validate
+from rlflow.recipe.local_paths import make_absolute
+from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
+from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
+from rlflow.recipe.schema import Recipe
+from rlflow.recipe.yaml_source import Document, dump, merge, read_document
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedRecipe:
+    """A recipe that remembers where its values were given."""
+
+    recipe: Recipe
+    document: Document
+
+    def problem(self, key: str, message: str) -> Problem:
+        """A problem with the value at a dotted key, list indices included."""
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        return Problem.at(self.document.place(path), key, message)
+
+
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> list[Recipe]:
+    """The recipe's stages, resolved, in order; one for a recipe without ``stages``.
+
+    Args:
+        path: A YAML file. ``extends: other.yaml`` in it names a file to start from.
+        overrides: ``"a.b.c=value"`` each, the value as YAML, or a mapping of such keys to values. They apply to every
+            stage; ``stages.<name>.a.b.c`` applies to one. ``rewards.0.weight`` reaches into a list.
+
+    Raises:
+        RecipeError: Something is wrong: all of it, each problem with file, line and remedy.
+    """
+    return [located.recipe for located in load_located(path, overrides)]
+
+
+def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRecipe]:
+    """``load_recipe``, with the places of all values."""
+    path = Path(path)
+    problems: list[Problem] = []
+    document = _read_with_bases(path, problems, ())
+    changes = parse_overrides(overrides, problems)
+    located: list[LocatedRecipe] = []
+    starts_from: str | None = None
+    for stage in _split_stages(document, changes, problems):
+        resolved = _resolve(stage, path, starts_from)
+        run = resolved.data["run"]
+        starts_from = f"{run['output_dir']}/final" if isinstance(run, dict) else None
+        recipe = validate(resolved, problems)
+        if recipe is not None:
+            located.append(LocatedRecipe(recipe, resolved))
+    if problems:
+        raise RecipeError(problems)
+    return located
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every key; loading it gives the same recipe."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Path, ...]) -> Document:
+    if path.is_dir():
+        raise RecipeError([Problem(str(path), None, "", "is a directory: name a .yaml file")])
+    if not path.is_file():
+        raise RecipeError([Problem(str(path), None, "", f"there is no such file{_similar_file(path)}")])
+    document = read_document(path, problems)
+    if "extends" not in document.data:
+        return document
+    base, place = document.data["extends"], document.places["extends",]
+    if not isinstance(base, str):
+        raise RecipeError([Problem.at(place, "extends", "must name one file, relative to this one")])
+    base_path = path.parent / base
+    chain = (*extended_by, path)
+    if base_path.resolve() in [file.resolve() for file in chain]:
+        names = " -> ".join(str(file) for file in (*chain, base_path))
+        raise RecipeError([Problem.at(place, "extends", f"goes in a circle: {names}")])
+    if not base_path.is_file():
+        message = f"there is no file {base_path}{_similar_file(base_path)}"
+        raise RecipeError([Problem.at(place, "extends", message)])
+    return document.without("extends").merged_over(_read_with_bases(base_path, problems, chain))
+
+
+def _similar_file(path: Path) -> str:
+    siblings = {file.stem: file for file in path.parent.glob("*.y*ml")}
+    near = nearest(path.stem, siblings)
+    return f" (did you mean {siblings[near]}?)" if near else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What one stage was given."""
+
+    name: str | None
+    """None for a recipe without ``stages``."""
+    document: Document
+    own_model: bool
+    """Whether it says itself which model it starts from."""
+
+
+def _split_stages(document: Document, changes: Sequence[Change], problems: list[Problem]) -> list[_Stage]:
+    for_all = [change for change in changes if change.path[0] != "stages"]
+    for_one = [change for change in changes if change.path[0] == "stages"]
+    if "stages" not in document.data:
+        problems += [change.problem("the recipe has no stages: leave out stages.<name>") for change in for_one]
+        return [_Stage(None, apply(document, for_all, problems), own_model=True)]
+    names = _stage_names(document, problems)
+    for change in for_one:
+        if len(change.path) < 3:
+            problems.append(change.problem("does not say what to set: write stages.<name>.<key>=value"))
+        elif change.path[1] not in names:
+            problems.append(change.problem(f"there is no such stage ({did_you_mean(change.path[1], names)})"))
+    stages = []
+    shared = document.without("stages")
+    for index, name in enumerate(names):
+        own_changes = [
+            Change(change.path[2:], change.value, change.place) for change in for_one if change.path[1:2] == (name,)
+        ]
+        own = apply(document.below(("stages", index)).without("name"), own_changes, problems)
+        own_model = bool({"path", "architecture"} & _block(own.data, "model").keys())
+        merged = own.merged_over(shared.without("algorithm") if _other_algorithm(own, shared) else shared)
+        merged.data["stage"] = name
+        stages.append(_Stage(name, apply(merged, for_all, problems), own_model or index == 0))
+    return stages
+
+
+def _stage_names(document: Document, problems: list[Problem]) -> list[str]:
+    """The stages' names, in order; none when one of them is wrong."""
+    entries = document.data["stages"]
+    names: list[str] = []
+    wrong: list[Problem] = []
+    if not isinstance(entries, list) or not entries:
+        message = "must be a list of stages, each `- name: ...` with the blocks that differ"
+        wrong.append(Problem.at(document.places["stages",], "stages", message))
+        entries = []
+    for index, entry in enumerate(entries):
+        name = entry["name"] if isinstance(entry, dict) and "name" in entry else None
+        message = None
+        if not isinstance(name, str):
+            message = "needs a name, e.g. `- name: sft`"
+        elif not re.fullmatch(r"[\w-]+", name):
+            message = f"{name} names a directory: use letters, digits, - and _ only"
+        elif name in names:
+            message = f"there are two stages called {name}: rename one"
+        if message is not None:
+            wrong.append(Problem.at(document.place(("stages", index, "name")), f"stages.{index}.name", message))
+        names.append(str(name))
+    problems += wrong
+    return [] if wrong else names
+
+
+def _other_algorithm(own: Document, shared: Document) -> bool:
+    mine, theirs = _block(own.data, "algorithm"), _block(shared.data, "algorithm")
+    return "name" in mine and "name" in theirs and mine["name"] != theirs["name"]
+
+
+def _block(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """A block as it was given, empty when it was not."""
+    return data[name] if name in data and isinstance(data[name], dict) else {}
+
+
+def _resolve(stage: _Stage, path: Path, starts_from: str | None) -> Document:
+    """Fills in what the recipe leaves to be derived. ``starts_from``: the model that the stage before will leave."""
+    data = {"run": {}, **make_absolute(stage.document)}
+    if isinstance(data["run"], dict):
+        run = {"output_dir": f"runs/{path.stem}", **data["run"]}
+        if isinstance(run["output_dir"], str):
+            run["output_dir"] = os.path.abspath(os.path.expanduser(run["output_dir"]))
+            if stage.name is not None:
+                run["output_dir"] = os.path.join(run["output_dir"], stage.name)
+        data["run"] = run
+    algorithm = _block(data, "algorithm")
+    if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):
+        data["algorithm"] = merge(ALGORITHMS[algorithm["name"]].defaults, algorithm)
+    if not stage.own_model and starts_from is not None:
+        of_the_start = {"path", "revision", "architecture", "characters"}
+        kept = {key: value for key, value in _block(data, "model").items() if key not in of_the_start}
+        data["model"] = {**kept, "path": starts_from}
+    return Document(data, stage.document.places)

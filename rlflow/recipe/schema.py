@@ -1,0 +1,383 @@
+"""The recipe's blocks. Every field has its meaning under it; an unknown key is an error (see loading.py).
+
+No torch, ray or vllm import here: a recipe validates anywhere, at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from rlflow.recipe.algorithm_blocks import AlgorithmBlock
+from rlflow.recipe.block import (
+    Block,
+    Conflict,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+)
+from rlflow.recipe.presets import ALGORITHMS
+
+
+class ModelBlock(Block):
+    path: str | None = None
+    """A Hugging Face directory or hub id. Absent: a new model of `architecture`."""
+    revision: str | None = None
+    """Of the hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in trainer and engine."""
+    architecture: dict[str, Any] | None = None
+    """Fields of a transformers config, with `model_type`: the policy starts from random weights."""
+    characters: str | None = None
+    """Characters of the tokenizer made for a new model, a token each."""
+    chat_template: str | None = None
+    """A Jinja template, or a file that holds one; overrides the tokenizer's."""
+    trust_remote_code: bool = False
+    """Run code that the model repository brings."""
+
+
+class SourceBlock(Block):
+    path: str | None = None
+    """A local file (JSON, JSONL, CSV, Parquet; .gz too), or a hub dataset id."""
+    generator: str | None = None
+    """Rows made by a function: a name of rlflow.data.generated, or `file.py:function`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the generator."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    rows: PositiveInt | None = None
+    """Use this many rows, drawn with the run's seed; repeats when the set is smaller."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the file's column, e.g. {prompt: question, solution: answer}."""
+    format: Literal["auto", "messages", "sharegpt", "instruction", "prompt", "preference", "kto", "text"] = "auto"
+    """How a row becomes messages."""
+    max_bad_rows: NonNegativeInt = 0
+    """How many malformed rows may be skipped (each is named) before the run refuses to start."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if (self.path is None) == (self.generator is None):
+            yield Conflict(("path", "generator"), _exactly_one(path=self.path, generator=self.generator))
+        if self.generator is None and self.args:
+            yield Conflict(("args", "generator"), "are a generator's: give generator, or remove them")
+        if self.generator is not None and self.subset is not None:
+            yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
+        if self.generator is not None and ":" in self.generator:
+            yield from _malformed_function("generator", self.generator)
+
+
+OneOrSeveral = Annotated[
+    Annotated[SourceBlock, Tag("<one>")] | Annotated[list[SourceBlock], Tag("<several>")],
+    Discriminator(lambda given: "<several>" if isinstance(given, list) else "<one>"),
+]
+
+
+class DataBlock(Block):
+    train: OneOrSeveral
+    """Where the rows come from; several are concatenated."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts (online) or examples (offline) a step."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt."""
+    max_tokens: PositiveInt = 2048
+    """Longest example of offline training, prompt and answer."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """Rows beyond these limits: refuse to start, leave them out, or cut (prompts from the left, examples from the
+    right)."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    shuffle: bool = True
+    """A new order every epoch, from the run's seed."""
+    loss_on: Literal["last_assistant", "all_assistant", "all"] = "all_assistant"
+    """SFT: which messages are trained."""
+    ignore_empty_think: bool = False
+    """SFT: no loss on an empty `<think></think>`."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.train == []:
+            yield Conflict(("train",), "is empty: give at least one source")
+
+
+class RewardBlock(Block):
+    name: str | None = None
+    """A function of rewards/, see docs/rewards.md."""
+    plugin: str | None = None
+    """Your own, `file.py:function`; called as fn(prompts, completions, completion_ids, **columns)."""
+    weight: Number = 1.0
+    """Its share of the reward."""
+    timeout_s: PositiveFloat = 10.0
+    """A call longer than this is killed; the rollout is then unscored."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of every call."""
+
+    @property
+    def label(self) -> str:
+        """The name metrics use."""
+        return self.name or (self.plugin or "").rpartition(":")[2]
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if (self.name is None) == (self.plugin is None):
+            yield Conflict(("name", "plugin"), _exactly_one(name=self.name, plugin=self.plugin))
+        if self.plugin is not None:
+            yield from _malformed_function("plugin", self.plugin)
+
+
+class RewardServerBlock(Block):
+    workers: PositiveInt = 1
+    """RewardServer actors."""
+    children: PositiveInt = 1
+    """Killable child processes of each."""
+    cpus_per_worker: NonNegativeFloat = 0.0
+    """Ray CPUs each reserves."""
+    max_error_fraction: Fraction = 0.5
+    """The run stops when more of a step's rollouts than this are unscored because a function failed."""
+
+
+class RolloutBlock(Block):
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    """auto: vllm where there is a GPU, torch elsewhere."""
+    workers: PositiveInt = 1
+    """RolloutWorker actors."""
+    max_new_tokens: PositiveInt = 256
+    """Longest completion."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling; the trainer's logprobs use the same."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    top_k: NonNegativeInt = 0
+    """0 keeps every token."""
+    max_num_seqs: PositiveInt = 256
+    """Completions an engine generates at a time."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Ray CPUs, and compute threads, of each worker."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs of each worker."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs one engine is split over (vllm)."""
+    gpu_memory_fraction: Fraction = 0.5
+    """Share of a GPU's memory the engine may take (vllm)."""
+    kv_cache_gib: PositiveFloat = 2.0
+    """Key-value cache on a machine without GPU (vllm)."""
+    timeout_s: PositiveFloat = 1800.0
+    """A generate call longer than this is an error that names the worker."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        size = self.tensor_parallel_size
+        if size > 1 and self.engine == "torch":
+            yield Conflict(("tensor_parallel_size", "engine"), "the torch engine is not split: set engine: vllm")
+        elif size > 1 and self.gpus_per_worker < size:
+            reason = f"{size} needs as many GPUs: set gpus_per_worker: {size}"
+            yield Conflict(("tensor_parallel_size", "gpus_per_worker"), reason)
+
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class TrainerBlock(Block):
+    engine: Literal["fsdp"] = "fsdp"
+    """FSDP2."""
+    workers: PositiveInt = 1
+    """Ranks."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, on matrices only."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_micro_batch: PositiveInt = 8192
+    """Bound of a packed micro-batch; a longer sequence is alone in its own."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    max_skipped_steps: PositiveInt = 3
+    """This many non-finite steps in a row stop the run."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Ray CPUs, and compute threads, of each rank."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs of each rank."""
+    timeout_s: PositiveFloat = 1800.0
+    """A call longer than this is an error that names the rank."""
+
+
+class ReferenceBlock(Block):
+    path: str | None = None
+    """A model; the policy's starting point when absent."""
+    workers: PositiveInt = 1
+    """ReferenceModel actors."""
+    cpus_per_worker: NonNegativeFloat = 1.0
+    """Ray CPUs, and compute threads, of each."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs of each."""
+
+
+class EvaluationBlock(Block):
+    name: str = "heldout"
+    """Metrics are `eval/<name>/...`."""
+    data: SourceBlock
+    """Held-out rows."""
+    every: PositiveInt | None = None
+    """Evaluate after every so many steps; before the first and after the last in any case."""
+    samples: PositiveInt = 1
+    """Completions a prompt, the k of pass@k."""
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+    max_new_tokens: PositiveInt | None = None
+    """The rollout block's when absent."""
+    reward: RewardBlock | None = None
+    """What counts as a pass when it reaches `threshold`; the recipe's first reward when absent."""
+    threshold: Number = 1.0
+    """Least reward that passes."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.samples > 1 and not self.temperature:
+            reason = f"{self.samples} greedy completions are all the same: set temperature, or samples: 1"
+            yield Conflict(("samples", "temperature"), reason)
+
+
+class RunBlock(Block):
+    steps: PositiveInt | None = None
+    """Optimizer steps; or give epochs."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data; or give steps."""
+    max_staleness: NonNegativeInt = 0
+    """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
+    seed: NonNegativeInt = 0
+    """Of everything random."""
+    output_dir: str = "runs/run"
+    """Where results go."""
+    save_every: PositiveInt | None = None
+    """Checkpoint after every so many steps; after the last in any case."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest so many stay, and the best."""
+    log_rollouts_every: PositiveInt = 1
+    """Steps between Parquet files of rollouts."""
+    startup_timeout_s: PositiveFloat = 600.0
+    """Actors that are not ready by then are an error."""
+
+
+TrackerName = Literal["console", "jsonl", "wandb", "tensorboard"]
+
+
+class Recipe(Block):
+    """One stage, resolved: every key has its value."""
+
+    stage: str | None = None
+    """Name of the stage, when the file has several."""
+    algorithm: AlgorithmBlock
+    """What is optimised."""
+    model: ModelBlock
+    """The policy's starting point."""
+    data: DataBlock
+    """What it learns from."""
+    rewards: list[RewardBlock] = Field(default_factory=list)
+    """What is good."""
+    reward_server: RewardServerBlock = RewardServerBlock()
+    """Who computes rewards."""
+    rollout: RolloutBlock = RolloutBlock()
+    """Who generates."""
+    trainer: TrainerBlock = TrainerBlock()
+    """Who trains."""
+    reference: ReferenceBlock = ReferenceBlock()
+    """The frozen model of the KL term."""
+    evaluation: EvaluationBlock | None = None
+    """Held-out measurements during the run."""
+    run: RunBlock = RunBlock()
+    """How long, where to."""
+    tracking: list[TrackerName] = Field(default_factory=lambda: ["console", "jsonl"])
+    """Who is told."""
+
+    @property
+    def family(self) -> Literal["online", "sft", "preference"]:
+        """Which driver runs it."""
+        return ALGORITHMS[self.algorithm.name].family
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether anybody generates: to train on it, or to evaluate."""
+        return self.family == "online" or self.evaluation is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model scores what is trained."""
+        if self.family == "preference":
+            return not self.algorithm.preference.reference_free
+        return self.family == "online" and self.algorithm.kl.coef > 0
+
+    @property
+    def evaluation_reward(self) -> RewardBlock | None:
+        """What decides whether an answer passes."""
+        if self.evaluation is None:
+            return None
+        return self.evaluation.reward or self.rewards[0]
+
+    @property
+    def scoring(self) -> list[RewardBlock]:
+        """Every function a reward server needs: the rewards, then the evaluation's when it is not among them."""
+        extra = self.evaluation_reward
+        return [*self.rewards, *([extra] if extra is not None and extra not in self.rewards else [])]
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from self._model_conflicts()
+        yield from self._reward_conflicts()
+        run = self.run
+        if (run.steps is None) == (run.epochs is None):
+            yield Conflict(("run.steps", "run.epochs"), _exactly_one(steps=run.steps, epochs=run.epochs))
+        if self.family != "online":
+            return
+        groups, prompts = self.algorithm.groups, self.data.prompts_per_step
+        if prompts % groups.updates_per_step:
+            reason = f"{groups.updates_per_step} does not divide data.prompts_per_step ({prompts})"
+            yield Conflict(("algorithm.groups.updates_per_step", "data.prompts_per_step"), reason)
+
+    def _model_conflicts(self) -> Iterator[Conflict]:
+        model = self.model
+        if (model.path is None) == (model.architecture is None):
+            reason = _exactly_one(path=model.path, architecture=model.architecture)
+            yield Conflict(("model.path", "model.architecture"), reason)
+        if model.architecture is not None and not isinstance(model.architecture.get("model_type"), str):
+            yield Conflict(("model.architecture",), "needs model_type, e.g. llama or qwen3")
+        if model.architecture is not None and not model.characters:
+            reason = "a new model needs a tokenizer: give the characters it is to know"
+            yield Conflict(("model.characters", "model.architecture"), reason)
+        if model.architecture is None and model.characters is not None:
+            reason = "are the tokenizer of a new model: give architecture, or remove them"
+            yield Conflict(("model.characters", "model.architecture"), reason)
+        if model.architecture is not None and model.revision is not None:
+            yield Conflict(("model.revision", "model.architecture"), "is a hub id's, and this model is new: remove it")
+
+    def _reward_conflicts(self) -> Iterator[Conflict]:
+        name = self.algorithm.name
+        if self.family == "online" and not self.rewards:
+            yield Conflict(("rewards", "algorithm.name"), f"{name} learns from rewards: give at least one")
+        if self.family != "online" and self.rewards:
+            reason = f"{name} does not use rewards: remove them, or move them to the stage that does"
+            yield Conflict(("rewards", "algorithm.name"), reason)
+        if self.evaluation is not None and self.evaluation.reward is None and not self.rewards:
+            yield Conflict(("evaluation.reward", "rewards"), "there is no reward that decides what passes: give one")
+        for label, count in Counter(reward.label for reward in self.rewards).items():
+            if count > 1:
+                reason = f"{count} are called {label}: metrics could not tell them apart; keep one, or rename a plugin"
+                yield Conflict(("rewards",), reason)
+
+
+def _exactly_one(**given: object) -> str:
+    names = " or ".join(given)
+    return f"give {names}" if all(value is None for value in given.values()) else f"give {names}, not both"
+
+
+def _malformed_function(key: str, text: str) -> Iterator[Conflict]:
+    file, colon, function = text.rpartition(":")
+    if not (colon and file.endswith(".py") and function.isidentifier()):
+        yield Conflict((key,), f"{text} is not of the form file.py:function")

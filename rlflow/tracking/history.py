@@ -1,0 +1,112 @@
+"""A run directory read back: its stages, their metrics as series over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlflow.tracking.jsonl import read_metrics
+from rlflow.tracking.redact import redact
+
+METRICS = "metrics.jsonl"
+
+
+class HistoryError(ValueError):
+    """A directory that holds no run, or a metric that it lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric over steps."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    """(step, value), finite values only."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageHistory:
+    """What one stage left."""
+
+    name: str
+    directory: Path
+    recipe: dict[str, Any]
+    """The resolved recipe without its secrets; empty when the file is missing."""
+    steps: tuple[dict[str, float], ...]
+    """A mapping a step, in order; NaN where a value was not finite."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Every metric, in the order in which it first appeared."""
+        return list(dict.fromkeys(key for row in self.steps for key in row if key not in ("step", "time")))
+
+    def series(self, key: str, name: str | None = None) -> Series:
+        points = ((row["step"], row[key]) for row in self.steps if key in row)
+        return Series(name or key, tuple((step, value) for step, value in points if math.isfinite(value)))
+
+    def last(self, key: str) -> float:
+        """The newest finite value; NaN when there is none."""
+        points = self.series(key).points
+        return points[-1][1] if points else math.nan
+
+    def evaluations(self) -> list[tuple[str, float, float, float, float]]:
+        """(metric, first step, first value, last step, last value) of every ``eval/`` key that was not always 0."""
+        rows = []
+        for key in self.keys:
+            points = self.series(key).points
+            if key.startswith("eval/") and any(value for _, value in points):
+                rows.append((key.removeprefix("eval/"), *points[0], *points[-1]))
+        return rows
+
+    def rollout_files(self) -> list[Path]:
+        """Parquet files in the order of their steps."""
+        return sorted((self.directory / "rollouts").glob("step_*.parquet"))
+
+
+def read_stages(run_directory: Path) -> list[StageHistory]:
+    """The stages of a run, in the order in which they ran; a run without stages is one.
+
+    Raises:
+        HistoryError: There is no metrics.jsonl in the directory, nor in one directly below.
+    """
+    paths = [path for path in (run_directory / METRICS, *run_directory.glob(f"*/{METRICS}")) if path.is_file()]
+    stages = [_read_stage(path.parent) for path in paths]
+    stages = sorted((stage for stage in stages if stage.steps), key=lambda stage: stage.steps[0]["time"])
+    if not stages:
+        raise HistoryError(
+            f"{run_directory}: no {METRICS} with a step in it, here or one directory below. "
+            "Give the directory that the recipe's run.output_dir names; `tracking` must have jsonl"
+        )
+    return stages
+
+
+def bucket(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most ``most`` points: means over equal numbers of neighbours; the first and the last point stay."""
+    if len(points) <= most:
+        return list(points)
+    inner, size = points[1:-1], (len(points) - 2) / (most - 2)
+    parts = [inner[round(i * size) : round((i + 1) * size)] for i in range(most - 2)]
+    means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts if part]
+    return [points[0], *means, points[-1]]
+
+
+def smooth(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
+    """Means over ``reach`` neighbours on either side, so that trends do not lag; over fewer near the ends."""
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        near = max(reach // 2, min(reach, i, len(points) - 1 - i))
+        window = points[max(0, i - near) : i + near + 1]
+        smoothed.append((x, sum(y for _, y in window) / len(window)))
+    return smoothed
+
+
+def _read_stage(directory: Path) -> StageHistory:
+    recipe_path = directory / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.exists() else {}
+    steps = tuple(read_metrics(directory / METRICS))
+    return StageHistory(directory.name, directory, redact(recipe), steps)

@@ -1,0 +1,213 @@
+"""One frozen dataclass a stage of the flow: Prompt -> Group of Rollouts -> Sample -> MicroBatch -> StepStats.
+
+Lists until packing, arrays after. Everything here is numpy or plain Python: the driver imports no torch, and numpy
+crosses Ray's object store without a copy.
+
+Suffixes: ``P`` prompt tokens, ``C`` completion tokens, ``T = P + C`` tokens of one sequence, ``G`` rollouts of a
+group, ``N`` tokens of a packed micro-batch, ``S`` sequences of a packed micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What goes in: one row of the data, rendered and tokenised once."""
+
+    id: str
+    """Stable name of the row, ``<source>:<row>``: seeds and the ledger are keyed on it."""
+    token_ids: np.ndarray
+    """int32 [P]."""
+    messages: Sequence[Message]
+    """What ``token_ids`` were rendered from."""
+    columns: Mapping[str, Any]
+    """The row's other columns: reward functions receive them as keyword lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. ``temperature == 0`` is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Any of these ends a completion; it is kept as the completion's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and the seeds of its samples: a completion for each seed."""
+
+    prompt_token_ids: np.ndarray
+    """int32 [P]."""
+    seeds: tuple[int, ...]
+    """One unsigned 63-bit seed a sample; the same seed gives the same completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one seed: tokens, and the logprobs they were drawn with."""
+
+    token_ids: np.ndarray
+    """int32 [C], the stop token included when one was drawn."""
+    logprobs: np.ndarray
+    """float32 [C]: log-probability of each token under the distribution it was drawn from."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """What a RolloutWorker returns: the completions of several prompts, packed. Sample g of prompt i is row i*G+g."""
+
+    token_ids: np.ndarray
+    """int32 [sum of C]."""
+    logprobs: np.ndarray
+    """float32 [sum of C]."""
+    offsets: np.ndarray
+    """int64 [rows + 1]: row r is ``token_ids[offsets[r]:offsets[r + 1]]``."""
+    finish_reasons: tuple[FinishReason, ...]
+    texts: tuple[str, ...]
+    """Completions decoded for reward functions and for people; training never reads them."""
+    policy_version: int
+    """Version of the weights that sampled every token of the batch."""
+    seconds: float
+    """Wall time the engine took."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreBatch:
+    """What a RewardServer returns for the rows of a RolloutBatch."""
+
+    rewards: Mapping[str, np.ndarray]
+    """Reward function -> float32 [rows]; NaN where it abstained or failed."""
+    failed: Mapping[str, np.ndarray]
+    """Reward function -> bool [rows]; True where it failed (raised, timed out, returned NaN or nonsense)."""
+    errors: tuple[str, ...]
+    """One sentence a failure, at most a handful: function, row, what happened."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion with everything that is known of it once it is scored."""
+
+    token_ids: np.ndarray
+    """int32 [C]."""
+    logprobs: np.ndarray
+    """float32 [C], as the engine reported them."""
+    policy_version: int
+    finish_reason: FinishReason
+    text: str
+    rewards: Mapping[str, float]
+    """By function; NaN where the function abstained or failed."""
+    reward: float
+    """Weighted sum; NaN when the rollout is unscored (masked, and left out of the group's baseline)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G rollouts of one prompt."""
+
+    prompt: Prompt
+    epoch: int
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float32 [G]."""
+        return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence to train on: a flat token stream, an explicit mask, aligned per-token fields.
+
+    Every per-token array has length T and speaks of the token at its own position: ``old_logprobs[t]`` is the
+    log-probability of ``token_ids[t]`` given ``token_ids[:t]``. Position 0 is never trained.
+    """
+
+    token_ids: np.ndarray
+    """int32 [T]."""
+    loss_mask: np.ndarray
+    """bool [T]: the tokens that are trained. Never inferred from pad or eos."""
+    loss_weights: np.ndarray
+    """float32 [T]: the reduction, already divided by its global denominator; 0 outside ``loss_mask``.
+    The loss of a batch is the sum over its tokens of ``loss_weights * per_token_loss``."""
+    advantages: np.ndarray | None = None
+    """float32 [T]."""
+    old_logprobs: np.ndarray | None = None
+    """float32 [T]: of the policy that sampled; 0 outside the completion."""
+    proximal_logprobs: np.ndarray | None = None
+    """float32 [T]: the trainer's own, before the first update of the batch; absent with a single update, when they are
+    the current ones."""
+    ref_logprobs: np.ndarray | None = None
+    """float32 [T]: of the reference."""
+    old_values: np.ndarray | None = None
+    """float32 [T]: the critic's, before the update (PPO)."""
+    returns: np.ndarray | None = None
+    """float32 [T] (PPO)."""
+    label: float = 0.0
+    """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
+    margin: float = 0.0
+    """What the loss compares the sequence or its pair with. Reward modelling: by how much the chosen one should win;
+    aot: by how much the reference of equal rank exceeds the pair's own; kto: the batch's KL."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences packed end to end, without padding: what one forward pass sees."""
+
+    token_ids: np.ndarray
+    """int32 [N]."""
+    position_ids: np.ndarray
+    """int32 [N], from 0 in every sequence."""
+    cu_seqlens: np.ndarray
+    """int32 [S + 1]: sequence s is ``token_ids[cu_seqlens[s]:cu_seqlens[s + 1]]``."""
+    loss_mask: np.ndarray
+    """bool [N]."""
+    loss_weights: np.ndarray
+    """float32 [N]."""
+    sample_indices: np.ndarray
+    """int32 [S]: which sample of the batch each sequence is; -1 for filler that keeps ranks in step."""
+    labels: np.ndarray
+    """float32 [S]."""
+    margins: np.ndarray
+    """float32 [S]."""
+    advantages: np.ndarray | None = None
+    old_logprobs: np.ndarray | None = None
+    proximal_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+    old_values: np.ndarray | None = None
+    returns: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Global counts of one optimizer batch, computed once and passed in: no split of the batch can change a loss."""
+
+    num_tokens: int
+    """Loss tokens."""
+    num_sequences: int
+    """Sequences with at least one loss token."""
+    num_groups: int
+    """Prompts (online) or pairs (preference data) among them."""
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step reports. Keys are ``group/name``."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,173 @@
+"""What is particular to the vLLM engine; test_engine_contract.py holds what all engines promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from actors.rollout_engines.vllm_engine import VllmEngine
+from rlflow.types import Completion, GenerationRequest, SamplingParams
+
+MAX_MODEL_LEN = 128
+CACHE_TOKENS = 8448
+CACHE_GIB = CACHE_TOKENS * 2 * 2 * 32 * 4 / 2**30
+"""Of the tiny model: 2 layers, keys and values, 1 head of 32 float32."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_found() -> Iterator[None]:
+    """vLLM sets environment variables and replaces torch.set_num_threads: both are put back."""
+    with mock.patch.dict(os.environ), mock.patch.object(torch, "set_num_threads", torch.set_num_threads):
+        yield
+
+
+def start(model_dir: Path, **changes: Any) -> VllmEngine:
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 96,
+        "seed": 0,
+        "gpu_memory_fraction": 0.2,
+        "kv_cache_gib": CACHE_GIB,
+        "tensor_parallel_size": 1,
+        "trust_remote_code": False,
+        "log_path": None,
+        "num_threads": 1,
+    }
+    return VllmEngine(str(model_dir), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: Path) -> Iterator[VllmEngine]:
+    pytest.importorskip("vllm")
+    engine = start(tiny_model_dir)
+    engine.load_weights(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())
+    yield engine
+    engine.close()
+
+
+def make_requests(num_requests: int, prompt_tokens: int) -> list[GenerationRequest]:
+    rng = np.random.default_rng(0)
+    return [
+        GenerationRequest(rng.integers(3, 60, size=prompt_tokens).astype(np.int32), seeds=(i,))
+        for i in range(num_requests)
+    ]
+
+
+def assert_same_tokens(some: list[Completion], others: list[Completion]) -> None:
+    for one, other in zip(some, others, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+
+
+def test_without_vllm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed.*rlflow\[cpu\].*rollout\.engine: torch"):
+        start(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_model_dir: Path) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ValueError, match=r"max_model_len \(9999\).*512"):
+        start(tiny_model_dir, max_model_len=9999)
+
+
+@pytest.mark.slow
+def test_a_model_whose_weights_vllm_rearranges_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"experts.*rollout\.engine: torch"):
+        start(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_tensor_parallelism_needs_gpus(tiny_model_dir: Path) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*CPU"):
+        start(tiny_model_dir, tensor_parallel_size=2)
+
+
+@pytest.mark.slow
+def test_a_prompt_without_room_for_the_completion_is_named(engine: VllmEngine) -> None:
+    requests = [*make_requests(1, prompt_tokens=8), *make_requests(1, prompt_tokens=100)]
+    with pytest.raises(ValueError, match=r"request 1: 100 prompt tokens and 29 new ones exceed.*128"):
+        engine.generate(requests, SamplingParams(max_new_tokens=29))
+
+
+@pytest.mark.slow
+def test_a_temperature_that_vllm_would_raise_is_refused(engine: VllmEngine) -> None:
+    with pytest.raises(ValueError, match=r"temperature 0\.001"):
+        engine.generate(make_requests(1, prompt_tokens=4), SamplingParams(max_new_tokens=2, temperature=0.001))
+
+
+@pytest.mark.slow
+def test_a_batch_larger_than_the_cache_gets_the_tokens_of_its_parts(engine: VllmEngine) -> None:
+    """Sequences are thrown out of the cache in mid-flight and read again; their random streams go on."""
+    requests, params = make_requests(96, prompt_tokens=20), SamplingParams(max_new_tokens=100)
+    assert 96 * 20 < CACHE_TOKENS < 96 * 120
+    parts = [engine.generate(requests[i : i + 32], params) for i in range(0, 96, 32)]
+    assert_same_tokens(engine.generate(requests, params), [completion for part in parts for completion in part])
+
+
+@pytest.mark.slow
+def test_more_prompt_tokens_than_one_step_reads_change_nothing(engine: VllmEngine) -> None:
+    """vLLM would read the prompt at the boundary in two pieces."""
+    requests, params = make_requests(64, prompt_tokens=100), SamplingParams(max_new_tokens=4)
+    step = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert step < 64 * 100
+    assert step % 100 > 0
+    parts = [engine.generate(requests[i : i + 8], params) for i in range(0, 64, 8)]
+    assert_same_tokens(engine.generate(requests, params), [completion for part in parts for completion in part])
+
+
+@pytest.mark.slow
+def test_an_engine_logs_to_its_file_and_prints_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    log_path = tmp_path / "vllm.log"
+    script = f"""
+from pathlib import Path
+import numpy as np
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+from actors.rollout_engines.vllm_engine import VllmEngine
+from rlflow.types import GenerationRequest, SamplingParams
+disable_progress_bar()
+engine = VllmEngine(
+    {str(tiny_model_dir)!r}, dtype="float32", max_model_len=64, max_num_seqs=4, seed=0, gpu_memory_fraction=0.2,
+    kv_cache_gib=0.01, tensor_parallel_size=1, trust_remote_code=False, log_path=Path({str(log_path)!r}), num_threads=1,
+)
+engine.load_weights(AutoModelForCausalLM.from_pretrained({str(tiny_model_dir)!r}).named_parameters())
+request = GenerationRequest(np.array([4, 5], dtype=np.int32), seeds=(1,))
+assert len(engine.generate([request], SamplingParams(max_new_tokens=3))[0].token_ids) == 3
+engine.sleep()
+engine.wake()
+engine.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
+    assert "Initializing a V1 LLM engine" in log_path.read_text()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from actors.train_engines.packed_attention import PackedLayout
+
+LENGTHS = [5, 17, 1, 9, 30, 2, 16, 16]
+CU_SEQLENS = np.concatenate([[0], np.cumsum(LENGTHS)])
+
+
+def heads(num_heads: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(CU_SEQLENS[-1], num_heads, 8, generator=generator, dtype=torch.float64)
+
+
+def one_by_one(q, k, v, window=None):
+    outputs = []
+    for start, end in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True):
+        one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+        mask = (distance >= 0) & (distance < (window or 10**6))
+        out = F.scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_attention_equals_each_sequence_alone(window):
+    q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    torch.testing.assert_close(layout.attend(q, k, v, None, window), one_by_one(q, k, v, window))
+
+
+def test_gradients_equal_each_sequence_alone():
+    inputs = [x.requires_grad_() for x in (heads(4, 0), heads(2, 1), heads(2, 2))]
+    weight = heads(4, 3)
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    packed = torch.autograd.grad((layout.attend(*inputs, None, None) * weight).sum(), inputs)
+    alone = torch.autograd.grad((one_by_one(*inputs) * weight).sum(), inputs)
+    for ours, theirs in zip(packed, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_change_in_one_sequence_is_seen_by_no_other():
+    q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    before = layout.attend(q, k, v, None, None)
+    changed = slice(int(CU_SEQLENS[4]), int(CU_SEQLENS[5]))
+    for x in (q, k, v):
+        x[changed] += 100.0
+    after = layout.attend(q, k, v, None, None)
+    others = torch.ones(len(q), dtype=torch.bool)
+    others[changed] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.allclose(before[changed], after[changed])
+
+
+def test_a_bucket_is_never_padded_by_more_than_a_quarter():
+    lengths = np.random.default_rng(0).integers(1, 500, size=300)
+    layout = PackedLayout(np.concatenate([[0], np.cumsum(lengths)]), torch.device("cpu"))
+    for tokens in layout.buckets:
+        real = (tokens < layout.num_tokens).sum(dim=1)
+        assert real.min() >= 0.75 * tokens.shape[1]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.train_engines import token_model
+from actors.train_engines.packed_attention import PackedLayout
+from actors.train_engines.token_model import load_token_model
+from rlflow.recipe import ModelBlock
+
+LENGTHS = [5, 9, 2, 13]
+CU_SEQLENS = np.concatenate([[0], np.cumsum(LENGTHS)])
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir):
+    """Ours and transformers' own, of the same weights."""
+    ours = load_token_model(ModelBlock(path=str(tiny_model_dir)), seed=0, device=torch.device("cpu"))
+    return ours, AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+def tokens_of(model) -> torch.Tensor:
+    return torch.randint(0, model.model.config.vocab_size, (int(CU_SEQLENS[-1]),), generator=torch.manual_seed(1))
+
+
+def outputs(model, tokens, wanted, temperature=1.0, entropy_gradient=False):
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    return model(tokens, positions, layout, wanted, temperature, entropy_gradient)
+
+
+def expected(theirs, tokens, temperature):
+    """Each sequence through transformers alone: logprobs and entropies, 0 at first tokens."""
+    logprobs, entropies = torch.zeros(len(tokens)), torch.zeros(len(tokens))
+    for start, end in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True):
+        logits = theirs(tokens[None, start:end]).logits[0, :-1] / temperature
+        full = torch.log_softmax(logits, dim=-1)
+        logprobs[start + 1 : end] = full.gather(1, tokens[start + 1 : end, None]).squeeze(1)
+        entropies[start + 1 : end] = -(full.exp() * full).sum(-1)
+    return logprobs, entropies
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logprobs_and_entropies_equal_transformers_sequence_by_sequence(pair, temperature):
+    ours, theirs = pair
+    tokens = tokens_of(ours)
+    wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
+    with torch.no_grad():
+        got = outputs(ours, tokens, wanted, temperature)
+        logprobs, entropies = expected(theirs, tokens, temperature)
+    torch.testing.assert_close(got.logprobs, logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.entropies, entropies, atol=1e-5, rtol=0)
+
+
+def test_only_wanted_tokens_are_scored(pair):
+    ours, _ = pair
+    tokens = tokens_of(ours)
+    wanted = torch.zeros(len(tokens), dtype=torch.bool)
+    wanted[[3, 7]] = True
+    got = outputs(ours, tokens, wanted)
+    assert (got.logprobs != 0).nonzero().squeeze(1).tolist() == [3, 7]
+
+
+def test_chunked_logits_give_the_gradient_of_whole_logits(pair, monkeypatch):
+    ours, _ = pair
+    tokens = tokens_of(ours)
+    wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
+
+    def gradients():
+        got = outputs(ours, tokens, wanted, 0.9, True)
+        loss = (got.logprobs * torch.linspace(-1, 1, len(tokens))).sum() + 0.1 * got.entropies.sum()
+        return torch.autograd.grad(loss, list(ours.parameters()))
+
+    whole = gradients()
+    monkeypatch.setattr(token_model, "_CHUNK_ELEMENTS", 5 * ours.model.config.vocab_size)
+    for one, other in zip(whole, gradients(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_without_loss_tokens_still_reaches_every_parameter(pair):
+    ours, _ = pair
+    tokens = tokens_of(ours)
+    got = outputs(ours, tokens, torch.zeros(len(tokens), dtype=torch.bool))
+    got.logprobs.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
+    ours.zero_grad()

@@ -1,0 +1,128 @@
+"""From a recipe's reward to something that can be called."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewards import REWARDS, RewardError, resolve
+from rlflow.recipe import RewardBlock
+
+PLUGIN = """
+from helper_beside_the_plugin import OFFSET
+
+def plain(prompts, completions, completion_ids, level, bonus=0):
+    return [len(completions[0]) + level[0] + bonus + OFFSET]
+
+def everything(completions, **columns):
+    return [sorted(columns)]
+
+async def coroutine(completions, **columns):
+    return [2.0]
+
+class Swift:
+    def __init__(self, args=None, scale=1, **kwargs):
+        self.scale = scale
+    def __call__(self, completions, **kwargs):
+        return [self.scale * len(ids) for ids in kwargs["response_token_ids"]]
+
+class AsyncSwift(Swift):
+    async def __call__(self, completions, **kwargs):
+        return [self.scale * 1.0 for _ in completions]
+
+class Broken:
+    def __init__(self):
+        raise RuntimeError("no model")
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    (tmp_path / "helper_beside_the_plugin.py").write_text("OFFSET = 100\n")
+    path = tmp_path / "my_rewards.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+def call(block: RewardBlock, **columns: Any) -> Any:
+    return resolve(block)([[]], ["text"], [[1, 2]], **columns)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_name_leads_to_a_documented_function(name: str) -> None:
+    module, _, function = REWARDS[name].partition(":")
+    assert vars(importlib.import_module(module))[function].__doc__
+
+
+def test_every_name_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    assert [name for name in REWARDS if f"`{name}`" not in page] == []
+
+
+def test_a_builtin_is_called_with_its_arguments() -> None:
+    assert call(RewardBlock(name="format", args={"pattern": "t..t"})) == [1.0]
+    assert call(RewardBlock(name="exact_match"), solution=["text"], level=[1]) == [1.0]
+
+
+def test_a_plugin_gets_what_it_names_and_may_import_its_neighbour(plugin: Path) -> None:
+    block = RewardBlock(plugin=f"{plugin}:plain", args={"bonus": 1000})
+    assert call(block, level=[10], unused=[0]) == [1114]
+
+
+def test_a_plugin_with_keywords_gets_every_column(plugin: Path) -> None:
+    assert call(RewardBlock(plugin=f"{plugin}:everything"), level=[1]) == [["completion_ids", "level", "prompts"]]
+
+
+def test_a_coroutine_function_is_called_like_any_other(plugin: Path) -> None:
+    assert call(RewardBlock(plugin=f"{plugin}:coroutine")) == [2.0]
+
+
+def test_a_class_in_the_form_of_ms_swift_is_constructed_with_the_arguments(plugin: Path) -> None:
+    assert call(RewardBlock(plugin=f"{plugin}:Swift", args={"scale": 10})) == [20]
+    assert call(RewardBlock(plugin=f"{plugin}:AsyncSwift", args={"scale": 10})) == [10.0]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"name": "cosin"}, "did you mean 'cosine'"),
+        ({"name": "soft_overlong", "args": {"max_token": 3, "cache_tokens": 1}}, "did you mean 'max_tokens'"),
+        ({"name": "soft_overlong", "args": {"max_tokens": 3}}, "needs args: cache_tokens"),
+        ({"name": "exact_match", "args": {"solution": ["5"]}}, "takes no argument 'solution'"),
+        ({"plugin": "{plugin}:plan"}, "did you mean 'plain'"),
+        ({"plugin": "{plugin}:plain", "args": {"bonsu": 1}}, "did you mean 'bonus'"),
+        ({"plugin": "{plugin}:constant"}, "is a int, not a function"),
+        ({"plugin": "{plugin}:Broken"}, "constructing it raised RuntimeError: no model"),
+        ({"plugin": "elsewhere/{plugin}:plain"}, "no such file"),
+    ],
+)
+def test_a_wrong_block_is_an_error_that_says_what_to_do(plugin: Path, block: dict[str, Any], message: str) -> None:
+    if "plugin" in block:
+        block = block | {"plugin": block["plugin"].replace("{plugin}", str(plugin))}
+    with pytest.raises(RewardError, match=message):
+        resolve(RewardBlock(**block))
+
+
+def test_a_plugin_that_does_not_import_is_an_error_that_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("from swift.rewards import ORM\n")
+    with pytest.raises(RewardError, match="importing it raised ModuleNotFoundError: No module named 'swift'"):
+        resolve(RewardBlock(plugin=f"{path}:f"))
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(RewardError, match="needs the column 'solution'; the data has answer"):
+        call(RewardBlock(name="exact_match"), answer=["5"])
+
+
+def test_importing_the_package_imports_no_reward_function() -> None:
+    program = "import sys, rewards; print({'sympy', 'torch', 'ray', 'pydantic', 'numpy'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == "set()"

@@ -1,0 +1,84 @@
+"""torch.autograd.gradcheck in float64, at points away from the kinks of the clips."""
+
+import pytest
+import torch
+
+from rlflow.algorithms import policy_losses, preference_losses
+from rlflow.algorithms.batch import segment_mean, segment_sum
+from rlflow.algorithms.kl import k1, k2, k3, unbiased
+from rlflow.algorithms.value_losses import value_loss
+
+ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, -0.7, 1.3], dtype=torch.float64)
+SEQUENCE_IDS = torch.tensor([0, 0, 1, 1, 1])
+OLD = torch.tensor([-1.0, -0.4, -2.0, -0.9, -1.7], dtype=torch.float64)
+
+
+def point(seed: int, size: int = 5, scale: float = 0.6) -> torch.Tensor:
+    noise = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (OLD[:size] + scale * noise).requires_grad_()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_product"])
+@pytest.mark.parametrize("kind", ["clip", "dual", "sapo"])
+def test_policy_losses(ratio, kind):
+    def loss(logprobs):
+        weights = policy_losses.RATIOS[ratio](logprobs - OLD, SEQUENCE_IDS, 2)
+        if kind == "sapo":
+            return policy_losses.sapo_loss(weights, ADVANTAGES, 1.0, 1.05)
+        return policy_losses.clip_loss(weights, ADVANTAGES, 0.2, 0.28, 1.4 if kind == "dual" else None)
+
+    assert torch.autograd.gradcheck(loss, (point(0),))
+
+
+def test_cispo_with_a_fixed_weight():
+    ratio = torch.tensor([0.5, 1.0, 3.0, 7.0, 1.1], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: policy_losses.cispo_loss(ratio, x, ADVANTAGES, 1.0, 4.0), (point(1),))
+
+
+@pytest.mark.parametrize("estimator", [k1, k2, k3])
+def test_kl_estimators(estimator):
+    assert torch.autograd.gradcheck(lambda x: estimator(x, OLD), (point(2),))
+    assert torch.autograd.gradcheck(lambda x: unbiased(estimator(x, OLD), x - OLD), (point(2),))
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_value_losses(clip):
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, OLD, ADVANTAGES, clip), (point(3),))
+
+
+@pytest.mark.parametrize("segment", [segment_sum, segment_mean])
+def test_segment_reductions_with_an_empty_sequence(segment):
+    ids = torch.tensor([0, 0, 2, 2, 2])
+    assert torch.autograd.gradcheck(lambda x: segment(x, ids, 4), (point(4),))
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("sigmoid", {"label_smoothing": 0.1, "margin": 0.3}),
+        ("hinge", {}),
+        ("ipo", {}),
+        ("robust", {"label_smoothing": 0.1}),
+        ("exo_pair", {"label_smoothing": 1e-3}),
+        ("nca_pair", {}),
+        ("bco_pair", {}),
+        ("sppo", {}),
+        ("apo_zero", {}),
+        ("apo_down", {}),
+        ("discopop", {}),
+        ("orpo", {}),
+    ],
+)
+def test_preference_losses(name, numbers):
+    # Negative scores: orpo takes mean logprobs.
+    chosen, rejected = point(5, scale=0.2), point(6, scale=0.2)
+    function = getattr(preference_losses, name)
+    assert torch.autograd.gradcheck(lambda w, r: function(w, r, 0.4, **numbers), (chosen, rejected))
+
+
+def test_unpaired_and_reward_model_losses():
+    labels = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: preference_losses.kto(x, labels, 0.2, 0.4, 1.3, 0.8), (point(7),))
+    assert torch.autograd.gradcheck(
+        lambda w, r: preference_losses.bradley_terry(w, r, ADVANTAGES, 0.01), (point(8), point(9))
+    )

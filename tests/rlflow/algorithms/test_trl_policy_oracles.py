@@ -1,0 +1,258 @@
+"""TRL's GRPO and RLOO trainers on a tiny random model, as oracles of advantages and online losses.
+
+Not compared: luspo and vespo, which the table does not have; entropy bonuses other than with a token mean (TRL's is
+always one, ours reduces like the policy loss); the KL's importance weight at sequence level (TRL takes the sequence's
+ratio, ours is the token's, as in arXiv 2512.02556).
+"""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from toy_policy import algorithm
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl_models import CPU, assert_same_loss_and_gradient, causal_model, logprobs, tensor_batch, tokenizer
+
+from rlflow.algorithms.advantages import combine_rewards, compute_advantages
+from rlflow.algorithms.objectives import policy_objective
+from rlflow.algorithms.reductions import count_denominators, loss_weights
+from rlflow.recipe import AdvantageBlock
+
+MAX_NEW_TOKENS = 8
+PROMPT_LENGTHS, LENGTHS = [3, 1, 2, 3, 3, 2], [4, 8, 1, 6, 3, 5]
+GROUP_SIZE = 3
+NAN = float("nan")
+REWARDS = [[1.0, 0.0, None, 2.0, 2.0, 5.0], [0.5, None, None, -1.0, 3.0, 0.0]]
+"""What two reward functions say of two prompts' three completions."""
+
+
+def _score(index):
+    def reward(completions, **_):
+        return REWARDS[index]
+
+    reward.__name__ = f"reward_{index}"
+    return reward
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    def build(trainer, config):
+        args = config(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            num_generations=GROUP_SIZE,
+            per_device_train_batch_size=2 * GROUP_SIZE,
+            max_completion_length=MAX_NEW_TOKENS,
+            reward_weights=[1.0, 2.0],
+            beta=0.0,
+            **CPU,
+        )
+        rows = Dataset.from_list([{"prompt": "w1 w2"}, {"prompt": "w3"}])
+        rewards = [_score(0), _score(1)]
+        return trainer(
+            model=causal_model(0), args=args, train_dataset=rows, reward_funcs=rewards, processing_class=tokenizer()
+        )
+
+    return {
+        "grpo": build(GRPOTrainer, GRPOConfig),
+        "rloo": build(RLOOTrainer, RLOOConfig),
+    }
+
+
+@pytest.fixture
+def grpo(trainers, monkeypatch):
+    trainer = trainers["grpo"]
+    trainer.model.eval()
+
+    def configure(**values):
+        for name, value in values.items():
+            owner = trainer if hasattr(trainer, name) else trainer.args
+            monkeypatch.setattr(owner, name, value)
+
+    configure(beta=0.0, epsilon_low=0.2, epsilon_high=0.28, loss_type="grpo", importance_sampling_level="token")
+    return trainer, configure
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """A batch as GRPOTrainer makes it: prompts padded on the left, completions on the right, one tool's output."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width = len(LENGTHS), max(PROMPT_LENGTHS)
+    prompt_mask = torch.stack([(torch.arange(width) >= width - n).long() for n in PROMPT_LENGTHS])
+    completion_mask = torch.stack([(torch.arange(MAX_NEW_TOKENS) < n).long() for n in LENGTHS])
+    tool_mask = torch.ones_like(completion_mask)
+    tool_mask[3, 2:4] = 0
+
+    def near(scale):
+        return scale * torch.randn(rows, MAX_NEW_TOKENS, generator=generator)
+
+    values = {
+        "prompt_ids": torch.randint(3, 33, (rows, width), generator=generator) * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(3, 33, (rows, MAX_NEW_TOKENS), generator=generator) * completion_mask,
+        "completion_mask": completion_mask,
+        "tool_mask": tool_mask,
+        "advantages": torch.tensor([1.0, -0.5, 0.3, -2.0, 0.8, -1.1]),
+        "num_items_in_batch": (completion_mask * tool_mask).sum(),
+    }
+    with torch.no_grad():
+        current, _ = ours_on(causal_model(0), values)
+        ref, _ = ours_on(causal_model(1), values)
+    current, ref = (x.reshape(rows, -1)[:, width:] for x in (current, ref))
+    # Far enough from the current policy that every clip holds somewhere.
+    values["old_per_token_logps"] = current + near(0.4)
+    values["sampling"] = values["old_per_token_logps"] + near(0.3)
+    values["ref_per_token_logps"] = ref
+    return values
+
+
+def ours_on(model, inputs):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return logprobs(model, ids, attention)
+
+
+def our_loss(model, inputs, block):
+    width = inputs["prompt_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["completion_mask"] * inputs["tool_mask"], (width, 0))
+    counts = mask.sum(1).numpy()
+    groups = np.arange(len(counts)) // GROUP_SIZE
+    denominators = count_denominators(counts, groups)
+    weights = loss_weights(block.loss.reduction, counts, groups, denominators, MAX_NEW_TOKENS)
+
+    def aligned(values):
+        return torch.nn.functional.pad(values, (width, 0), value=NAN)
+
+    trainers_own = block.correction.old_policy == "trainer"
+    batch = tensor_batch(
+        mask,
+        torch.tensor(weights, dtype=torch.float32),
+        advantages=aligned(inputs["advantages"][:, None].expand(-1, MAX_NEW_TOKENS)),
+        old_logprobs=aligned(inputs["sampling"] if trainers_own else inputs["old_per_token_logps"]),
+        proximal_logprobs=aligned(inputs["old_per_token_logps"]),
+        ref_logprobs=aligned(inputs["ref_per_token_logps"]),
+    )
+    taken, entropies = ours_on(model, inputs)
+    return policy_objective(taken, entropies, batch, block, denominators)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("theirs", "reduction"),
+    [("grpo", "sequence"), ("bnpo", "token"), ("dr_grpo", "fixed_length"), ("dapo", "token")],
+)
+def test_clipped_losses_agree_with_trl_by_loss_type_and_level(grpo, inputs, theirs, reduction, level, beta):
+    trainer, configure = grpo
+    # Narrow clips, so that a sequence's ratio meets them.
+    configure(loss_type=theirs, importance_sampling_level=level, epsilon_low=0.03, epsilon_high=0.04)
+    configure(beta=beta, use_bias_correction_kl=False)
+    narrow = {"clip_low": 0.03, "clip_high": 0.04}
+    block = algorithm("dapo", loss={"reduction": reduction, "ratio": level, **narrow}, kl={"coef": beta})
+    actual, metrics = our_loss(trainer.model, inputs, block)
+    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+def test_the_unbiased_kl_agrees_with_trl(grpo, inputs):
+    trainer, configure = grpo
+    configure(beta=0.1, use_bias_correction_kl=True)
+    block = algorithm("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1, "unbiased_gradient": True})
+    actual, _ = our_loss(trainer.model, inputs, block)
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+def test_dual_clip_agrees_with_trls_two_sided_clip(grpo, inputs):
+    trainer, configure = grpo
+    configure(delta=1.5)
+    block = algorithm("dapo", loss={"reduction": "sequence", "dual_clip": 1.5})
+    actual, metrics = our_loss(trainer.model, inputs, block)
+    assert metrics["clip/dual_fraction"] > 0
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+def test_cispo_agrees_with_trl(grpo, inputs):
+    # TRL's epsilon_high is the bound itself, ours what is above 1.
+    trainer, configure = grpo
+    configure(loss_type="cispo", epsilon_high=1.3)
+    actual, metrics = our_loss(trainer.model, inputs, algorithm("cispo", loss={"clip_high": 0.3}))
+    assert metrics["clip/high_fraction"] > 0
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+def test_sapo_agrees_with_trl(grpo, inputs):
+    trainer, configure = grpo
+    configure(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
+    actual, _ = our_loss(trainer.model, inputs, algorithm("sapo"))
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+def test_the_entropy_bonus_agrees_with_trl_under_a_token_mean(grpo, inputs):
+    trainer, configure = grpo
+    configure(loss_type="dapo", _entropy_bonus_enabled=True, use_adaptive_entropy=False, entropy_coef=0.05)
+    actual, _ = our_loss(trainer.model, inputs, algorithm("dapo", loss={"entropy_coef": 0.05}))
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_engine_correction_multiplies_as_trls_does(grpo, inputs, mode, level):
+    # TRL computes the ratio while it generates; here by its formula, and its loss is what is compared.
+    trainer, configure = grpo
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    difference = (inputs["old_per_token_logps"] - inputs["sampling"]) * mask
+    ratio = torch.exp(difference.sum(1, keepdim=True) if level == "sequence" else difference)
+    low, high = 0.8, 1.2
+    ratio = ratio.clamp(max=high) if mode == "truncate" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    configure(use_vllm=True, vllm_importance_sampling_correction=True, beta=0.1, use_bias_correction_kl=False)
+    expected = trainer.compute_loss(trainer.model, inputs | {"importance_sampling_ratio": ratio})
+    correction = {"old_policy": "trainer", "mode": mode, "level": level, "low": low, "high": high}
+    block = algorithm("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction=correction)
+    actual, metrics = our_loss(trainer.model, inputs, block)
+    assert metrics["correction/bounded_fraction"] > 0
+    assert_same_loss_and_gradient(actual, expected, trainer.model)
+
+
+def test_rloo_agrees_with_trl(trainers, inputs):
+    trainer = trainers["rloo"]
+    trainer.model.eval()
+    mask = inputs["completion_mask"]
+    plain = inputs | {"tool_mask": torch.ones_like(mask), "old_logps": (inputs["old_per_token_logps"] * mask).sum(1)}
+    actual, metrics = our_loss(trainer.model, plain, algorithm("rloo", kl={"coef": 0.0}))
+    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, plain), trainer.model)
+
+
+ROWS = [{"prompt": "w1 w2"}] * GROUP_SIZE + [{"prompt": "w3"}] * GROUP_SIZE
+
+
+def combined(scaling="sum"):
+    rewards = np.array(REWARDS, dtype=np.float64).reshape(2, 2, GROUP_SIZE)
+    return combine_rewards(rewards, np.zeros_like(rewards, dtype=bool), np.array([1.0, 2.0]), scaling)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_group_advantages_agree_with_trl(grpo, scale):
+    trainer, configure = grpo
+    configure(scale_rewards=scale, multi_objective_aggregation="sum_then_normalize")
+    trainer.model.train()
+    expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
+    block = AdvantageBlock(scale="none" if scale == "none" else f"{scale}_std")
+    np.testing.assert_allclose(compute_advantages(combined(), block).ravel(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rewards_normalised_one_by_one_agree_with_trls_gdpo(grpo):
+    trainer, configure = grpo
+    configure(multi_objective_aggregation="normalize_then_sum")
+    trainer.model.train()
+    expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
+    block = AdvantageBlock(estimator="batch_mean", scale="batch_std")
+    actual = compute_advantages(combined("normalize_each"), block).ravel()
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_leave_one_out_advantages_agree_with_trl(trainers):
+    trainer = trainers["rloo"]
+    trainer.model.train()
+    expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
+    actual = compute_advantages(combined(), AdvantageBlock(estimator="leave_one_out")).ravel()
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,294 @@
+"""The commands: messages, exit codes, help, and how little they load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import rlflow
+from rlflow.cli import submit
+from rlflow.cli.main import COMMANDS, check_packages, main
+from rlflow.data.errors import DataError
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.recipe import ALGORITHMS, RecipeError
+
+RECIPE = """\
+algorithm: {name: sft}
+model: {architecture: {model_type: llama}, characters: ab}
+data: {train: {generator: arithmetic}}
+run: {steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+class FakeDriver:
+    """Stands for rlflow.driver.run: remembers what it was asked for, fails when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failure: BaseException | None = None
+        self.calls: list[tuple[list, bool]] = []
+        module = SimpleNamespace(run_recipes=self.run_recipes)
+        monkeypatch.setitem(sys.modules, "rlflow.driver.run", module)  # type: ignore[arg-type]
+        actors = SimpleNamespace(ActorFailure=FakeActorFailure)
+        monkeypatch.setitem(sys.modules, "actors.actor_group", actors)  # type: ignore[arg-type]
+
+    def run_recipes(self, recipes: list, *, resume: bool) -> None:
+        self.calls.append((recipes, resume))
+        if self.failure is not None:
+            raise self.failure
+
+
+class FakeActorFailure(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return FakeDriver(monkeypatch)
+
+
+def test_run_hands_the_recipe_to_the_driver_wherever_its_options_stand(recipe_file: Path, driver: FakeDriver):
+    assert main(["run", str(recipe_file), "--resume", "run.steps=3"]) == 0
+    assert main(["run", str(recipe_file), "run.steps=3"]) == 0
+    assert [(recipes[0].run.steps, resume) for recipes, resume in driver.calls] == [(3, True), (3, False)]
+
+
+def test_run_from_python_does_the_same(recipe_file: Path, driver: FakeDriver):
+    rlflow.run(recipe_file, overrides={"run.steps": 3}, resume=True)
+    ((recipes, resume),) = driver.calls
+    assert (recipes[0].run.steps, resume) == (3, True)
+    with pytest.raises(RecipeError):
+        rlflow.run(recipe_file, {"run.stesp": 3})
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (DataError("data.jsonl, row 3: no prompt"), 2),
+        (StopRequested("stopped after step 4; go on with --resume"), 3),
+        (RunError("the reward server failed"), 1),
+        (FakeActorFailure("trainer[1].step: the actor died"), 1),
+    ],
+)
+def test_a_failure_that_is_understood_is_its_message_and_an_exit_code(
+    failure: Exception, code: int, recipe_file: Path, driver: FakeDriver, capsys: pytest.CaptureFixture
+):
+    driver.failure = failure
+    logs = recipe_file.parent / "runs" / "recipe" / "logs"
+    logs.mkdir(parents=True)
+    assert main(["run", str(recipe_file)]) == code
+    error = capsys.readouterr().err
+    assert error.splitlines()[0] == str(failure)
+    assert (f"logs: {logs}" in error) == (code == 1)
+
+
+def test_a_failure_that_nobody_foresaw_keeps_its_traceback(recipe_file: Path, driver: FakeDriver):
+    driver.failure = KeyError("x")
+    with pytest.raises(KeyError):
+        main(["run", str(recipe_file)])
+
+
+def test_an_interrupt_is_no_traceback(recipe_file: Path, driver: FakeDriver, capsys: pytest.CaptureFixture):
+    driver.failure = KeyboardInterrupt()
+    assert main(["run", str(recipe_file)]) == 1
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_wrong_recipe_is_exit_code_2_and_nothing_starts(
+    command: str, recipe_file: Path, driver: FakeDriver, capsys: pytest.CaptureFixture
+):
+    assert main([command, str(recipe_file), "run.stesp=1"]) == 2
+    assert "command line: run.stesp: unknown key here (did you mean steps?)" in capsys.readouterr().err
+    assert driver.calls == []
+
+
+def test_a_bad_recipe_ends_the_process_within_seconds_and_before_ray_or_torch_is_imported(recipe_file: Path):
+    recipe_file.write_text(RECIPE.replace("steps", "stesp"))
+    started = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "rlflow", "run", str(recipe_file)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 5
+    assert finished.returncode == 2
+    assert f"{recipe_file}:4: run.stesp: unknown key here (did you mean steps?)" in finished.stderr
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
+    assert "rlflow.recipe.schema" in imported
+    assert not imported & {"ray", "torch", "transformers", "vllm", "datasets"}
+
+
+def test_plan_answers_within_seconds_without_ray_or_torch(recipe_file: Path):
+    code = (
+        "import sys; from rlflow.cli.main import main; code = main(sys.argv[1:])\n"
+        "assert not {'ray', 'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(recipe_file)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    assert "sft: cross-entropy" in finished.stdout
+    assert "memory is not estimated: its config has no hidden_size" in finished.stdout
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as exited:
+        main([*command.split(), "--help"])
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  rlflow {command}" in text
+    assert "2 the recipe or data is wrong" in text
+
+
+def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as exited:
+        main(["rnu"])
+    assert exited.value.code == 2
+    assert "'run', 'plan', 'submit', 'algorithms'" in capsys.readouterr().err
+
+
+def test_algorithms_lists_the_table_with_its_sources(capsys: pytest.CaptureFixture):
+    assert main(["algorithms"]) == 0
+    text = capsys.readouterr().out
+    for name, row in ALGORITHMS.items():
+        assert name in text
+        assert row.source in text
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_of_the_table_can_be_shown(name: str, capsys: pytest.CaptureFixture):
+    assert main(["algorithms", name]) == 0
+    assert f"{name}: {ALGORITHMS[name].summary}" in capsys.readouterr().out
+
+
+def test_a_row_marks_what_it_sets_and_says_what_each_option_means(capsys: pytest.CaptureFixture):
+    assert main(["algorithms", "grpo"]) == 0
+    text = capsys.readouterr().out
+    assert "* kl.coef: 0.04\n      Weight of the KL to the reference; 0 needs no reference." in text
+    assert "  loss.clip_low: 0.2\n" in text
+
+
+def test_an_unknown_algorithm_names_the_nearest(capsys: pytest.CaptureFixture):
+    assert main(["algorithms", "gprpo"]) == 2
+    assert "did you mean grpo?" in capsys.readouterr().err
+
+
+def test_a_package_from_elsewhere_is_one_line_that_names_it(tmp_path: Path):
+    check_packages()
+    (tmp_path / "actors").mkdir()
+    (tmp_path / "actors" / "__init__.py").write_text("")
+    home = str(Path(rlflow.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), home])}
+    command = [sys.executable, "-m", "rlflow", "algorithms"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1
+    assert f"actors from {tmp_path / 'actors'}: rename or remove what shadows it" in finished.stderr
+
+
+class FakeClient:
+    """Stands for Ray's job client."""
+
+    status = "SUCCEEDED"
+    exit_code: int | None = 0
+    submitted: dict
+
+    def __init__(self, address: str | None) -> None:
+        if address == "http://nowhere":
+            raise ConnectionError("no cluster at http://nowhere")
+
+    def submit_job(self, **given: object) -> str:
+        FakeClient.submitted = given
+        return "job-1"
+
+    async def tail_job_logs(self, job: str):
+        yield "step 1\n"
+        yield "step 2\n"
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(status=self.status, message="it says why", driver_exit_code=self.exit_code)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    module = SimpleNamespace(JobSubmissionClient=FakeClient, JobStatus=SimpleNamespace(SUCCEEDED="SUCCEEDED"))
+    monkeypatch.setitem(sys.modules, "ray.job_submission", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(job_submission=module))  # type: ignore[arg-type]
+    return FakeClient
+
+
+def test_submit_sends_the_run_and_follows_its_log(
+    recipe_file: Path, client: type[FakeClient], capsys: pytest.CaptureFixture
+):
+    overrides = ["run.steps=2", "data.system=a b"]
+    assert main(["submit", "recipe.yaml", *overrides, "--address", "http://head", "--resume"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "step 1\nstep 2\n"
+    assert "set run.output_dir to a directory that every node shares" in output.err
+    entrypoint = "python -m rlflow run recipe.yaml run.steps=2 'data.system=a b' --resume"
+    assert client.submitted["entrypoint"] == entrypoint
+    assert client.submitted["runtime_env"]["working_dir"] == str(recipe_file.parent)
+
+
+@pytest.mark.parametrize(("exit_code", "expected"), [(3, 3), (2, 2), (None, 1)])
+def test_submit_ends_as_its_job_did(
+    exit_code: int | None,
+    expected: int,
+    recipe_file: Path,
+    client: type[FakeClient],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.setattr(client, "status", "FAILED")
+    monkeypatch.setattr(client, "exit_code", exit_code)
+    assert main(["submit", "recipe.yaml"]) == expected
+    assert ("it says why" in capsys.readouterr().err) == (exit_code is None)
+
+
+def test_submit_says_what_is_wrong_before_it_asks_the_cluster(
+    recipe_file: Path, client: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    assert main(["submit", "recipe.yaml", "run.stesp=1"]) == 2
+    (recipe_file.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(recipe_file.parent / "elsewhere")
+    assert main(["submit", "../recipe.yaml"]) == 2
+    assert "go to a directory that holds it" in capsys.readouterr().err
+
+
+def test_submit_without_a_cluster_is_one_line(
+    recipe_file: Path, client: type[FakeClient], capsys: pytest.CaptureFixture
+):
+    assert main(["submit", "recipe.yaml", "--address", "http://nowhere", "run.output_dir=/shared/x"]) == 1
+    assert capsys.readouterr().err == "the job could not be submitted: no cluster at http://nowhere\n"
+
+
+def test_the_working_directory_travels_without_environments_repositories_and_results(tmp_path: Path):
+    (tmp_path / "my-environment").mkdir()
+    (tmp_path / "my-environment" / "pyvenv.cfg").write_text("")
+    excludes = submit.make_runtime_env(tmp_path)["excludes"]
+    assert {"/my-environment", ".git", "/runs", "/checkpoints", "/models", ".venv*", ".env"} <= set(excludes)
+
+
+def test_an_interrupted_submit_leaves_the_job_and_says_so(
+    client: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    async def interrupted(self: FakeClient, job: str):
+        yield "step 1\n"
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(client, "tail_job_logs", interrupted)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(submit.submit(None, "x", {}))
+    assert "job job-1 goes on; to end it: ray job stop job-1" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""What a recipe names must exist; nothing is loaded or executed to find out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlflow.cli.preflight import load_checked
+from rlflow.recipe import RecipeError
+
+RECIPE = """\
+algorithm: {name: grpo}
+model: {path: model}
+data: {train: {path: data.jsonl}}
+rewards: [{plugin: "rewards.py:brevity"}]
+run: {steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_text("")
+    (tmp_path / "data.jsonl").write_text("")
+    (tmp_path / "rewards.py").write_text("raise SystemExit\ndef brevity(): ...\nif True:\n    length = other = 1\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def problem_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as raised:
+        load_checked(path, overrides)
+    (problem,) = raised.value.problems
+    return str(problem)
+
+
+def test_a_recipe_whose_files_exist_passes_and_its_plugin_is_not_run(recipe_file: Path):
+    assert load_checked(recipe_file)
+    assert load_checked(recipe_file, ["rewards.0.plugin=rewards.py:length"])
+
+
+def test_hub_ids_are_not_looked_up(recipe_file: Path):
+    assert load_checked(recipe_file, ["model.path=org/model", "data.train.path=org/data", "reference.path=gpt2"])
+
+
+def test_a_missing_file_is_named_with_its_line_and_the_one_that_was_meant(recipe_file: Path):
+    here = recipe_file.parent
+    recipe_file.write_text(RECIPE.replace("data.jsonl", "dta.jsonl"))
+    expected = f"{recipe_file}:3: data.train.path: there is no file {here}/dta.jsonl (did you mean {here}/data.jsonl?)"
+    assert problem_of(recipe_file) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("model.path=./modle", "model.path", "there is no directory"),
+        ("model.path=data.jsonl", "model.path", "is a file: name the directory"),
+        ("reference.path=./modle", "reference.path", "there is no directory"),
+        ("model.chat_template=chat.jinja", "model.chat_template", "there is no file"),
+        ("data.train=[{path: data.jsonl}, {path: b.jsonl}]", "data.train.1.path", "there is no file"),
+        ("data.train={generator: arithmetik, path: null}", "data.train.generator", "did you mean arithmetic?"),
+        ("evaluation={data: {path: c.jsonl}}", "evaluation.data.path", "there is no file"),
+        ("rewards=[{name: exact_mach}]", "rewards.0.name", "did you mean exact_match?"),
+        ("rewards=[{plugin: 'reward.py:f'}]", "rewards.0.plugin", "did you mean"),
+        (
+            "rewards=[{plugin: 'rewards.py:brevty'}]",
+            "rewards.0.plugin",
+            "has no function brevty (did you mean brevity?",
+        ),
+        ("rewards=[{plugin: 'rewards.py:zzz'}]", "rewards.0.plugin", "it defines brevity, length, other"),
+        ("run.output_dir=data.jsonl", "run.output_dir", "is a file: name a directory"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_key_and_a_remedy(recipe_file: Path, override: str, key: str, says: str):
+    problem = problem_of(recipe_file, override)
+    assert problem.startswith(f"command line: {key}: ")
+    assert says in problem
+
+
+def test_a_plugin_that_is_no_python_is_named_with_its_line(recipe_file: Path):
+    (recipe_file.parent / "rewards.py").write_text("x = 1\ndef brevity(:\n")
+    assert f"{recipe_file.parent}/rewards.py:2 is not Python" in problem_of(recipe_file)
+
+
+def test_a_model_directory_needs_a_config_and_weights(recipe_file: Path):
+    model = recipe_file.parent / "model"
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "has no *.safetensors" in problem_of(recipe_file)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-1.safetensors").write_text("")
+    assert "lacks model-2.safetensors, which its index names" in problem_of(recipe_file)
+    (model / "config.json").unlink()
+    assert "it has no config.json" in problem_of(recipe_file)
+    (model / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in problem_of(recipe_file)
+
+
+def test_the_model_that_an_earlier_stage_will_write_may_be_missing(recipe_file: Path):
+    recipe_file.write_text(RECIPE + "stages: [{name: sft, algorithm: {name: sft}, rewards: []}, {name: grpo}]\n")
+    assert len(load_checked(recipe_file)) == 2

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlflow.batching import num_real_tokens, pack, unpack
+from rlflow.types import Sample
+
+
+def sample(length: int, value: int = 0) -> Sample:
+    return Sample(
+        token_ids=np.full(length, value, dtype=np.int32),
+        loss_mask=np.arange(length) > 0,
+        loss_weights=np.ones(length, dtype=np.float32),
+        advantages=np.full(length, value, dtype=np.float32),
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_sample_lands_in_exactly_one_micro_batch_within_the_bound(num_ranks):
+    lengths = np.random.default_rng(0).integers(2, 60, size=97)
+    batches = pack([sample(n, i) for i, n in enumerate(lengths)], max_tokens=128, num_ranks=num_ranks)
+    assert len(batches) == num_ranks
+    assert len({len(rank) for rank in batches}) == 1
+    flat = [batch for rank in batches for batch in rank]
+    assert all(len(batch.token_ids) <= 128 for batch in flat)
+    placed = sorted(int(i) for batch in flat for i in batch.sample_indices if i >= 0)
+    assert placed == list(range(97))
+    assert num_real_tokens(batches) == lengths.sum()
+
+
+def test_fields_positions_and_boundaries_stay_aligned():
+    [[batch]] = pack([sample(3, 1), sample(2, 2)], max_tokens=100, num_ranks=1)
+    assert batch.token_ids.tolist() == [1, 1, 1, 2, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.loss_mask.tolist() == [False, True, True, False, True]
+    assert batch.advantages is not None and batch.advantages.tolist() == [1, 1, 1, 2, 2]
+    assert batch.ref_logprobs is None
+
+
+def test_a_sequence_longer_than_the_bound_is_alone():
+    batches = pack([sample(5), sample(300), sample(5)], max_tokens=100, num_ranks=1)[0]
+    assert sorted(len(batch.token_ids) for batch in batches) == [10, 300]
+
+
+def test_units_stay_together_and_in_order():
+    batches = pack([sample(10 + i) for i in range(12)], max_tokens=50, num_ranks=2, unit_size=2)
+    for batch in (b for rank in batches for b in rank):
+        pairs = batch.sample_indices.reshape(-1, 2)
+        assert (pairs[:, 0] % 2 == 0).all()
+        assert (pairs[:, 1] == pairs[:, 0] + 1).all()
+
+
+def test_a_rank_without_work_gets_filler_that_has_no_loss():
+    batches = pack([sample(5)], max_tokens=100, num_ranks=3)
+    filler = batches[2][0]
+    assert filler.sample_indices.tolist() == [-1]
+    assert not filler.loss_mask.any()
+    assert filler.advantages is not None
+
+
+def test_results_find_their_way_back_to_their_samples():
+    samples = [sample(n, i) for i, n in enumerate([7, 3, 12, 5, 9])]
+    batches = [batch for rank in pack(samples, max_tokens=14, num_ranks=2) for batch in rank]
+    values = unpack(samples, batches, [batch.token_ids.astype(np.float32) for batch in batches])
+    for i, (one, value) in enumerate(zip(samples, values, strict=True)):
+        assert value.tolist() == [i] * len(one.token_ids)
+
+
+def test_bins_are_close_to_the_bound_and_loads_are_balanced():
+    lengths = np.clip(np.random.default_rng(1).lognormal(5, 0.8, size=2000), 2, 4000).astype(int)
+    batches = pack([sample(n) for n in lengths], max_tokens=8192, num_ranks=4)
+    loads = [sum(len(batch.token_ids) for batch in rank) for rank in batches]
+    assert max(loads) / min(loads) < 1.01
+    assert sum(len(rank) for rank in batches) <= 1.1 * lengths.sum() / 8192 + 4
+
+
+def test_a_hundred_thousand_lengths_of_which_no_two_fit_together_get_a_bin_each():
+    batches = pack([sample(6)] * 100_000, max_tokens=10, num_ranks=8)
+    assert sum((batch.sample_indices >= 0).sum() for rank in batches for batch in rank) == 100_000
+    assert {len(batch.token_ids) for rank in batches for batch in rank} == {6}

@@ -1,0 +1,196 @@
+"""What a recipe will do and need, checked by hand for one tiny architecture."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlflow.memory import PROCESS_BYTES, UnknownShape, count_stored, read_shape, shape_of
+from rlflow.plan import GIB, Machine, Plan, make_plans, render
+from rlflow.recipe import ModelBlock, load_recipe
+
+LAPTOP = Machine(cpus=8, memory=16 * GIB, gpus=0)
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# Attention 8x8 + 2 (8x4) + 8x8 = 192, MLP 3 (8x16) = 384, norms 16: 592 a layer. Vocabulary a b c d, pad, eos.
+PARAMETERS = 2 * 592 + 6 * 8 + 8
+TINY = """\
+algorithm: {name: grpo, group_size: 2}
+model:
+  architecture: {model_type: llama, hidden_size: 8, intermediate_size: 16, num_hidden_layers: 2,
+    num_attention_heads: 2, num_key_value_heads: 1}
+  characters: abcd
+data: {train: {generator: arithmetic}, prompts_per_step: 4, max_prompt_tokens: 10, max_tokens: 20}
+rewards: [{name: exact_match}]
+rollout: {max_new_tokens: 6}
+trainer: {workers: 2, tokens_per_micro_batch: 32}
+run: {steps: 10, output_dir: out}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def plan_of(path: Path, *overrides: str, machine: Machine = LAPTOP) -> Plan:
+    (plan,) = make_plans(load_recipe(path, overrides), machine)
+    return plan
+
+
+def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
+    plan = plan_of(recipe_file)
+    parts = {planned.role.name: dict(planned.parts or {}) for planned in plan.roles}
+    # Half of the parameters on each of two ranks, 4 bytes each. Micro-batches of 32 tokens.
+    # A layer keeps 6x8 + 2 (8 + 4) + 4x16 = 136 elements a token.
+    assert parts["trainer"] == {
+        "weights": PARAMETERS // 2 * 4,
+        "gradients": PARAMETERS // 2 * 4,
+        "Adam": PARAMETERS * 4,
+        "activations": 32 * 2 * 136 * 4,
+        "logits": 3 * 32 * 6 * 4,
+        "process": PROCESS_BYTES,
+    }
+    # 8 sequences of 16 tokens, each with 2 (keys, values) x 2 layers x 1 head of 4.
+    assert parts["rollout"] == {
+        "weights": PARAMETERS * 4,
+        "KV cache": 8 * 16 * 16 * 4,
+        "logits": 2 * 8 * 6 * 4,
+        "process": PROCESS_BYTES,
+    }
+    assert parts["reference"] == {
+        "weights": PARAMETERS * 4,
+        "activations": 32 * 136 * 4,
+        "logits": 2 * 32 * 6 * 4,
+        "process": PROCESS_BYTES,
+    }
+    each = {planned.role.name: planned.bytes_each for planned in plan.roles}
+    snapshot = PARAMETERS * 4
+    actors = 2 * each["trainer"] + each["rollout"] + each["rewards"] + each["reference"]
+    assert plan.host_bytes == actors + PROCESS_BYTES + snapshot
+
+
+def test_a_step_has_prompts_times_group_size_samples_of_the_longest_length(recipe_file: Path):
+    plan = plan_of(recipe_file)
+    assert (plan.sequences, plan.max_tokens) == (8, 8 * 16)
+    assert "4 prompts x 2 completions = 8 samples, at most 128 tokens (10 prompt + 6 new)" in render(plan)
+
+
+def test_offline_training_counts_examples_and_both_answers_of_a_pair(recipe_file: Path):
+    sft = plan_of(recipe_file, "algorithm={name: sft}", "algorithm.group_size=1", "rewards=[]")
+    assert (sft.sequences, sft.max_tokens) == (4, 80)
+    assert [planned.role.name for planned in sft.roles] == ["trainer"]
+    dpo = plan_of(recipe_file, "algorithm={name: dpo}", "algorithm.group_size=1", "rewards=[]")
+    assert dpo.sequences == 8
+
+
+def test_gradient_checkpointing_keeps_one_layer_and_the_inputs_of_the_others(recipe_file: Path):
+    (trainer, *_) = plan_of(recipe_file, "trainer.gradient_checkpointing=true").roles
+    assert dict(trainer.parts or {})["activations"] == 32 * (136 + 8) * 4
+
+
+def test_a_micro_batch_is_bounded_by_what_there_is_and_holds_the_longest_sequence(recipe_file: Path):
+    def activations(budget: int) -> int:
+        (trainer, *_) = plan_of(recipe_file, f"trainer.tokens_per_micro_batch={budget}").roles
+        return dict(trainer.parts or {})["activations"] // (2 * 136 * 4)
+
+    assert (activations(1_000_000), activations(8)) == (4 * 16, 16)
+
+
+def test_vllm_on_cpu_takes_the_cache_it_is_given(recipe_file: Path):
+    plan = plan_of(recipe_file, "rollout.engine=vllm", "rollout.kv_cache_gib=0.25")
+    assert dict(plan.roles[1].parts or {})["KV cache"] == GIB // 4
+
+
+def test_the_settings_say_which_values_are_the_rows_and_which_the_recipes(recipe_file: Path):
+    plan = plan_of(recipe_file, "algorithm.kl.coef=0", "algorithm.loss.clip_high=0.28")
+    sources = {setting.key: (setting.value, setting.source) for setting in plan.settings}
+    assert sources["advantage.scale"] == ("group_std", "grpo")
+    assert sources["kl.coef"] == (0.0, "recipe (grpo: 0.04)")
+    assert sources["loss.clip_high"] == (0.28, "recipe (grpo: 0.2)")
+    assert "loss.clip_low" not in sources
+
+
+def test_a_later_stage_has_the_shape_of_the_model_that_the_first_will_write(recipe_file: Path):
+    stages = "stages: [{name: sft, algorithm: {name: sft}, rewards: []}, {name: grpo}]\n"
+    recipe_file.write_text(TINY + stages)
+    plans = make_plans(load_recipe(recipe_file), LAPTOP)
+    assert [plan.shape for plan in plans] == [plans[0].shape] * 2
+    assert f"{PARAMETERS:,} parameters" in render(plans[1])
+
+
+def test_what_does_not_fit_is_said_with_the_remedy(recipe_file: Path):
+    assert plan_of(recipe_file).warnings == []
+    assert plan_of(recipe_file, machine=replace(LAPTOP, cpus=2)).warnings == [
+        "actors reserve 4 CPUs and this machine has 2: they will take turns"
+    ]
+    assert plan_of(recipe_file, "trainer.gpus_per_worker=1").warnings == [
+        "actors reserve 2 GPUs and this machine has 0: the run needs a cluster"
+    ]
+    (memory,) = plan_of(recipe_file, "trainer.workers=8", machine=replace(LAPTOP, cpus=16, memory=4 * GIB)).warnings
+    assert "do not fit into 4.00 GiB of memory" in memory
+    assert "lower the number of workers" in memory
+
+
+def test_what_is_probably_not_meant_is_said(recipe_file: Path):
+    (one,) = plan_of(recipe_file, "algorithm.groups.updates_per_step=4").warnings
+    assert one.startswith("one prompt an update")
+    (peak,) = plan_of(recipe_file, "trainer.warmup_steps=10").warnings
+    assert peak == "the learning rate never reaches its peak: 10 warm-up steps of 10"
+    (length,) = plan_of(recipe_file, "model.architecture.max_position_embeddings=15").warnings
+    assert length.startswith("a sequence may have 16 tokens, the model was made for 15")
+    assert plan_of(recipe_file, "model={path: org/model, architecture: null, characters: null}").warnings == [
+        "memory is not estimated: org/model has no config.json on this machine"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({}, PARAMETERS),
+        ({"tie_word_embeddings": False}, PARAMETERS + 6 * 8),
+        ({"head_dim": 8}, PARAMETERS + 2 * 192),
+        ({"model_type": "qwen2"}, PARAMETERS + 2 * (8 + 4 + 4)),
+        ({"model_type": "qwen3"}, PARAMETERS + 2 * (4 + 4)),
+        ({"attention_bias": True, "mlp_bias": True}, PARAMETERS + 2 * (8 + 4 + 4 + 8) + 2 * (16 + 16 + 8)),
+        ({"num_local_experts": 3, "model_type": "mixtral"}, PARAMETERS + 2 * (2 * 384 + 3 * 8)),
+    ],
+    ids=["llama", "untied", "wide heads", "qwen2", "qwen3", "biases", "mixtral"],
+)
+def test_parameters_are_counted_from_the_config(fields: dict, parameters: int):
+    config = {**ARCHITECTURE, "vocab_size": 6, "tie_word_embeddings": True, **fields}
+    assert shape_of(config).parameters == parameters
+
+
+def test_parameters_on_disk_are_counted_from_the_headers_alone(tmp_path: Path):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [60, 64]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    (tmp_path / "config.json").write_text(json.dumps({**ARCHITECTURE, "vocab_size": 6}))
+    assert count_stored(tmp_path) == 16
+    assert read_shape(ModelBlock(path=str(tmp_path))).parameters == 16
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"no")
+    with pytest.raises(UnknownShape, match="is no safetensors file"):
+        count_stored(tmp_path)
+
+
+def test_a_config_without_the_common_fields_is_no_shape():
+    with pytest.raises(UnknownShape, match="its config has no hidden_size"):
+        shape_of({"model_type": "mamba"})

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rlflow.tracking import rollouts
+from rlflow.tracking.rollouts import last_user_text, read_rollouts, write_rollouts
+from rlflow.types import Group, Message, Prompt, Rollout
+
+
+def make_prompt(index: int, messages: list[Message] | None = None) -> Prompt:
+    default = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {index} + ½?"}]
+    return Prompt(f"set:{index}", np.arange(index + 1, dtype=np.int32), messages or default, {})
+
+
+def make_rollout(length: int, rewards: dict[str, float], text: str = "four") -> Rollout:
+    return Rollout(
+        token_ids=np.arange(100, 100 + length, dtype=np.int32),
+        logprobs=np.linspace(-2, 0, length).astype(np.float32),
+        policy_version=7,
+        finish_reason="stop",
+        text=text,
+        rewards=rewards,
+        reward=sum(rewards.values()),
+    )
+
+
+def make_groups() -> tuple[list[Group], list[np.ndarray], list[str]]:
+    first = (make_rollout(3, {"exact": 1.0, "brevity": 0.5}), make_rollout(0, {"exact": math.nan, "brevity": 0.5}))
+    second = (
+        make_rollout(2, {"exact": 0.0, "brevity": 0.25}, "\ud83d <b>"),
+        make_rollout(1, {"exact": 1.0, "brevity": 0.0}),
+    )
+    groups = [Group(make_prompt(0), 0, first), Group(make_prompt(1), 2, second)]
+    return groups, [np.array([0.5, np.nan]), np.array([-1.0, 1.0])], ["trained", "masked", "trained", "filtered"]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    groups, advantages, states = make_groups()
+    write_rollouts(path, groups, advantages, states)
+    records = read_rollouts(path)
+    assert [(r.prompt_id, r.epoch, r.sample_index, r.state) for r in records] == [
+        ("set:0", 0, 0, "trained"),
+        ("set:0", 0, 1, "masked"),
+        ("set:1", 2, 0, "trained"),
+        ("set:1", 2, 1, "filtered"),
+    ]
+    sources = [(group, rollout) for group in groups for rollout in group.rollouts]
+    for record, (group, rollout) in zip(records, sources, strict=True):
+        assert record.messages == list(group.prompt.messages)
+        assert record.prompt == group.prompt.messages[-1]["content"]
+        np.testing.assert_array_equal(record.prompt_token_ids, group.prompt.token_ids)
+        np.testing.assert_array_equal(record.token_ids, rollout.token_ids)
+        np.testing.assert_array_equal(record.logprobs, rollout.logprobs)
+        np.testing.assert_equal(record.rewards, rollout.rewards)
+        np.testing.assert_equal(record.reward, rollout.reward)
+        assert (record.policy_version, record.finish_reason) == (7, "stop")
+    np.testing.assert_array_equal([r.advantage for r in records], [0.5, np.nan, -1.0, 1.0])
+    assert records[2].completion == "? <b>"
+
+
+def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    table = pq.read_table(path)
+    assert " ".join(table.schema.names) == (
+        "prompt_id epoch sample_index prompt messages completion reward reward/exact reward/brevity advantage "
+        "policy_version finish_reason state prompt_token_ids token_ids logprobs"
+    )
+    assert str(table.schema.field("token_ids").type) == "list<element: int32>"
+    assert str(table.schema.field("logprobs").type) == "list<element: float>"
+    assert table["reward/exact"].to_pylist() == [1.0, None, 0.0, 1.0]
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_reading_without_tokens_leaves_them_empty(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    record = read_rollouts(path, tokens=False)[0]
+    assert (record.completion, len(record.token_ids), len(record.logprobs)) == ("four", 0, 0)
+
+
+def test_a_step_without_groups_is_an_empty_file(tmp_path: Path) -> None:
+    write_rollouts(tmp_path / "empty.parquet", [], [], [])
+    assert read_rollouts(tmp_path / "empty.parquet") == []
+
+
+def test_lengths_that_disagree_are_an_error(tmp_path: Path) -> None:
+    groups, advantages, states = make_groups()
+    with pytest.raises(ValueError, match=r"step\.parquet: 4 rollouts, 4 advantages, 3 states"):
+        write_rollouts(tmp_path / "step.parquet", groups, advantages, states[:3])
+
+
+def test_a_write_that_fails_leaves_the_older_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+
+    def fail(table: object, target: Path, **options: object) -> None:
+        target.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rollouts.pq, "write_table", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_rollouts(path, *make_groups())
+    assert os.listdir(tmp_path) == [path.name]
+    assert len(read_rollouts(path)) == 4
+
+
+def test_the_prompt_column_is_the_last_user_message_and_names_parts_that_are_not_text() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "<think>"}]
+    assert last_user_text(make_prompt(0, messages)) == "[image]What is this?"
+    assert last_user_text(make_prompt(0, [{"role": "system", "content": "x"}])) == ""

@@ -1,0 +1,119 @@
+"""The dependency order of the design: what is above may import what is below, never the reverse."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("rlflow", "actors", "rewards")
+
+LAYERS = (
+    ("rlflow.types", "rlflow.recipe"),
+    (
+        "rlflow.algorithms",
+        "rlflow.batching",
+        "rlflow.checkpoint",
+        "rlflow.data",
+        "rlflow.memory",
+        "rlflow.plan",
+        "rlflow.tracking",
+    ),
+    ("actors", "rewards"),
+    ("rlflow.driver", "rlflow.placement"),
+    ("rlflow.__main__", "rlflow.cli", "rlflow"),
+)
+"""From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""
+
+HEAVY = {"torch", "transformers", "vllm", "ray", "datasets", "trl"}
+WITHOUT_HEAVY_IMPORTS = {
+    "rlflow": HEAVY,
+    "rlflow.batching": HEAVY,
+    "rlflow.cli": HEAVY,
+    "rlflow.data": HEAVY,
+    "rlflow.memory": HEAVY,
+    "rlflow.plan": HEAVY,
+    "rlflow.recipe": HEAVY,
+    "rlflow.tracking": HEAVY,
+    "rlflow.types": HEAVY,
+    "rlflow.driver": HEAVY - {"ray"},
+    "rlflow.placement": HEAVY - {"ray"},
+    "rewards": {"ray", "vllm"},
+}
+"""What importing a package's modules may not load, itself or through what it imports: it starts at once then."""
+
+STANDARD_NAMES = {"rlflow/types.py"}
+"""Files that bear the name of a module of the standard library all the same."""
+
+
+def module_files() -> dict[str, Path]:
+    files = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+MODULES = module_files()
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer_of(module: str) -> int:
+    """The layer whose most specific entry ``module`` belongs to."""
+    entries = [(len(entry), level) for level, layer in enumerate(LAYERS) for entry in layer if within(module, entry)]
+    return max(entries)[1]
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of every module of ours that ``path`` imports, at its top or within a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the import in full, not relative"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in full]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name in MODULES)
+
+
+def test_every_module_belongs_to_a_layer_and_imports_downward_only():
+    upward = []
+    for module, path in MODULES.items():
+        for line, imported in imported_modules(path):
+            if layer_of(imported) > layer_of(module):
+                upward.append(f"{path.relative_to(ROOT)}:{line}: {module} imports {imported}, which is above it")
+    assert upward == []
+
+
+def test_the_front_door_is_the_only_module_of_rlflow_without_a_layer_of_its_own():
+    entries = [entry for layer in LAYERS for entry in layer if entry != "rlflow"]
+    homeless = [module for module in MODULES if module != "rlflow" and not any(within(module, e) for e in entries)]
+    assert homeless == []
+
+
+def test_no_file_bears_the_name_of_a_module_of_the_standard_library():
+    names = {str(path.relative_to(ROOT)) for path in MODULES.values() if path.stem in sys.stdlib_module_names}
+    assert names <= STANDARD_NAMES
+
+
+@pytest.mark.parametrize("package", WITHOUT_HEAVY_IMPORTS)
+def test_importing_a_package_loads_nothing_heavy(package):
+    modules = [name for name in MODULES if (name == package if package == "rlflow" else within(name, package))]
+    heavy = WITHOUT_HEAVY_IMPORTS[package]
+    code = "import importlib, sys\n"
+    code += f"for name in {modules!r}:\n"
+    code += "    importlib.import_module(name)\n"
+    code += f"    assert not (loaded := {heavy!r} & sys.modules.keys()), f'{{name}} loads {{sorted(loaded)}}'\n"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr.strip().splitlines()[-1]
