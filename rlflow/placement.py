@@ -22,19 +22,10 @@ from actors.policy_trainer import PolicyTrainer
 from actors.reference_model import ReferenceModel
 from actors.reward_server import RewardServer
 from actors.rollout_worker import RolloutWorker
+from rlflow.plan import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe
 
 _OBJECT_STORE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """How many actors of one class, and what each needs."""
-
-    name: str
-    workers: int
-    cpus: float
-    gpus: float
 
 
 @dataclass(slots=True)
@@ -64,45 +55,31 @@ class Actors:
         remove_placement_group(self.group)
 
 
-def rollout_engine(recipe: Recipe) -> str:
-    """`auto` is vllm where rollout workers have a GPU."""
-    if recipe.rollout.engine != "auto":
-        return recipe.rollout.engine
-    return "vllm" if recipe.rollout.gpus_per_worker else "torch"
-
-
-def roles(recipe: Recipe) -> list[Role]:
-    """Who is placed for a stage."""
-    rollout, trainer, reference = recipe.rollout, recipe.trainer, recipe.reference
-    found = [Role("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker)]
-    if recipe.needs_rollouts:
-        found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
-        found.append(Role("rewards", recipe.reward_server.workers, recipe.reward_server.cpus_per_worker, 0.0))
-    if recipe.needs_reference:
-        found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
-    return found
-
-
-def start_ray(recipes: Sequence[Recipe]) -> None:
+def start_ray(recipes: Sequence[Recipe]) -> bool:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it set), or starts Ray in this process.
 
     A cluster of our own promises as many CPUs as the recipe asks for: on a small machine actors take turns.
+
+    Returns:
+        Whether Ray was started or joined here, and not by the caller.
     """
     if ray.is_initialized():
-        return
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        return
+        return True
     wanted = max(sum(role.cpus * role.workers for role in roles(recipe)) for recipe in recipes)
     ray.init(
+        address="local",
         num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         **quiet,
     )
+    return True
 
 
 def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int) -> Actors:
@@ -113,46 +90,51 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     """
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
-    bundles = iter(range(sum(role.workers for role in wanted)))
-    placed = {role.name: [_strategy(group, next(bundles)) for _ in range(role.workers)] for role in wanted}
-    seed = recipe.run.seed
-
-    def spawn(cls: type, role: Role, rank: int, *args: Any, **kwargs: Any) -> Any:
-        options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": placed[role.name][rank]}
-        return ray.remote(cls).options(**options).remote(*args, **kwargs)
-
+    bundle = 0
     groups: dict[str, ActorGroup] = {}
     for role in wanted:
         handles = []
         for rank in range(role.workers):
-            threads = max(1, int(role.cpus))
-            match role.name:
-                case "trainer":
-                    options = {"rank": rank, "world_size": role.workers, "num_threads": threads, "seed": seed}
-                    handles.append(spawn(PolicyTrainer, role, rank, model, recipe.trainer, **options))
-                case "rollout":
-                    options = {
-                        "rank": rank,
-                        "engine": rollout_engine(recipe),
-                        "max_model_len": max_model_len,
-                        "num_threads": threads,
-                        "seed": seed,
-                        "log_directory": directory / "logs",
-                    }
-                    handles.append(spawn(RolloutWorker, role, rank, model, recipe.rollout, **options))
-                case "rewards":
-                    handles.append(spawn(RewardServer, role, rank, recipe.scoring, recipe.reward_server.children))
-                case "reference":
-                    source = model if recipe.reference.path is None else ModelBlock(path=recipe.reference.path, dtype=model.dtype)
-                    options = {"gpus": role.gpus, "num_threads": threads, "seed": seed}
-                    handles.append(spawn(ReferenceModel, role, rank, source, **options))
+            cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
+            place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+            options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place_at}
+            handles.append(ray.remote(cls).options(**options).remote(**arguments))
+            bundle += 1
         timeout_s = recipe.trainer.timeout_s if role.name == "trainer" else recipe.rollout.timeout_s
         groups[role.name] = ActorGroup(role.name, handles, timeout_s)
-    actors = Actors(
-        groups["trainer"], groups.get("rollout"), groups.get("rewards"), groups.get("reference"), group
-    )
+    actors = Actors(groups["trainer"], groups.get("rollout"), groups.get("rewards"), groups.get("reference"), group)
     _begin_setup(actors, recipe)
     return actors
+
+
+def _constructor(
+    role: Role, rank: int, recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
+) -> tuple[type, dict[str, Any]]:
+    """The plain class of a role and the arguments of one of its actors."""
+    threads, seed = max(1, int(role.cpus)), recipe.run.seed
+    match role.name:
+        case "trainer":
+            world = {"rank": rank, "world_size": role.workers}
+            return PolicyTrainer, {
+                "model": model, "trainer": recipe.trainer, "num_threads": threads, "seed": seed, **world
+            }  # fmt: skip
+        case "rollout":
+            return RolloutWorker, {
+                "model": model,
+                "rollout": recipe.rollout,
+                "rank": rank,
+                "engine": rollout_engine(recipe),
+                "max_model_len": max_model_len,
+                "num_threads": threads,
+                "seed": seed,
+                "log_directory": directory / "logs",
+            }
+        case "rewards":
+            return RewardServer, {"rewards": recipe.scoring, "children": recipe.reward_server.children}
+        case _:
+            path = recipe.reference.path
+            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
 
 
 def _begin_setup(actors: Actors, recipe: Recipe) -> None:
@@ -172,7 +154,7 @@ def _begin_setup(actors: Actors, recipe: Recipe) -> None:
 
 def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
     bundles = [{"CPU": role.cpus, "GPU": role.gpus} for role in wanted for _ in range(role.workers)]
-    bundles = [{name: n for name, n in bundle.items() if n} or {"CPU": 0.001} for bundle in bundles]
+    bundles = [{name: n for name, n in bundle.items() if n} or {"memory": 1} for bundle in bundles]
     group = placement_group(bundles, strategy="PACK")
     total = ray.cluster_resources()
     for name in ("CPU", "GPU"):
@@ -192,7 +174,3 @@ def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
             f"no room for {bundles} within {timeout_s:.0f} s; free now: {ray.available_resources()}"
         ) from None
     return group
-
-
-def _strategy(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)

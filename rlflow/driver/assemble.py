@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlflow.algorithms.advantages import compute_advantages, soft_overlong_penalty
+from rlflow.algorithms.advantages import combine_rewards, soft_overlong_penalty, token_advantages
+from rlflow.algorithms.kl_reward import kl_penalty
 from rlflow.algorithms.reductions import count_denominators, loss_weights
-from rlflow.recipe import AlgorithmBlock
-from rlflow.types import Denominators, Group, Sample
+from rlflow.driver.rollouts import ScoredChunk
+from rlflow.recipe import AlgorithmBlock, RewardBlock
+from rlflow.types import Denominators, Group, Rollout, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +20,10 @@ class Batch:
     """What one step trains on."""
 
     groups: list[Group]
-    advantages: np.ndarray
-    """float64 [P, G]; 0 where unscored."""
+    rewards: np.ndarray
+    """float64 [P, G], length punishment included; NaN where unscored."""
     samples: list[Sample]
-    """P * G, in prompt order; weights are still missing (see weigh)."""
+    """P * G, in prompt order: row i * G + g is rollout g of prompt i."""
 
     @property
     def states(self) -> list[str]:
@@ -29,36 +31,83 @@ class Batch:
         return ["trained" if sample.loss_mask.any() else "masked" for sample in self.samples]
 
 
+def build_groups(
+    chunk: ScoredChunk, rewards: Sequence[RewardBlock], group_size: int, algorithm: AlgorithmBlock
+) -> list[Group]:
+    """A worker's scored completions, one group a prompt; rewards combined by their weights."""
+    batch, scores = chunk.rollouts, chunk.scores
+    shape = (len(chunk.items), group_size)
+    by_function = np.stack([scores.rewards[block.label].reshape(shape) for block in rewards])
+    failed = np.stack([scores.failed[block.label].reshape(shape) for block in rewards])
+    weights = np.array([block.weight for block in rewards])
+    combined = combine_rewards(by_function, failed, weights, algorithm.groups.reward_scaling)
+    groups = []
+    for p, (epoch, prompt) in enumerate(chunk.items):
+        rollouts = []
+        for g in range(group_size):
+            row = p * group_size + g
+            tokens = slice(batch.offsets[row], batch.offsets[row + 1])
+            rollouts.append(
+                Rollout(
+                    token_ids=batch.token_ids[tokens],
+                    logprobs=batch.logprobs[tokens],
+                    policy_version=batch.policy_version,
+                    finish_reason=batch.finish_reasons[row],
+                    text=batch.texts[row],
+                    rewards={block.label: float(by_function[k, p, g]) for k, block in enumerate(rewards)},
+                    reward=float(combined[p, g]),
+                )
+            )
+        groups.append(Group(prompt, epoch, tuple(rollouts)))
+    return groups
+
+
 def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens: int) -> Batch:
-    """Groups of one step, all of the same size, to samples without loss weights."""
+    """Groups of one step, all of the same size, to samples without advantages and loss weights."""
     rewards = np.stack([group.rewards for group in groups]).astype(np.float64)
     block = algorithm.groups
-    if block.overlong_buffer_tokens:
+    if block.overlong_buffer:
         lengths = np.array([[len(r.token_ids) for r in group.rollouts] for group in groups])
-        rewards = rewards + block.overlong_penalty * soft_overlong_penalty(
-            lengths, max_new_tokens, block.overlong_buffer_tokens
-        )
-    advantages = compute_advantages(rewards, algorithm.advantage)
+        punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)
+        rewards = rewards + block.overlong_penalty * punishment
     samples = []
-    for group, group_advantages in zip(groups, advantages, strict=True):
+    for group in groups:
         prompt = group.prompt.token_ids
-        for rollout, advantage in zip(group.rollouts, group_advantages, strict=True):
-            trained = not np.isnan(rollout.reward)
-            if block.mask_truncated and rollout.finish_reason != "stop":
-                trained = False
-            before, length = len(prompt), len(rollout.token_ids)
-            mask = np.zeros(before + length, dtype=bool)
-            mask[before:] = trained
+        for rollout in group.rollouts:
+            truncated = block.mask_truncated and rollout.finish_reason != "stop"
+            mask = np.zeros(len(prompt) + len(rollout.token_ids), dtype=bool)
+            mask[len(prompt) :] = not (truncated or np.isnan(rollout.reward))
             samples.append(
                 Sample(
                     token_ids=np.concatenate([prompt, rollout.token_ids]),
                     loss_mask=mask,
-                    loss_weights=np.zeros(before + length, dtype=np.float32),
-                    advantages=_after_prompt(before, np.full(length, advantage)),
-                    old_logprobs=_after_prompt(before, rollout.logprobs),
+                    loss_weights=np.zeros(len(mask), dtype=np.float32),
+                    old_logprobs=_after_prompt(len(prompt), rollout.logprobs),
                 )
             )
-    return Batch(list(groups), advantages, samples)
+    return Batch(list(groups), rewards, samples)
+
+
+def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: AlgorithmBlock) -> list[Sample]:
+    """Gives every token its advantage; with the KL in the reward, from the samples' reference logprobs."""
+    prompts = [len(group.prompt.token_ids) for group in batch.groups for _ in group.rollouts]
+    penalties = [_penalty(sample, before, algorithm) for sample, before in zip(samples, prompts, strict=True)]
+    advantages, _ = token_advantages(batch.rewards, penalties, algorithm.advantage)
+    return [
+        replace(sample, advantages=_after_prompt(before, values))
+        for sample, before, values in zip(samples, prompts, advantages, strict=True)
+    ]
+
+
+def _penalty(sample: Sample, num_prompt_tokens: int, algorithm: AlgorithmBlock) -> np.ndarray:
+    """float64 [C]: what the KL takes off the reward of each completion token."""
+    kl = algorithm.kl
+    if kl.placement != "reward" or sample.ref_logprobs is None or sample.old_logprobs is None:
+        return np.zeros(len(sample.token_ids) - num_prompt_tokens)
+    completion = slice(num_prompt_tokens, None)
+    scored = sample.loss_mask[completion]
+    penalty = kl_penalty(kl.estimator, sample.old_logprobs[completion], sample.ref_logprobs[completion])
+    return np.where(scored, kl.coef * penalty, 0.0)
 
 
 def weigh(
@@ -74,6 +123,19 @@ def weigh(
         for sample, weight in zip(samples, weights, strict=True)
     ]
     return weighed, denominators
+
+
+def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """float64 [G] for each group: the mean advantage of each rollout's tokens, for people to read."""
+    means = np.array(
+        [
+            float(sample.advantages[sample.loss_mask].mean())
+            if sample.advantages is not None and sample.loss_mask.any()
+            else 0.0
+            for sample in samples
+        ]
+    )
+    return list(means.reshape(batch.rewards.shape))
 
 
 def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:

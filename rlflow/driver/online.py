@@ -30,7 +30,10 @@ from rlflow.types import Prompt, Sample, StepStats
 
 def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, resume: bool) -> None:
     """Runs the steps that are left and leaves a checkpoint after the last."""
-    pipeline = RolloutPipeline(stage, prompts, num_steps)
+    algorithm, rewards = stage.recipe.algorithm, stage.recipe.rewards
+    pipeline = RolloutPipeline(
+        stage, prompts, num_steps, lambda chunk: assemble.build_groups(chunk, rewards, algorithm.group_size, algorithm)
+    )
     first = 0
     if resume:
         first, state = stage.resume()
@@ -44,20 +47,29 @@ def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, res
         pipeline.fill(step)
         with stage.clock("rollout"):
             groups, stats.metrics = pipeline.take(step)
-        batch = assemble.assemble(groups, stage.recipe.algorithm, stage.recipe.rollout.max_new_tokens)
+        batch = assemble.assemble(groups, algorithm, stage.recipe.rollout.max_new_tokens)
         stats.metrics |= assemble.rollout_metrics(batch, step)
-        stats.metrics |= learn(stage, batch.samples, step, num_steps)
+        samples, metrics = learn(stage, batch, step, num_steps)
+        stats.metrics |= metrics
         stage.sync_weights(step + 1)
         if step % stage.recipe.run.log_rollouts_every == 0:
             path = stage.directory / "rollouts" / f"step_{step + 1:06d}.parquet"
-            write_rollouts(path, batch.groups, list(batch.advantages), batch.states)
+            write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
         stage.end_step(stats, pipeline.state(step + 1), last=step + 1 == num_steps)
 
 
-def learn(stage: Stage, samples: list[Sample], step: int, num_steps: int) -> dict[str, float]:
-    """Trains on one rollout batch: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates."""
+def learn(
+    stage: Stage, batch: assemble.Batch, step: int, num_steps: int
+) -> tuple[list[Sample], dict[str, float]]:
+    """Trains on one rollout batch: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates.
+
+    Returns:
+        The samples as they were trained, and the updates' metrics: their mean, but the engine's mismatch is of the
+        first update, before the policy moved.
+    """
     algorithm, rollout = stage.recipe.algorithm, stage.recipe.rollout
     blocks = algorithm.groups
+    samples = batch.samples
     if stage.recipe.needs_reference:
         with stage.clock("reference"):
             samples = learner.with_reference(stage, samples, rollout.temperature)
@@ -65,7 +77,8 @@ def learn(stage: Stage, samples: list[Sample], step: int, num_steps: int) -> dic
     if algorithm.correction.old_policy == "trainer" and updates > 1:
         with stage.clock("proximal"):
             samples = learner.with_proximal(stage, samples, rollout.temperature)
-    all_metrics = []
+    samples = assemble.with_advantages(batch, samples, algorithm)
+    all_metrics: list[dict[str, float]] = []
     per_update = len(samples) // blocks.updates_per_step
     with stage.clock("train"):
         for update in range(updates):
@@ -82,4 +95,5 @@ def learn(stage: Stage, samples: list[Sample], step: int, num_steps: int) -> dic
             )
             stage.count_skipped(bool(metrics["trainer/skipped"]), step + 1)
             all_metrics.append(metrics)
-    return {name: sum(m[name] for m in all_metrics) / updates for name in all_metrics[0]}
+    metrics = {name: sum(m[name] for m in all_metrics) / updates for name in all_metrics[0]}
+    return samples, metrics | {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}

@@ -11,7 +11,7 @@ alone, never on who is faster.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import ray
 
 from actors.reward_server import RewardServer
 from actors.rollout_worker import RolloutWorker
+from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
 from rlflow.driver.errors import RunError
 from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, SamplingParams, ScoreBatch
@@ -114,11 +115,18 @@ def collect(stage: Stage, chunks: Sequence[Chunk]) -> list[ScoredChunk]:
 class RolloutPipeline:
     """The step's groups, generated at most ``max_staleness`` policy versions before they are trained."""
 
-    def __init__(self, stage: Stage, prompts: Sequence[Prompt], num_steps: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        prompts: Sequence[Prompt],
+        num_steps: int,
+        build_groups: Callable[[ScoredChunk], list[Group]],
+    ) -> None:
         recipe = stage.recipe
         self.stage, self.prompts, self.num_steps = stage, prompts, num_steps
         self.sampler = Sampler(len(prompts), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
         self.params = stage.sampling_params()
+        self.build_groups = build_groups
         self.ledger = Ledger()
         self._next = 0
         self._chunks: dict[int, list[Chunk]] = {}
@@ -146,12 +154,13 @@ class RolloutPipeline:
         for attempt in range(block.max_resamples + 1):
             for chunk in collect(self.stage, chunks):
                 timing.add(chunk)
-                for group in self.stage.build_groups(chunk):
+                for group in self.build_groups(chunk):
                     (kept if not block.require_signal or has_signal(group.rewards) else spare).append(group)
             missing = wanted - len(kept)
             if not missing or attempt == block.max_resamples:
                 break
             chunks = self._issue(missing)
+        require_few_errors(timing, self.stage.recipe.reward_server.max_error_fraction)
         num_resampled = len(kept) + len(spare) - wanted
         groups = kept + spare[: wanted - len(kept)]
         self.ledger.trained += len(groups)
@@ -171,12 +180,6 @@ class RolloutPipeline:
         self.ledger.issued += num_prompts
         items = [(epoch, self.prompts[index]) for epoch, index in self.sampler.take(num_prompts)]
         return generate_and_score(self.stage, items, self.stage.recipe.algorithm.group_size, self.params, "")
-
-
-def has_signal(rewards: np.ndarray) -> bool:
-    """Whether a group's scored rewards differ, so that it has a gradient."""
-    scored = rewards[~np.isnan(rewards)]
-    return len(scored) > 1 and bool(np.ptp(scored) > 0)
 
 
 class RolloutTiming:

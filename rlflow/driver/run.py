@@ -1,9 +1,10 @@
 """From recipes to finished runs: what must exist before the first step, in the order that starts it soonest.
 
-    check recipe -> start Ray (a thread) ----------------> place actors -> wait until ready -> the loop -> export
-                 -> tokenizer, data (this thread) --------^
+    read the rows -> start Ray (a thread) ----> place actors -> wait until ready -> the loop -> export
+                  -> tokenise (this thread) --------^
 
-Actors load their models while the data is still being read; nothing here imports torch.
+Rows are read before anything starts, so that bad data costs nothing. Actors load their models while prompts are still
+being tokenised; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,68 +12,95 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
+import ray
+
+from actors.reward_server import RewardServer
 from rlflow.data.examples import load_examples
 from rlflow.data.prompts import load_prompts
+from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
 from rlflow.driver.evaluation import Evaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
-from rlflow.driver.stage import Stage
-from rlflow.placement import place, start_ray
+from rlflow.driver.stage import Clock, Stage
+from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import Recipe
 from rlflow.tracking import make_tracker
+from rlflow.types import Prompt
 
 
 def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
     """Runs the stages in order; with ``resume``, from where they stopped.
 
     Raises:
-        RecipeError, DataError: Something that the user gave is wrong; nothing was started.
+        DataError: The data is wrong; nothing was started.
         StopRequested: SIGTERM or SIGINT came and a checkpoint was written.
         RunError, ActorFailure: The run failed; the message says where.
     """
+    for recipe in recipes:
+        for source in _sources(recipe):
+            read_table(source)
     with stop_signals() as should_stop, ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
         ray_started = starter.submit(start_ray, recipes)
-        for recipe in recipes:
-            if resume and finished(Path(recipe.run.output_dir)):
-                continue
-            run_stage(recipe, ray_started, should_stop, resume=resume)
+        try:
+            for recipe in recipes:
+                if not (resume and finished(recipe)):
+                    run_stage(recipe, ray_started, should_stop, resume=resume)
+        finally:
+            started_here = ray_started.exception() is None and ray_started.result()
+            if started_here:
+                ray.shutdown()
 
 
-def run_stage(recipe: Recipe, ray_started: Future[None], should_stop, *, resume: bool) -> None:
+def run_stage(
+    recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[], bool], *, resume: bool
+) -> None:
     """One stage, from its directory to its ``final/``."""
-    startup = Startup()
+    clock = Clock()
     directory = prepare_directory(recipe, resume=resume)
     model = prepare_model(recipe, directory)
-    tokenizer = load_tokenizer(model)
-    load_train = load_prompts if recipe.family == "online" else load_examples
-    ray_started.result(timeout=recipe.run.startup_timeout_s)
-    startup.mark("ray and tokenizer")
-    actors = place(recipe, model, directory, _max_model_len(recipe))
+    with clock("startup_tokenizer"):
+        tokenizer = load_tokenizer(model)
+    with clock("startup_ray"):
+        ray_started.result(timeout=recipe.run.startup_timeout_s)
+    with clock("startup_place"):
+        actors = place(recipe, model, directory, max_model_len(recipe))
     try:
-        rows = load_train(recipe.data, tokenizer, recipe.run.seed)
-        held_out = _held_out(recipe, tokenizer)
-        startup.mark("data")
-        tracker = make_tracker(recipe, directory, resumed_at=0)
-        stage = Stage(recipe, directory, model, tokenizer, actors, tracker, should_stop)
-        if recipe.evaluation:
-            stage.evaluator = Evaluator(stage, recipe.evaluation, held_out)
-        actors.wait_ready(recipe.run.startup_timeout_s)
-        startup.mark("actors")
-        tracker.message(startup.text())
-        train = train_online if recipe.family == "online" else train_offline
-        train(stage, rows, num_steps(recipe, len(rows)), resume=resume)
-        stage.export()
-        tracker.finish({})
+        with clock("startup_data"):
+            rows, held_out = load_rows(recipe, tokenizer)
+        steps = num_steps(recipe, len(rows))
+        tracker = make_tracker(recipe, directory, total_steps=steps)
+        try:
+            stage = Stage(recipe, directory, model, tokenizer, actors, tracker, should_stop, clock=clock)
+            if recipe.evaluation:
+                stage.evaluator = Evaluator(stage, recipe.evaluation, held_out)
+            with clock("startup_actors"):
+                _wait_ready(actors, recipe)
+            train = train_online if recipe.family == "online" else train_offline
+            train(stage, rows, steps, resume=resume)
+            stage.export()
+            tracker.finish({})
+        finally:
+            tracker.close()
     finally:
         actors.close()
+
+
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list[Prompt]]:
+    """The stage's training rows, and its held-out prompts when it evaluates."""
+    data, seed = recipe.data, recipe.run.seed
+    if recipe.family == "online":
+        rows = load_prompts(data.train, data, tokenizer, seed)
+    else:
+        rows = load_examples(data, tokenizer, seed)
+    evaluation = recipe.evaluation
+    return rows, load_prompts(evaluation.data, data, tokenizer, seed) if evaluation else []
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:
@@ -81,3 +109,36 @@ def num_steps(recipe: Recipe, num_rows: int) -> int:
         return recipe.run.steps
     assert recipe.run.epochs is not None
     return max(1, math.ceil(recipe.run.epochs * num_rows / recipe.data.prompts_per_step))
+
+
+def max_model_len(recipe: Recipe) -> int:
+    """Longest prompt and longest completion together, training's or evaluation's."""
+    evaluation = recipe.evaluation
+    longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
+    return recipe.data.max_prompt_tokens + longest
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT ask the run to stop at the end of its step; a second one changes nothing."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_ready(actors: Actors, recipe: Recipe) -> None:
+    actors.wait_ready(recipe.run.startup_timeout_s)
+    if actors.rewards:
+        actors.rewards.call_all(RewardServer.self_check)
+
+
+def _sources(recipe: Recipe) -> list:
+    train = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
+    return [*train, *([recipe.evaluation.data] if recipe.evaluation else [])]
