@@ -72,9 +72,7 @@ class ActorGroup(Generic[T]):
     def name_of(self, rank: int) -> str:
         return f"{self.name}[{rank}]"
 
-    def start(
-        self, rank: int, method: Callable[Concatenate[T, P], R], *args: Any, **kwargs: Any
-    ) -> ray.ObjectRef:
+    def start(self, rank: int, method: Callable[Concatenate[T, P], R], *args: Any, **kwargs: Any) -> ray.ObjectRef:
         """Calls ``method`` on one actor and returns at once. Arguments may be object references."""
         return getattr(self.handles[rank], method.__name__).remote(*args, **kwargs)
 

@@ -79,7 +79,7 @@ class RolloutWorker:
         started = time.perf_counter()
         completions = self.engine.generate(requests, params)
         offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
-        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([c.token_ids.tolist() for c in completions], skip_special_tokens=True)
         return RolloutBatch(
             token_ids=np.concatenate([c.token_ids for c in completions]),
             logprobs=np.concatenate([c.logprobs for c in completions]),

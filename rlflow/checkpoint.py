@@ -91,7 +91,9 @@ def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
             continue
         return path
     if candidates:
-        raise CheckpointError(f"{root}: all {len(candidates)} checkpoints are damaged; move the directory away to start anew")
+        raise CheckpointError(
+            f"{root}: all {len(candidates)} checkpoints are damaged; move the directory away to start anew"
+        )
     return None
 
 

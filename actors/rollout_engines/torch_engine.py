@@ -141,9 +141,7 @@ class TorchEngine:
         return output.logits[:, -1]
 
 
-def sample(
-    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws by inverse transform: the first token at which the cumulative probability passes the uniform.
 
     Args:

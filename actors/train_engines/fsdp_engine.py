@@ -28,7 +28,9 @@ class FsdpEngine:
         self.rank, self.world_size = rank, world_size
         self.max_grad_norm = trainer.max_grad_norm
         if world_size > 1:
-            for layer in module.model.get_decoder().layers:
+            layers = module.model.get_decoder().layers
+            assert isinstance(layers, nn.ModuleList)
+            for layer in layers:
                 fully_shard(layer)
             fully_shard(module)
         self.optimizer = torch.optim.AdamW(

@@ -78,7 +78,8 @@ def packed_attention(
         )
     if dropout:
         raise ValueError(f"{type(module).__name__}: set attention_dropout to 0; packed training applies none")
-    out = layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, sliding_window)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = layout.attend(q, k, v, scaling, sliding_window)
     return out.unsqueeze(0), None
 
 

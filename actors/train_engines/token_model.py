@@ -60,7 +60,7 @@ class TokenModel(nn.Module):
             return TokenOutputs(zeros, zeros.detach())
         before, targets = hidden[rows - 1], token_ids[rows]
         chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
-        run = checkpoint if len(rows) > chunk and torch.is_grad_enabled() else _call
+        run = _recomputed if len(rows) > chunk and torch.is_grad_enabled() else _call
         parts = [
             run(self._score, before[i : i + chunk], targets[i : i + chunk], temperature, entropy_gradient)
             for i in range(0, len(rows), chunk)
@@ -89,7 +89,9 @@ class TokenModel(nn.Module):
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [M, H], targets [M] -> logprobs [M], entropies [M]."""
-        logits = self.model.get_output_embeddings()(hidden).float()
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        logits = head(hidden).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
@@ -99,9 +101,15 @@ class TokenModel(nn.Module):
 
 
 @torch.no_grad()
-def score(module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float) -> list[np.ndarray]:
+def score(
+    module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float
+) -> list[np.ndarray]:
     """Logprobs of the loss tokens, float32 [N] for each micro-batch."""
     return [module.of_batch(batch, device, temperature).logprobs.cpu().numpy() for batch in batches]
+
+
+def _recomputed(function: Any, *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 def _call(function: Any, *args: Any) -> Any:
@@ -116,14 +124,17 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
     """
     assert block.path is not None
     dtype = getattr(torch, block.dtype)
-    options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code, "attn_implementation": packed_attention.NAME}
+    options: dict[str, Any] = {
+        "trust_remote_code": block.trust_remote_code,
+        "attn_implementation": packed_attention.NAME,
+    }
     if block.architecture is not None:
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(block.path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     token_model = TokenModel(model)
@@ -139,10 +150,14 @@ def _check(token_model: TokenModel, device: torch.device) -> None:
     positions = torch.arange(8, device=device)
     layout = PackedLayout(np.array([0, 8]), device)
     ours = token_model(tokens, positions, layout, positions > 0).logprobs[1:]
-    logits = token_model.model(input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False).logits
+    logits = token_model.model(
+        input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
+    ).logits
     theirs = torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
     difference = (ours - theirs).abs().max().item()
     # The tolerance covers bfloat16; a missing scale or cap on the logits is off by whole units.
     if not difference < 0.05:
         name = type(token_model.model).__name__
-        raise ValueError(f"{name}: logits differ from the model's own forward pass by {difference:.3g}; not supported yet")
+        raise ValueError(
+            f"{name}: logits differ from the model's own forward pass by {difference:.3g}; not supported yet"
+        )

@@ -25,9 +25,7 @@ def update(
     """forward_backward on every rank, then one optimizer step. Returns the update's metrics."""
     trainer, block = stage.actors.trainer, stage.recipe.trainer
     started = time.perf_counter()
-    batches = pack(
-        samples, max_tokens=block.tokens_per_micro_batch, num_ranks=len(trainer), unit_size=unit_size
-    )
+    batches = pack(samples, max_tokens=block.tokens_per_micro_batch, num_ranks=len(trainer), unit_size=unit_size)
     per_rank = trainer.call_each(
         PolicyTrainer.forward_backward, batches, stage.recipe.algorithm, denominators, temperature
     )

@@ -1,6 +1,6 @@
 """The offline loop: SFT and its kin. The same trainer verbs and the same batching as online, without rollouts.
 
-    data/sampler --Example--> samples --> batching --> PolicyTrainer xR --> (weights to the workers when they evaluate)
+data/sampler --Example--> samples --> batching --> PolicyTrainer xR --> (weights to the workers when they evaluate)
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def train_offline(stage: Stage, examples: Sequence[Example], num_steps: int, *, 
     for step in range(first, num_steps):
         stats = StepStats(step + 1)
         chosen = [examples[index] for _, index in sampler.take(recipe.data.prompts_per_step)]
-        samples, denominators = assemble.weigh([_sample(e) for e in chosen], 1, recipe.algorithm, recipe.data.max_tokens)
+        samples, denominators = assemble.weigh(
+            [_sample(e) for e in chosen], 1, recipe.algorithm, recipe.data.max_tokens
+        )
         with stage.clock("train"):
             stats.metrics = learner.update(
                 stage,
@@ -44,7 +46,8 @@ def train_offline(stage: Stage, examples: Sequence[Example], num_steps: int, *, 
         last = step + 1 == num_steps
         if stage.evaluates_after(step + 1, last=last):
             stage.sync_weights(step + 1)
-        stage.end_step(stats, {"sampler": sampler.state()}, last=last)
+        if stage.end_step(stats, {"sampler": sampler.state()}, last=last):
+            break
 
 
 def _sample(example: Example) -> Sample:

@@ -55,12 +55,11 @@ def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, res
         if step % stage.recipe.run.log_rollouts_every == 0:
             path = stage.directory / "rollouts" / f"step_{step + 1:06d}.parquet"
             write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
-        stage.end_step(stats, pipeline.state(step + 1), last=step + 1 == num_steps)
+        if stage.end_step(stats, pipeline.state(step + 1), last=step + 1 == num_steps):
+            break
 
 
-def learn(
-    stage: Stage, batch: assemble.Batch, step: int, num_steps: int
-) -> tuple[list[Sample], dict[str, float]]:
+def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tuple[list[Sample], dict[str, float]]:
     """Trains on one rollout batch: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates.
 
     Returns:

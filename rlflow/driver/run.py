@@ -58,9 +58,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
                 ray.shutdown()
 
 
-def run_stage(
-    recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[], bool], *, resume: bool
-) -> None:
+def run_stage(recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[], bool], *, resume: bool) -> None:
     """One stage, from its directory to its ``final/``."""
     clock = Clock()
     directory = prepare_directory(recipe, resume=resume)

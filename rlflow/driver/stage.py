@@ -130,16 +130,24 @@ class Stage:
         """Evaluates and logs what the policy is before the first step."""
         self.tracker.log(StepStats(0, self.evaluate() | self.clock.metrics()))
 
-    def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> None:
-        """Evaluates and saves when it is due, logs. ``state``: what the loop needs to go on from here."""
+    def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> bool:
+        """Evaluates and saves when it is due, logs. ``state``: what the loop needs to go on from here.
+
+        Returns:
+            Whether the stage is over: it was the last step, or the evaluation reached ``run.stop_at_score``.
+        """
         if self.evaluates_after(stats.step, last=last):
             stats.metrics |= self.evaluate()
+            target = self.recipe.run.stop_at_score
+            if self.evaluator and target is not None:
+                last = last or stats.metrics[self.evaluator.metric] >= target
         stats.metrics |= self.clock.metrics()
         self.tracker.log(stats)
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
         self._save_if_due(stats, state, last=last)
         if self.should_stop() and not last:
             raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
+        return last
 
     def _save_if_due(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> None:
         """Saves every ``save_every`` steps, after the last one, and when asked to stop."""
@@ -156,11 +164,14 @@ class Stage:
                 self.checkpoints,
                 stats.step,
                 driver_state,
-                lambda directory: self.actors.trainer.call_all(PolicyTrainer.save, directory) and None,
+                self._save_trainers,
             )
         if improved:
             checkpoint.link(self.checkpoints, "best", path)
         checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
+
+    def _save_trainers(self, directory: Path) -> None:
+        self.actors.trainer.call_all(PolicyTrainer.save, directory)
 
     def export(self) -> Path:
         """Writes ``final/``, a Hugging Face directory, under a temporary name first."""

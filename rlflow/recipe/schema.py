@@ -251,6 +251,8 @@ class RunBlock(Block):
     """Optimizer steps; or give epochs."""
     epochs: PositiveFloat | None = None
     """Passes over the data; or give steps."""
+    stop_at_score: Fraction | None = None
+    """End the stage early, at the first evaluation whose pass@1 reaches this."""
     max_staleness: NonNegativeInt = 0
     """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
     seed: NonNegativeInt = 0
@@ -267,7 +269,7 @@ class RunBlock(Block):
     """Actors that are not ready by then are an error."""
 
 
-TrackerName = Literal["console", "jsonl", "wandb", "tensorboard"]
+TrackerName = Literal["console", "jsonl", "wandb"]
 
 
 class Recipe(Block):

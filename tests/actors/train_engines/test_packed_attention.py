@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def heads(num_heads: int, seed: int) -> torch.Tensor:
 
 def one_by_one(q, k, v, window=None):
     outputs = []
-    for start, end in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True):
+    for start, end in pairwise(CU_SEQLENS):
         one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
         mask = (distance >= 0) & (distance < (window or 10**6))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def outputs(model, tokens, wanted, temperature=1.0, entropy_gradient=False):
 def expected(theirs, tokens, temperature):
     """Each sequence through transformers alone: logprobs and entropies, 0 at first tokens."""
     logprobs, entropies = torch.zeros(len(tokens)), torch.zeros(len(tokens))
-    for start, end in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True):
+    for start, end in pairwise(CU_SEQLENS):
         logits = theirs(tokens[None, start:end]).logits[0, :-1] / temperature
         full = torch.log_softmax(logits, dim=-1)
         logprobs[start + 1 : end] = full.gather(1, tokens[start + 1 : end, None]).squeeze(1)

@@ -1,0 +1,127 @@
+"""Whole runs with real Ray and the torch engine, on a model of some ten thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+import rlflow
+from rlflow.tracking.rollouts import read_rollouts
+
+pytestmark = pytest.mark.ray
+
+RECIPE = """
+run: {{output_dir: {out}, seed: 3}}
+model:
+  characters: "0123456789+="
+  architecture:
+    {{model_type: qwen3, architectures: [Qwen3ForCausalLM], hidden_size: 32, intermediate_size: 64, head_dim: 16,
+     num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 64}}
+rollout: {{engine: torch, max_new_tokens: 4}}
+tracking: [jsonl]
+evaluation: {{data: {{generator: arithmetic, args: {{digits: 1, split: heldout}}}}, reward: {{name: exact_match}}}}
+stages:
+  - name: sft
+    algorithm: {{name: sft}}
+    data: {{train: {{generator: arithmetic, args: {{digits: 1}}}}, prompts_per_step: 8, max_tokens: 16}}
+    trainer: {{learning_rate: 1.0e-2}}
+    run: {{steps: 2}}
+  - name: grpo
+    algorithm: {{name: grpo, group_size: 4}}
+    data: {{train: {{generator: arithmetic, args: {{digits: 1}}}}, prompts_per_step: 4, max_prompt_tokens: 8}}
+    rewards: [{{plugin: "{plugin}:length"}}]
+    trainer: {{learning_rate: 1.0e-3}}
+    run: {{steps: 4, save_every: 2, keep_checkpoints: 5}}
+"""
+
+PLUGIN = """
+def length(prompts, completions, completion_ids, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+def run(tmp_path: Path, name: str, resume: bool = False, **overrides) -> Path:
+    (tmp_path / "reward.py").write_text(PLUGIN)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(out=tmp_path / name, plugin=tmp_path / "reward.py"))
+    rlflow.run(path, overrides=overrides, resume=resume)
+    return tmp_path / name
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(directory: Path) -> dict:
+    return load_file(directory / "final" / "model.safetensors")
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("driver"), "first")
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    sft, grpo = metrics_of(finished / "sft"), metrics_of(finished / "grpo")
+    assert [line["step"] for line in sft] == [0, 1, 2]
+    assert [line["step"] for line in grpo] == [0, 1, 2, 3, 4]
+    assert "eval/heldout/pass@1" in sft[0] and "eval/heldout/pass@1" in grpo[-1]
+    assert grpo[1]["reward/length/mean"] == pytest.approx(grpo[1]["reward/mean"])
+    assert grpo[1]["staleness/max"] == 0
+    for name in ("recipe.yaml", "final/config.json", "final/tokenizer.json", "checkpoints/latest/manifest.json"):
+        assert (finished / "grpo" / name).exists()
+    records = read_rollouts(finished / "grpo" / "rollouts" / "step_000001.parquet")
+    assert len(records) == 16
+
+
+def test_the_engine_and_the_trainer_agree_on_every_sampled_token(finished):
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-5 for line in metrics_of(finished / "grpo")[1:])
+
+
+def test_the_second_stage_starts_where_the_first_ended(finished):
+    sft, grpo = metrics_of(finished / "sft"), metrics_of(finished / "grpo")
+    assert sft[-1]["eval/heldout/pass@1"] == grpo[0]["eval/heldout/pass@1"]
+
+
+def test_the_same_recipe_and_seed_give_the_same_parameters_to_the_bit(finished, tmp_path):
+    again = run(tmp_path, "again")
+    assert equal(weights_of(finished / "sft"), weights_of(again / "sft"))
+    assert equal(weights_of(finished / "grpo"), weights_of(again / "grpo"))
+
+
+def test_a_run_resumed_from_a_checkpoint_ends_like_one_never_stopped(finished, tmp_path):
+    from rlflow import checkpoint
+
+    directory = run(tmp_path, "stopped")
+    grpo = directory / "grpo"
+    # As after a crash in step 3: only the checkpoint of step 2 is there.
+    for path in (grpo / "checkpoints").glob("step_000004*"):
+        path.rename(tmp_path / path.name)
+    (grpo / "final").rename(tmp_path / "final")
+    checkpoint.link(grpo / "checkpoints", "latest", grpo / "checkpoints" / "step_000002")
+    run(tmp_path, "stopped", resume=True)
+    assert equal(weights_of(finished / "grpo"), weights_of(grpo))
+    assert [line["step"] for line in metrics_of(grpo)] == [0, 1, 2, 3, 4]
+
+
+def test_two_trainer_ranks_two_workers_and_one_step_off_run_to_the_end(ray_session, tmp_path):
+    overrides = {"trainer.workers": 2, "rollout.workers": 2, "run.max_staleness": 1, "reward_server.workers": 2}
+    directory = run(tmp_path, "wide", **overrides)
+    lines = metrics_of(directory / "grpo")
+    assert [line["staleness/max"] for line in lines[1:]] == [0, 1, 1, 1]
+
+
+def test_two_ranks_train_like_one(finished, tmp_path):
+    import numpy as np
+
+    directory = run(tmp_path, "ranks", **{"trainer.workers": 2})
+    one, two = weights_of(finished / "sft"), weights_of(directory / "sft")
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-5)
