@@ -54,7 +54,7 @@ BAD = {
     "misspelt key of another block": Bad(
         10, "run: {steps: 1, gradient_checkpoint: true}", "run.gradient_checkpoint", "trainer.gradient_checkpointing?"
     ),
-    "key like no other": Bad(10, "run: {steps: 1, zzz: 1}", "run.zzz", "keys here are steps, epochs, max_staleness"),
+    "key like no other": Bad(10, "run: {steps: 1, zzz: 1}", "run.zzz", "keys here are steps, epochs, stop_at_score"),
     "misspelt key in a list": Bad(7, "  - {name: exact_match, wieght: 1}", "rewards.0.wieght", "did you mean weight?"),
     "misspelt key in a nested block": Bad(
         1, "algorithm: {name: grpo, kl: {coeff: 0.1}}", "algorithm.kl.coeff", "did you mean coef?"
