@@ -159,7 +159,9 @@ def test_a_submitted_recipe_runs_from_an_upload_without_what_stays_at_home(head,
     assert "succeeded" in finished.stdout
     assert head.environment["RAY_AUTH_TOKEN"] not in finished.stdout + finished.stderr
     assert (output / "final/model.safetensors").is_file()
-    (uploaded,) = (path for path in head.directory.glob("session_*/**/working_dir_files/*") if path.is_dir())
+    # session_latest is a link to the session itself.
+    found = head.directory.glob("session_*/**/working_dir_files/*")
+    (uploaded,) = {path.resolve() for path in found if path.is_dir()}
     names = {path.name for path in uploaded.iterdir()}
     assert names >= {"rlflow", "actors", "rewards", "tiny.yaml"}
     assert not names & set(LEFT_AT_HOME)
