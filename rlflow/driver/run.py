@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -46,19 +45,22 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
     for recipe in recipes:
         for source in _sources(recipe):
             read_table(source)
-    with stop_signals() as should_stop, ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
+    stop = StopSignals()
+    stop.install()
+    with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
         ray_started = starter.submit(start_ray, recipes)
         try:
             for recipe in recipes:
                 if not (resume and finished(recipe)):
-                    run_stage(recipe, ray_started, should_stop, resume=resume)
+                    run_stage(recipe, ray_started, stop, resume=resume)
         finally:
             started_here = ray_started.exception() is None and ray_started.result()
             if started_here:
                 ray.shutdown()
+            stop.restore()
 
 
-def run_stage(recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[], bool], *, resume: bool) -> None:
+def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, resume: bool) -> None:
     """One stage, from its directory to its ``final/``."""
     clock = Clock()
     directory = prepare_directory(recipe, resume=resume)
@@ -67,6 +69,7 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[
         tokenizer = load_tokenizer(model)
     with clock("startup_ray"):
         ray_started.result(timeout=recipe.run.startup_timeout_s)
+        stop.install()
     with clock("startup_place"):
         actors = place(recipe, model, directory, max_model_len(recipe))
     try:
@@ -75,7 +78,7 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], should_stop: Callable[[
         steps = num_steps(recipe, len(rows))
         tracker = make_tracker(recipe, directory, total_steps=steps)
         try:
-            stage = Stage(recipe, directory, model, tokenizer, actors, tracker, should_stop, clock=clock)
+            stage = Stage(recipe, directory, model, tokenizer, actors, tracker, stop.asked, clock=clock)
             if recipe.evaluation:
                 stage.evaluator = Evaluator(stage, recipe.evaluation, held_out)
             with clock("startup_actors"):
@@ -116,18 +119,25 @@ def max_model_len(recipe: Recipe) -> int:
     return recipe.data.max_prompt_tokens + longest
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+class StopSignals:
     """SIGTERM and SIGINT ask the run to stop at the end of its step; a second one changes nothing."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def asked(self) -> bool:
+        return self._asked.is_set()
+
+    def install(self) -> None:
+        """Ray puts its own handlers in place when it starts, so this is called again afterwards."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.signal(number, lambda *_: self._asked.set())
+                self._before.setdefault(number, before)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 

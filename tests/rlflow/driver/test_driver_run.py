@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,3 +130,23 @@ def test_two_ranks_train_like_one(finished, tmp_path):
     one, two = weights_of(finished / "sft"), weights_of(directory / "sft")
     for name in one:
         np.testing.assert_allclose(one[name], two[name], atol=1e-5)
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_3(tmp_path):
+    (tmp_path / "reward.py").write_text(PLUGIN)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(out=tmp_path / "out", plugin=tmp_path / "reward.py"))
+    command = [sys.executable, "-m", "rlflow", "run", str(recipe), "stages.sft.run.steps=100000"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, cwd=Path(rlflow.__file__).parents[1], env=environment)
+    try:
+        metrics = tmp_path / "out" / "sft" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 3
+    finally:
+        process.kill()
+    assert (tmp_path / "out" / "sft" / "checkpoints" / "latest" / "manifest.json").exists()
