@@ -22,6 +22,7 @@ from actors.policy_trainer import PolicyTrainer
 from actors.reference_model import ReferenceModel
 from actors.reward_server import RewardServer
 from actors.rollout_worker import RolloutWorker
+from rlflow.driver.errors import RunError
 from rlflow.plan import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe
 
@@ -86,7 +87,7 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     """Reserves resources and starts the actors of a stage.
 
     Raises:
-        ValueError: The cluster cannot hold them: what is asked for and what there is.
+        RunError: The cluster cannot hold them: what is asked for and what there is.
     """
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
@@ -162,7 +163,7 @@ def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
         if asked > total.get(name, 0):
             remove_placement_group(group)
             needs = ", ".join(f"{r.name} {r.workers} x ({r.cpus:g} CPU, {r.gpus:g} GPU)" for r in wanted)
-            raise ValueError(
+            raise RunError(
                 f"the cluster has {total.get(name, 0):g} {name}, the recipe asks for {asked:g}: {needs}; "
                 "lower workers, cpus_per_worker or gpus_per_worker"
             )
@@ -170,7 +171,7 @@ def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError:
         remove_placement_group(group)
-        raise ValueError(
+        raise RunError(
             f"no room for {bundles} within {timeout_s:.0f} s; free now: {ray.available_resources()}"
         ) from None
     return group

@@ -54,8 +54,8 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
                 if not (resume and finished(recipe)):
                     run_stage(recipe, ray_started, stop, resume=resume)
         finally:
-            started_here = ray_started.exception() is None and ray_started.result()
-            if started_here:
+            failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)
+            if failed is None and ray_started.result(timeout=0):
                 ray.shutdown()
             stop.restore()
 
