@@ -93,10 +93,15 @@ class ActorGroup(Generic[T]):
         self, method: Callable[Concatenate[T, P], R], per_rank: Sequence[Any], *args: Any, **kwargs: Any
     ) -> list[R]:
         """``method(per_rank[rank], *args)`` on every actor; results in rank order."""
+        return self.start_each(method, per_rank, *args, **kwargs).get(self.timeout_s)
+
+    def start_each(
+        self, method: Callable[Concatenate[T, P], R], per_rank: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Pending[R]:
+        """``call_each`` without waiting."""
         assert len(per_rank) == len(self)
         refs = [self.start(rank, method, item, *args, **kwargs) for rank, item in enumerate(per_rank)]
-        names = [self.name_of(rank) for rank in range(len(self))]
-        return Pending(names, method.__name__, refs).get(self.timeout_s)
+        return Pending([self.name_of(rank) for rank in range(len(self))], method.__name__, refs)
 
     def kill(self) -> None:
         for handle in self.handles:

@@ -1,6 +1,7 @@
 """What is saved, published atomically, verified on load.
 
-    checkpoints/step_000012/   state-*.safetensors (a file a rank), driver.json, manifest.json (sha256 a file)
+    checkpoints/step_000012/   state-*.safetensors (a file a rank), driver.json, manifest.json (sha256 a file); PPO's
+                               critic has its own in critic/
     checkpoints/latest, best   links
 
 A checkpoint is written under a temporary name, flushed to disk and renamed: what has the final name is whole.
@@ -46,10 +47,11 @@ def publish(root: Path, step: int, driver_state: dict[str, Any], write: Callable
     try:
         write(temporary)
         (temporary / DRIVER).write_text(json.dumps(driver_state, indent=1) + "\n")
-        files = sorted(path for path in temporary.iterdir() if path.is_file())
-        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+        written = sorted(temporary.rglob("*"))
+        files = {str(path.relative_to(temporary)): path for path in written if path.is_file()}
+        manifest = {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
-        for path in [*files, temporary / MANIFEST, temporary]:
+        for path in [*written, temporary / MANIFEST, temporary]:
             _flush(path)
         if target.exists():
             shutil.rmtree(target)

@@ -21,6 +21,8 @@ PROCESS_BYTES = 1 << 29
 """Of an actor with torch and transformers or vLLM imported, before it holds anything (0.4 to 0.6 GiB)."""
 REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
+HOST_PART = "offloaded"
+"""What a GPU's rank keeps in the host's memory."""
 LOGITS_ELEMENTS = 1 << 25
 """Trainer and reference score tokens in chunks of this many logits, in float32."""
 
@@ -145,20 +147,59 @@ def count_stored(directory: Path) -> int | None:
 
 
 def trainer_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Of one rank. Weights, gradients and Adam's two moments have the model's dtype and are sharded over the ranks."""
-    trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
-    share = math.ceil(shape.parameters / trainer.workers) * size
-    tokens = micro_batch_tokens(recipe)
-    layers_kept = 1 if trainer.gradient_checkpointing else shape.layers
-    kept = layers_kept * shape.activations_per_token + (shape.layers - layers_kept) * shape.hidden
+    """Of one rank of the trainer."""
+    trainer, tokens = recipe.trainer, micro_batch_tokens(recipe)
     return {
-        "weights": share,
-        "gradients": share,
-        "Adam": 2 * share,
-        "activations": tokens * kept * size,
+        **_state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker)),
+        "activations": _activation_bytes(recipe, shape),
         "logits": 3 * _logits_bytes(tokens, shape),
         "process": PROCESS_BYTES,
     }
+
+
+def critic_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Of one rank of the critic: a trainer without logits."""
+    critic = recipe.algorithm.critic
+    return {
+        **_state_bytes(recipe, shape.parameters, critic.workers, bool(critic.gpus_per_worker)),
+        "activations": _activation_bytes(recipe, shape),
+        "logits": 0,
+        "process": PROCESS_BYTES,
+    }
+
+
+def _activation_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Of one micro-batch, kept for its backward pass."""
+    layers_kept = 1 if recipe.trainer.gradient_checkpointing else shape.layers
+    kept = layers_kept * shape.activations_per_token + (shape.layers - layers_kept) * shape.hidden
+    return micro_batch_tokens(recipe) * kept * DTYPE_BYTES[recipe.model.dtype]
+
+
+def _state_bytes(recipe: Recipe, parameters: int, ranks: int, on_gpu: bool) -> dict[str, int]:
+    """Weights, gradients and Adam's moments of one rank, as the engine shards them.
+
+    What it offloads from a GPU is one sum, HOST_PART; on a CPU there is nowhere to offload to.
+    """
+    trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
+    if trainer.engine == "deepspeed":
+        stage, offload = trainer.deepspeed.stage, trainer.deepspeed.offload
+        share = math.ceil(parameters / ranks)
+        parts = {
+            "weights": (share if stage == 3 else parameters) * size,
+            "gradients": (parameters if stage == 1 else share) * 4,
+            # ZeRO steps on a copy of the weights in float32.
+            "Adam": 3 * share * 4,
+        }
+        away = {"none": (), "optimizer": ("gradients", "Adam"), "all": tuple(parts)}[offload]
+    else:
+        share = math.ceil(parameters / max(1, ranks // trainer.fsdp.replicas))
+        moment = 1 if trainer.optimizer.kind == "adamw_8bit" else size
+        parts = {"weights": share * size, "gradients": share * size, "Adam": 2 * share * moment}
+        away = tuple(parts) if trainer.fsdp.offload else ()
+    if not (on_gpu and away):
+        return parts
+    kept = {name: count for name, count in parts.items() if name not in away}
+    return {**kept, HOST_PART: sum(parts[name] for name in away)}
 
 
 def reference_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
@@ -209,8 +250,7 @@ def sequences_per_step(recipe: Recipe) -> int:
     """Rollouts, examples, or both answers of every pair."""
     if recipe.family == "online":
         return recipe.data.prompts_per_step * recipe.algorithm.group_size
-    is_paired = recipe.family == "preference" and recipe.algorithm.name != "kto"
-    return recipe.data.prompts_per_step * (2 if is_paired else 1)
+    return recipe.data.prompts_per_step * (2 if recipe.is_paired else 1)
 
 
 def _logits_bytes(tokens: int, shape: ModelShape) -> int:

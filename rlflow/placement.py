@@ -21,10 +21,13 @@ from actors.actor_group import ActorGroup, Pending
 from actors.policy_trainer import PolicyTrainer
 from actors.reference_model import ReferenceModel
 from actors.reward_server import RewardServer
+from actors.reward_trainer import RewardTrainer
 from actors.rollout_worker import RolloutWorker
+from actors.trainer import Trainer
+from actors.value_trainer import ValueTrainer
 from rlflow.driver.errors import RunError
 from rlflow.plan import Role, roles, rollout_engine
-from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 _OBJECT_STORE_BYTES = 2 << 30
 
@@ -33,9 +36,11 @@ _OBJECT_STORE_BYTES = 2 << 30
 class Actors:
     """The actor groups of one stage."""
 
-    trainer: ActorGroup[PolicyTrainer]
+    trainer: ActorGroup[Trainer]
+    """Of the policy, or of the reward model that the stage trains."""
     rollout: ActorGroup[RolloutWorker] | None
     rewards: ActorGroup[RewardServer] | None
+    critic: ActorGroup[ValueTrainer] | None
     reference: ActorGroup[ReferenceModel] | None
     group: PlacementGroup
     starting: list[Pending[Any]] = field(default_factory=list)
@@ -49,8 +54,14 @@ class Actors:
             seconds[role] = max(r if isinstance(r, float) else r.seconds for r in ready)
         return seconds
 
+    def release_reference(self) -> None:
+        """Ends the reference actors; their memory is free for others."""
+        assert self.reference is not None
+        self.reference.kill()
+        self.reference = None
+
     def close(self) -> None:
-        for group in (self.trainer, self.rollout, self.rewards, self.reference):
+        for group in (self.trainer, self.rollout, self.rewards, self.critic, self.reference):
             if group is not None:
                 group.kill()
         remove_placement_group(self.group)
@@ -101,9 +112,16 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
             options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place_at}
             handles.append(ray.remote(cls).options(**options).remote(**arguments))
             bundle += 1
-        timeout_s = recipe.trainer.timeout_s if role.name == "trainer" else recipe.rollout.timeout_s
+        timeout_s = recipe.trainer.timeout_s if role.name in ("trainer", "critic") else recipe.rollout.timeout_s
         groups[role.name] = ActorGroup(role.name, handles, timeout_s)
-    actors = Actors(groups["trainer"], groups.get("rollout"), groups.get("rewards"), groups.get("reference"), group)
+    actors = Actors(
+        trainer=groups["trainer"],
+        rollout=groups.get("rollout"),
+        rewards=groups.get("rewards"),
+        critic=groups.get("critic"),
+        reference=groups.get("reference"),
+        group=group,
+    )
     _begin_setup(actors, recipe)
     return actors
 
@@ -115,10 +133,14 @@ def _constructor(
     threads, seed = max(1, int(role.cpus)), recipe.run.seed
     match role.name:
         case "trainer":
-            world = {"rank": rank, "world_size": role.workers}
-            return PolicyTrainer, {
-                "model": model, "trainer": recipe.trainer, "num_threads": threads, "seed": seed, **world
-            }  # fmt: skip
+            cls = RewardTrainer if recipe.algorithm.name == "reward_model" else PolicyTrainer
+            return cls, _trainer_arguments(model, recipe.trainer, role, rank, seed)
+        case "critic":
+            path = recipe.algorithm.critic.path
+            start = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            # The device follows the critic's own GPUs.
+            block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})
+            return ValueTrainer, _trainer_arguments(start, block, role, rank, seed)
         case "rollout":
             return RolloutWorker, {
                 "model": model,
@@ -138,13 +160,20 @@ def _constructor(
             return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
 
 
+def _trainer_arguments(model: ModelBlock, block: TrainerBlock, role: Role, rank: int, seed: int) -> dict[str, Any]:
+    world = {"rank": rank, "world_size": role.workers}
+    return {"model": model, "trainer": block, "num_threads": max(1, int(role.cpus)), "seed": seed, **world}
+
+
 def _begin_setup(actors: Actors, recipe: Recipe) -> None:
-    trainer = actors.trainer
-    address = None
-    if len(trainer) > 1:
-        first = Pending([trainer.name_of(0)], "rendezvous", [trainer.start(0, PolicyTrainer.rendezvous)])
-        address = first.get(recipe.run.startup_timeout_s)[0]
-    actors.starting.append(trainer.start_all(PolicyTrainer.setup, address))
+    for trainer in (actors.trainer, actors.critic):
+        if trainer is None:
+            continue
+        address = None
+        if len(trainer) > 1:
+            first = Pending([trainer.name_of(0)], "rendezvous", [trainer.start(0, Trainer.rendezvous)])
+            address = first.get(recipe.run.startup_timeout_s)[0]
+        actors.starting.append(trainer.start_all(Trainer.setup, address))
     if actors.rollout:
         actors.starting.append(actors.rollout.start_all(RolloutWorker.ready))
     if actors.rewards:

@@ -47,6 +47,11 @@ class PlannedRole:
     def bytes_each(self) -> int:
         return sum((self.parts or {}).values())
 
+    @property
+    def host_bytes_each(self) -> int:
+        """Of an actor with a GPU, what is outside of it."""
+        return memory.PROCESS_BYTES + (self.parts or {}).get(memory.HOST_PART, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -84,7 +89,7 @@ class Plan:
         if isinstance(self.shape, str):
             return 0
         actors = [
-            planned.role.workers * (memory.PROCESS_BYTES if planned.role.gpus else planned.bytes_each)
+            planned.role.workers * (planned.host_bytes_each if planned.role.gpus else planned.bytes_each)
             for planned in self.roles
         ]
         snapshot = self.shape.parameters * memory.DTYPE_BYTES[self.recipe.model.dtype]
@@ -110,6 +115,9 @@ def roles(recipe: Recipe) -> list[Role]:
     if recipe.needs_rollouts:
         found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
         found.append(Role("rewards", recipe.reward_server.workers, recipe.reward_server.cpus_per_worker, 0.0))
+    if recipe.needs_critic:
+        critic = recipe.algorithm.critic
+        found.append(Role("critic", critic.workers, critic.cpus_per_worker, critic.gpus_per_worker))
     if recipe.needs_reference:
         found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
     return found
@@ -200,6 +208,8 @@ def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, i
             return memory.trainer_bytes(recipe, shape)
         case "rollout":
             return memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
+        case "critic":
+            return memory.critic_bytes(recipe, shape)
         case _:
             return memory.reference_bytes(recipe, shape)
 
@@ -226,6 +236,7 @@ _REMEDIES = {
     "weights": "the number of workers, or choose a smaller model or dtype",
     "gradients": "the size of the model, or use more trainer.workers on more machines",
     "Adam": "the size of the model, or use more trainer.workers on more machines",
+    "offloaded": "the size of the model, or offload less",
     "activations": "trainer.tokens_per_micro_batch, or set trainer.gradient_checkpointing",
     "logits": "trainer.tokens_per_micro_batch, or rollout.max_num_seqs",
     "KV cache": "rollout.max_num_seqs, or rollout.kv_cache_gib with vllm",

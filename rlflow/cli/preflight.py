@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rewards import REWARDS
 from rlflow.data.generated import GENERATORS
-from rlflow.recipe import ALGORITHMS, Recipe, RecipeError, RewardBlock, SourceBlock
+from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.loading import LocatedRecipe, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.overrides import Overrides
@@ -42,23 +42,11 @@ def check(stages: Sequence[LocatedRecipe]) -> None:
     to_come: set[str] = set()
     problems = []
     for stage in stages:
-        for key, message in [*_not_runnable(stage.recipe), *_missing(stage.recipe, to_come)]:
+        for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
         to_come.add(f"{stage.recipe.run.output_dir}/final")
     if problems:
         raise RecipeError(problems)
-
-
-def _not_runnable(recipe: Recipe) -> Found:
-    """Rows and options whose losses exist in rlflow.algorithms, but which no driver runs in this version."""
-    algorithm = recipe.algorithm
-    if recipe.family == "preference":
-        runnable = ", ".join(name for name, row in ALGORITHMS.items() if row.family != "preference")
-        yield "algorithm.name", f"{algorithm.name} has no driver in this version; these run: {runnable}"
-    if recipe.family == "online" and algorithm.advantage.estimator == "gae":
-        yield "algorithm.name", "gae needs a critic, which this version does not place; rloo and grpo need none"
-    if algorithm.kl.target is not None:
-        yield "algorithm.kl.target", "the adaptive KL coefficient is not driven in this version; set kl.coef alone"
 
 
 def _missing(recipe: Recipe, to_come: set[str]) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -79,13 +80,17 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
 
 
 def _load_dataset(path: str, source: SourceBlock) -> Iterable[Any]:
-    """Rows of a hub dataset, or of a local directory of data files."""
+    """Rows of a hub dataset, or of a local directory of data files. A subset is a configuration, or else a folder."""
     import datasets
     from datasets.exceptions import DatasetsError
 
+    failures = (OSError, ValueError, RuntimeError, DatasetsError)
     try:
         return datasets.load_dataset(path, name=source.subset, split=source.split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except failures as error:
+        if isinstance(error, ValueError) and source.subset is not None:
+            with contextlib.suppress(*failures):
+                return datasets.load_dataset(path, data_dir=source.subset, split=source.split)
         raise DataError(
             f"{path} (subset {source.subset}, split {source.split}): cannot be loaded: {error}. It is no local "
             "file, so the Hugging Face hub was asked. Check id, subset and split, or give the path of a local file."

@@ -26,6 +26,11 @@ class Batch:
     """P * G, in prompt order: row i * G + g is rollout g of prompt i."""
 
     @property
+    def num_completion_tokens(self) -> np.ndarray:
+        """int [P * G], of every sample, whether trained or masked."""
+        return np.array([len(rollout.token_ids) for group in self.groups for rollout in group.rollouts])
+
+    @property
     def states(self) -> list[str]:
         """Of every sample: trained, or masked (unscored or truncated)."""
         return ["trained" if sample.loss_mask.any() else "masked" for sample in self.samples]
@@ -89,14 +94,32 @@ def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens:
 
 
 def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: AlgorithmBlock) -> list[Sample]:
-    """Gives every token its advantage; with the KL in the reward, from the samples' reference logprobs."""
+    """Gives every token its advantage; with the KL in the reward, from the samples' reference logprobs.
+
+    Samples that have a critic's values get what these should have been, too.
+    """
     prompts = [len(group.prompt.token_ids) for group in batch.groups for _ in group.rollouts]
     penalties = [_penalty(sample, before, algorithm) for sample, before in zip(samples, prompts, strict=True)]
-    advantages, _ = token_advantages(batch.rewards, penalties, algorithm.advantage)
+    values = [s.old_values[before:] for s, before in zip(samples, prompts, strict=True) if s.old_values is not None]
+    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None)
     return [
-        replace(sample, advantages=_after_prompt(before, values))
-        for sample, before, values in zip(samples, prompts, advantages, strict=True)
+        replace(
+            sample,
+            advantages=_after_prompt(before, advantage),
+            returns=_after_prompt(before, of_sample) if values else None,
+        )
+        for sample, before, advantage, of_sample in zip(samples, prompts, advantages, returns, strict=True)
     ]
+
+
+def kl_of_sequences(samples: Sequence[Sample]) -> float:
+    """Mean over the trained sequences of their summed log-ratio (k1) between sampling policy and reference."""
+    kl = [
+        float((sample.old_logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
+        for sample in samples
+        if sample.loss_mask.any() and sample.old_logprobs is not None and sample.ref_logprobs is not None
+    ]
+    return float(np.mean(kl)) if kl else 0.0
 
 
 def _penalty(sample: Sample, num_prompt_tokens: int, algorithm: AlgorithmBlock) -> np.ndarray:
@@ -111,10 +134,19 @@ def _penalty(sample: Sample, num_prompt_tokens: int, algorithm: AlgorithmBlock) 
 
 
 def weigh(
-    samples: Sequence[Sample], group_size: int, algorithm: AlgorithmBlock, max_new_tokens: int
+    samples: Sequence[Sample],
+    group_size: int,
+    algorithm: AlgorithmBlock,
+    max_new_tokens: int,
+    counts: np.ndarray | None = None,
 ) -> tuple[list[Sample], Denominators]:
-    """Gives the samples of one optimizer update their loss weights, by the algorithm's reduction."""
-    counts = np.array([int(sample.loss_mask.sum()) for sample in samples])
+    """Gives the samples of one optimizer update their loss weights, by the algorithm's reduction.
+
+    Args:
+        counts: int [S], tokens of each sample that count in the denominators; its loss tokens when absent.
+    """
+    if counts is None:
+        counts = np.array([int(sample.loss_mask.sum()) for sample in samples])
     group_of = np.arange(len(samples)) // group_size
     denominators = count_denominators(counts, group_of)
     weights = loss_weights(algorithm.loss.reduction, counts, group_of, denominators, max_new_tokens)

@@ -1,23 +1,63 @@
-"""Held-out measurements: pass@1 and pass@k of the current weights, by the same workers and reward servers."""
+"""Held-out measurements of the current weights: what they generate, or the algorithm's own loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from rlflow.driver import learner
 from rlflow.driver.rollouts import collect, generate_and_score
+from rlflow.driver.units import make_batch, with_reference
 from rlflow.recipe import EvaluationBlock
 from rlflow.types import Prompt
 
 if TYPE_CHECKING:
     from rlflow.driver.stage import Stage
+    from rlflow.driver.units import Unit
 
 
-class Evaluator:
+class Evaluator(Protocol):
+    def prepare(self) -> None:
+        """Takes what it needs of actors that will end before the steps begin."""
+
+    def run(self) -> dict[str, float]:
+        """Measures. Keys are ``eval/<name>/<metric>``."""
+        ...
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Of a step that was measured: what the best checkpoint has most of."""
+        ...
+
+
+class LossEvaluator:
+    """The algorithm's objective on held-out rows, as one batch, without a gradient."""
+
+    def __init__(self, stage: Stage, block: EvaluationBlock, units: list[Unit]) -> None:
+        self.stage, self.units = stage, units
+        self.prefix = f"eval/{block.name}"
+
+    def prepare(self) -> None:
+        self.units = with_reference(self.stage, self.units)
+
+    def run(self) -> dict[str, float]:
+        """The metrics of training, e.g. ``eval/heldout/loss/total``, ``eval/heldout/preference/accuracy``."""
+        self.prepare()
+        metrics = learner.evaluate(self.stage, *make_batch(self.stage, self.units))
+        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The loss, less being better."""
+        losses = {name: value for name, value in metrics.items() if name.startswith(f"{self.prefix}/loss/")}
+        return -losses.get(f"{self.prefix}/loss/total", next(iter(losses.values())))
+
+
+class PassEvaluator:
+    """pass@1 and pass@k, by the workers and reward servers of the stage."""
+
     def __init__(self, stage: Stage, block: EvaluationBlock, prompts: Sequence[Prompt]) -> None:
         self.stage, self.block, self.prompts = stage, block, prompts
         reward = stage.recipe.evaluation_reward
@@ -29,6 +69,12 @@ class Evaluator:
             temperature=block.temperature,
             max_new_tokens=block.max_new_tokens or stage.recipe.rollout.max_new_tokens,
         )
+
+    def prepare(self) -> None:
+        pass
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        return metrics[self.metric]
 
     def run(self) -> dict[str, float]:
         """Generates ``samples`` completions a prompt, the same seeds every time, and scores them.

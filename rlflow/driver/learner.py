@@ -1,16 +1,22 @@
-"""One optimizer update or several from a batch of samples: the part both loops share."""
+"""What the loops ask of the models: logprobs and values of samples, and one optimizer update from them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from actors.policy_trainer import PolicyTrainer, combine
+import numpy as np
+
+from actors.actor_group import ActorGroup
+from actors.policy_trainer import PolicyTrainer
 from actors.reference_model import ReferenceModel
+from actors.trainer import Trainer, combine
+from actors.value_trainer import ValueTrainer
 from rlflow.batching import num_real_tokens, pack, unpack
 from rlflow.driver.stage import Stage
-from rlflow.types import Denominators, Sample
+from rlflow.types import Denominators, MicroBatch, Sample
 
 
 def update(
@@ -19,49 +25,97 @@ def update(
     denominators: Denominators,
     *,
     learning_rate: float,
-    temperature: float,
-    unit_size: int = 1,
+    temperature: float = 1.0,
+    critic_only: bool = False,
 ) -> dict[str, float]:
-    """forward_backward on every rank, then one optimizer step. Returns the update's metrics."""
-    trainer, block = stage.actors.trainer, stage.recipe.trainer
+    """forward_backward on every rank, then one optimizer step: of the policy, and of the critic where there is one.
+
+    Returns:
+        The update's metrics.
+    """
+    learners: dict[str, tuple[ActorGroup, float]] = {}
+    if not critic_only:
+        learners["trainer"] = (stage.actors.trainer, learning_rate)
+    if stage.actors.critic is not None:
+        learners["critic"] = (stage.actors.critic, stage.algorithm.critic.learning_rate)
     started = time.perf_counter()
-    batches = pack(samples, max_tokens=block.tokens_per_micro_batch, num_ranks=len(trainer), unit_size=unit_size)
-    per_rank = trainer.call_each(
-        PolicyTrainer.forward_backward, batches, stage.recipe.algorithm, denominators, temperature
-    )
-    stats = trainer.call_all(PolicyTrainer.optim_step, learning_rate)[0]
-    seconds = time.perf_counter() - started
+    batches = {name: _pack(stage, samples, group) for name, (group, _) in learners.items()}
+    pending = [
+        group.start_each(Trainer.forward_backward, batches[name], stage.algorithm, denominators, temperature)
+        for name, (group, _) in learners.items()
+    ]
     metrics: dict[str, float] = {}
-    for of_rank in per_rank:
-        for name, value in of_rank.items():
-            combine(metrics, name, value)
-    return metrics | {
-        "trainer/grad_norm": stats.grad_norm,
-        "trainer/learning_rate": learning_rate,
-        "trainer/skipped": float(stats.skipped),
-        "perf/trained_tokens_per_s": num_real_tokens(batches) / seconds,
-    }
+    for (group, _), of_group in zip(learners.values(), pending, strict=True):
+        metrics |= _combined(of_group.get(group.timeout_s))
+    for name, (group, rate) in learners.items():
+        stats = group.call_all(Trainer.optim_step, rate)[0]
+        metrics |= {
+            f"{name}/grad_norm": stats.grad_norm,
+            f"{name}/learning_rate": rate,
+            f"{name}/skipped": float(stats.skipped),
+        }
+    trained = num_real_tokens(next(iter(batches.values())))
+    return metrics | {"perf/trained_tokens_per_s": trained / (time.perf_counter() - started)}
 
 
-def with_reference(stage: Stage, samples: Sequence[Sample], temperature: float) -> list[Sample]:
+def evaluate(stage: Stage, samples: Sequence[Sample], denominators: Denominators) -> dict[str, float]:
+    """The objective's metrics on samples that are not trained."""
+    trainer = stage.actors.trainer
+    batches = _pack(stage, samples, trainer)
+    return _combined(trainer.call_each(Trainer.evaluate, batches, stage.algorithm, denominators))
+
+
+def trainer_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
+    """Of the current policy, float32 [T] a sample, 0 where nothing is trained."""
+    return _each(stage, stage.actors.trainer, PolicyTrainer.logprobs, samples, temperature)
+
+
+def reference_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
+    """Of the reference, float32 [T] a sample."""
+    assert stage.actors.reference is not None
+    return _each(stage, stage.actors.reference, ReferenceModel.logprobs, samples, temperature)
+
+
+def with_reference(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[Sample]:
     """Adds the reference's logprobs to every sample."""
-    reference = stage.actors.reference
-    assert reference is not None
-    batches = pack(samples, max_tokens=stage.recipe.trainer.tokens_per_micro_batch, num_ranks=len(reference))
-    per_rank = reference.call_each(ReferenceModel.logprobs, batches, temperature)
-    logprobs = _unpack_ranks(samples, batches, per_rank)
+    logprobs = reference_logprobs(stage, samples, temperature)
     return [replace(sample, ref_logprobs=values) for sample, values in zip(samples, logprobs, strict=True)]
 
 
 def with_proximal(stage: Stage, samples: Sequence[Sample], temperature: float) -> list[Sample]:
     """Adds the trainer's own logprobs, taken before the first update of the batch."""
-    trainer = stage.actors.trainer
-    batches = pack(samples, max_tokens=stage.recipe.trainer.tokens_per_micro_batch, num_ranks=len(trainer))
-    per_rank = trainer.call_each(PolicyTrainer.logprobs, batches, temperature)
-    logprobs = _unpack_ranks(samples, batches, per_rank)
+    logprobs = trainer_logprobs(stage, samples, temperature)
     return [replace(sample, proximal_logprobs=values) for sample, values in zip(samples, logprobs, strict=True)]
 
 
-def _unpack_ranks(samples, batches, per_rank):
-    flat_batches = [batch for rank in batches for batch in rank]
-    return unpack(samples, flat_batches, [values for rank in per_rank for values in rank])
+def with_values(stage: Stage, samples: Sequence[Sample]) -> list[Sample]:
+    """Adds the critic's values, taken before the first update of the batch."""
+    assert stage.actors.critic is not None
+    values = _each(stage, stage.actors.critic, ValueTrainer.values, samples)
+    return [replace(sample, old_values=of_sample) for sample, of_sample in zip(samples, values, strict=True)]
+
+
+def _each(
+    stage: Stage, group: ActorGroup, method: Callable[..., list[np.ndarray]], samples: Sequence[Sample], *args: Any
+) -> list[np.ndarray]:
+    """One number a token from a forward pass, back in the order of the samples."""
+    batches = pack(samples, max_tokens=stage.recipe.trainer.tokens_per_micro_batch, num_ranks=len(group))
+    per_rank = group.call_each(method, batches, *args)
+    return unpack(samples, [batch for rank in batches for batch in rank], [v for rank in per_rank for v in rank])
+
+
+def _pack(stage: Stage, samples: Sequence[Sample], group: ActorGroup) -> list[list[MicroBatch]]:
+    return pack(
+        samples,
+        max_tokens=stage.recipe.trainer.tokens_per_micro_batch,
+        num_ranks=len(group),
+        unit_size=2 if stage.recipe.is_paired else 1,
+    )
+
+
+def _combined(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for of_rank in per_rank:
+        for name, value in of_rank.items():
+            combine(metrics, name, value)
+    return metrics

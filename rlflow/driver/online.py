@@ -5,7 +5,8 @@
                             ^                                                    v
                             | weights v+1                              RolloutPipeline (staleness <= k)
                             |                                                    v
-                        weight sync <--- PolicyTrainer xR <--- batching <--- advantages (+ ref_logprobs)
+                        weight sync <--- PolicyTrainer xR <--- batching <--- advantages (+ ref_logprobs, values)
+                                         ValueTrainer xR (ppo)
 
     verb               waits for                          unblocked by
     pipeline.fill      nothing                            prompts of steps <= step + max_staleness are sent out
@@ -66,33 +67,52 @@ def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tup
         The samples as they were trained, and the updates' metrics: their mean, but the engine's mismatch is of the
         first update, before the policy moved.
     """
-    algorithm, rollout = stage.recipe.algorithm, stage.recipe.rollout
+    algorithm, rollout = stage.algorithm, stage.recipe.rollout
     blocks = algorithm.groups
-    samples = batch.samples
-    if stage.recipe.needs_reference:
-        with stage.clock("reference"):
-            samples = learner.with_reference(stage, samples, rollout.temperature)
     updates = blocks.updates_per_step * blocks.epochs_per_step
-    if algorithm.correction.old_policy == "trainer" and updates > 1:
-        with stage.clock("proximal"):
-            samples = learner.with_proximal(stage, samples, rollout.temperature)
-    samples = assemble.with_advantages(batch, samples, algorithm)
+    samples = score_samples(stage, batch, updates)
+    lengths = batch.num_completion_tokens if blocks.count_masked else None
     all_metrics: list[dict[str, float]] = []
     per_update = len(samples) // blocks.updates_per_step
     with stage.clock("train"):
         for update in range(updates):
             start = update % blocks.updates_per_step * per_update
-            part, denominators = assemble.weigh(
-                samples[start : start + per_update], algorithm.group_size, algorithm, rollout.max_new_tokens
+            part = slice(start, start + per_update)
+            weighed, denominators = assemble.weigh(
+                samples[part],
+                algorithm.group_size,
+                algorithm,
+                rollout.max_new_tokens,
+                counts=None if lengths is None else lengths[part],
             )
             metrics = learner.update(
                 stage,
-                part,
+                weighed,
                 denominators,
                 learning_rate=stage.learning_rate(step * updates + update, num_steps * updates),
                 temperature=rollout.temperature,
+                critic_only=stage.recipe.needs_critic and step < algorithm.critic.warmup_steps,
             )
-            stage.count_skipped(bool(metrics["trainer/skipped"]), step + 1)
+            stage.count_skipped(metrics, step + 1)
             all_metrics.append(metrics)
     metrics = {name: sum(m[name] for m in all_metrics) / updates for name in all_metrics[0]}
-    return samples, metrics | {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}
+    metrics |= {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}
+    if algorithm.kl.target is not None:
+        metrics |= stage.adapt_kl(assemble.kl_of_sequences(samples), len(samples))
+    return samples, metrics
+
+
+def score_samples(stage: Stage, batch: assemble.Batch, num_updates: int) -> list[Sample]:
+    """The batch's samples with what the models say of them, as far as the algorithm needs it, and their advantages."""
+    algorithm, temperature = stage.algorithm, stage.recipe.rollout.temperature
+    samples = batch.samples
+    if stage.recipe.needs_reference:
+        with stage.clock("reference"):
+            samples = learner.with_reference(stage, samples, temperature)
+    if algorithm.correction.old_policy == "trainer" and num_updates > 1:
+        with stage.clock("proximal"):
+            samples = learner.with_proximal(stage, samples, temperature)
+    if stage.recipe.needs_critic:
+        with stage.clock("values"):
+            samples = learner.with_values(stage, samples)
+    return assemble.with_advantages(batch, samples, algorithm)

@@ -19,19 +19,18 @@ from typing import Any
 import ray
 
 from actors.reward_server import RewardServer
-from rlflow.data.examples import load_examples
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
-from rlflow.driver.evaluation import Evaluator
+from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.stage import Clock, Stage
+from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import Recipe
 from rlflow.tracking import make_tracker
-from rlflow.types import Prompt
 
 
 def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
@@ -79,8 +78,7 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, r
         tracker = make_tracker(recipe, directory, total_steps=steps)
         try:
             stage = Stage(recipe, directory, model, tokenizer, actors, tracker, stop.asked, clock=clock)
-            if recipe.evaluation:
-                stage.evaluator = Evaluator(stage, recipe.evaluation, held_out)
+            stage.evaluator = _evaluator(stage, held_out)
             with clock("startup_actors"):
                 _wait_ready(actors, recipe)
             train = train_online if recipe.family == "online" else train_offline
@@ -93,15 +91,26 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, r
         actors.close()
 
 
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list[Prompt]]:
-    """The stage's training rows, and its held-out prompts when it evaluates."""
-    data, seed = recipe.data, recipe.run.seed
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list]:
+    """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
+    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
     if recipe.family == "online":
         rows = load_prompts(data.train, data, tokenizer, seed)
     else:
-        rows = load_examples(data, tokenizer, seed)
-    evaluation = recipe.evaluation
-    return rows, load_prompts(evaluation.data, data, tokenizer, seed) if evaluation else []
+        rows = load_units(recipe, data, tokenizer)
+    if evaluation is None:
+        return rows, []
+    if recipe.evaluation_reward is not None:
+        return rows, load_prompts(evaluation.data, data, tokenizer, seed)
+    return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
+
+
+def _evaluator(stage: Stage, held_out: list) -> Evaluator | None:
+    block = stage.recipe.evaluation
+    if block is None:
+        return None
+    kind = LossEvaluator if stage.recipe.evaluation_reward is None else PassEvaluator
+    return kind(stage, block, held_out)
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:

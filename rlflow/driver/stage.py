@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.policy_trainer import PolicyTrainer
 from actors.rollout_worker import RolloutWorker
+from actors.trainer import Trainer
 from rlflow import checkpoint
+from rlflow.algorithms.kl_reward import adapt_kl_coef
 from rlflow.data.tokenizer import stop_token_ids
 from rlflow.driver.errors import RunError, StopRequested
-from rlflow.driver.evaluation import Evaluator
 from rlflow.placement import Actors
-from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
 from rlflow.tracking import Tracker
 from rlflow.types import SamplingParams, StepStats
+
+if TYPE_CHECKING:
+    from rlflow.driver.evaluation import Evaluator
 
 
 class Clock:
@@ -61,6 +64,16 @@ class Stage:
     clock: Clock = field(default_factory=Clock)
     best: float = -math.inf
     skipped_in_a_row: int = 0
+    kl_coef: float | None = None
+    """Of the KL to the reference, once it has adapted."""
+
+    @property
+    def algorithm(self) -> AlgorithmBlock:
+        """The recipe's, with the KL coefficient of this step."""
+        algorithm = self.recipe.algorithm
+        if self.kl_coef is None:
+            return algorithm
+        return algorithm.model_copy(update={"kl": algorithm.kl.model_copy(update={"coef": self.kl_coef})})
 
     @property
     def checkpoints(self) -> Path:
@@ -82,7 +95,7 @@ class Stage:
             return
         trainer = self.actors.trainer
         with self.clock("sync"):
-            refs = trainer.start_all(PolicyTrainer.weights, version).refs
+            refs = trainer.start_all(Trainer.weights, version).refs
             self.actors.rollout.call_all(RolloutWorker.load_weights, refs[0])
 
     def learning_rate(self, update: int, num_updates: int) -> float:
@@ -94,8 +107,9 @@ class Stage:
         factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
         return trainer.learning_rate * factor[trainer.schedule]
 
-    def count_skipped(self, skipped: bool, step: int) -> None:
+    def count_skipped(self, metrics: Mapping[str, float], step: int) -> None:
         """Raises RunError when too many updates in a row had no finite gradient."""
+        skipped = any(value for name, value in metrics.items() if name.endswith("/skipped"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         limit = self.recipe.trainer.max_skipped_steps
         if self.skipped_in_a_row >= limit:
@@ -104,13 +118,23 @@ class Stage:
                 "last good step. Lower trainer.learning_rate, or look at the rollouts of these steps"
             )
 
+    def adapt_kl(self, kl: float, num_samples: int) -> dict[str, float]:
+        """Moves the KL coefficient of the next step towards ``kl.target``. Returns this step's metrics."""
+        block = self.algorithm.kl
+        assert block.target is not None
+        self.kl_coef = adapt_kl_coef(block.coef, kl, block.target, block.horizon, num_samples)
+        return {"kl/coef": block.coef, "kl/sequence": kl}
+
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Loads the newest valid checkpoint. Returns the step to go on with and the driver's saved state."""
         path = checkpoint.newest_valid(self.checkpoints, self.tracker.message)
         if path is None:
             return 0, {}
-        self.actors.trainer.call_all(PolicyTrainer.load, path)
+        self.actors.trainer.call_all(Trainer.load, path)
+        if self.actors.critic is not None:
+            self.actors.critic.call_all(Trainer.load, path / "critic")
         state = checkpoint.read_driver_state(path)
+        self.kl_coef = state["kl_coef"]
         self.best = state["best"] if state["best"] is not None else -math.inf
         self.tracker.message(f"resumed from {path.name}")
         return state["step"], state
@@ -140,7 +164,7 @@ class Stage:
             stats.metrics |= self.evaluate()
             target = self.recipe.run.stop_at_score
             if self.evaluator and target is not None:
-                last = last or stats.metrics[self.evaluator.metric] >= target
+                last = last or self.evaluator.score(stats.metrics) >= target
         stats.metrics |= self.clock.metrics()
         self.tracker.log(stats)
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
@@ -155,10 +179,12 @@ class Stage:
         every = self.recipe.run.save_every
         if not (last or stopping or (every and stats.step % every == 0)):
             return
-        score = stats.metrics.get(self.evaluator.metric, -math.inf) if self.evaluator else -math.inf
+        measured = self.evaluator is not None and any(name.startswith("eval/") for name in stats.metrics)
+        score = self.evaluator.score(stats.metrics) if self.evaluator and measured else -math.inf
         improved = score > self.best
         self.best = max(self.best, score)
-        driver_state = {"step": stats.step, "best": self.best if math.isfinite(self.best) else None, **state}
+        best = self.best if math.isfinite(self.best) else None
+        driver_state = {"step": stats.step, "best": best, "kl_coef": self.kl_coef, **state}
         with self.clock("save"):
             path = checkpoint.publish(
                 self.checkpoints,
@@ -171,13 +197,16 @@ class Stage:
         checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
 
     def _save_trainers(self, directory: Path) -> None:
-        self.actors.trainer.call_all(PolicyTrainer.save, directory)
+        self.actors.trainer.call_all(Trainer.save, directory)
+        if self.actors.critic is not None:
+            (directory / "critic").mkdir()
+            self.actors.critic.call_all(Trainer.save, directory / "critic")
 
     def export(self) -> Path:
         """Writes ``final/``, a Hugging Face directory, under a temporary name first."""
         final, temporary = self.directory / "final", self.directory / ".final.writing"
         temporary.mkdir(exist_ok=True)
-        self.actors.trainer.call_all(PolicyTrainer.export, temporary)
+        self.actors.trainer.call_all(Trainer.export, temporary)
         self.tokenizer.save_pretrained(temporary)
         if final.exists():
             raise RunError(f"{final} exists already")

@@ -26,8 +26,8 @@ from rlflow.recipe.schema import (
     RunBlock,
     SourceBlock,
     TrackerName,
-    TrainerBlock,
 )
+from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlock, TrainerBlock
 
 __all__ = [
     "ALGORITHMS",
@@ -38,10 +38,13 @@ __all__ = [
     "CorrectionBlock",
     "CriticBlock",
     "DataBlock",
+    "DeepSpeedBlock",
     "EvaluationBlock",
+    "FsdpBlock",
     "GroupBlock",
     "KLBlock",
     "ModelBlock",
+    "OptimizerBlock",
     "PolicyLossBlock",
     "PreferenceBlock",
     "Problem",

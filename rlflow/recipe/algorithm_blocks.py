@@ -140,6 +140,12 @@ class CriticBlock(Block):
     """A model to start from; the policy's own when absent."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which only the critic learns."""
+    workers: PositiveInt = 1
+    """Ranks."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Ray CPUs, and compute threads, of each rank."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs of each rank."""
 
 
 class PreferenceBlock(Block):

@@ -23,6 +23,7 @@ from rlflow.recipe.block import (
     PositiveInt,
 )
 from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe.trainer_blocks import TrainerBlock
 
 
 class ModelBlock(Block):
@@ -50,7 +51,7 @@ class SourceBlock(Block):
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the generator."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset, or its folder where it has none."""
     split: str = "train"
     """Split of a hub dataset."""
     rows: PositiveInt | None = None
@@ -177,43 +178,12 @@ class RolloutBlock(Block):
             yield Conflict(("tensor_parallel_size", "gpus_per_worker"), reason)
 
 
-Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
-
-
-class TrainerBlock(Block):
-    engine: Literal["fsdp"] = "fsdp"
-    """FSDP2."""
-    workers: PositiveInt = 1
-    """Ranks."""
-    learning_rate: PositiveFloat = 1e-6
-    """Peak."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps in which the learning rate rises from 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's, on matrices only."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm."""
-    tokens_per_micro_batch: PositiveInt = 8192
-    """Bound of a packed micro-batch; a longer sequence is alone in its own."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass to save memory."""
-    max_skipped_steps: PositiveInt = 3
-    """This many non-finite steps in a row stop the run."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """Ray CPUs, and compute threads, of each rank."""
-    gpus_per_worker: NonNegativeFloat = 0.0
-    """Ray GPUs of each rank."""
-    timeout_s: PositiveFloat = 1800.0
-    """A call longer than this is an error that names the rank."""
-
-
 class ReferenceBlock(Block):
     path: str | None = None
     """A model; the policy's starting point when absent."""
+    precompute: bool = False
+    """Offline: score all rows once before the first step, then end the reference actors; otherwise each step's rows
+    are scored on the fly."""
     workers: PositiveInt = 1
     """ReferenceModel actors."""
     cpus_per_worker: NonNegativeFloat = 1.0
@@ -236,7 +206,8 @@ class EvaluationBlock(Block):
     max_new_tokens: PositiveInt | None = None
     """The rollout block's when absent."""
     reward: RewardBlock | None = None
-    """What counts as a pass when it reaches `threshold`; the recipe's first reward when absent."""
+    """What counts as a pass when it reaches `threshold`; the recipe's first reward when absent. Offline without it
+    nothing is generated: the algorithm's own loss is measured on the held-out rows (of pairs, accuracy and margin)."""
     threshold: Number = 1.0
     """Least reward that passes."""
 
@@ -308,7 +279,7 @@ class Recipe(Block):
     @property
     def needs_rollouts(self) -> bool:
         """Whether anybody generates: to train on it, or to evaluate."""
-        return self.family == "online" or self.evaluation is not None
+        return self.family == "online" or self.evaluation_reward is not None
 
     @property
     def needs_reference(self) -> bool:
@@ -318,11 +289,21 @@ class Recipe(Block):
         return self.family == "online" and self.algorithm.kl.coef > 0
 
     @property
+    def needs_critic(self) -> bool:
+        """Whether a value model learns beside the policy."""
+        return self.family == "online" and self.algorithm.advantage.estimator == "gae"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row is two answers, which are trained together."""
+        return ALGORITHMS[self.algorithm.name].objective in ("preference", "reward_model")
+
+    @property
     def evaluation_reward(self) -> RewardBlock | None:
-        """What decides whether an answer passes."""
+        """What decides whether an answer passes; None when the evaluation generates nothing."""
         if self.evaluation is None:
             return None
-        return self.evaluation.reward or self.rewards[0]
+        return self.evaluation.reward or (self.rewards[0] if self.rewards else None)
 
     @property
     def scoring(self) -> list[RewardBlock]:
@@ -332,6 +313,7 @@ class Recipe(Block):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
+        yield from self._trainer_conflicts()
         yield from self._reward_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
@@ -359,6 +341,15 @@ class Recipe(Block):
         if model.architecture is not None and model.revision is not None:
             yield Conflict(("model.revision", "model.architecture"), "is a hub id's, and this model is new: remove it")
 
+    def _trainer_conflicts(self) -> Iterator[Conflict]:
+        trainer, dtype = self.trainer, self.model.dtype
+        if trainer.fsdp.mixed_precision and dtype != "float32":
+            reason = f"keeps weights in float32, and they are {dtype}: set model.dtype: float32"
+            yield Conflict(("trainer.fsdp.mixed_precision", "model.dtype"), reason)
+        if trainer.engine == "deepspeed" and dtype == "float16":
+            reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
+            yield Conflict(("trainer.engine", "model.dtype"), reason)
+
     def _reward_conflicts(self) -> Iterator[Conflict]:
         name = self.algorithm.name
         if self.family == "online" and not self.rewards:
@@ -366,8 +357,11 @@ class Recipe(Block):
         if self.family != "online" and self.rewards:
             reason = f"{name} does not use rewards: remove them, or move them to the stage that does"
             yield Conflict(("rewards", "algorithm.name"), reason)
-        if self.evaluation is not None and self.evaluation.reward is None and not self.rewards:
-            yield Conflict(("evaluation.reward", "rewards"), "there is no reward that decides what passes: give one")
+        if self.run.stop_at_score is not None and self.evaluation_reward is None:
+            reason = "is a share of answers that pass, and nothing decides what passes: give evaluation.reward"
+            yield Conflict(("run.stop_at_score", "evaluation.reward"), reason)
+        if self.algorithm.name == "reward_model" and self.evaluation_reward is not None:
+            yield Conflict(("evaluation.reward", "algorithm.name"), "a reward model writes no answers: remove it")
         for label, count in Counter(reward.label for reward in self.rewards).items():
             if count > 1:
                 reason = f"{count} are called {label}: metrics could not tell them apart; keep one, or rename a plugin"

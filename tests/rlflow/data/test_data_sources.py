@@ -46,6 +46,21 @@ def test_a_hub_id_is_loaded_by_datasets_with_its_subset_and_split(monkeypatch):
     assert rows[0].value.columns == {"answer": "1"}
 
 
+def test_a_subset_that_is_no_configuration_is_a_folder_of_the_dataset(monkeypatch):
+    def load_dataset(path, name=None, data_dir=None, split=None):
+        if name is not None:
+            raise ValueError(f"BuilderConfig '{name}' not found. Available: ['default']")
+        if data_dir != "harmless-base":
+            raise FileNotFoundError(f"{path} has no folder {data_dir}")
+        return [{"text": f"{split} of {data_dir}"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    rows = load_records(SourceBlock(path="Anthropic/hh-rlhf", subset="harmless-base"), 0, lambda record: record)
+    assert rows[0].value.text == "train of harmless-base"
+    with pytest.raises(DataError, match=r"BuilderConfig 'harmles-base' not found"):
+        load_records(SourceBlock(path="Anthropic/hh-rlhf", subset="harmles-base"), 0, lambda record: record)
+
+
 def test_a_hub_that_cannot_be_reached_says_to_give_a_local_path(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")

@@ -81,8 +81,10 @@ BAD = {
     "zero": Bad(5, "  prompts_per_step: 0", "data.prompts_per_step", "must be more than 0, is 0"),
     "not finite": Bad(9, "trainer: {learning_rate: .inf}", "trainer.learning_rate", "must be a finite number"),
     "beyond one": Bad(8, "rollout: {top_p: 1.5}", "rollout.top_p", "must be at most 1, is 1.5"),
-    "too few values": Bad(9, "trainer: {betas: [0.9]}", "trainer.betas.1", "has too few values"),
-    "too many values": Bad(9, "trainer: {betas: [0.9, 0.9, 0.9]}", "trainer.betas", "has 3 values, at most 2"),
+    "too few values": Bad(9, "trainer: {optimizer: {betas: [0.9]}}", "trainer.optimizer.betas.1", "has too few values"),
+    "too many values": Bad(
+        9, "trainer: {optimizer: {betas: [0.9, 0.9, 0.9]}}", "trainer.optimizer.betas", "has 3 values, at most 2"
+    ),
     "block for a value": Bad(9, "trainer: {learning_rate: {a: 1}}", "trainer.learning_rate", "is a block of keys"),
     "value for a block": Bad(9, "trainer: fsdp", "trainer", "must be a block of keys, is fsdp"),
     "list for a block": Bad(9, "trainer: [fsdp]", "trainer", "must be a block of keys, is a list"),
@@ -138,6 +140,42 @@ BAD = {
     ),
     "one engine over no GPUs": Bad(
         8, "rollout: {tensor_parallel_size: 2}", "rollout.tensor_parallel_size", "set gpus_per_worker: 2"
+    ),
+    "options of the other engine": Bad(
+        9, "trainer: {deepspeed: {stage: 3}}", "trainer.deepspeed", "set engine: deepspeed, or remove them"
+    ),
+    "options of the default engine": Bad(
+        9,
+        "trainer: {engine: deepspeed, fsdp: {offload: true}}",
+        "trainer.fsdp",
+        "set engine: fsdp, or remove them",
+    ),
+    "copies that do not divide the ranks": Bad(
+        9, "trainer: {workers: 3, fsdp: {replicas: 2}}", "trainer.fsdp.replicas", "2 does not divide workers (3)"
+    ),
+    "a stage that does not exist": Bad(
+        9, "trainer: {engine: deepspeed, deepspeed: {stage: 4}}", "trainer.deepspeed.stage", "must be one of 1, 2, 3"
+    ),
+    "whole weights on the host": Bad(
+        9,
+        "trainer: {engine: deepspeed, deepspeed: {offload: all}}",
+        "trainer.deepspeed.offload",
+        "set stage: 3, or offload: optimizer",
+    ),
+    "8 bits on a CPU": Bad(
+        9, "trainer: {optimizer: {kind: adamw_8bit}}", "trainer.optimizer.kind", "runs on GPUs: set gpus_per_worker"
+    ),
+    "8 bits on the host": Bad(
+        9,
+        "trainer: {gpus_per_worker: 1, optimizer: {kind: adamw_8bit}, fsdp: {offload: true}}",
+        "trainer.optimizer.kind",
+        "offload moves them away: choose one",
+    ),
+    "whole matrices with ZeRO": Bad(
+        9,
+        "trainer: {engine: deepspeed, optimizer: {kind: muon}}",
+        "trainer.optimizer.kind",
+        "set engine: fsdp, or kind: adamw",
     ),
     "greedy samples": Bad(
         9, "evaluation: {data: {path: a/b}, samples: 4}", "evaluation.samples", "4 greedy completions are all the same"
@@ -231,6 +269,19 @@ def test_an_evaluation_needs_a_reward_that_decides(tmp_path: Path):
     )
     with pytest.raises(RecipeError, match=r"5: evaluation.reward: there is no reward that decides what passes"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trainer", "says"),
+    [
+        ("bfloat16", "{fsdp: {mixed_precision: true}}", "trainer.fsdp.mixed_precision: keeps weights in float32"),
+        ("float16", "{engine: deepspeed}", "trainer.engine: deepspeed trains bfloat16 and float32 here"),
+    ],
+)
+def test_an_engine_that_does_not_train_this_dtype_says_so(dtype: str, trainer: str, says: str, tmp_path: Path):
+    path = write(tmp_path, 9, f"trainer: {trainer}")
+    with pytest.raises(RecipeError, match=f"9: {says}"):
+        load_recipe(path, [f"model.dtype={dtype}"])
 
 
 @pytest.mark.parametrize(

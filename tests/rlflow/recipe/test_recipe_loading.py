@@ -210,7 +210,8 @@ def test_a_problem_of_a_stage_has_the_stages_line(recipe_file: Path):
 
 
 def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path):
-    for recipe in load_recipe(write(recipe_file, SHARED + STAGES), ["data.system='1e-6'", "trainer.betas=[0.8, 0.9]"]):
+    overrides = ["data.system='1e-6'", "trainer.optimizer.betas=[0.8, 0.9]"]
+    for recipe in load_recipe(write(recipe_file, SHARED + STAGES), overrides):
         text = dump_recipe(recipe)
         resolved = write(recipe_file.parent / "elsewhere" / "recipe.yaml", text)
         assert load_recipe(resolved) == [recipe]

@@ -1,0 +1,188 @@
+"""DeepSpeed's ZeRO stages 1, 2 and 3 with torch's AdamW, on GPUs or the CPU, under the contract of engines.
+
+DeepSpeed compiles C++ for its own optimizers and its shared-memory collectives when they are first used, asks MPI for
+ranks when no launcher set its variables, and logs to stdout. None of it happens here: the process group is ours, the
+optimizer torch's, and its log goes to stderr.
+
+Checkpoints are ours as well: DeepSpeed's hold pickles. ZeRO keeps float32 values and moments of all parameters in flat
+buffers, of which each rank owns a piece; where each parameter lies in it is written beside it (see sharded_state).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
+from actors.train_engines.optimizers import decay_groups, fresh_moments, trainable
+from actors.train_engines.sharded_state import Shard
+from rlflow.recipe import TrainerBlock
+
+
+class DeepSpeedEngine:
+    """See Engine."""
+
+    def __init__(self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int) -> None:
+        self.module = module
+        self.rank, self.world_size = rank, world_size
+        self.stage = trainer.deepspeed.stage
+        ensure_process_group(rank, world_size)
+        deepspeed = _import_deepspeed(next(module.parameters()).device)
+        self._gathered = deepspeed.zero.GatheredParameters
+        groups = decay_groups((p for p in module.parameters() if p.requires_grad), trainer.optimizer.weight_decay)
+        block = trainer.optimizer
+        optimizer = torch.optim.AdamW(groups, betas=block.betas, eps=block.eps, fused=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            self.deepspeed, self.zero, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=_config(module, trainer), dist_init_required=False
+            )
+        self._make_moments()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed's own forward does this; the module is called without it.
+        self.zero.clear_backward_seen_flag()
+        self.zero.set_gradient_accumulation_boundary(False)
+        # ZeRO averages over ranks; global denominators are already in the loss, so the sum is wanted.
+        self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float | None:
+        self.zero.set_lr(learning_rate)
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.get_submodule("model").named_parameters():
+            if self.stage < 3:
+                yield name, parameter.detach()
+                continue
+            with self._gathered([parameter]):
+                whole = parameter.detach().clone()
+            yield name, whole
+
+    def save_state(self, directory: Path) -> None:
+        save_with_random_state(directory, self.rank, self.world_size, self._shards())
+
+    def load_state(self, directory: Path) -> None:
+        load_with_random_state(directory, self.rank, self._shards())
+        self._publish()
+
+    def _make_moments(self) -> None:
+        """At once, instead of at the first step, so that a checkpoint can always be written and read."""
+        for flat in self._flats():
+            self.zero.optimizer.state[flat] = fresh_moments(flat)
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _flats(self) -> list[torch.Tensor]:
+        """This rank's piece of every flat buffer of float32 values."""
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        return [group["params"][0] for group in self.zero.optimizer.param_groups]
+
+    def _shards(self) -> dict[str, Shard]:
+        """Of the parameters that this rank owns some of. Values and moments are views of the flat buffers."""
+        shards = {}
+        for name, parameter in trainable(self.module):
+            place = self._place_in_stage_3(parameter) if self.stage == 3 else self._place(parameter)
+            if place is None:
+                continue
+            flat, offset, start, length, shape = place
+            shards[f"model/{name}"] = Shard(flat.detach()[offset : offset + length], start, shape)
+            for key, values in self.zero.optimizer.state[flat].items():
+                is_step = values.ndim == 0
+                shards[f"{key}/{name}"] = (
+                    Shard(values.view(1), 0, ()) if is_step else Shard(values[offset : offset + length], start, shape)
+                )
+        return shards
+
+    def _place(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
+        """Flat buffer, where in it, where in the flattened parameter, how many elements, the parameter's shape."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        inside, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        flat = self._flats()[mapping.param_group_index]
+        return flat, inside.start, own.start, own.numel, tuple(parameter.shape)
+
+    def _place_in_stage_3(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
+        group, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = self.rank * padded
+        length = min(padded, parameter.ds_numel - start)
+        if length <= 0:
+            return None
+        return self._flats()[group], offset, start, length, tuple(parameter.ds_shape)
+
+    def _publish(self) -> None:
+        """Parameters take up the float32 values, on all ranks."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for group in range(len(self._flats())):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """
+    Raises:
+        ValueError: It is not installed.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    # DeepSpeed makes the device of this number current.
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.type == "cuda" else 0)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        # Its logger keeps the stdout it finds now.
+        with contextlib.redirect_stdout(sys.stderr):
+            import deepspeed
+            import deepspeed.ops
+    except ImportError as error:
+        raise ValueError(
+            "trainer.engine: deepspeed needs DeepSpeed: pip install deepspeed, or use engine: fsdp"
+        ) from error
+    # Asked which operators it could compile, it runs compilers to find out; we want none.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
+
+
+def _config(module: nn.Module, trainer: TrainerBlock) -> dict[str, Any]:
+    """What DeepSpeed's JSON file would hold. https://www.deepspeed.ai/docs/config-json"""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    hidden = module.get_submodule("model").config.get_text_config().hidden_size
+    zero: dict[str, Any] = {
+        "stage": trainer.deepspeed.stage,
+        # An even number of elements, of which no more than there are; buffers of this size are allocated.
+        "reduce_bucket_size": min(parameters, 100_000_000) // 2 * 2,
+        "allgather_bucket_size": min(parameters, 100_000_000) // 2 * 2,
+        # Smaller parameters stay whole on every rank: norms and biases, as transformers' own integration has it.
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    if trainer.deepspeed.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if trainer.deepspeed.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": trainer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+    }
+    if next(module.parameters()).dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

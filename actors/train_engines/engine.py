@@ -1,0 +1,127 @@
+"""The contract of training engines, the one place that chooses one, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from actors.train_engines import sharded_state
+from actors.train_engines.sharded_state import Shard
+from rlflow.recipe import TrainerBlock
+
+
+class Engine(Protocol):
+    """Owns the parameters and the optimizer of one rank. Every engine gives the same numbers on any number of ranks.
+
+    It takes any module that has a transformers model as ``.model``, and may shard its parameters in place: the module
+    is called as before, by all ranks together, and as often on each. All methods are collective.
+    """
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss``, a scalar: this rank's share of a sum over all ranks.
+
+        Called any number of times before a step, as often on every rank; it must depend on every parameter.
+        """
+        ...
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clips the gradient, once, and steps; the gradient starts again from nothing.
+
+        Returns:
+            The gradient's global norm before clipping, or None on all ranks when it was not finite: then no parameter
+            and no moment changed.
+        """
+        ...
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of ``.model`` whole, by its Hugging Face name; tied ones once. All ranks must drain it."""
+        ...
+
+    def save_state(self, directory: Path) -> None:
+        """Writes this rank's shard of parameters and moments, and its random state."""
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Reads what any number of ranks of any engine wrote.
+
+        Raises:
+            ValueError: Names or shapes do not match this model and optimizer.
+        """
+        ...
+
+
+def make_engine(module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int) -> Engine:
+    """The engine that the recipe names.
+
+    Raises:
+        ValueError: What it needs is not installed.
+    """
+    if trainer.engine == "deepspeed":
+        from actors.train_engines.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, trainer, rank=rank, world_size=world_size)
+    from actors.train_engines.fsdp_engine import FsdpEngine
+
+    return FsdpEngine(module, trainer, rank=rank, world_size=world_size)
+
+
+def init_process_group(rank: int, world_size: int, address: str, timeout_s: float) -> None:
+    """address: ``host:port`` of rank 0."""
+    from datetime import timedelta
+
+    dist.init_process_group(
+        _backend(),
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def ensure_process_group(rank: int, world_size: int) -> None:
+    """A rank that trains alone gets a group of its own, for engines that cannot do without."""
+    if not dist.is_initialized():
+        assert (rank, world_size) == (0, 1), "several ranks join by init_process_group first"
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _backend() -> str:
+    # Offloaded weights and gradients are summed where they are: on the host.
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The repeated layers: of all lists of modules, the one with most parameters.
+
+    Raises:
+        ValueError: There is none.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of layers to shard; set trainer.workers: 1")
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+def save_with_random_state(directory: Path, rank: int, world_size: int, shards: dict[str, Shard]) -> None:
+    """Writes this rank's file."""
+    states = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng/cuda"] = torch.cuda.get_rng_state()
+    random = {name: sharded_state.shard_of(state) for name, state in states.items()}
+    sharded_state.save(directory, rank, world_size, {**shards, **random})
+
+
+def load_with_random_state(directory: Path, rank: int, shards: dict[str, Shard]) -> None:
+    """Fills the shards, and takes up this rank's random state where as many ranks wrote one."""
+    sharded_state.load(directory, shards)
+    state = sharded_state.read_own(directory, rank, "rng/cpu")
+    if state is not None:
+        torch.set_rng_state(state)
+    state = sharded_state.read_own(directory, rank, "rng/cuda") if torch.cuda.is_available() else None
+    if state is not None:
+        torch.cuda.set_rng_state(state)

@@ -1,0 +1,84 @@
+"""A decoder with one number a token: PPO's critic, and reward models. On disk it is a transformers classifier."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from actors.train_engines import packed_attention
+from actors.train_engines.packed_attention import PackedLayout
+from rlflow.recipe import ModelBlock
+from rlflow.types import MicroBatch
+
+
+class ScalarModel(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch, device: torch.device, wanted: Literal["values", "scores"]) -> torch.Tensor:
+        """One number from the hidden state of chosen tokens, float32.
+
+        Args:
+            wanted: ``values``: [N], at each loss token the number of the token before it, which is what the critic
+                expects before that token is known; 0 elsewhere. ``scores``: [S], the number of each sequence's last
+                token, which is the reward of the whole.
+        """
+        hidden = self.model.base_model(
+            input_ids=torch.from_numpy(batch.token_ids).to(device)[None],
+            position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
+            layout=PackedLayout(batch.cu_seqlens, device),
+            use_cache=False,
+        ).last_hidden_state[0]
+        if wanted == "scores":
+            return self._head(hidden[torch.from_numpy(batch.cu_seqlens[1:].astype(np.int64) - 1).to(device)])
+        rows = torch.from_numpy(np.flatnonzero(batch.loss_mask)).to(device)
+        # Batches without a loss token must still reach every parameter, or ranks fall out of step.
+        zeros = torch.zeros(len(hidden), dtype=torch.float32, device=device) + 0.0 * hidden.sum().float()
+        return zeros.index_put((rows,), self._head(hidden[rows - 1]))
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [M, H] -> [M]."""
+        score = self.model.get_submodule("score")
+        return score(hidden).squeeze(-1).float()
+
+
+def load_scalar_model(
+    block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False
+) -> ScalarModel:
+    """Loads a sequence classifier with one label, or puts a head that answers 0 on a language model.
+
+    Raises:
+        ValueError: The model has a head of several labels, or transformers has no classifier of its architecture.
+    """
+    assert block.path is not None
+    options: dict[str, Any] = {
+        "trust_remote_code": block.trust_remote_code,
+        "attn_implementation": packed_attention.NAME,
+        "dtype": getattr(torch, block.dtype),
+    }
+    config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"{block.path}: its head has {config.num_labels} labels; a critic or reward model has one")
+    config.num_labels = 1
+    if block.architecture is not None:
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(config, **options)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            block.path, config=config, revision=block.revision, **options
+        )
+    head = model.get_submodule("score")
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__}: its head is no linear layer called score; not supported")
+    if not is_classifier:
+        nn.init.zeros_(head.weight)
+    model.to(device)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return ScalarModel(model)

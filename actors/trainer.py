@@ -1,0 +1,172 @@
+"""Trainer: one rank of a model's training. It knows verbs, not algorithms: the recipe's row binds the objective.
+
+PolicyTrainer, ValueTrainer and RewardTrainer differ in the module they load and in what it computes of a batch.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
+from rlflow.types import Denominators, MicroBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from actors.weight_sync import WeightSnapshot
+    from rlflow.algorithms.batch import TensorBatch
+
+Objective = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
+"""This micro-batch's share of the loss, and of the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What optim_step reports."""
+
+    grad_norm: float
+    """Before clipping; NaN when the step was skipped."""
+    skipped: bool
+    """The gradient was not finite: no parameter and no moment changed."""
+
+
+class Trainer:
+    def __init__(
+        self, model: ModelBlock, trainer: TrainerBlock, *, rank: int, world_size: int, num_threads: int, seed: int
+    ) -> None:
+        self.block, self.trainer = model, trainer
+        self.rank, self.world_size = rank, world_size
+        self.num_threads, self.seed = num_threads, seed
+
+    def load_module(self) -> Any:
+        """The model to train, on ``self.device``: the subclass knows which."""
+        raise NotImplementedError
+
+    def objective(
+        self,
+        micro_batch: MicroBatch,
+        batch: TensorBatch,
+        algorithm: AlgorithmBlock,
+        denominators: Denominators,
+        temperature: float,
+    ) -> Objective:
+        """Forward pass and loss of one micro-batch: the subclass knows which."""
+        raise NotImplementedError
+
+    def rendezvous(self) -> str:
+        """``host:port`` on which rank 0's process group can listen."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
+
+    def setup(self, address: str | None) -> float:
+        """Loads the model, joins the other ranks. Returns seconds."""
+        import torch
+
+        from actors.train_engines.engine import init_process_group, make_engine
+
+        started = time.perf_counter()
+        torch.set_num_threads(self.num_threads)
+        torch.manual_seed(self.seed)
+        self.device = torch.device("cuda" if self.trainer.gpus_per_worker else "cpu")
+        if address is not None:
+            init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s)
+        self.module = self.load_module()
+        self.engine = make_engine(self.module, self.trainer, rank=self.rank, world_size=self.world_size)
+        return time.perf_counter() - started
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        algorithm: AlgorithmBlock,
+        denominators: Denominators,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """Adds the gradient of this rank's micro-batches.
+
+        Returns:
+            The objective's metrics, each this rank's share of a global sum: adding over ranks gives the batch's value
+            (names ending in ``_max`` combine by maximum).
+        """
+        totals: dict[str, float] = {}
+        for micro_batch in micro_batches:
+            loss, metrics = self._objective_of(micro_batch, algorithm, denominators, temperature)
+            self.engine.backward(loss)
+            _add(totals, metrics)
+        return totals
+
+    def evaluate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        algorithm: AlgorithmBlock,
+        denominators: Denominators,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """The metrics of forward_backward, without a gradient."""
+        import torch
+
+        totals: dict[str, float] = {}
+        with torch.no_grad():
+            for micro_batch in micro_batches:
+                _add(totals, self._objective_of(micro_batch, algorithm, denominators, temperature)[1])
+        return totals
+
+    def optim_step(self, learning_rate: float) -> UpdateStats:
+        """Clips and applies the gradient that forward_backward gathered."""
+        grad_norm = self.engine.step(learning_rate)
+        return UpdateStats(float("nan") if grad_norm is None else grad_norm, grad_norm is None)
+
+    def weights(self, version: int) -> WeightSnapshot | None:
+        """All ranks take part; rank 0 returns the snapshot."""
+        from actors.weight_sync import pack_weights
+
+        named = self.engine.full_weights()
+        if self.rank == 0:
+            return pack_weights(named, version)
+        for _ in named:
+            pass
+        return None
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's part of a checkpoint into an existing directory."""
+        self.engine.save_state(directory)
+
+    def load(self, directory: Path) -> None:
+        """Takes up the state that any number of ranks saved."""
+        self.engine.load_state(directory)
+
+    def export(self, directory: Path) -> None:
+        """Writes a Hugging Face directory: weights as safetensors, config. The driver adds the tokenizer."""
+        weights = dict(self.engine.full_weights())
+        if self.rank == 0:
+            model = self.module.model
+            model.config._attn_implementation = "sdpa"
+            model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in weights.items()})
+
+    def _objective_of(
+        self, micro_batch: MicroBatch, algorithm: AlgorithmBlock, denominators: Denominators, temperature: float
+    ) -> Objective:
+        from rlflow.algorithms.batch import TensorBatch
+
+        batch = TensorBatch.from_numpy(micro_batch, self.device)
+        return self.objective(micro_batch, batch, algorithm, denominators, temperature)
+
+
+def combine(totals: dict[str, float], name: str, value: float) -> None:
+    """Adds a metric to running totals; names ending in ``_max`` keep the larger."""
+    if name not in totals:
+        totals[name] = value
+    elif name.endswith("_max"):
+        totals[name] = max(totals[name], value)
+    else:
+        totals[name] += value
+
+
+def _add(totals: dict[str, float], metrics: dict[str, torch.Tensor]) -> None:
+    for name, value in metrics.items():
+        combine(totals, name, float(value))

@@ -1,0 +1,101 @@
+"""Who trains and how: the optimizer, and each engine's own options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class OptimizerBlock(Block):
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit: bitsandbytes', moments in 8 bits, on GPUs. muon: the layers' matrices are orthogonalised
+    (arXiv 2502.16982), AdamW has the rest: embeddings, head, norms, biases."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's; Muon's momentum is 0.95."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled, on matrices only."""
+
+
+class FsdpBlock(Block):
+    reshard_after_forward: bool = True
+    """Gather a layer's weights again in the backward pass: false trades memory for communication."""
+    offload: bool = False
+    """Keep weights, gradients and moments in the host's memory, and step there."""
+    mixed_precision: bool = False
+    """Compute in bfloat16; weights and sums over ranks stay float32."""
+    replicas: PositiveInt = 1
+    """Hybrid sharding: so many copies of the weights, each sharded over workers / replicas ranks."""
+
+
+class DeepSpeedBlock(Block):
+    stage: Literal[1, 2, 3] = 2
+    """ZeRO shards over ranks: 1 the moments, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept in the host's memory: moments (and the step there), or weights as well."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.offload == "all" and self.stage != 3:
+            reason = "weights can leave the GPU when they are sharded: set stage: 3, or offload: optimizer"
+            yield Conflict(("offload", "stage"), reason)
+
+
+class TrainerBlock(Block):
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """FSDP2, or DeepSpeed's ZeRO."""
+    workers: PositiveInt = 1
+    """Ranks."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises from 0."""
+    optimizer: OptimizerBlock = OptimizerBlock()
+    """What makes a step of a gradient."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_micro_batch: PositiveInt = 8192
+    """Bound of a packed micro-batch; a longer sequence is alone in its own."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    max_skipped_steps: PositiveInt = 3
+    """This many non-finite steps in a row stop the run."""
+    fsdp: FsdpBlock = FsdpBlock()
+    """Options of engine fsdp."""
+    deepspeed: DeepSpeedBlock = DeepSpeedBlock()
+    """Options of engine deepspeed."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Ray CPUs, and compute threads, of each rank."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs of each rank."""
+    timeout_s: PositiveFloat = 1800.0
+    """A call longer than this is an error that names the rank."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.engine != "deepspeed" and self.deepspeed != DeepSpeedBlock():
+            reason = f"are not of engine {self.engine}: set engine: deepspeed, or remove them"
+            yield Conflict(("deepspeed", "engine"), reason)
+        if self.engine != "fsdp" and self.fsdp != FsdpBlock():
+            reason = f"are not of engine {self.engine}: set engine: fsdp, or remove them"
+            yield Conflict(("fsdp", "engine"), reason)
+        replicas = self.fsdp.replicas
+        if self.workers % replicas:
+            reason = f"{replicas} does not divide workers ({self.workers}): every copy has as many ranks"
+            yield Conflict(("fsdp.replicas", "workers"), reason)
+        kind = self.optimizer.kind
+        if kind != "adamw" and self.engine == "deepspeed":
+            reason = f"ZeRO cuts weights into flat pieces, which {kind} cannot step: set engine: fsdp, or kind: adamw"
+            yield Conflict(("optimizer.kind", "engine"), reason)
+        elif kind == "adamw_8bit" and not self.gpus_per_worker:
+            yield Conflict(("optimizer.kind", "gpus_per_worker"), "runs on GPUs: set gpus_per_worker, or kind: adamw")
+        elif kind == "adamw_8bit" and self.fsdp.offload:
+            reason = "keeps moments small on the GPU, and offload moves them away: choose one"
+            yield Conflict(("optimizer.kind", "fsdp.offload"), reason)

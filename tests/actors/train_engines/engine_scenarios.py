@@ -1,0 +1,289 @@
+"""Three training steps of a tiny model on any engine, and by hand in plain torch. Run as a script, it is one rank.
+
+A step has four or eight micro-batches of unequal lengths, dealt to ranks in turn; every fourth has no loss token, so
+that of four ranks the last has none at all. Before the last step one rank's gradient is not finite, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlflow.recipe import TrainerBlock
+from rlflow.types import MicroBatch
+
+LEARNING_RATES = (1e-2, 5e-3, 2e-3)
+OPTIMIZER = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+MAX_GRAD_NORM = 0.5
+VOCABULARY = 50
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Keys of the trainer block."""
+    model: str = "tokens"
+    """`tokens` or `values`: a language model, or a classifier."""
+
+
+def fsdp(**options: Any) -> Scenario:
+    return Scenario({"fsdp": options})
+
+
+def zero(stage: int, offload: str = "none", **trainer: Any) -> Scenario:
+    return Scenario({"engine": "deepspeed", "deepspeed": {"stage": stage, "offload": offload}, **trainer})
+
+
+SCENARIOS = {
+    "fsdp": fsdp(),
+    "fsdp, weights kept after forward": fsdp(reshard_after_forward=False),
+    "fsdp, offload": fsdp(offload=True),
+    "fsdp, checkpointing": Scenario({"gradient_checkpointing": True}),
+    "fsdp, classifier": Scenario(model="values"),
+    "ZeRO 1": zero(1),
+    "ZeRO 2": zero(2),
+    "ZeRO 3": zero(3),
+    "ZeRO 1, optimizer offload": zero(1, "optimizer"),
+    "ZeRO 2, optimizer offload": zero(2, "optimizer"),
+    "ZeRO 3, optimizer offload": zero(3, "optimizer"),
+    "ZeRO 3, offload": zero(3, "all"),
+    "ZeRO 3, checkpointing": zero(3, gradient_checkpointing=True),
+    "ZeRO 2, classifier": Scenario({"engine": "deepspeed"}, model="values"),
+    "ZeRO 3, classifier": Scenario({"engine": "deepspeed", "deepspeed": {"stage": 3}}, model="values"),
+}
+ON_SEVERAL_RANKS = {"fsdp, replicas": fsdp(replicas=2)}
+RESUMED = ("fsdp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3, offload")
+"""Saved after the second step; each engine then reads what each of the others wrote."""
+
+
+def scenarios(world_size: int) -> dict[str, Scenario]:
+    return SCENARIOS | (ON_SEVERAL_RANKS if world_size > 1 else {})
+
+
+def trainer_block(scenario: Scenario, world_size: int = 1) -> TrainerBlock:
+    return TrainerBlock.model_validate(
+        {"workers": world_size, "optimizer": OPTIMIZER, "max_grad_norm": MAX_GRAD_NORM, **scenario.trainer}
+    )
+
+
+def new_module(scenario: Scenario) -> nn.Module:
+    """The same weights every time."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+    from actors.train_engines import packed_attention
+    from actors.train_engines.scalar_model import ScalarModel
+    from actors.train_engines.token_model import TokenModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "num_labels": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, tie_word_embeddings=scenario.model == "tokens", pad_token_id=0, **sizes, **heads
+    )
+    config._attn_implementation = packed_attention.NAME
+    model = (Qwen3ForCausalLM if scenario.model == "tokens" else Qwen3ForSequenceClassification)(config)
+    if scenario.trainer.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return TokenModel(model) if scenario.model == "tokens" else ScalarModel(model)
+
+
+def micro_batches(step: int) -> list[MicroBatch]:
+    """Four in even steps, eight in odd ones."""
+    generator = np.random.default_rng(step)
+    return [_micro_batch(generator, with_loss=i % 4 != 3) for i in range(8 if step % 2 else 4)]
+
+
+def _micro_batch(generator: np.random.Generator, with_loss: bool) -> MicroBatch:
+    lengths = generator.integers(2, 12, size=generator.integers(1, 4))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    mask = (positions > 0) & (generator.random(len(positions)) < 0.8) if with_loss else positions < 0
+    return MicroBatch(
+        token_ids=generator.integers(0, VOCABULARY, size=len(positions)).astype(np.int32),
+        position_ids=positions.astype(np.int32),
+        cu_seqlens=bounds.astype(np.int32),
+        loss_mask=mask,
+        loss_weights=mask.astype(np.float32),
+        sample_indices=np.arange(len(lengths), dtype=np.int32),
+        labels=np.zeros(len(lengths), dtype=np.float32),
+        margins=np.zeros(len(lengths), dtype=np.float32),
+    )
+
+
+def loss_of(module: nn.Module, batch: MicroBatch, num_tokens: int) -> torch.Tensor:
+    """This micro-batch's share of a mean over all loss tokens of the step."""
+    from actors.train_engines.token_model import TokenModel
+
+    mask = torch.from_numpy(batch.loss_mask)
+    if isinstance(module, TokenModel):
+        return -(module.of_batch(batch, CPU).logprobs * mask).sum() / num_tokens
+    return ((module(batch, CPU, "values") - 1.0).square() * mask).sum() / num_tokens
+
+
+def count_tokens(batches: Sequence[MicroBatch]) -> int:
+    return sum(int(batch.loss_mask.sum()) for batch in batches)
+
+
+def plain_run(scenario: Scenario) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and norms of the three steps, and the weights after them: one process, plain torch."""
+    module = new_module(scenario)
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **OPTIMIZER)
+    losses, norms = [], []
+    for step, learning_rate in enumerate(LEARNING_RATES):
+        batches = micro_batches(step)
+        optimizer.zero_grad()
+        loss = torch.stack([loss_of(module, batch, count_tokens(batches)) for batch in batches]).sum()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)))
+        losses.append(float(loss.detach()))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return losses, norms, weights_of(module)
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.get_submodule("model").named_parameters()}
+
+
+class Run:
+    """One rank of a scenario."""
+
+    def __init__(self, scenario: Scenario, rank: int, world_size: int) -> None:
+        from actors.train_engines.engine import make_engine
+
+        self.rank, self.world_size = rank, world_size
+        self.module = new_module(scenario)
+        self.engine = make_engine(self.module, trainer_block(scenario, world_size), rank=rank, world_size=world_size)
+
+    def step(self, step: int, spoiled: bool = False) -> tuple[float, float | None]:
+        """The step's loss over all ranks and the gradient's norm."""
+        batches = micro_batches(step)
+        total = torch.zeros(())
+        for batch in batches[self.rank :: self.world_size]:
+            loss = loss_of(self.module, batch, count_tokens(batches))
+            total += loss.detach()
+            self.engine.backward(loss * float("nan") if spoiled and self.rank == 0 else loss)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return float(total), self.engine.step(LEARNING_RATES[step])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.engine.full_weights()}
+
+    def save(self, directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.engine.save_state(directory)
+        if self.world_size > 1:
+            dist.barrier()
+        return directory
+
+
+def train(scenario: Scenario, rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+    """Three steps, with a spoiled one before the last; the state of before it stays behind as a checkpoint."""
+    run = Run(scenario, rank, world_size)
+    before = [run.step(step) for step in (0, 1)]
+    saved = run.save(directory / f"of-{world_size}")
+    _, skipped = run.step(2, spoiled=True)
+    again = run.save(directory / f"of-{world_size}-again")
+    file = f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+    one, other = load_file(saved / file), load_file(again / file)
+    losses, norms = zip(*before, run.step(2), strict=True)
+    weights = run.weights()
+    if rank == 0:
+        save_file(weights, directory / f"weights-of-{world_size}.safetensors")
+    return {
+        "losses": losses,
+        "norms": norms,
+        "skipped": skipped is None,
+        "unchanged": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
+    }
+
+
+def resume(scenario: Scenario, rank: int, world_size: int, checkpoint: Path, into: Path) -> dict[str, Any]:
+    """The last step from a checkpoint. The weights it starts from are spoiled first, to be sure that they are read."""
+    run = Run(scenario, rank, world_size)
+    run.step(0)
+    run.engine.load_state(checkpoint)
+    loss, norm = run.step(2)
+    weights = run.weights()
+    if rank == 0:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, into)
+    return {"loss": loss, "norm": norm}
+
+
+def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, timeout_s: float = 280) -> list[Any]:
+    """Runs jobs on so many processes; the answers of rank 0 to each. Every rank must keep its stdout clean."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    work = directory / f"jobs-{time.monotonic_ns()}.json"
+    work.write_text(json.dumps(jobs))
+    root = Path(__file__).resolve().parents[3]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        environment.pop(name, None)
+    processes = []
+    for rank in range(world_size):
+        command = [sys.executable, __file__, str(rank), str(world_size), address, str(work)]
+        with Path(f"{work}.{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            )
+    try:
+        deadline = time.monotonic() + timeout_s
+        printed = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join(Path(f"{work}.{rank}.log").read_text()[-3000:] for rank in range(world_size))
+    assert [process.returncode for process in processes] == [0] * world_size, logs
+    assert printed == [""] * world_size
+    return json.loads(Path(f"{work}.answers").read_text())
+
+
+def main(rank: int, world_size: int, address: str, work: Path) -> None:
+    from actors.train_engines.engine import init_process_group
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        init_process_group(rank, world_size, address, timeout_s=120)
+    answers = []
+    for job in json.loads(work.read_text()):
+        started = time.monotonic()
+        scenario = scenarios(world_size)[job["scenario"]]
+        if job["kind"] == "train":
+            directory = Path(job["directory"])
+            directory.mkdir(parents=True, exist_ok=True)
+            answers.append(train(scenario, rank, world_size, directory))
+        else:
+            answers.append(resume(scenario, rank, world_size, Path(job["checkpoint"]), Path(job["into"])))
+        print(f"{job}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    if rank == 0:
+        Path(f"{work}.answers").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
