@@ -49,7 +49,7 @@ def pairs(path: str, split: Split = "train", heldout_fraction: float = 0.1) -> I
 
 
 def labelled(path: str, split: Split = "train", heldout_fraction: float = 0.1) -> Iterator[dict[str, Any]]:
-    """Every solution with its label, as {prompt, completion, label, solution}. Arguments and errors are those of pairs."""
+    """Every solution with its label, as {prompt, completion, label, solution}; arguments and errors as of ``pairs``."""
     for problem, _ in _problems(path, split, heldout_fraction):
         for text, label in _solutions(problem):
             yield {

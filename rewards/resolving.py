@@ -25,8 +25,9 @@ REWARDS = {
     "cosine": "rewards.cosine:cosine",
     "repetition": "rewards.lengths:repetition",
     "soft_overlong": "rewards.lengths:soft_overlong",
+    "reward_model": "rewards.reward_model:RewardModel",
 }
-"""Name -> ``module:function``."""
+"""Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
 
 
 class RewardError(ValueError):
@@ -96,6 +97,8 @@ def _load_plugin(plugin: str) -> Any:
 def _construct(target: type, args: Mapping[str, Any], label: str) -> Any:
     try:
         return target(**args)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"reward {label!r}: constructing it raised {type(error).__name__}: {error}") from error
 

@@ -153,7 +153,9 @@ def _constructor(
                 "log_directory": directory / "logs",
             }
         case "rewards":
-            return RewardServer, {"rewards": recipe.scoring, "children": recipe.reward_server.children}
+            server = recipe.reward_server
+            sizes = {"children": server.children, "memory_gib": server.memory_gib}
+            return RewardServer, {"rewards": recipe.scoring, **sizes}
         case _:
             path = recipe.reference.path
             frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype)

@@ -200,7 +200,10 @@ def _shape(recipe: Recipe) -> ModelShape | str:
 
 def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, int] | None:
     if role == "rewards":
-        return {"processes": (1 + recipe.reward_server.children) * memory.REWARD_PROCESS_BYTES}
+        server = recipe.reward_server
+        holds_model = any(reward.name == "reward_model" for reward in recipe.scoring)
+        child = int(server.memory_gib * GIB) if holds_model else memory.REWARD_PROCESS_BYTES
+        return {"processes": memory.REWARD_PROCESS_BYTES + server.children * child}
     if isinstance(shape, str):
         return None
     match role:

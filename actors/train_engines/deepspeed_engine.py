@@ -36,8 +36,8 @@ class DeepSpeedEngine:
         self.module = module
         self.rank, self.world_size = rank, world_size
         self.stage = trainer.deepspeed.stage
-        ensure_process_group(rank, world_size)
         deepspeed = _import_deepspeed(next(module.parameters()).device)
+        ensure_process_group(rank, world_size)
         self._gathered = deepspeed.zero.GatheredParameters
         groups = decay_groups((p for p in module.parameters() if p.requires_grad), trainer.optimizer.weight_decay)
         block = trainer.optimizer
@@ -153,21 +153,21 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
             "trainer.engine: deepspeed needs DeepSpeed: pip install deepspeed, or use engine: fsdp"
         ) from error
     # Asked which operators it could compile, it runs compilers to find out; we want none.
-    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     return deepspeed
 
 
 def _config(module: nn.Module, trainer: TrainerBlock) -> dict[str, Any]:
     """What DeepSpeed's JSON file would hold. https://www.deepspeed.ai/docs/config-json"""
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    hidden = module.get_submodule("model").config.get_text_config().hidden_size
+    model: Any = module.get_submodule("model")
     zero: dict[str, Any] = {
         "stage": trainer.deepspeed.stage,
         # An even number of elements, of which no more than there are; buffers of this size are allocated.
         "reduce_bucket_size": min(parameters, 100_000_000) // 2 * 2,
         "allgather_bucket_size": min(parameters, 100_000_000) // 2 * 2,
         # Smaller parameters stay whole on every rank: norms and biases, as transformers' own integration has it.
-        "stage3_param_persistence_threshold": 10 * hidden,
+        "stage3_param_persistence_threshold": 10 * model.config.get_text_config().hidden_size,
     }
     if trainer.deepspeed.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

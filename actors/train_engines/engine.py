@@ -87,7 +87,8 @@ def ensure_process_group(rank: int, world_size: int) -> None:
     """A rank that trains alone gets a group of its own, for engines that cannot do without."""
     if not dist.is_initialized():
         assert (rank, world_size) == (0, 1), "several ranks join by init_process_group first"
-        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(_backend(), store=store, rank=0, world_size=1)
 
 
 def _backend() -> str:

@@ -96,7 +96,7 @@ class AdamW8bit:
 
     def __init__(self, parameters: Iterable[torch.Tensor], block: OptimizerBlock) -> None:
         try:
-            import bitsandbytes
+            import bitsandbytes  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
                 "trainer.optimizer.kind: adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use kind: adamw"

@@ -56,7 +56,7 @@ def shard_of(tensor: torch.Tensor, values: torch.Tensor | None = None) -> Shard:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it, sharing memory, without a gradient."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def save(directory: Path, rank: int, world_size: int, shards: Mapping[str, Shard]) -> None:
@@ -80,7 +80,9 @@ def load(directory: Path, shards: Mapping[str, Shard]) -> None:
     if None in places:
         raise ValueError(f"{directory}: its state files are not of this version of rlflow: start the run anew")
     for name, shard in shards.items():
-        found = [(file, *place[name]) for file, place in zip(files, places, strict=True) if name in place]
+        found = [
+            (file, place[name][0], place[name][1]) for file, place in zip(files, places, strict=True) if name in place
+        ]
         if not found:
             raise ValueError(f"{directory}: no tensor {name}; the checkpoint is of another model or optimizer")
         shape = tuple(found[0][2])

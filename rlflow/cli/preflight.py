@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rewards import REWARDS
+from rewards.reward_model import score_head_problem
 from rlflow.data.generated import GENERATORS
 from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.loading import LocatedRecipe, load_located
@@ -39,17 +41,18 @@ def check(stages: Sequence[LocatedRecipe]) -> None:
     Raises:
         RecipeError: All that is not there, each with the place where it is named.
     """
-    to_come: set[str] = set()
+    to_come: dict[str, str] = {}
     problems = []
     for stage in stages:
         for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
-        to_come.add(f"{stage.recipe.run.output_dir}/final")
+        to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe.algorithm.name
     if problems:
         raise RecipeError(problems)
 
 
-def _missing(recipe: Recipe, to_come: set[str]) -> Found:
+def _missing(recipe: Recipe, to_come: Mapping[str, str]) -> Found:
+    """``to_come``: the directory that each earlier stage will write, and the stage's algorithm."""
     models = {
         "model.path": recipe.model.path,
         "reference.path": recipe.reference.path,
@@ -72,6 +75,8 @@ def _missing(recipe: Recipe, to_come: set[str]) -> Found:
         rewards["evaluation.reward"] = recipe.evaluation.reward
     for key, reward in rewards.items():
         yield from _in_reward(key, reward)
+        if reward.name == "reward_model":
+            yield from _in_reward_model(f"{key}.args", reward.args, to_come)
     if Path(recipe.run.output_dir).is_file():
         yield "run.output_dir", f"{recipe.run.output_dir} is a file: name a directory"
 
@@ -119,6 +124,25 @@ def _in_reward(key: str, reward: RewardBlock) -> Found:
     elif reward.name is not None and reward.name not in REWARDS:
         remedy = did_you_mean(reward.name, list(REWARDS))
         yield f"{key}.name", f"no reward is called {reward.name} ({remedy} Your own: plugin: file.py:function)"
+
+
+def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, str]) -> Found:
+    if "path" not in args or not isinstance(args["path"], str):
+        yield key, "reward_model needs path, a model directory or hub id: args: {path: runs/rm/final}"
+        return
+    path = args["path"]
+    if path in to_come:
+        if to_come[path] != "reward_model":
+            yield f"{key}.path", f"{path} will be a policy ({to_come[path]}): name the final/ of a reward_model stage"
+    elif problems := list(_in_model(f"{key}.path", path)):
+        yield from problems
+    elif (config := Path(path) / "config.json").exists():
+        try:
+            problem = score_head_problem(json.loads(config.read_text()))
+        except ValueError:
+            problem = "cannot be used, its config.json is no JSON: fetch it again"
+        if problem:
+            yield f"{key}.path", f"{path} {problem}"
 
 
 def _in_function(key: str, spec: str, kind: str, names: list[str]) -> Found:

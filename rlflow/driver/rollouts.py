@@ -64,6 +64,15 @@ class Ledger:
     def in_flight(self) -> int:
         return self.issued - self.trained - self.filtered
 
+    def metrics(self) -> dict[str, float]:
+        """Groups, counted since this process began."""
+        return {
+            "group/issued": float(self.issued),
+            "group/trained": float(self.trained),
+            "group/filtered": float(self.filtered),
+            "group/in_flight": float(self.in_flight),
+        }
+
 
 def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
     """63-bit seed of one sample, from names alone: who generates it, and when, cannot matter."""
@@ -105,7 +114,8 @@ def collect(stage: Stage, chunks: Sequence[Chunk]) -> list[ScoredChunk]:
     rollout, rewards = stage.actors.rollout, stage.actors.rewards
     assert rollout is not None and rewards is not None
     collected = []
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
+        stage.tracker.progress("generating", number, len(chunks))
         batch = rollout.get(chunk.worker, RolloutWorker.generate, chunk.rollouts)
         scores = rewards.get(chunk.server, RewardServer.score, chunk.scores)
         collected.append(ScoredChunk(chunk.items, batch, scores))
@@ -166,7 +176,7 @@ class RolloutPipeline:
         self.ledger.trained += len(groups)
         self.ledger.filtered += num_resampled
         self._cursors.pop(step)
-        return groups, timing.metrics() | {"group/resampled": float(num_resampled)}
+        return groups, timing.metrics() | self.ledger.metrics() | {"group/resampled": float(num_resampled)}
 
     def state(self, step: int) -> dict:
         """Where a run resumed at ``step`` starts: what was issued for it and later is issued again."""

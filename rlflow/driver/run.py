@@ -22,15 +22,17 @@ from actors.reward_server import RewardServer
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
+from rlflow.driver.clock import Clock, process_age_s
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
-from rlflow.driver.stage import Clock, Stage
+from rlflow.driver.stage import Stage
 from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import Recipe
 from rlflow.tracking import make_tracker
+from rlflow.tracking.report import write_report
 
 
 def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
@@ -51,7 +53,8 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
         try:
             for recipe in recipes:
                 if not (resume and finished(recipe)):
-                    run_stage(recipe, ray_started, stop, resume=resume)
+                    clock = Clock(before=process_age_s() if recipe is recipes[0] else 0.0)
+                    run_stage(recipe, ray_started, stop, clock, resume=resume)
         finally:
             failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)
             if failed is None and ray_started.result(timeout=0):
@@ -59,9 +62,8 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
             stop.restore()
 
 
-def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, resume: bool) -> None:
+def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool) -> None:
     """One stage, from its directory to its ``final/``."""
-    clock = Clock()
     directory = prepare_directory(recipe, resume=resume)
     model = prepare_model(recipe, directory)
     with clock("startup_tokenizer"):
@@ -76,6 +78,7 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, r
             rows, held_out = load_rows(recipe, tokenizer)
         steps = num_steps(recipe, len(rows))
         tracker = make_tracker(recipe, directory, total_steps=steps)
+        clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
         try:
             stage = Stage(recipe, directory, model, tokenizer, actors, tracker, stop.asked, clock=clock)
             stage.evaluator = _evaluator(stage, held_out)
@@ -84,6 +87,7 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, *, r
             train = train_online if recipe.family == "online" else train_offline
             train(stage, rows, steps, resume=resume)
             stage.export()
+            write_report(directory)
             tracker.finish({})
         finally:
             tracker.close()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,7 @@ from actors.trainer import Trainer
 from rlflow import checkpoint
 from rlflow.algorithms.kl_reward import adapt_kl_coef
 from rlflow.data.tokenizer import stop_token_ids
+from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.placement import Actors
 from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
@@ -24,29 +22,6 @@ from rlflow.types import SamplingParams, StepStats
 
 if TYPE_CHECKING:
     from rlflow.driver.evaluation import Evaluator
-
-
-class Clock:
-    """Seconds spent in each named phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
-
-    def metrics(self) -> dict[str, float]:
-        """``time/<phase>_s`` and ``time/step_s`` since the last call."""
-        now = time.perf_counter()
-        metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
-        metrics["time/step_s"] = now - self.started
-        self.seconds.clear()
-        self.started = now
-        return metrics
 
 
 @dataclass(slots=True)
@@ -64,6 +39,7 @@ class Stage:
     clock: Clock = field(default_factory=Clock)
     best: float = -math.inf
     skipped_in_a_row: int = 0
+    startup_told: bool = False
     kl_coef: float | None = None
     """Of the KL to the reference, once it has adapted."""
 
@@ -165,6 +141,9 @@ class Stage:
             target = self.recipe.run.stop_at_score
             if self.evaluator and target is not None:
                 last = last or self.evaluator.score(stats.metrics) >= target
+        if not self.startup_told:
+            self.tracker.message(self.clock.story(stats.step))
+            self.startup_told = True
         stats.metrics |= self.clock.metrics()
         self.tracker.log(stats)
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.

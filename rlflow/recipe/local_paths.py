@@ -19,6 +19,8 @@ _HUB_OR_LOCAL = {
     "data.train.path",
     "evaluation.data.path",
 }
+_REWARD_MODELS = {"rewards.args.path", "evaluation.reward.args.path"}
+"""Where the reward's name is reward_model; another function's `path` is its own affair."""
 _FUNCTIONS = {"rewards.plugin", "evaluation.reward.plugin", "data.train.generator", "evaluation.data.generator"}
 _TEMPLATES = {"model.chat_template"}
 
@@ -48,7 +50,7 @@ def _copy(document: Document, value: Any, path: KeyPath) -> Any:
         return value
     name = ".".join(part for part in path if isinstance(part, str))
     directory = Path(document.place(path).file).parent
-    if name in _HUB_OR_LOCAL:
+    if name in _HUB_OR_LOCAL or (name in _REWARD_MODELS and _is_reward_model(document.value(path[:-2]))):
         return _found(value, directory) or (value if is_hub_id(value) or "://" in value else _absolute(value))
     if name in _FUNCTIONS and ":" in value:
         file, _, function = value.rpartition(":")
@@ -56,6 +58,10 @@ def _copy(document: Document, value: Any, path: KeyPath) -> Any:
     if name in _TEMPLATES and "{" not in value:
         return _found(value, directory) or (_absolute(value) if value.endswith(_TEMPLATE_SUFFIXES) else value)
     return value
+
+
+def _is_reward_model(reward: dict[str, Any]) -> bool:
+    return "name" in reward and reward["name"] == "reward_model"
 
 
 def _found(path: str, directory: Path) -> str | None:

@@ -135,6 +135,8 @@ class RewardServerBlock(Block):
     """RewardServer actors."""
     children: PositiveInt = 1
     """Killable child processes of each."""
+    memory_gib: PositiveFloat = 0.9
+    """What one child may allocate, all its functions together; reward_model holds its weights in float32."""
     cpus_per_worker: NonNegativeFloat = 0.0
     """Ray CPUs each reserves."""
     max_error_fraction: Fraction = 0.5

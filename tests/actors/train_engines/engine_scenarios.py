@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,20 @@ class Scenario:
     """Keys of the trainer block."""
     model: str = "tokens"
     """`tokens` or `values`: a language model, or a classifier."""
+    dtype: str = "float32"
+    tolerance: float = 1e-5
+    """How far losses, norms (relative) and weights may be from plain torch's."""
 
 
 def fsdp(**options: Any) -> Scenario:
     return Scenario({"fsdp": options})
 
 
-def zero(stage: int, offload: str = "none", **trainer: Any) -> Scenario:
-    return Scenario({"engine": "deepspeed", "deepspeed": {"stage": stage, "offload": offload}, **trainer})
+def zero(stage: int, offload: str = "none", gradient_checkpointing: bool = False, **other: Any) -> Scenario:
+    options = {"stage": stage, "offload": offload}
+    return Scenario(
+        {"engine": "deepspeed", "deepspeed": options, "gradient_checkpointing": gradient_checkpointing}, **other
+    )
 
 
 SCENARIOS = {
@@ -55,6 +61,10 @@ SCENARIOS = {
     "fsdp, offload": fsdp(offload=True),
     "fsdp, checkpointing": Scenario({"gradient_checkpointing": True}),
     "fsdp, classifier": Scenario(model="values"),
+    # Newton-Schulz runs in bfloat16: where ranks round a sum otherwise, the last of its eight bits may flip.
+    "fsdp, Muon": Scenario({"optimizer": OPTIMIZER | {"kind": "muon"}}, tolerance=5e-4),
+    "fsdp, mixed precision": Scenario({"fsdp": {"mixed_precision": True}}, tolerance=2e-2),
+    "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=2e-2),
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZeRO 3": zero(3),
@@ -63,8 +73,11 @@ SCENARIOS = {
     "ZeRO 3, optimizer offload": zero(3, "optimizer"),
     "ZeRO 3, offload": zero(3, "all"),
     "ZeRO 3, checkpointing": zero(3, gradient_checkpointing=True),
-    "ZeRO 2, classifier": Scenario({"engine": "deepspeed"}, model="values"),
-    "ZeRO 3, classifier": Scenario({"engine": "deepspeed", "deepspeed": {"stage": 3}}, model="values"),
+    "ZeRO 2, classifier": zero(2, model="values"),
+    "ZeRO 3, classifier": zero(3, model="values"),
+    "ZeRO 1, bfloat16": zero(1, dtype="bfloat16", tolerance=2e-2),
+    "ZeRO 2, bfloat16": zero(2, dtype="bfloat16", tolerance=2e-2),
+    "ZeRO 3, bfloat16": zero(3, dtype="bfloat16", tolerance=2e-2),
 }
 ON_SEVERAL_RANKS = {"fsdp, replicas": fsdp(replicas=2)}
 RESUMED = ("fsdp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3, offload")
@@ -99,6 +112,8 @@ def new_module(scenario: Scenario) -> nn.Module:
     model = (Qwen3ForCausalLM if scenario.model == "tokens" else Qwen3ForSequenceClassification)(config)
     if scenario.trainer.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, scenario.dtype))
     model.train()
     return TokenModel(model) if scenario.model == "tokens" else ScalarModel(model)
 
@@ -140,27 +155,41 @@ def count_tokens(batches: Sequence[MicroBatch]) -> int:
     return sum(int(batch.loss_mask.sum()) for batch in batches)
 
 
-def plain_run(scenario: Scenario) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses and norms of the three steps, and the weights after them: one process, plain torch."""
-    module = new_module(scenario)
+def plain_run(scenario: Scenario, num_steps: int = 3) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and norms of the steps, and the weights after them: one process, plain torch, float32."""
+    module = new_module(replace(scenario, dtype="float32"))
     parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, **OPTIMIZER)
+    optimizers = plain_optimizers(module, scenario)
     losses, norms = [], []
-    for step, learning_rate in enumerate(LEARNING_RATES):
+    for step, learning_rate in enumerate(LEARNING_RATES[:num_steps]):
         batches = micro_batches(step)
-        optimizer.zero_grad()
+        module.zero_grad()
         loss = torch.stack([loss_of(module, batch, count_tokens(batches)) for batch in batches]).sum()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)))
         losses.append(float(loss.detach()))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
     return losses, norms, weights_of(module)
+
+
+def plain_optimizers(module: nn.Module, scenario: Scenario) -> list[torch.optim.Optimizer]:
+    parameters = list(module.parameters())
+    muons = []
+    if scenario.trainer.get("optimizer", {}).get("kind") == "muon":
+        muons = [p for name, p in module.named_parameters() if ".layers." in name and p.ndim == 2]
+    rest = [p for p in parameters if not any(p is other for other in muons)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2]},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **OPTIMIZER)]
+    if muons:
+        decay = OPTIMIZER["weight_decay"]
+        optimizers.append(torch.optim.Muon(muons, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:

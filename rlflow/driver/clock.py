@@ -1,0 +1,61 @@
+"""Where the time goes: seconds of each named phase, of a step and of everything before the first one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Clock:
+    """Seconds spent in each named phase of a step."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        """Args: before: seconds that had passed when this clock was made; they are the phase ``startup_process``."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.whole: dict[str, float] = defaultdict(float)
+        self.before = before
+        self.made = self.started = time.perf_counter()
+        self.tell: Callable[[str], None] = lambda phase: None
+        """Called with the name of each phase that begins."""
+        if before:
+            self.seconds["startup_process"] = self.whole["startup_process"] = before
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.tell(phase)
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.seconds[phase] += seconds
+        self.whole[phase] += seconds
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>_s`` and ``time/step_s`` since the last call."""
+        now = time.perf_counter()
+        metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        metrics["time/step_s"] = now - self.started
+        self.seconds.clear()
+        self.started = now
+        return metrics
+
+    def story(self, step: int) -> str:
+        """One sentence: how long it took from the start to the end of this step, and what took it."""
+        total = self.before + time.perf_counter() - self.made
+        parts = {phase.removeprefix("startup_"): seconds for phase, seconds in self.whole.items() if seconds >= 0.05}
+        parts["rest"] = total - sum(self.whole.values())
+        told = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in parts.items())
+        return f"step {step} done {total:.1f} s after the start: {told}"
+
+
+def process_age_s() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

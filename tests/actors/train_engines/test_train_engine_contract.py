@@ -1,0 +1,270 @@
+"""Every training engine, on every number of ranks, does what plain torch does on one."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from engine_scenarios import (
+    CPU,
+    LEARNING_RATES,
+    RESUMED,
+    SCENARIOS,
+    Run,
+    Scenario,
+    fsdp,
+    launch,
+    loss_of,
+    micro_batches,
+    new_module,
+    plain_run,
+    scenarios,
+    trainer_block,
+    weights_of,
+    zero,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from actors.train_engines import sharded_state
+from actors.train_engines.engine import Engine, decoder_layers, make_engine
+from actors.train_engines.sharded_state import Shard
+
+WORLDS = (1, 2, 4)
+ON_RANKS = [pytest.param(world, name, id=f"{name} on {world}") for world in WORLDS for name in scenarios(world)]
+PAIRS = [(reader, writer) for reader in RESUMED for writer in RESUMED if reader == writer or "fsdp" in (reader, writer)]
+ways = pytest.mark.parametrize(
+    ("reading", "writing"), [(1, 4), (2, 1), (2, 2), (2, 4), (4, 2)], ids=lambda ranks: f"{ranks}"
+)
+processes = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@cache
+def plain(name: str):
+    return plain_run(scenarios(2)[name])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All scenarios on so many ranks: the directory of each, and what rank 0 answered."""
+
+    @cache
+    def on(world: int) -> dict[str, tuple[Path, dict]]:
+        directory = tmp_path_factory.mktemp(f"of-{world}")
+        jobs = [{"kind": "train", "scenario": name, "directory": str(directory / name)} for name in scenarios(world)]
+        answers = launch(jobs, world, directory)
+        return {job["scenario"]: (Path(job["directory"]), answer) for job, answer in zip(jobs, answers, strict=True)}
+
+    return on
+
+
+@pytest.fixture(scope="module")
+def resumed(trained, tmp_path_factory):
+    """The last step on ``reading`` ranks from what ``writing`` ranks saved, for each pair of scenarios."""
+
+    @cache
+    def on(reading: int, writing: int) -> dict[tuple[str, str], tuple[dict, dict[str, torch.Tensor]]]:
+        directory, written = tmp_path_factory.mktemp(f"{reading}-from-{writing}"), trained(writing)
+        jobs = [
+            {
+                "kind": "resume",
+                "scenario": reader,
+                "checkpoint": str(written[writer][0] / f"of-{writing}"),
+                "into": str(directory / f"{reader} from {writer}.safetensors"),
+            }
+            for reader, writer in PAIRS
+        ]
+        answers = launch(jobs, reading, directory)
+        ends = [(answer, load_file(job["into"])) for answer, job in zip(answers, jobs, strict=True)]
+        return dict(zip(PAIRS, ends, strict=True))
+
+    return on
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor.float(), expected[name].float(), atol=tolerance, rtol=0, msg=name)
+
+
+class TestOnSeveralRanks:
+    pytestmark = processes
+
+    @pytest.mark.parametrize(("world", "name"), ON_RANKS)
+    def test_losses_norms_and_weights_are_those_of_plain_torch(self, trained, world, name):
+        directory, answer = trained(world)[name]
+        losses, norms, weights = plain(name)
+        tolerance = scenarios(world)[name].tolerance
+        assert answer["losses"] == pytest.approx(losses, abs=tolerance)
+        assert answer["norms"] == pytest.approx(norms, rel=tolerance)
+        assert_close(load_file(directory / f"weights-of-{world}.safetensors"), weights, tolerance)
+
+    @pytest.mark.parametrize(("world", "name"), ON_RANKS)
+    def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(self, trained, world, name):
+        _, answer = trained(world)[name]
+        assert answer["skipped"] and answer["unchanged"]
+
+    @ways
+    @pytest.mark.parametrize(("reader", "writer"), PAIRS, ids=lambda name: name.replace(" ", ""))
+    def test_a_checkpoint_goes_on_like_a_run_never_stopped(self, resumed, reading, writing, reader, writer):
+        answer, weights = resumed(reading, writing)[reader, writer]
+        losses, norms, expected = plain(reader)
+        assert answer["loss"] == pytest.approx(losses[-1], abs=1e-5)
+        assert answer["norm"] == pytest.approx(norms[-1], rel=1e-5)
+        assert_close(weights, expected)
+
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_the_same_ranks_and_engine_go_on_to_the_bit(self, trained, resumed, name):
+        directory, _ = trained(2)[name]
+        never_stopped = load_file(directory / "weights-of-2.safetensors")
+        _, weights = resumed(2, 2)[name, name]
+        assert all(torch.equal(weights[key], tensor) for key, tensor in never_stopped.items())
+
+
+def engine_of(scenario: Scenario) -> tuple[nn.Module, Engine]:
+    module = new_module(scenario)
+    return module, make_engine(module, trainer_block(scenario), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, checkpointing", "fsdp, classifier"])
+def test_one_rank_without_a_process_group_equals_plain_torch(name):
+    run = Run(SCENARIOS[name], 0, 1)
+    assert not torch.distributed.is_initialized()
+    results = [run.step(step) for step in range(len(LEARNING_RATES))]
+    losses, norms, weights = plain(name)
+    assert [loss for loss, _ in results] == pytest.approx(losses, abs=1e-6)
+    assert [norm for _, norm in results] == pytest.approx(norms, rel=1e-5)
+    assert_close(run.weights(), weights, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw_8bit"])
+def test_every_optimizer_goes_on_to_the_bit_from_a_checkpoint(kind, tmp_path, monkeypatch):
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    scenario = Scenario({"optimizer": {"kind": kind}, "gpus_per_worker": 1})
+    never_stopped = Run(scenario, 0, 1)
+    never_stopped.step(0)
+    never_stopped.save(tmp_path)
+    never_stopped.step(1)
+    later = Run(scenario, 0, 1)
+    later.engine.load_state(tmp_path)
+    later.step(1)
+    assert all(torch.equal(tensor, later.weights()[name]) for name, tensor in never_stopped.weights().items())
+
+
+def test_moments_in_8_bits_train_almost_like_moments_in_32():
+    pytest.importorskip("bitsandbytes")
+    eight = Run(Scenario({"optimizer": {"kind": "adamw_8bit"}, "gpus_per_worker": 1}), 0, 1)
+    plain = Run(fsdp(), 0, 1)
+    for step in range(3):
+        assert eight.step(step)[0] == pytest.approx(plain.step(step)[0], abs=1e-2)
+
+
+def test_8_bits_without_bitsandbytes_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ValueError, match=r"adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use kind: adamw"
+    ):
+        engine_of(Scenario({"optimizer": {"kind": "adamw_8bit"}, "gpus_per_worker": 1}))
+
+
+def test_deepspeed_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"needs DeepSpeed: pip install deepspeed, or use engine: fsdp"):
+        engine_of(zero(2))
+
+
+def test_a_checkpoint_of_before_the_first_step_is_one_like_any_other(tmp_path):
+    _, engine = engine_of(fsdp())
+    engine.save_state(tmp_path)
+    later = Run(fsdp(), 0, 1)
+    later.step(2)
+    later.engine.load_state(tmp_path)
+    for step in range(3):
+        later.step(step)
+    assert_close(later.weights(), plain("fsdp")[2], 1e-6)
+
+
+def test_a_checkpoint_of_another_optimizer_model_or_version_is_refused(tmp_path):
+    for name, scenario in {"fsdp": fsdp(), "classifier": Scenario(model="values")}.items():
+        (tmp_path / name).mkdir()
+        engine_of(scenario)[1].save_state(tmp_path / name)
+    _, muon = engine_of(SCENARIOS["fsdp, Muon"])
+    with pytest.raises(ValueError, match=r"no tensor momentum_buffer/.*another model or optimizer"):
+        muon.load_state(tmp_path / "fsdp")
+    with pytest.raises(ValueError, match=r"no tensor model/score\.weight"):
+        engine_of(Scenario(model="values"))[1].load_state(tmp_path / "fsdp")
+    save_file({"a": torch.zeros(2)}, tmp_path / "state-00000-of-00001.safetensors")
+    with pytest.raises(ValueError, match="not of this version of rlflow"):
+        engine_of(fsdp())[1].load_state(tmp_path)
+
+
+def test_gradients_are_clipped_once_over_all_micro_batches():
+    """Not micro-batch by micro-batch: halving every loss halves the norm, and leaves a clipped step the same."""
+    results = []
+    for scale in (1.0, 0.5):
+        module, engine = engine_of(fsdp())
+        for batch in micro_batches(1):
+            engine.backward(scale * loss_of(module, batch, 10))
+        results.append((engine.step(1e-2), weights_of(module)))
+    assert results[0][0] == pytest.approx(2 * results[1][0])
+    assert results[1][0] > 0.5
+    assert_close(results[0][1], results[1][1], 1e-6)
+
+
+def test_a_step_of_muon_is_that_of_torchs_own():
+    run = Run(SCENARIOS["fsdp, Muon"], 0, 1)
+    _, norm = run.step(0)
+    _, norms, weights = plain_run(SCENARIOS["fsdp, Muon"], num_steps=1)
+    assert norm == pytest.approx(norms[0], rel=1e-6)
+    assert_close(run.weights(), weights, 1e-7)
+    # Golden: every update has the size of AdamW's, 0.2 a weight (arXiv 2502.16982, section 2.2), times the rate.
+    before = weights_of(new_module(fsdp()))["model.layers.0.mlp.up_proj.weight"]
+    change = weights["model.layers.0.mlp.up_proj.weight"] - before * (1 - 1e-2 * 0.1)
+    assert change.square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.2)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(tmp_path):
+    _, engine = engine_of(SCENARIOS["fsdp, Muon"])
+    engine.save_state(tmp_path)
+    names = load_file(tmp_path / "state-00000-of-00001.safetensors").keys()
+    orthogonal = {name for name in names if name.startswith("momentum_buffer/")}
+    assert len(orthogonal) == 2 * 7
+    assert all("layers." in name and "norm" not in name for name in orthogonal)
+    assert "exp_avg/model.embed_tokens.weight" in names and "exp_avg/model.norm.weight" in names
+
+
+@pytest.mark.parametrize("cuts", [(), (5,), (1, 2, 11), (12,)], ids=str)
+def test_shards_of_any_cut_are_read_as_shards_of_any_other(cuts, tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    bounds = [0, *cuts, 12]
+    for rank, (start, end) in enumerate(pairwise(bounds)):
+        shard = Shard(whole.view(-1)[start:end], start, (3, 4))
+        copy = Shard(whole.view(-1)[:3] + 100, 0, (3, 4), is_copy=True)
+        sharded_state.save(tmp_path, rank, len(bounds) - 1, {"a": shard, "b": copy} if end > start else {})
+    for start, end in [(0, 12), (0, 4), (3, 9), (11, 12), (7, 7)]:
+        into = torch.full((end - start,), -1.0)
+        sharded_state.load(tmp_path, {"a": Shard(into, start, (3, 4))})
+        assert torch.equal(into, whole.view(-1)[start:end])
+    with pytest.raises(ValueError, match="no tensor b"):
+        sharded_state.load(tmp_path, {"b": Shard(torch.zeros(1), 0, (3, 4))})
+    with pytest.raises(ValueError, match=r"a has shape \[3, 4\], the model wants \[4, 3\]"):
+        sharded_state.load(tmp_path, {"a": Shard(torch.zeros(1), 0, (4, 3))})
+
+
+def test_layers_are_found_in_language_models_and_classifiers_of_any_naming():
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+
+    for scenario in (fsdp(), Scenario(model="values")):
+        assert [type(layer).__name__ for layer in decoder_layers(new_module(scenario))] == ["Qwen3DecoderLayer"] * 2
+    config = GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=20, n_positions=8)
+    for factory in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        assert len(decoder_layers(factory.from_config(config))) == 3
+    with pytest.raises(ValueError, match=r"Linear has no list of layers to shard; set trainer.workers: 1"):
+        decoder_layers(nn.Linear(2, 2, device=CPU))

@@ -1,0 +1,243 @@
+"""A reward model's scores are those of transformers' own forward pass, one conversation at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.reward_server import RewardServer
+from rewards import RewardError, resolve
+from rlflow.recipe import RewardBlock
+from rlflow.types import Prompt, RolloutBatch
+
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?:\n"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<eos>{% else %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+PROMPTS = [[{"role": "user", "content": text}] for text in ("What is two and two?", "Name a colour.", "Hi", "Hi")]
+COMPLETIONS = ["four", "blue, and a much longer answer than that of the others", "", "Hello"]
+PAD, EOS = 0, 1
+
+
+@pytest.fixture(scope="session")
+def reward_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 classifier of hidden size 32, whose weights are large enough for scores to differ."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    from rlflow.data.tokenizer import build_character_tokenizer
+
+    directory = tmp_path_factory.mktemp("reward_model")
+    tokenizer = build_character_tokenizer(CHARACTERS, CHAT_TEMPLATE)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        num_labels=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForSequenceClassification(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copied(reward_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(reward_model_dir, tmp_path / "copy"))
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def score(path: Path, prompts: Any = PROMPTS, completions: Any = COMPLETIONS, **args: Any) -> list[float]:
+    function = resolve(RewardBlock(name="reward_model", args={"path": str(path), **args}))
+    return function(prompts, completions, [[]] * len(completions))
+
+
+def conversation_ids(path: Path, prompt: list[dict[str, str]], completion: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    return tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def forward_alone(path: Path, rows: list[list[int]]) -> list[float]:
+    """What transformers says of each row, without padding."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS, None], ids=["a pad token", "pad is eos", "no pad token"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_padding_changes_no_score_whatever_the_pad_token(copied: Path, pad: int | None, batch_size: int) -> None:
+    change_config(copied, pad_token_id=pad)
+    rows = [conversation_ids(copied, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert len({len(row) for row in rows}) == 4
+    assert all(row[-1] == EOS for row in rows)
+    expected = forward_alone(copied, rows)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(score(copied, batch_size=batch_size), expected, atol=1e-5)
+
+
+def test_an_overlong_conversation_loses_the_beginning_of_its_prompt(reward_model_dir: Path) -> None:
+    prompt = [{"role": "user", "content": "abc" * 20}]
+    ids = conversation_ids(reward_model_dir, prompt, "the answer")
+    expected = forward_alone(reward_model_dir, [ids[-30:]])
+    scores = score(reward_model_dir, [prompt], ["the answer"], max_tokens=30)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    other_start = [{"role": "user", "content": "xyz" + "abc" * 19}]
+    assert score(reward_model_dir, [other_start], ["the answer"], max_tokens=30) == scores
+    assert abs(score(reward_model_dir, [prompt], ["the answes"], max_tokens=30)[0] - scores[0]) > 1e-3
+
+
+def test_without_a_chat_template_the_texts_are_put_end_to_end(copied: Path) -> None:
+    (copied / "chat_template.jinja").unlink()
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    expected = forward_alone(copied, [[vocabulary[character] for character in "Name a colour.blue"]])
+    np.testing.assert_allclose(score(copied, PROMPTS[1:2], ["blue"]), expected, atol=1e-5)
+
+
+def test_a_half_precision_model_is_run_in_float32(copied: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_pretrained(copied, dtype=torch.bfloat16).save_pretrained(copied)
+    rows = [conversation_ids(copied, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
+    np.testing.assert_allclose(score(copied), forward_alone(copied, rows), atol=1e-5)
+
+
+def test_a_character_that_the_model_does_not_know_is_an_error(reward_model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="the character 'é' is not in model.characters"):
+        score(reward_model_dir, PROMPTS[:1], ["é"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, "has no score head, it is a Qwen3ForCausalLM: train one with"),
+        ({"architectures": None}, "it is a model of no named architecture"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "has a score head of 3 labels, a reward model's has one"),
+        ({"id2label": None}, "has a score head of 2 labels"),
+    ],
+)
+def test_a_model_without_a_score_head_of_one_label_is_refused(
+    copied: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(copied, **changes)
+    with pytest.raises(RewardError, match=f"^reward_model: {copied} .*{message}"):
+        score(copied)
+
+
+def test_a_model_whose_head_was_not_saved_is_refused(copied: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copied / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RewardError, match=r"lacks the weights score\.weight: export it again"):
+        score(copied)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"path": "/no/such/directory"}, "there is no directory /no/such/directory: give one with config.json"),
+        ({"path": "organisation/model"}, "organisation/model cannot be loaded .* a hub id that this machine can reach"),
+        ({"path": "organisation/model", "max_token": 5}, "did you mean 'max_tokens'"),
+        ({"path": "organisation/model", "batch_size": 0}, "batch_size is 0: give a whole number above 0"),
+        ({}, "needs args: path"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_that_says_what_to_do(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        resolve(RewardBlock(name="reward_model", args=args))
+
+
+def test_a_directory_without_tokenizer_is_an_error_that_names_it(copied: Path) -> None:
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(RewardError, match=f"reward_model: {copied}: no tokenizer can be loaded"):
+        score(copied)
+
+
+def test_a_batch_beyond_memory_says_which_keys_to_change(
+    reward_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = resolve(RewardBlock(name="reward_model", args={"path": str(reward_model_dir)}))
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("rewards.reward_model.RewardModel._score", refuse)
+    with pytest.raises(RewardError, match=r"scoring ran out of memory: raise reward_server\.memory_gib, or lower args"):
+        function(PROMPTS, COMPLETIONS, [[]] * 4)
+
+
+def test_a_reward_child_loads_the_model_before_its_first_call_and_scores_by_it(reward_model_dir: Path) -> None:
+    """Importing torch alone takes longer than the deadline of a call."""
+    args = {"path": str(reward_model_dir), "batch_size": 2}
+    server = RewardServer([RewardBlock(name="reward_model", args=args, timeout_s=2.0)], 1)
+    texts = ("four", "five, I think", "", "4")
+    rollouts = RolloutBatch(
+        token_ids=np.zeros(4, np.int32),
+        logprobs=np.zeros(4, np.float32),
+        offsets=np.arange(5),
+        finish_reasons=("stop",) * 4,
+        texts=texts,
+        policy_version=0,
+        seconds=0.0,
+    )
+    prompts = tuple(Prompt(f"set:{i}", np.zeros(1, np.int32), PROMPTS[i], {"level": i}) for i in range(2))
+    try:
+        server.ready()
+        scores = server.score(rollouts, prompts)
+    finally:
+        server.close()
+    rows = [conversation_ids(reward_model_dir, PROMPTS[i // 2], text) for i, text in enumerate(texts)]
+    assert scores.errors == ()
+    np.testing.assert_allclose(scores.rewards["reward_model"], forward_alone(reward_model_dir, rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_gib", [0.05, 0.3])
+def test_a_model_that_a_child_cannot_hold_is_an_error_that_names_the_key(
+    reward_model_dir: Path, memory_gib: float
+) -> None:
+    block = RewardBlock(name="reward_model", args={"path": str(reward_model_dir)})
+    server = RewardServer([block], 1, memory_gib=memory_gib)
+    try:
+        with pytest.raises(RewardError, match=r"needs 0\.5 GiB before .* raise reward_server\.memory_gib"):
+            server.ready()
+    finally:
+        server.close()
+
+
+def test_the_module_is_imported_without_torch_and_transformers() -> None:
+    program = "import sys, rewards.reward_model; print({'torch', 'transformers'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == "set()"
