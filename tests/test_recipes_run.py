@@ -27,7 +27,7 @@ HUMAN = "\n\nHuman: Say {}.\n\nAssistant:"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "openai/gsm8k": [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)],
+    "openai/gsm8k": [{"question": f"What is {n} + 1?", "answer": f"It is one more.\nA: {n + 1}"} for n in range(8)],
     "Anthropic/hh-rlhf": [
         {"chosen": f"{HUMAN.format(n)} {n}", "rejected": f"{HUMAN.format(n)} no, not {n}"} for n in range(8)
     ],

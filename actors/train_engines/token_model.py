@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -56,14 +57,12 @@ class TokenModel(nn.Module):
         rows = wanted.nonzero().squeeze(1)
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
         zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) + 0.0 * hidden.sum().float()
-        if not len(rows):
-            return TokenOutputs(zeros, zeros.detach())
         before, targets = hidden[rows - 1], token_ids[rows]
         chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
         run = _recomputed if len(rows) > chunk and torch.is_grad_enabled() else _call
         parts = [
             run(self._score, before[i : i + chunk], targets[i : i + chunk], temperature, entropy_gradient)
-            for i in range(0, len(rows), chunk)
+            for i in range(0, max(1, len(rows)), chunk)
         ]
         logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         return TokenOutputs(zeros.index_put((rows,), logprobs), torch.zeros_like(zeros).index_put((rows,), entropies))
@@ -91,7 +90,9 @@ class TokenModel(nn.Module):
         """hidden [M, H], targets [M] -> logprobs [M], entropies [M]."""
         head = self.model.get_output_embeddings()
         assert head is not None
-        logits = head(hidden).float()
+        # Ranks have different numbers of chunks, and ZeRO 3 gathers weights anew for every call of a module.
+        plain = type(head) is nn.Linear
+        logits = (F.linear(hidden, head.weight, head.bias) if plain else head(hidden)).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         logprobs = torch.log_softmax(logits / temperature, dim=-1)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, dump_recipe
 
 
-def prepare_directory(recipe: Recipe, *, resume: bool) -> Path:
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where a stage writes, and what was there before."""
+
+    path: Path
+    is_new: bool
+    aside: Path | None
+    """Where an earlier run's directory was moved to."""
+
+    def discard(self) -> None:
+        """Undoes prepare_directory: a run that cannot start leaves nothing."""
+        if self.is_new:
+            shutil.rmtree(self.path)
+        if self.aside is not None:
+            self.aside.rename(self.path)
+
+
+def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
     """Makes the stage's directory with its resolved recipe. Without ``resume`` an earlier run moves aside, whole."""
-    directory = Path(recipe.run.output_dir)
-    if directory.exists() and not resume:
-        _move_aside(directory)
-    (directory / "rollouts").mkdir(parents=True, exist_ok=True)
-    (directory / "logs").mkdir(exist_ok=True)
-    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    path = Path(recipe.run.output_dir)
+    aside = _move_aside(path) if path.exists() and not resume else None
+    directory = RunDirectory(path, is_new=not path.exists(), aside=aside)
+    (path / "rollouts").mkdir(parents=True, exist_ok=True)
+    (path / "logs").mkdir(exist_ok=True)
+    (path / "recipe.yaml").write_text(dump_recipe(recipe))
     return directory
 
 
@@ -47,8 +66,8 @@ def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
     return model.model_copy(update={"path": str(path)})
 
 
-def _move_aside(directory: Path) -> None:
+def _move_aside(directory: Path) -> Path:
     number = 1
     while (aside := directory.with_name(f"{directory.name}.{number}")).exists():
         number += 1
-    directory.rename(aside)
+    return directory.rename(aside)

@@ -1,10 +1,10 @@
 """From recipes to finished runs: what must exist before the first step, in the order that starts it soonest.
 
-    read the rows -> start Ray (a thread) ----> place actors -> wait until ready -> the loop -> export
-                  -> tokenise (this thread) --------^
+    read the rows -> start Ray -> place actors (a thread) --> wait until ready -> the loop -> export
+                  -> tokenise (this thread) -------------------^
 
-Rows are read before anything starts, so that bad data costs nothing. Actors load their models while prompts are still
-being tokenised; nothing here imports torch.
+Rows are read before anything starts, so that bad data costs nothing. Ray starts and actors load their models while
+prompts are being tokenised; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.reward_server import RewardServer
+from rlflow.data.errors import DataError
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
@@ -30,7 +33,7 @@ from rlflow.driver.online import train_online
 from rlflow.driver.stage import Stage
 from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
-from rlflow.recipe import Recipe
+from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker
 from rlflow.tracking.report import write_report
 
@@ -65,34 +68,57 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
 def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool) -> None:
     """One stage, from its directory to its ``final/``."""
     directory = prepare_directory(recipe, resume=resume)
-    model = prepare_model(recipe, directory)
-    with clock("startup_tokenizer"):
-        tokenizer = load_tokenizer(model)
-    with clock("startup_ray"):
-        ray_started.result(timeout=recipe.run.startup_timeout_s)
-        stop.install()
-    with clock("startup_place"):
-        actors = place(recipe, model, directory, max_model_len(recipe))
     try:
-        with clock("startup_data"):
-            rows, held_out = load_rows(recipe, tokenizer)
-        steps = num_steps(recipe, len(rows))
-        tracker = make_tracker(recipe, directory, total_steps=steps)
-        clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
+        model = prepare_model(recipe, directory.path)
+        with _placing(recipe, model, directory.path, ray_started) as placing:
+            with clock("startup_tokenizer"):
+                tokenizer = load_tokenizer(model)
+            with clock("startup_data"):
+                rows, held_out = load_rows(recipe, tokenizer)
+            with clock("startup_ray"):
+                actors = placing.result(timeout=recipe.run.startup_timeout_s)
+                stop.install()
+            stage = Stage(recipe, directory.path, model, tokenizer, actors, stop.asked, clock)
+            _train(stage, rows, held_out, resume=resume)
+    except DataError:
+        directory.discard()
+        raise
+
+
+@contextmanager
+def _placing(recipe: Recipe, model: ModelBlock, directory: Path, ray_started: Future[bool]) -> Iterator[Future[Actors]]:
+    """Places the actors in a thread as soon as Ray is up; ends them on the way out."""
+
+    def place_when_ready() -> Actors:
+        ray_started.result(timeout=recipe.run.startup_timeout_s)
+        return place(recipe, model, directory, max_model_len(recipe))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="place") as thread:
+        placing = thread.submit(place_when_ready)
         try:
-            stage = Stage(recipe, directory, model, tokenizer, actors, tracker, stop.asked, clock=clock)
-            stage.evaluator = _evaluator(stage, held_out)
-            with clock("startup_actors"):
-                _wait_ready(actors, recipe)
-            train = train_online if recipe.family == "online" else train_offline
-            train(stage, rows, steps, resume=resume)
-            stage.export()
-            write_report(directory)
-            tracker.finish({})
+            yield placing
         finally:
-            tracker.close()
+            if placing.exception(timeout=2 * recipe.run.startup_timeout_s) is None:
+                placing.result(timeout=0).close()
+
+
+def _train(stage: Stage, rows: list, held_out: list, *, resume: bool) -> None:
+    """Waits for the actors, runs the loop, writes what it leaves."""
+    recipe, clock = stage.recipe, stage.clock
+    steps = num_steps(recipe, len(rows))
+    stage.tracker = tracker = make_tracker(recipe, stage.directory, total_steps=steps)
+    clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
+    try:
+        stage.evaluator = _evaluator(stage, held_out)
+        with clock("startup_actors"):
+            _wait_ready(stage.actors, recipe)
+        train = train_online if recipe.family == "online" else train_offline
+        train(stage, rows, steps, resume=resume)
+        stage.export()
+        write_report(stage.directory)
+        tracker.finish({})
     finally:
-        actors.close()
+        tracker.close()
 
 
 def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list]:

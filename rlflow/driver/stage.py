@@ -17,7 +17,7 @@ from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.placement import Actors
 from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
-from rlflow.tracking import Tracker
+from rlflow.tracking.tracker import Tracker, Trackers
 from rlflow.types import SamplingParams, StepStats
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Stage:
     """The recipe's, with a path that exists."""
     tokenizer: Any
     actors: Actors
-    tracker: Tracker
     should_stop: Callable[[], bool]
     """Whether somebody asked the run to end."""
+    clock: Clock
+    tracker: Tracker = field(default_factory=Trackers)
     evaluator: Evaluator | None = None
-    clock: Clock = field(default_factory=Clock)
     best: float = -math.inf
     skipped_in_a_row: int = 0
     startup_told: bool = False

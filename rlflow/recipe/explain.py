@@ -34,6 +34,7 @@ ELSEWHERE = {
     "num_generations": "algorithm.group_size",
     "num_iterations": "algorithm.groups.epochs_per_step",
     "num_train_epochs": "run.epochs",
+    "optim": "trainer.optimizer.kind",
     "per_device_train_batch_size": "data.prompts_per_step",
     "report_to": "tracking",
     "reward_funcs": "rewards",
@@ -42,6 +43,7 @@ ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "vllm_gpu_memory_utilization": "rollout.gpu_memory_fraction",
     "warmup_ratio": "trainer.warmup_steps",
+    "zero_stage": "trainer.deepspeed.stage",
 }
 """Names that other frameworks use for our keys."""
 

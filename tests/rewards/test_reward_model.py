@@ -133,7 +133,7 @@ def test_a_half_precision_model_is_run_in_float32(copied: Path) -> None:
 
 
 def test_a_character_that_the_model_does_not_know_is_an_error(reward_model_dir: Path) -> None:
-    with pytest.raises(ValueError, match="the character 'é' is not in model.characters"):
+    with pytest.raises(ValueError, match=r"the character 'é' is not in model\.characters"):
         score(reward_model_dir, PROMPTS[:1], ["é"])
 
 

@@ -83,6 +83,27 @@ def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
     assert plan.host_bytes == actors + PROCESS_BYTES + snapshot
 
 
+def test_memory_of_a_rank_follows_the_stage_and_what_it_offloads(recipe_file: Path):
+    def state(*overrides: str) -> dict[str, int]:
+        parts = plan_of(recipe_file, *overrides).roles[0].parts or {}
+        kept = ("weights", "gradients", "Adam", "offloaded")
+        return {name: parts[name] // (PARAMETERS // 2) for name in kept if name in parts}
+
+    # Bytes for each of the parameters of one rank's half.
+    assert state() == {"weights": 4, "gradients": 4, "Adam": 8}
+    assert state("trainer.fsdp.replicas=2") == {"weights": 8, "gradients": 8, "Adam": 16}
+    zero = ("trainer.engine=deepspeed",)
+    assert state(*zero, "trainer.deepspeed.stage=1") == {"weights": 8, "gradients": 8, "Adam": 12}
+    assert state(*zero) == {"weights": 8, "gradients": 4, "Adam": 12}
+    assert state(*zero, "trainer.deepspeed.stage=3") == {"weights": 4, "gradients": 4, "Adam": 12}
+    gpus = "trainer.gpus_per_worker=1"
+    assert state(*zero, gpus, "trainer.deepspeed.offload=optimizer") == {"weights": 8, "offloaded": 16}
+    assert state(gpus, "trainer.fsdp.offload=true") == {"offloaded": 16}
+    assert state(gpus, "trainer.optimizer.kind=adamw_8bit") == {"weights": 4, "gradients": 4, "Adam": 2}
+    offloaded = plan_of(recipe_file, gpus, "trainer.fsdp.offload=true")
+    assert offloaded.host_bytes - plan_of(recipe_file, gpus).host_bytes == 2 * 16 * (PARAMETERS // 2)
+
+
 def test_a_step_has_prompts_times_group_size_samples_of_the_longest_length(recipe_file: Path):
     plan = plan_of(recipe_file)
     assert (plan.sequences, plan.max_tokens) == (8, 8 * 16)

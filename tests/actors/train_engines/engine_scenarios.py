@@ -38,7 +38,7 @@ class Scenario:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Keys of the trainer block."""
     model: str = "tokens"
-    """`tokens` or `values`: a language model, or a classifier."""
+    """`tokens`, `untied` or `values`: a language model with tied embeddings or without, or a classifier."""
     dtype: str = "float32"
     tolerance: float = 1e-5
     """How far losses, norms (relative) and weights may be from plain torch's."""
@@ -60,6 +60,7 @@ SCENARIOS = {
     "fsdp, weights kept after forward": fsdp(reshard_after_forward=False),
     "fsdp, offload": fsdp(offload=True),
     "fsdp, checkpointing": Scenario({"gradient_checkpointing": True}),
+    "fsdp, untied": Scenario(model="untied"),
     "fsdp, classifier": Scenario(model="values"),
     # Newton-Schulz runs in bfloat16: where ranks round a sum otherwise, the last of its eight bits may flip.
     "fsdp, Muon": Scenario({"optimizer": OPTIMIZER | {"kind": "muon"}}, tolerance=5e-4),
@@ -73,6 +74,9 @@ SCENARIOS = {
     "ZeRO 3, optimizer offload": zero(3, "optimizer"),
     "ZeRO 3, offload": zero(3, "all"),
     "ZeRO 3, checkpointing": zero(3, gradient_checkpointing=True),
+    "ZeRO 1, untied": zero(1, model="untied"),
+    "ZeRO 2, untied": zero(2, model="untied"),
+    "ZeRO 3, untied": zero(3, model="untied"),
     "ZeRO 2, classifier": zero(2, model="values"),
     "ZeRO 3, classifier": zero(3, model="values"),
     "ZeRO 1, bfloat16": zero(1, dtype="bfloat16", tolerance=2e-2),
@@ -109,13 +113,13 @@ def new_module(scenario: Scenario) -> nn.Module:
         vocab_size=VOCABULARY, tie_word_embeddings=scenario.model == "tokens", pad_token_id=0, **sizes, **heads
     )
     config._attn_implementation = packed_attention.NAME
-    model = (Qwen3ForCausalLM if scenario.model == "tokens" else Qwen3ForSequenceClassification)(config)
+    model = (Qwen3ForSequenceClassification if scenario.model == "values" else Qwen3ForCausalLM)(config)
     if scenario.trainer.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, scenario.dtype))
     model.train()
-    return TokenModel(model) if scenario.model == "tokens" else ScalarModel(model)
+    return ScalarModel(model) if scenario.model == "values" else TokenModel(model)
 
 
 def micro_batches(step: int) -> list[MicroBatch]:
@@ -209,9 +213,13 @@ class Run:
     def step(self, step: int, spoiled: bool = False) -> tuple[float, float | None]:
         """The step's loss over all ranks and the gradient's norm."""
         batches = micro_batches(step)
+        own, num_tokens = batches[self.rank :: self.world_size], count_tokens(batches)
+        with torch.no_grad():
+            before = [loss_of(self.module, batch, num_tokens) for batch in own]
         total = torch.zeros(())
-        for batch in batches[self.rank :: self.world_size]:
-            loss = loss_of(self.module, batch, count_tokens(batches))
+        for batch, expected in zip(own, before, strict=True):
+            loss = loss_of(self.module, batch, num_tokens)
+            assert torch.equal(loss, expected)
             total += loss.detach()
             self.engine.backward(loss * float("nan") if spoiled and self.rank == 0 else loss)
         if self.world_size > 1:
@@ -294,9 +302,12 @@ def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, tim
 
 
 def main(rank: int, world_size: int, address: str, work: Path) -> None:
+    from actors.train_engines import token_model
     from actors.train_engines.engine import init_process_group
 
     torch.set_num_threads(1)
+    # Ranks then score their tokens in different numbers of chunks.
+    token_model._CHUNK_ELEMENTS = 4 * VOCABULARY
     if world_size > 1:
         init_process_group(rank, world_size, address, timeout_s=120)
     answers = []

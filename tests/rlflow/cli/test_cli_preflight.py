@@ -67,6 +67,9 @@ def test_a_missing_file_is_named_with_its_line_and_the_one_that_was_meant(recipe
         ("evaluation={data: {path: c.jsonl}}", "evaluation.data.path", "there is no file"),
         ("rewards=[{name: exact_mach}]", "rewards.0.name", "did you mean exact_match?"),
         ("rewards=[{plugin: 'reward.py:f'}]", "rewards.0.plugin", "did you mean"),
+        ("rewards=[{name: reward_model}]", "rewards.0.args", "reward_model needs path"),
+        ("rewards=[{name: reward_model, args: {path: ./modle}}]", "rewards.0.args.path", "did you mean"),
+        ("rewards=[{name: reward_model, args: {path: model}}]", "rewards.0.args.path", "has no score head"),
         (
             "rewards=[{plugin: 'rewards.py:brevty'}]",
             "rewards.0.plugin",
@@ -104,3 +107,26 @@ def test_a_model_directory_needs_a_config_and_weights(recipe_file: Path):
 def test_the_model_that_an_earlier_stage_will_write_may_be_missing(recipe_file: Path):
     recipe_file.write_text(RECIPE + "stages: [{name: sft, algorithm: {name: sft}, rewards: []}, {name: grpo}]\n")
     assert len(load_checked(recipe_file)) == 2
+
+
+def test_a_reward_model_is_judged_by_its_config(recipe_file: Path):
+    override = "rewards=[{name: reward_model, args: {path: model}}]"
+    config = recipe_file.parent / "model" / "config.json"
+    written = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    config.write_text(json.dumps(written))
+    assert load_checked(recipe_file, [override])
+    assert load_checked(recipe_file, [override.replace("model}", "org/model}")])
+    config.write_text(json.dumps({**written, "id2label": {"0": "bad", "1": "good"}}))
+    assert "has a score head of 2 labels" in problem_of(recipe_file, override)
+    config.write_text("{")
+    assert "config.json is no JSON" in problem_of(recipe_file, override)
+
+
+def test_a_reward_model_that_an_earlier_stage_will_write_may_be_missing_and_a_policy_is_none(recipe_file: Path):
+    stages = "stages: [{name: FIRST, algorithm: {name: FIRST}, rewards: []}, {name: grpo, model: {path: model}}]\n"
+    text = RECIPE.replace('plugin: "rewards.py:brevity"', "name: reward_model, args: {path: out/FIRST/final}")
+    text = text.replace("steps: 1", "steps: 1, output_dir: out") + stages
+    recipe_file.write_text(text.replace("FIRST", "reward_model"))
+    assert len(load_checked(recipe_file)) == 2
+    recipe_file.write_text(text.replace("FIRST", "sft"))
+    assert "out/sft/final will be a policy (sft): name the final/ of a reward_model stage" in problem_of(recipe_file)
