@@ -137,8 +137,9 @@ def _load_model(path: str) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, RewardError) or _is_out_of_memory(error):
             raise
+        cause = str(error).partition("\n")[0]
         raise RewardError(
-            f"reward_model: {path} cannot be loaded ({error}): give a directory that save_pretrained wrote, or a hub "
+            f"reward_model: {path} cannot be loaded ({cause}): give a directory that save_pretrained wrote, or a hub "
             "id that this machine can reach"
         ) from error
     if missing := sorted(loading["missing_keys"]):
