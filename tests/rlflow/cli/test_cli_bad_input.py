@@ -1,4 +1,4 @@
-"""Wrong recipes and wrong data: one message with file, key or row and the remedy, exit code 2, and nothing left behind."""
+"""Wrong recipes and wrong data: one message with file, key or row and remedy, exit code 2, and nothing left behind."""
 
 from __future__ import annotations
 

