@@ -1,0 +1,57 @@
+"""The gradient of a batch is one number a parameter: no micro-batch size, packing or number of ranks can change it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gradient_splits import MAX_TOKENS, OBJECTIVES
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_model_dir, tmp_path_factory):
+    """Gradients of every objective on 1, 2 and 3 ranks, as files."""
+    output = tmp_path_factory.mktemp("gradients")
+    for world_size in (1, 2, 3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        script = ROOT / "tests" / "actors" / "gradient_splits.py"
+        commands = [
+            [sys.executable, str(script), str(rank), str(world_size), address, str(tiny_model_dir), str(output)]
+            for rank in range(world_size)
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        ranks = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for command in commands
+        ]
+        try:
+            errors = [rank.communicate(timeout=280)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert not any(rank.returncode for rank in ranks), "\n".join(error[-2000:] for error in errors)
+    return output
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, name):
+    whole = load_file(directory / f"{name}-1-{MAX_TOKENS[-1]}.safetensors")
+    norm = sum(float(value.double().square().sum()) for key, value in whole.items() if key != "metrics") ** 0.5
+    assert norm > 1e-3
+    for world_size in (1, 2, 3):
+        for max_tokens in MAX_TOKENS:
+            split = load_file(directory / f"{name}-{world_size}-{max_tokens}.safetensors")
+            assert split.keys() == whole.keys()
+            parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]
+            assert float(sum(parts)) ** 0.5 < 1e-6 * norm, (world_size, max_tokens)
+            assert split["metrics"].tolist() == pytest.approx(whole["metrics"].tolist(), rel=1e-5, abs=1e-6)
