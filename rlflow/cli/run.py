@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import load_checked
+from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import Recipe
 
@@ -23,17 +24,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    run(load_checked(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    recipes = load_checked(arguments.recipe, arguments.overrides)
+    run(recipes, resume=arguments.resume, seconds_before=process_age_s())
     return 0
 
 
-def run(recipes: Sequence[Recipe], *, resume: bool) -> None:
+def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0) -> None:
     """Runs the stages; a failure that one message explains becomes a RunError that also says where the logs are."""
     from actors.actor_group import ActorFailure
     from rlflow.driver.run import run_recipes
 
     try:
-        run_recipes(recipes, resume=resume)
+        run_recipes(recipes, resume=resume, seconds_before=seconds_before)
     except StopRequested:
         raise
     except (RunError, ActorFailure) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from rlflow.data.errors import DataError
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
-from rlflow.driver.clock import Clock, process_age_s
+from rlflow.driver.clock import Clock
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
@@ -38,14 +39,18 @@ from rlflow.tracking import make_tracker
 from rlflow.tracking.report import write_report
 
 
-def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
+def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_before: float = 0.0) -> None:
     """Runs the stages in order; with ``resume``, from where they stopped.
+
+    Args:
+        seconds_before: That had passed since the user's command, for the account of the time to the first step.
 
     Raises:
         DataError: The data is wrong; nothing was started.
         StopRequested: SIGTERM or SIGINT came and a checkpoint was written.
         RunError, ActorFailure: The run failed; the message says where.
     """
+    begun = time.perf_counter() - seconds_before
     for recipe in recipes:
         for source in _sources(recipe):
             read_table(source)
@@ -56,7 +61,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False) -> None:
         try:
             for recipe in recipes:
                 if not (resume and finished(recipe)):
-                    clock = Clock(before=process_age_s() if recipe is recipes[0] else 0.0)
+                    clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
                     run_stage(recipe, ray_started, stop, clock, resume=resume)
         finally:
             failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)
