@@ -1,0 +1,108 @@
+"""Scored groups to samples: which tokens are trained, with which advantage and weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rlflow.driver import assemble
+from rlflow.recipe import AlgorithmBlock
+from rlflow.recipe.presets import ALGORITHMS
+from rlflow.types import Group, Prompt, Rollout
+
+PROMPT = np.array([10, 11, 12], dtype=np.int32)
+EOS = 1
+
+
+def algorithm(name: str = "grpo", **blocks) -> AlgorithmBlock:
+    given = {"name": name, **ALGORITHMS[name].defaults}
+    for block, values in blocks.items():
+        given[block] = {**given.get(block, {}), **values}
+    return AlgorithmBlock.model_validate(given)
+
+
+def rollout(tokens: list[int], reward: float, finish_reason: str = "stop") -> Rollout:
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    return Rollout(np.array(tokens, dtype=np.int32), logprobs, 0, finish_reason, "", {"r": reward}, reward)  # pyright: ignore[reportArgumentType]
+
+
+def group(*rollouts: Rollout) -> Group:
+    return Group(Prompt("p", PROMPT, [], {}), 0, rollouts)
+
+
+def weights_of(samples) -> list[list[float]]:
+    return [sample.loss_weights.tolist() for sample in samples]
+
+
+def test_the_stop_token_the_policy_wrote_is_trained_and_nothing_of_the_prompt_is():
+    batch = assemble.assemble([group(rollout([20, 21, EOS], 1.0), rollout([EOS], 0.0))], algorithm(), 8)
+    assert [sample.token_ids.tolist() for sample in batch.samples] == [[10, 11, 12, 20, 21, EOS], [10, 11, 12, EOS]]
+    assert [sample.loss_mask.tolist() for sample in batch.samples] == [[False] * 3 + [True] * 3, [False] * 3 + [True]]
+    old = [s.old_logprobs.tolist() for s in batch.samples if s.old_logprobs is not None]
+    assert old == [[0, 0, 0, -1, -2, -3], [0, 0, 0, -1]]
+
+
+@pytest.mark.parametrize(("masked", "state"), [(True, "masked"), (False, "trained")])
+def test_a_truncated_completion_is_trained_unless_the_recipe_filters_it(masked, state):
+    block = algorithm("dapo", groups={"mask_truncated": masked})
+    batch = assemble.assemble([group(rollout([20, 21], 1.0, "length"), rollout([EOS], 0.0))], block, 2)
+    assert batch.states == [state, "trained"]
+
+
+def test_an_unscored_rollout_is_masked_and_leaves_the_baseline_alone():
+    rollouts = [rollout([20, EOS], float("nan")), rollout([21, EOS], 1.0), rollout([EOS], 0.0)]
+    block = algorithm(advantage={"scale": "none"})
+    batch = assemble.assemble([group(*rollouts)], block, 8)
+    samples = assemble.with_advantages(batch, batch.samples, block)
+    assert batch.states == ["masked", "trained", "trained"]
+    advantages = [s.advantages.tolist() for s in samples if s.advantages is not None]
+    assert advantages == [[0, 0, 0, 0, 0], [0, 0, 0, 0.5, 0.5], [0, 0, 0, -0.5]]
+
+
+def test_soft_overlong_punishment_is_added_to_the_reward():
+    # Of 10 tokens the last 4 are the buffer: 8 tokens are 2 into it, half of the punishment of 1.
+    block = algorithm("dapo", groups={"overlong_buffer": 0.4})
+    batch = assemble.assemble([group(rollout([20] * 8, 1.0), rollout([20] * 6, 1.0))], block, 10)
+    assert batch.rewards.tolist() == [[0.5, 1.0]]
+
+
+def test_masked_completions_count_in_the_denominators_only_when_the_recipe_says_so():
+    block = algorithm("dapo", groups={"mask_truncated": True})
+    batch = assemble.assemble([group(rollout([20, 21, 22], 1.0, "length"), rollout([EOS], 0.0))], block, 3)
+    samples, denominators = assemble.weigh(batch.samples, 2, block, 3)
+    assert denominators.num_tokens == 1
+    assert weights_of(samples) == [[0] * 6, [0, 0, 0, 1.0]]
+    samples, denominators = assemble.weigh(batch.samples, 2, block, 3, counts=batch.num_completion_tokens)
+    assert denominators.num_tokens == 4
+    assert weights_of(samples) == [[0] * 6, [0, 0, 0, 0.25]]
+
+
+def test_the_kl_in_the_reward_is_that_of_each_token():
+    """reinforce++: A_t = r - coef * sum of (old - ref) from t on; whitening off."""
+    block = algorithm("reinforce++", advantage={"whiten": False}, kl={"coef": 0.1})
+    batch = assemble.assemble([group(rollout([20, EOS], 1.0))], block, 8)
+    reference = np.array([0, 0, 0, -2.0, -1.0], dtype=np.float32)
+    samples = [replace(batch.samples[0], ref_logprobs=reference)]
+    # old is -1, -2: penalties 0.1 * (1, -1).
+    (sample,) = assemble.with_advantages(batch, samples, block)
+    assert sample.advantages is not None
+    assert sample.advantages.tolist() == pytest.approx([0, 0, 0, 1.0, 1.1])
+
+
+def test_a_critics_values_make_advantages_and_returns():
+    """gae with gamma = lambda = 1: the return is what follows, the advantage what the value did not expect."""
+    block = algorithm("ppo", advantage={"whiten": False, "gae_lambda": 1.0}, kl={"coef": 0.0})
+    batch = assemble.assemble([group(rollout([20, 21, EOS], 1.0))], block, 8)
+    values = np.array([0, 0, 0, 0.25, 0.5, 0.75], dtype=np.float32)
+    (sample,) = assemble.with_advantages(batch, [replace(batch.samples[0], old_values=values)], block)
+    assert sample.advantages is not None and sample.returns is not None
+    assert sample.advantages.tolist() == [0, 0, 0, 0.75, 0.5, 0.25]
+    assert sample.returns.tolist() == [0, 0, 0, 1.0, 1.0, 1.0]
+
+
+def test_the_kl_of_a_sequence_is_summed_over_its_trained_tokens():
+    batch = assemble.assemble([group(rollout([20, EOS], 1.0), rollout([EOS], float("nan")))], algorithm(), 8)
+    samples = [replace(s, ref_logprobs=np.full(len(s.token_ids), -3.0, np.float32)) for s in batch.samples]
+    assert assemble.kl_of_sequences(samples) == pytest.approx((-1 + 3) + (-2 + 3))
