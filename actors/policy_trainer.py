@@ -43,3 +43,10 @@ class PolicyTrainer(Trainer):
         from actors.train_engines.token_model import score
 
         return score(self.module, micro_batches, self.device, temperature)
+
+    def reference_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
+        """As ``logprobs``, of what an adapter's training started from: a ReferenceModel's numbers without its copy."""
+        from actors.adapters import as_reference
+
+        with as_reference(self.module.model):
+            return self.logprobs(micro_batches, temperature)

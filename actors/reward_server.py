@@ -73,8 +73,10 @@ class RewardServer:
         """Returns the process ids of the children."""
         return self._pool.pids
 
-    def score(self, rollouts: RolloutBatch, prompts: tuple[Prompt, ...]) -> ScoreBatch:
-        """Calls every function with the rollouts of one prompt at a time.
+    def score(
+        self, rollouts: RolloutBatch, prompts: tuple[Prompt, ...], labels: tuple[str, ...] | None = None
+    ) -> ScoreBatch:
+        """Calls every function, or those of ``labels``, with the rollouts of one prompt at a time.
 
         Takes at most, for each function, the time of its good calls and ``WASTED_CALLS + 1`` times its deadline plus
         the restart of a child: after that its remaining rows fail without a call.
@@ -89,7 +91,8 @@ class RewardServer:
         Raises:
             RewardError: No child can be started any more.
         """
-        return self._score(range(len(self._rewards)), rollouts, prompts)
+        chosen = [i for i, block in enumerate(self._rewards) if labels is None or block.label in labels]
+        return self._score(chosen, rollouts, prompts)
 
     def self_check(self) -> None:
         """Scores a right and a wrong answer through the path that training uses, where math_accuracy is used.

@@ -115,6 +115,7 @@ def _make_engine(
         "dtype": model.dtype,
         "max_num_seqs": rollout.max_num_seqs,
         "trust_remote_code": model.trust_remote_code,
+        "adapted": None if model.adapter is None else model,
     }
     if name == "vllm":
         from actors.rollout_engines.vllm_engine import VllmEngine

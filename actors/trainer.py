@@ -77,7 +77,10 @@ class Trainer:
         if address is not None:
             init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s)
         self.module = self.load_module()
-        self.engine = make_engine(self.module, self.trainer, rank=self.rank, world_size=self.world_size)
+        ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
+        self.engine = make_engine(
+            self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
+        )
         return time.perf_counter() - started
 
     def forward_backward(
@@ -122,10 +125,10 @@ class Trainer:
         return UpdateStats(float("nan") if grad_norm is None else grad_norm, grad_norm is None)
 
     def weights(self, version: int) -> WeightSnapshot | None:
-        """All ranks take part; rank 0 returns the snapshot."""
+        """All ranks take part; rank 0 returns the snapshot: of an adapter alone where there is one."""
         from actors.weight_sync import pack_weights
 
-        named = self.engine.full_weights()
+        named = self.engine.full_weights(trained_only=self.block.adapter is not None)
         if self.rank == 0:
             return pack_weights(named, version)
         for _ in named:
@@ -141,10 +144,14 @@ class Trainer:
         self.engine.load_state(directory)
 
     def export(self, directory: Path) -> None:
-        """Writes a Hugging Face directory: weights as safetensors, config. The driver adds the tokenizer."""
-        weights = dict(self.engine.full_weights())
-        if self.rank == 0:
-            model = self.module.model
+        """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the tokenizer."""
+        weights = dict(self.engine.full_weights(trained_only=self.block.adapter is not None))
+        model = self.module.model
+        if self.rank == 0 and self.block.adapter is not None:
+            from actors import adapters
+
+            adapters.write(directory, model, weights.items())
+        elif self.rank == 0:
             model.config._attn_implementation = "sdpa"
             model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in weights.items()})
 

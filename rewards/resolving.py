@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 REWARDS = {
     "math_accuracy": "rewards.math_accuracy:math_accuracy",
     "exact_match": "rewards.exact_match:exact_match",
+    "last_number": "rewards.last_number:last_number",
     "format": "rewards.formats:pattern_format",
     "react_format": "rewards.formats:react_format",
     "answer_format": "rewards.formats:answer_format",

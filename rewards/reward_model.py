@@ -12,6 +12,7 @@ import numpy as np
 
 from rewards.resolving import RewardError
 from rlflow.data.chat import Chat
+from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.memory import count_stored
 from rlflow.recipe import ModelBlock
@@ -49,12 +50,7 @@ class RewardModel:
         _require_memory(path)
         with _memory_named(f"loading {path}", "raise reward_server.memory_gib"):
             self._model = _load_model(path)
-            try:
-                tokenizer = load_tokenizer(ModelBlock(path=path))
-                self._has_template = tokenizer.chat_template is not None
-                self._chat = Chat(tokenizer)
-            except ValueError as error:
-                raise RewardError(f"reward_model: {path}: {str(error).removeprefix('model.path: ')}") from error
+            self._chat = _load_chat(path)
         self._pad_token_id: int | None = self._model.config.get_text_config().pad_token_id
 
     def __call__(
@@ -77,7 +73,7 @@ class RewardModel:
             return [score for batch in batches for score in self._score(batch)]
 
     def _render(self, prompt: Sequence[Message], completion: str) -> str:
-        if not self._has_template:
+        if self._chat.tokenizer.chat_template is None:
             return "".join([*(str(message["content"]) for message in prompt), completion])
         return self._chat.render_conversation([*prompt, {"role": "assistant", "content": completion}], ()).text
 
@@ -148,14 +144,25 @@ def _load_model(path: str) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _load_chat(path: str) -> Chat:
+    try:
+        tokenizer = load_tokenizer(ModelBlock(path=path))
+        # Where there is no file, transformers makes a tokenizer that knows nothing but special tokens.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise RewardError(f"reward_model: {path} has no tokenizer: save the one it was trained with beside it")
+        return Chat(tokenizer)
+    except DataError as error:
+        raise RewardError(f"reward_model: {path}: {str(error).removeprefix('model.path: ')}") from error
+
+
 def _require_memory(path: str) -> None:
     """Refuses at once what a reward child could not hold: libraries that run short of memory may end the process."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     needed = LIBRARIES_BYTES + 4 * (count_stored(Path(path)) or 0)
     if limit != resource.RLIM_INFINITY and needed > limit:
         raise RewardError(
-            f"reward_model: {path} needs {needed / 2**30:.1f} GiB before it scores anything, and a reward child may "
-            f"allocate {limit / 2**30:.1f} GiB: raise reward_server.memory_gib"
+            f"reward_model: {path} needs {needed / 2**30:.2f} GiB before it scores anything, and a reward child may "
+            f"allocate {limit / 2**30:.2f} GiB: raise reward_server.memory_gib"
         )
 
 
@@ -168,7 +175,7 @@ def _memory_named(doing: str, remedy: str) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-        allowed = "" if limit == resource.RLIM_INFINITY else f" (a reward child may allocate {limit / 2**30:.1f} GiB)"
+        allowed = "" if limit == resource.RLIM_INFINITY else f" (a reward child may allocate {limit / 2**30:.2f} GiB)"
         raise RewardError(f"reward_model: {doing} ran out of memory{allowed}: {remedy}") from error
 
 

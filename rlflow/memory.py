@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
+from rlflow.recipe.adapter_files import read_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 1 << 29
@@ -25,6 +26,8 @@ HOST_PART = "offloaded"
 """What a GPU's rank keeps in the host's memory."""
 LOGITS_ELEMENTS = 1 << 25
 """Trainer and reference score tokens in chunks of this many logits, in float32."""
+_NF4_BYTES = 0.52
+"""A weight in 4 bits and its doubly quantized scale (arXiv 2305.14314, section 3: 0.127 bits)."""
 
 _TWO_MATRIX_MLP = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "phi", "falcon", "starcoder2"}
 _UNTIED_UNLESS_SAID = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3"}
@@ -51,6 +54,8 @@ class ModelShape:
     """Of what one token passes through: all of its experts."""
     vocabulary: int
     max_positions: int | None
+    adapter: int | None = None
+    """Parameters that are trained instead of all of these; None where all are."""
 
     @property
     def activations_per_token(self) -> int:
@@ -131,26 +136,73 @@ def _layer_parameters(config: Mapping[str, Any], shape: ModelShape, mlp: int, he
 
 
 def count_stored(directory: Path) -> int | None:
-    """Parameters in a directory's safetensors files, from their headers; None when there are none.
+    """Parameters in a directory's safetensors files, from their headers; None when there are none."""
+    return sum(math.prod(shape) for shape in stored_shapes(directory).values()) or None
+
+
+def stored_shapes(directory: Path) -> dict[str, list[int]]:
+    """Of every tensor in a directory's safetensors files, from their headers.
 
     https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON with the shape of every tensor.
+
+    Raises:
+        UnknownShape: One of them is no safetensors file.
     """
-    total = 0
+    shapes = {}
     for path in sorted(directory.glob("model*.safetensors")):
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         except (OSError, ValueError, struct.error) as error:
             raise UnknownShape(f"{path} is no safetensors file: {error}") from error
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def count_adapter(shape: ModelShape, adapter: AdapterBlock) -> int:
+    """Parameters of an adapter on a Llama-like decoder: rank x (inputs + outputs) of each layer it is on.
+
+    Raises:
+        UnknownShape: It goes on from one that is not on this machine.
+    """
+    adapter = _described(adapter)
+    hidden, queries, keys, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp_width
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, mlp),
+        "up_proj": (hidden, mlp),
+        "down_proj": (mlp, hidden),
+    }
+    targets = adapter.target_modules
+    chosen = list(sizes.values()) if targets == "all-linear" else []
+    chosen += [sizes.get(target.rpartition(".")[2], (hidden, hidden)) for target in targets if not chosen]
+    lengths = sum(outputs for _, outputs in chosen) if adapter.kind == "dora" else 0
+    return shape.layers * (adapter.rank * sum(map(sum, chosen)) + lengths)
+
+
+def _described(adapter: AdapterBlock) -> AdapterBlock:
+    """With the keys that the adapter at ``path`` settles."""
+    if adapter.path is None:
+        return adapter
+    try:
+        config = read_config(Path(adapter.path))
+        targets = config["target_modules"]
+        found = {"rank": config["r"], "kind": "dora" if config.get("use_dora") else "lora"}
+    except (ValueError, KeyError) as error:
+        raise UnknownShape(f"adapter {adapter.path} is not on this machine") from error
+    if isinstance(targets, list):
+        found["target_modules"] = targets
+    return adapter.model_copy(update={**found, "path": None})
 
 
 def trainer_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Of one rank of the trainer."""
     trainer, tokens = recipe.trainer, micro_batch_tokens(recipe)
     return {
-        **_state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker)),
+        **_state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker), shape.adapter),
         "activations": _activation_bytes(recipe, shape),
         "logits": 3 * _logits_bytes(tokens, shape),
         "process": PROCESS_BYTES,
@@ -175,31 +227,49 @@ def _activation_bytes(recipe: Recipe, shape: ModelShape) -> int:
     return micro_batch_tokens(recipe) * kept * DTYPE_BYTES[recipe.model.dtype]
 
 
-def _state_bytes(recipe: Recipe, parameters: int, ranks: int, on_gpu: bool) -> dict[str, int]:
-    """Weights, gradients and Adam's moments of one rank, as the engine shards them.
+def _state_bytes(
+    recipe: Recipe, parameters: int, ranks: int, on_gpu: bool, adapter: int | None = None
+) -> dict[str, int]:
+    """Weights, gradients and Adam's moments of one rank, as the engine shards them; those of an adapter are float32.
 
     What it offloads from a GPU is one sum, HOST_PART; on a CPU there is nowhere to offload to.
     """
     trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
+    trained, trained_size = (parameters, size) if adapter is None else (adapter, 4)
+    held = weight_bytes(recipe, parameters, adapter)
     if trainer.engine == "deepspeed":
         stage, offload = trainer.deepspeed.stage, trainer.deepspeed.offload
-        share = math.ceil(parameters / ranks)
+        share = math.ceil(trained / ranks)
         parts = {
-            "weights": (share if stage == 3 else parameters) * size,
-            "gradients": (parameters if stage == 1 else share) * 4,
+            "weights": math.ceil(held / ranks) if stage == 3 else held,
+            "gradients": (trained if stage == 1 else share) * 4,
             # ZeRO steps on a copy of the weights in float32.
             "Adam": 3 * share * 4,
         }
         away = {"none": (), "optimizer": ("gradients", "Adam"), "all": tuple(parts)}[offload]
     else:
-        share = math.ceil(parameters / max(1, ranks // trainer.fsdp.replicas))
-        moment = 1 if trainer.optimizer.kind == "adamw_8bit" else size
-        parts = {"weights": share * size, "gradients": share * size, "Adam": 2 * share * moment}
+        shards = max(1, ranks // trainer.fsdp.replicas)
+        share = math.ceil(trained / shards)
+        moment = 1 if trainer.optimizer.kind == "adamw_8bit" else trained_size
+        parts = {
+            "weights": math.ceil(held / shards),
+            "gradients": share * trained_size,
+            "Adam": 2 * share * moment,
+        }
         away = tuple(parts) if trainer.fsdp.offload else ()
     if not (on_gpu and away):
         return parts
     kept = {name: count for name, count in parts.items() if name not in away}
     return {**kept, HOST_PART: sum(parts[name] for name in away)}
+
+
+def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:
+    """Of a model with its adapter, and with the one it goes on from."""
+    block = recipe.model.adapter
+    if block is None or adapter is None:
+        return parameters * DTYPE_BYTES[recipe.model.dtype]
+    base = _NF4_BYTES if block.quantize == "nf4" else DTYPE_BYTES[recipe.model.dtype]
+    return int(parameters * base) + adapter * 4 * (1 if block.path is None else 2)
 
 
 def reference_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
@@ -225,7 +295,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> dict[str, i
     if engine == "vllm" and not rollout.gpus_per_worker:
         cache = int(rollout.kv_cache_gib * 2**30)
     return {
-        "weights": shape.parameters * size,
+        "weights": weight_bytes(recipe, shape.parameters, shape.adapter),
         "KV cache": cache,
         "logits": 2 * sequences * shape.vocabulary * 4,
         "process": PROCESS_BYTES,

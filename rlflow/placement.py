@@ -137,7 +137,9 @@ def _constructor(
             return cls, _trainer_arguments(model, recipe.trainer, role, rank, seed)
         case "critic":
             path = recipe.algorithm.critic.path
-            start = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            # A critic is trained whole, also where the policy is an adapter.
+            whole = model.model_copy(update={"adapter": None})
+            start = whole if path is None else ModelBlock(path=path, dtype=model.dtype)
             # The device follows the critic's own GPUs.
             block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})
             return ValueTrainer, _trainer_arguments(start, block, role, rank, seed)

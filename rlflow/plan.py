@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlflow import memory
 from rlflow.memory import ModelShape
-from rlflow.recipe import ALGORITHMS, AlgorithmBlock, Recipe
+from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.reference import options
 
 GIB = 2**30
@@ -93,6 +93,8 @@ class Plan:
             for planned in self.roles
         ]
         snapshot = self.shape.parameters * memory.DTYPE_BYTES[self.recipe.model.dtype]
+        if self.shape.adapter is not None:
+            snapshot = 4 * self.shape.adapter
         return sum(actors) + memory.PROCESS_BYTES + (snapshot if self.recipe.needs_rollouts else 0)
 
     @property
@@ -118,7 +120,7 @@ def roles(recipe: Recipe) -> list[Role]:
     if recipe.needs_critic:
         critic = recipe.algorithm.critic
         found.append(Role("critic", critic.workers, critic.cpus_per_worker, critic.gpus_per_worker))
-    if recipe.needs_reference:
+    if recipe.places_reference:
         found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
     return found
 
@@ -139,11 +141,16 @@ def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> lis
     """What each stage will do on ``machine``, this one when it is left out."""
     machine = machine or this_machine()
     shapes: dict[str | None, ModelShape | str] = {}
+    adapters: dict[str | None, AdapterBlock] = {}
     plans = []
     for recipe in recipes:
-        # The model that an earlier stage will write has the shape of the one it starts from.
+        # The model that an earlier stage will write has the shape of the one it starts from, and so has an adapter.
         shape = shapes[recipe.model.path] if recipe.model.path in shapes else _shape(recipe)
-        shapes[f"{recipe.run.output_dir}/final"] = shape
+        final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
+        shapes[final] = shape
+        if adapter is not None:
+            adapters[final] = adapters.get(adapter.path, adapter)
+            shape = _with_adapter(shape, adapters[final])
         sequences = memory.sequences_per_step(recipe)
         plans.append(
             Plan(
@@ -194,6 +201,15 @@ def render(plan: Plan) -> str:
 def _shape(recipe: Recipe) -> ModelShape | str:
     try:
         return memory.read_shape(recipe.model)
+    except memory.UnknownShape as error:
+        return str(error)
+
+
+def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape | str:
+    if isinstance(shape, str):
+        return shape
+    try:
+        return replace(shape, adapter=memory.count_adapter(shape, adapter))
     except memory.UnknownShape as error:
         return str(error)
 
@@ -273,7 +289,11 @@ def _model_line(plan: Plan) -> str:
     model = plan.recipe.model
     name = model.path if model.architecture is None else f"a new {model.architecture['model_type']}, random weights"
     size = "" if isinstance(plan.shape, str) else f", {plan.shape.parameters:,} parameters"
-    return f"{name}{size}, {model.dtype}"
+    if model.adapter is None:
+        return f"{name}{size}, {model.dtype}"
+    what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
+    trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
+    return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
 
 
 def _step_lines(plan: Plan) -> list[str]:

@@ -7,20 +7,42 @@ not depend on which others it is batched with (up to rounding in the forward pas
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
+from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
 
 class TorchEngine:
-    def __init__(self, model_dir: str, *, dtype: str, max_num_seqs: int, trust_remote_code: bool = False) -> None:
-        """Builds the model without weights: they arrive through load_weights."""
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str,
+        max_num_seqs: int,
+        trust_remote_code: bool = False,
+        adapted: ModelBlock | None = None,
+    ) -> None:
+        """Builds the model without weights: they arrive through load_weights.
+
+        Args:
+            adapted: Of a policy with an adapter, its block: the base is loaded here, once, and what arrives is the
+                adapter alone.
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_num_seqs = max_num_seqs
+        if adapted is not None:
+            from actors import adapters
+
+            options: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+            self.model: Any = adapters.load_adapted(adapted, seed=0, device=self.device, **options).eval()
+            self.synced = adapters.adapter_parameters(self.model)
+            return
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
         with no_init_weights():
             self.model = AutoModelForCausalLM.from_config(
@@ -28,10 +50,11 @@ class TorchEngine:
             )
         self.model.tie_weights()
         self.model.to(self.device).eval()
+        self.synced = dict(self.model.named_parameters())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies every weight in. Raises ValueError for a name or shape the model does not have, or one left out."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self.synced
         missing = set(parameters)
         with torch.no_grad():
             for name, tensor in weights:

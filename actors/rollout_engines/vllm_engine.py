@@ -21,10 +21,13 @@ import numpy as np
 import pydantic
 import torch
 
+from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     import vllm
+
+    from actors.rollout_engines.vllm_adapter import VllmAdapter
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM samples at this temperature when it is asked for less, other than 0."""
@@ -45,6 +48,7 @@ class VllmEngine:
         trust_remote_code: bool,
         log_path: Path | None,
         num_threads: int,
+        adapted: ModelBlock | None = None,
     ) -> None:
         """Builds the model without weights: they arrive through load_weights, and model_dir need not hold any.
 
@@ -60,13 +64,16 @@ class VllmEngine:
             trust_remote_code: Run code that the model repository brings.
             log_path: Where vLLM's log is appended; dropped when None.
             num_threads: Compute threads (CPU).
+            adapted: Of a policy with an adapter, its block: the base is read from model_dir, and what arrives through
+                load_weights is the adapter alone.
 
         Raises:
             ValueError: vLLM is not installed, it refuses these settings for this model (a max_model_len beyond the
                 model's, a cache too small for one sequence), or it could not take new weights for it.
         """
         _prepare_process(num_threads, log_path)
-        self.shapes = _weight_shapes(model_dir, trust_remote_code)
+        self.adapter = None if adapted is None else _adapter_of(adapted)
+        self.shapes = _weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
         options: dict[str, Any] = {
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -74,6 +81,8 @@ class VllmEngine:
             "seed": seed % 2**32,
             "trust_remote_code": trust_remote_code,
         }
+        if self.adapter is not None:
+            options |= {"load_format": "auto", **self.adapter.options}
         with _quiet(log_path):
             from vllm.platforms import current_platform
 
@@ -97,6 +106,9 @@ class VllmEngine:
         """
         tensors = list(weights)
         _check_weights(tensors, self.shapes)
+        if self.adapter is not None:
+            self.adapter.load(self.llm, tensors)
+            return
         for unset in self.llm.apply_model(partial(_load_into, tensors=tensors)):
             if unset:
                 raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
@@ -138,11 +150,13 @@ class VllmEngine:
                         detokenize=False,
                     )
                 )
+        request_of_version = None if self.adapter is None else self.adapter.request
+        assert self.adapter is None or request_of_version is not None, "generate before the first adapter"
         was_reset = self.llm.reset_prefix_cache()
         assert was_reset, "requests of an earlier batch are still running"
         # One of vLLM's sampling helpers is a torch.compile function: on a CPU, half a minute of C++ at the first token.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=request_of_version)
         return [_completion(output.outputs[0]) for output in outputs]
 
     def sleep(self) -> None:
@@ -159,6 +173,12 @@ class VllmEngine:
         """Stops vLLM and frees its memory. The engine cannot be used afterwards."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+def _adapter_of(block: ModelBlock) -> VllmAdapter:
+    from actors.rollout_engines.vllm_adapter import VllmAdapter
+
+    return VllmAdapter(block)
 
 
 def _prepare_process(num_threads: int, log_path: Path | None) -> None:
@@ -256,16 +276,15 @@ def _fold(seed: int) -> int:
 def _start(model_dir: str, options: dict[str, Any]) -> vllm.LLM:
     from vllm import LLM, EngineArgs
 
-    args = EngineArgs(
-        model_dir,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        enable_prefix_caching=True,
-        disable_log_stats=True,
-        **options,
-    )
+    fixed: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    args = EngineArgs(model_dir, **(fixed | options))
     try:
         model_config = args.create_model_config()
         if model_config.is_moe or model_config.use_mla:

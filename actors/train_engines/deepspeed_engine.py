@@ -18,28 +18,47 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
-from actors.train_engines.optimizers import decay_groups, fresh_moments, trainable
-from actors.train_engines.sharded_state import Shard
+from actors.train_engines.optimizers import decay_groups, fresh_moments, set_learning_rate, trainable, trained_rates
+from actors.train_engines.sharded_state import Shard, shard_of
 from rlflow.recipe import TrainerBlock
+
+
+class _Place(NamedTuple):
+    """Where a rank's elements of a parameter lie."""
+
+    flat: torch.Tensor
+    offset: int
+    """Of the first in the flat buffer."""
+    start: int
+    """Of the first in the flattened parameter."""
+    length: int
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+
+    def shard(self, values: torch.Tensor) -> Shard:
+        """Of ``flat`` or of its moments."""
+        return Shard(values[self.offset : self.offset + self.length], self.start, self.shape)
 
 
 class DeepSpeedEngine:
     """See Engine."""
 
-    def __init__(self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float = 1.0
+    ) -> None:
         self.module = module
         self.rank, self.world_size = rank, world_size
         self.stage = trainer.deepspeed.stage
         deepspeed = _import_deepspeed(next(module.parameters()).device)
         ensure_process_group(rank, world_size)
         self._gathered = deepspeed.zero.GatheredParameters
-        groups = decay_groups((p for p in module.parameters() if p.requires_grad), trainer.optimizer.weight_decay)
+        groups = decay_groups(trained_rates(module, lora_plus_ratio), trainer.optimizer.weight_decay)
         block = trainer.optimizer
         optimizer = torch.optim.AdamW(groups, betas=block.betas, eps=block.eps, fused=True)
         with contextlib.redirect_stdout(sys.stderr):
@@ -56,12 +75,14 @@ class DeepSpeedEngine:
         self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float | None:
-        self.zero.set_lr(learning_rate)
+        set_learning_rate(self.zero.param_groups, learning_rate)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.get_submodule("model").named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             if self.stage < 3:
                 yield name, parameter.detach()
                 continue
@@ -96,31 +117,26 @@ class DeepSpeedEngine:
             place = self._place_in_stage_3(parameter) if self.stage == 3 else self._place(parameter)
             if place is None:
                 continue
-            flat, offset, start, length, shape = place
-            shards[f"model/{name}"] = Shard(flat.detach()[offset : offset + length], start, shape)
-            for key, values in self.zero.optimizer.state[flat].items():
-                is_step = values.ndim == 0
-                shards[f"{key}/{name}"] = (
-                    Shard(values.view(1), 0, ()) if is_step else Shard(values[offset : offset + length], start, shape)
-                )
+            shards[f"model/{name}"] = place.shard(place.flat.detach())
+            for key, values in self.zero.optimizer.state[place.flat].items():
+                shards[f"{key}/{name}"] = place.shard(values) if values.ndim else shard_of(values)
         return shards
 
-    def _place(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
-        """Flat buffer, where in it, where in the flattened parameter, how many elements, the parameter's shape."""
+    def _place(self, parameter: Any) -> _Place | None:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         inside, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         flat = self._flats()[mapping.param_group_index]
-        return flat, inside.start, own.start, own.numel, tuple(parameter.shape)
+        return _Place(flat, inside.start, own.start, own.numel, tuple(parameter.shape))
 
-    def _place_in_stage_3(self, parameter: Any) -> tuple[torch.Tensor, int, int, int, tuple[int, ...]] | None:
+    def _place_in_stage_3(self, parameter: Any) -> _Place | None:
         group, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
         start = self.rank * padded
         length = min(padded, parameter.ds_numel - start)
         if length <= 0:
             return None
-        return self._flats()[group], offset, start, length, tuple(parameter.ds_shape)
+        return _Place(self._flats()[group], offset, start, length, tuple(parameter.ds_shape))
 
     def _publish(self) -> None:
         """Parameters take up the float32 values, on all ranks."""
@@ -183,6 +199,7 @@ def _config(module: nn.Module, trainer: TrainerBlock) -> dict[str, Any]:
         "communication_data_type": "fp32",
     }
     if next(module.parameters()).dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Without immediate_grad_update, stage 1 adds a micro-batch's gradient again for each one after it.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

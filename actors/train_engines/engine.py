@@ -38,8 +38,12 @@ class Engine(Protocol):
         """
         ...
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of ``.model`` whole, by its Hugging Face name; tied ones once. All ranks must drain it."""
+    def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of ``.model`` whole, by its Hugging Face name; tied ones once. All ranks must drain it.
+
+        Args:
+            trained_only: Leave out what is frozen.
+        """
         ...
 
     def save_state(self, directory: Path) -> None:
@@ -55,8 +59,13 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int) -> Engine:
+def make_engine(
+    module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float | None = None
+) -> Engine:
     """The engine that the recipe names.
+
+    Args:
+        lora_plus_ratio: Learning rate of adapters' B over that of all else.
 
     Raises:
         ValueError: What it needs is not installed.
@@ -64,10 +73,12 @@ def make_engine(module: nn.Module, trainer: TrainerBlock, *, rank: int, world_si
     if trainer.engine == "deepspeed":
         from actors.train_engines.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, trainer, rank=rank, world_size=world_size)
+        return DeepSpeedEngine(
+            module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0
+        )
     from actors.train_engines.fsdp_engine import FsdpEngine
 
-    return FsdpEngine(module, trainer, rank=rank, world_size=world_size)
+    return FsdpEngine(module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0)
 
 
 def init_process_group(rank: int, world_size: int, address: str, timeout_s: float) -> None:

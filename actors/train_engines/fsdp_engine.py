@@ -26,14 +26,16 @@ from rlflow.recipe import FsdpBlock, TrainerBlock
 class FsdpEngine:
     """See Engine. On one rank without special wishes nothing is wrapped: plain tensors, and no process group."""
 
-    def __init__(self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float = 1.0
+    ) -> None:
         self.module = module
         self.rank, self.world_size = rank, world_size
         self.max_grad_norm = trainer.max_grad_norm
         if world_size > 1 or trainer.fsdp.offload or trainer.fsdp.mixed_precision:
             ensure_process_group(rank, world_size)
             _shard(module, trainer.fsdp, world_size)
-        self.optimizer = make_optimizer(module, trainer.optimizer)
+        self.optimizer = make_optimizer(module, trainer.optimizer, lora_plus_ratio)
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP averages over ranks; global denominators are already in the loss, so the sum is wanted.
@@ -48,8 +50,10 @@ class FsdpEngine:
         self.module.zero_grad(set_to_none=True)
         return grad_norm if finite else None
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.get_submodule("model").named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             tensor = parameter.detach()
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

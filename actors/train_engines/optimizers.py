@@ -6,7 +6,7 @@ part that this rank holds; and ``put``, called when moments were read or written
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,28 +36,44 @@ class Optimizer(Protocol):
         ...
 
 
-def make_optimizer(module: nn.Module, block: OptimizerBlock) -> Optimizer:
+def make_optimizer(module: nn.Module, block: OptimizerBlock, lora_plus_ratio: float = 1.0) -> Optimizer:
     """
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    rates = trained_rates(module, lora_plus_ratio)
     match block.kind:
         case "adamw":
-            return AdamW(trainable, block)
+            return AdamW(rates, block)
         case "adamw_8bit":
-            return AdamW8bit(trainable, block)
+            return AdamW8bit(rates, block)
         case "muon":
-            return Muon(module, trainable, block)
+            return Muon(module, list(rates), block)
 
 
-def decay_groups(parameters: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on norms and biases."""
-    matrices, vectors = [], []
-    for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def trained_rates(module: nn.Module, lora_plus_ratio: float = 1.0) -> dict[torch.Tensor, float]:
+    """What is trained, with its share of the learning rate: more for adapters' B with LoRA+ (arXiv 2402.12354)."""
+    return {
+        parameter: lora_plus_ratio if ".lora_B." in name else 1.0
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def decay_groups(rates: Mapping[torch.Tensor, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on norms and biases; a group for each share of the learning rate."""
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for parameter, rate in sorted(rates.items(), key=lambda item: (item[0].ndim < 2, item[1])):
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        group = groups.setdefault((parameter.ndim >= 2, rate), {"params": [], "weight_decay": decay, "rate": rate})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Of groups from ``decay_groups``, each its share."""
+    for group in groups:
+        group["lr"] = learning_rate * group["rate"]
 
 
 def fresh_moments(parameter: torch.Tensor) -> Moments:
@@ -70,8 +86,8 @@ def fresh_moments(parameter: torch.Tensor) -> Moments:
 class AdamW:
     """torch.optim.AdamW, fused (arXiv 1711.05101)."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor], block: OptimizerBlock) -> None:
-        groups = decay_groups(parameters, block.weight_decay)
+    def __init__(self, rates: Mapping[torch.Tensor, float], block: OptimizerBlock) -> None:
+        groups = decay_groups(rates, block.weight_decay)
         self.inner = torch.optim.AdamW(groups, betas=block.betas, eps=block.eps, fused=True)
 
     def step(self, learning_rate: float) -> None:
@@ -94,7 +110,7 @@ class AdamW8bit:
     rounds the moments in use as reading it does: a resumed run goes on like one never stopped.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], block: OptimizerBlock) -> None:
+    def __init__(self, rates: Mapping[torch.Tensor, float], block: OptimizerBlock) -> None:
         try:
             import bitsandbytes  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -102,8 +118,8 @@ class AdamW8bit:
                 "trainer.optimizer.kind: adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use kind: adamw"
             ) from error
         self._functional = bitsandbytes.functional
-        self._views = {parameter: nn.Parameter(local_of(parameter)) for parameter in parameters}
-        groups = decay_groups(self._views.values(), block.weight_decay)
+        self._views = {parameter: nn.Parameter(local_of(parameter)) for parameter in rates}
+        groups = decay_groups({self._views[p]: rate for p, rate in rates.items()}, block.weight_decay)
         self.inner = bitsandbytes.optim.AdamW8bit(groups, betas=block.betas, eps=block.eps)
 
     def step(self, learning_rate: float) -> None:
@@ -168,7 +184,7 @@ class Muon:
         matrices = [parameter for parameter in parameters if parameter in in_layers and parameter.ndim == 2]
         self.weight_decay = block.weight_decay
         self.momentum = {matrix: torch.zeros_like(local_of(matrix)) for matrix in matrices}
-        self.rest = AdamW([parameter for parameter in parameters if parameter not in self.momentum], block)
+        self.rest = AdamW({parameter: 1.0 for parameter in parameters if parameter not in self.momentum}, block)
 
     def step(self, learning_rate: float) -> None:
         with torch.no_grad():
@@ -211,8 +227,7 @@ def _gathered(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer.param_groups, learning_rate)
     optimizer.step()
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
+from actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -80,5 +81,5 @@ def load_scalar_model(
         nn.init.zeros_(head.weight)
     model.to(device)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     return ScalarModel(model)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
@@ -33,9 +34,14 @@ class TokenOutputs(NamedTuple):
 
 
 class TokenModel(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, dropout_layers: Sequence[nn.Module] = ()) -> None:
+        """
+        Args:
+            dropout_layers: Of ``model``, those that drop out where gradients are wanted, and nowhere else.
+        """
         super().__init__()
         self.model = model
+        self.dropout_layers = list(dropout_layers)
         self.softcap: float | None = model.config.to_dict().get("final_logit_softcapping")
 
     def forward(
@@ -51,6 +57,8 @@ class TokenModel(nn.Module):
 
         ``logprobs[t] = log softmax(logits[t - 1] / temperature)[token_ids[t]]``.
         """
+        for layer in self.dropout_layers:
+            layer.train(torch.is_grad_enabled())
         hidden = self.model.get_decoder()(
             input_ids=token_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
@@ -121,7 +129,8 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
 
     Raises:
-        ValueError: The architecture computes its logits in a way that TokenModel does not (checked on a short text).
+        ValueError: The architecture computes its logits in a way that TokenModel does not (checked on a short text), or
+            the recipe's adapter does not fit it.
     """
     assert block.path is not None
     dtype = getattr(torch, block.dtype)
@@ -129,18 +138,33 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
         "trust_remote_code": block.trust_remote_code,
         "attn_implementation": packed_attention.NAME,
     }
+    dropout_layers: Sequence[Any] = ()
     if block.architecture is not None:
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(block.path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    elif block.adapter is not None:
+        from actors import adapters
+
+        model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
+        dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
         model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
     model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    token_model = TokenModel(model)
+        recompute_layers(model)
+    token_model = TokenModel(model, dropout_layers)
     _check(token_model, device)
     return token_model
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing of a loaded model, which is in evaluation mode: only the layers that recompute leave it,
+    so that no dropout wakes up with them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 @torch.no_grad()

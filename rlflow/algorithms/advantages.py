@@ -34,6 +34,7 @@ def token_advantages(
     penalties: Sequence[np.ndarray],
     block: AdvantageBlock,
     values: Sequence[np.ndarray] | None = None,
+    trained: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
 
@@ -44,6 +45,7 @@ def token_advantages(
         rewards: float [P, G], NaN where unscored. Sample g of prompt i is row i * G + g of the lists.
         penalties: [C] a row, C its loss tokens: ``kl.coef`` times kl_penalty; zeros when the KL is not in the reward.
         values: [C] a row: the critic's value before each token. Needed by gae.
+        trained: bool [P * G], the rows whose tokens are whitened together; all scored ones when absent.
 
     Returns:
         Advantages and returns (what values should have been), float64 [C] a row each; 0 where unscored.
@@ -60,7 +62,7 @@ def token_advantages(
         advantages = [np.full(len(p), a) for p, a in zip(penalties, per_rollout, strict=True)]
         returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals.ravel()), strict=True)]
     if block.whiten:
-        chosen = np.flatnonzero(scored)
+        chosen = np.flatnonzero(scored if trained is None else scored & trained)
         for row, whitened in zip(chosen, whiten([advantages[row] for row in chosen], block.ddof), strict=True):
             advantages[row] = whitened
     return advantages, returns

@@ -9,13 +9,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlflow.cli import algorithms, plan, report, run, submit
+from rlflow.cli import algorithms, export, plan, report, run, submit
 from rlflow.cli.common import EXIT_CODES, Command
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import RecipeError
 
-COMMANDS: dict[str, Command] = {"run": run, "plan": plan, "submit": submit, "algorithms": algorithms, "report": report}
+COMMANDS: dict[str, Command] = {
+    "run": run,
+    "plan": plan,
+    "submit": submit,
+    "algorithms": algorithms,
+    "report": report,
+    "export": export,
+}
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 3
 

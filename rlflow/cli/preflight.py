@@ -13,8 +13,10 @@ from typing import Any
 
 from rewards import REWARDS
 from rewards.reward_model import score_head_problem
+from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.data.generated import GENERATORS
 from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
+from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.overrides import Overrides
@@ -41,26 +43,29 @@ def check(stages: Sequence[LocatedRecipe]) -> None:
     Raises:
         RecipeError: All that is not there, each with the place where it is named.
     """
-    to_come: dict[str, str] = {}
+    to_come: dict[str, Recipe] = {}
     problems = []
     for stage in stages:
         for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
-        to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe.algorithm.name
+        to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
     if problems:
         raise RecipeError(problems)
 
 
-def _missing(recipe: Recipe, to_come: Mapping[str, str]) -> Found:
-    """``to_come``: the directory that each earlier stage will write, and the stage's algorithm."""
+def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
+    """``to_come``: the directory that each earlier stage will write, and the stage."""
     models = {
         "model.path": recipe.model.path,
         "reference.path": recipe.reference.path,
         "algorithm.critic.path": recipe.algorithm.critic.path,
     }
     for key, path in models.items():
-        if path is not None and path not in to_come:
+        if path is not None and path in to_come:
+            yield from to_come_as_model(key, path, to_come[path])
+        elif path is not None:
             yield from _in_model(key, path)
+    yield from in_adapter(recipe, to_come)
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():
         yield "model.chat_template", f"there is no file {template}"
@@ -88,8 +93,8 @@ def _in_model(key: str, path: str) -> Found:
             yield key, f"there is no directory {path}{_similar(directory)}"
     elif not directory.is_dir():
         yield key, f"{path} is a file: name the directory with config.json and the weights"
-    elif (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        yield key, f"{path} holds an adapter, not a model: merge it into its base model first"
+    elif is_adapter(directory):
+        yield key, used_as_model(key, path)
     elif not (directory / "config.json").exists():
         yield key, f"{path} holds no model: it has no config.json"
     else:
@@ -126,14 +131,17 @@ def _in_reward(key: str, reward: RewardBlock) -> Found:
         yield f"{key}.name", f"no reward is called {reward.name} ({remedy} Your own: plugin: file.py:function)"
 
 
-def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, str]) -> Found:
+def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Recipe]) -> Found:
     if "path" not in args or not isinstance(args["path"], str):
         yield key, "reward_model needs path, a model directory or hub id: args: {path: runs/rm/final}"
         return
     path = args["path"]
     if path in to_come:
-        if to_come[path] != "reward_model":
-            yield f"{key}.path", f"{path} will be a policy ({to_come[path]}): name the final/ of a reward_model stage"
+        algorithm = to_come[path].algorithm.name
+        if algorithm != "reward_model":
+            yield f"{key}.path", f"{path} will be a policy ({algorithm}): name the final/ of a reward_model stage"
+        else:
+            yield from to_come_as_model(f"{key}.path", path, to_come[path])
     elif problems := list(_in_model(f"{key}.path", path)):
         yield from problems
     elif (config := Path(path) / "config.json").exists():

@@ -45,7 +45,9 @@ def build_groups(
     by_function = np.stack([scores.rewards[block.label].reshape(shape) for block in rewards])
     failed = np.stack([scores.failed[block.label].reshape(shape) for block in rewards])
     weights = np.array([block.weight for block in rewards])
-    combined = combine_rewards(by_function, failed, weights, algorithm.groups.reward_scaling)
+    scaling = algorithm.groups.reward_scaling
+    # What is normalised over the batch waits until all of it is there.
+    combined = combine_rewards(by_function, failed, weights, "sum" if scaling == "normalize_sum" else scaling)
     groups = []
     for p, (epoch, prompt) in enumerate(chunk.items):
         rollouts = []
@@ -71,6 +73,8 @@ def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens:
     """Groups of one step, all of the same size, to samples without advantages and loss weights."""
     rewards = np.stack([group.rewards for group in groups]).astype(np.float64)
     block = algorithm.groups
+    if block.reward_scaling == "normalize_sum":
+        rewards = combine_rewards(rewards[None], np.isnan(rewards)[None], np.ones(1), "normalize_sum")
     if block.overlong_buffer:
         lengths = np.array([[len(r.token_ids) for r in group.rollouts] for group in groups])
         punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)
@@ -101,7 +105,8 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: Algorith
     prompts = [len(group.prompt.token_ids) for group in batch.groups for _ in group.rollouts]
     penalties = [_penalty(sample, before, algorithm) for sample, before in zip(samples, prompts, strict=True)]
     values = [s.old_values[before:] for s, before in zip(samples, prompts, strict=True) if s.old_values is not None]
-    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None)
+    trained = np.array([sample.loss_mask.any() for sample in samples])
+    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None, trained)
     return [
         replace(
             sample,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, dump_recipe
+from rlflow.recipe.adapter_files import CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,9 @@ def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the stage has left its final model."""
-    return (Path(recipe.run.output_dir) / "final" / "config.json").exists()
+    """Whether the stage has left its final model or adapter."""
+    written = "config.json" if recipe.model.adapter is None else CONFIG
+    return (Path(recipe.run.output_dir) / "final" / written).exists()
 
 
 def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:

@@ -63,6 +63,7 @@ class PassEvaluator:
         reward = stage.recipe.evaluation_reward
         assert reward is not None
         self.reward = reward.label
+        self.rewards_wanted = [reward]
         self.metric = f"eval/{block.name}/pass@1"
         self.params = replace(
             stage.sampling_params(),
@@ -87,7 +88,8 @@ class PassEvaluator:
         num_samples = self.block.samples
         passed_P: list[int] = []
         tokens = failed = 0
-        for chunk in collect(self.stage, generate_and_score(self.stage, items, num_samples, self.params, "eval/")):
+        chunks = generate_and_score(self.stage, items, num_samples, self.params, self.rewards_wanted, "eval/")
+        for chunk in collect(self.stage, chunks):
             rewards = chunk.scores.rewards[self.reward].reshape(-1, num_samples)
             passed_P += [int(n) for n in (rewards >= self.block.threshold).sum(axis=1)]
             failed += int(chunk.scores.failed[self.reward].sum())

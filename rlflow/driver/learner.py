@@ -71,7 +71,9 @@ def trainer_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float
 
 
 def reference_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
-    """Of the reference, float32 [T] a sample."""
+    """Of the reference, float32 [T] a sample: by its own actors, or by a trainer of adapters."""
+    if not stage.recipe.places_reference:
+        return _each(stage, stage.actors.trainer, PolicyTrainer.reference_logprobs, samples, temperature)
     assert stage.actors.reference is not None
     return _each(stage, stage.actors.reference, ReferenceModel.logprobs, samples, temperature)
 

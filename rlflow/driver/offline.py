@@ -52,7 +52,7 @@ def train_offline(stage: Stage, units: Sequence[Unit], num_steps: int, *, resume
 
 
 def precompute_reference(stage: Stage, units: Sequence[Unit]) -> list[Unit]:
-    """Scores all rows, the held-out ones too, and ends the reference actors."""
+    """Scores all rows, the held-out ones too, and ends the reference actors where there are any."""
     chunk = stage.recipe.data.prompts_per_step
     scored: list[Unit] = []
     with stage.clock("reference"):
@@ -61,5 +61,6 @@ def precompute_reference(stage: Stage, units: Sequence[Unit]) -> list[Unit]:
             scored += with_reference(stage, units[start : start + chunk])
         if stage.evaluator is not None:
             stage.evaluator.prepare()
-    stage.actors.release_reference()
+    if stage.actors.reference is not None:
+        stage.actors.release_reference()
     return scored

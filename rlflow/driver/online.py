@@ -72,6 +72,7 @@ def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tup
     updates = blocks.updates_per_step * blocks.epochs_per_step
     samples = score_samples(stage, batch, updates)
     lengths = batch.num_completion_tokens if blocks.count_masked else None
+    warmup = algorithm.critic.warmup_steps if stage.recipe.needs_critic else 0
     all_metrics: list[dict[str, float]] = []
     per_update = len(samples) // blocks.updates_per_step
     with stage.clock("train"):
@@ -89,17 +90,24 @@ def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tup
                 stage,
                 weighed,
                 denominators,
-                learning_rate=stage.learning_rate(step * updates + update, num_steps * updates),
+                learning_rate=stage.learning_rate(
+                    max(0, step - warmup) * updates + update, (num_steps - warmup) * updates, updates
+                ),
                 temperature=rollout.temperature,
-                critic_only=stage.recipe.needs_critic and step < algorithm.critic.warmup_steps,
+                critic_only=step < warmup,
             )
             stage.count_skipped(metrics, step + 1)
             all_metrics.append(metrics)
-    metrics = {name: sum(m[name] for m in all_metrics) / updates for name in all_metrics[0]}
+    metrics = {name: over_updates(name, [m[name] for m in all_metrics]) for name in all_metrics[0]}
     metrics |= {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}
-    if algorithm.kl.target is not None:
+    if algorithm.kl.target is not None and step >= warmup:
         metrics |= stage.adapt_kl(assemble.kl_of_sequences(samples), len(samples))
     return samples, metrics
+
+
+def over_updates(name: str, values: Sequence[float]) -> float:
+    """Their mean, or the largest where the name says so."""
+    return max(values) if name.endswith("_max") else sum(values) / len(values)
 
 
 def score_samples(stage: Stage, batch: assemble.Batch, num_updates: int) -> list[Sample]:

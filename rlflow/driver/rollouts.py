@@ -23,6 +23,7 @@ from actors.rollout_worker import RolloutWorker
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
 from rlflow.driver.errors import RunError
+from rlflow.recipe import RewardBlock
 from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, SamplingParams, ScoreBatch
 
 if TYPE_CHECKING:
@@ -81,9 +82,15 @@ def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
 
 
 def generate_and_score(
-    stage: Stage, items: Sequence[Item], num_samples: int, params: SamplingParams, purpose: str
+    stage: Stage,
+    items: Sequence[Item],
+    num_samples: int,
+    params: SamplingParams,
+    rewards_wanted: Sequence[RewardBlock],
+    purpose: str = "",
 ) -> list[Chunk]:
     """Starts generation of ``num_samples`` completions a prompt, and their scoring. Waits for nothing."""
+    labels = tuple(block.label for block in rewards_wanted)
     rollout, rewards = stage.actors.rollout, stage.actors.rewards
     assert rollout is not None and rewards is not None
     chunks = []
@@ -104,7 +111,7 @@ def generate_and_score(
         rollouts_ref = rollout.start(worker, RolloutWorker.generate, requests, params)
         server = worker % len(rewards)
         prompts = tuple(prompt for _, prompt in chosen)
-        scores_ref = rewards.start(server, RewardServer.score, rollouts_ref, prompts)
+        scores_ref = rewards.start(server, RewardServer.score, rollouts_ref, prompts, labels)
         chunks.append(Chunk(chosen, worker, server, rollouts_ref, scores_ref))
     return chunks
 
@@ -162,6 +169,7 @@ class RolloutPipeline:
         timing = RolloutTiming()
         chunks = self._chunks.pop(step)
         for attempt in range(block.max_resamples + 1):
+            timing.next_round()
             for chunk in collect(self.stage, chunks):
                 timing.add(chunk)
                 for group in self.build_groups(chunk):
@@ -189,23 +197,27 @@ class RolloutPipeline:
     def _issue(self, num_prompts: int) -> list[Chunk]:
         self.ledger.issued += num_prompts
         items = [(epoch, self.prompts[index]) for epoch, index in self.sampler.take(num_prompts)]
-        return generate_and_score(self.stage, items, self.stage.recipe.algorithm.group_size, self.params, "")
+        recipe = self.stage.recipe
+        return generate_and_score(self.stage, items, recipe.algorithm.group_size, self.params, recipe.rewards)
 
 
 class RolloutTiming:
-    """Times and token counts of a step's chunks. Workers run side by side: the slowest is what the step waited for."""
+    """Times and token counts of a step's chunks. Workers run side by side: the slowest is what a round waited for."""
 
     def __init__(self) -> None:
-        self.generate_s: dict[int, float] = {}
+        self.generate_s: list[float] = []
+        """Of each round: the first, and one for every time that groups were replaced."""
         self.tokens = 0
         self.score_s = 0.0
         self.rows = 0
         self.failed = 0
         self.errors: list[str] = []
 
+    def next_round(self) -> None:
+        self.generate_s.append(0.0)
+
     def add(self, chunk: ScoredChunk) -> None:
-        rank = len(self.generate_s)
-        self.generate_s[rank] = chunk.rollouts.seconds
+        self.generate_s[-1] = max(self.generate_s[-1], chunk.rollouts.seconds)
         self.tokens += len(chunk.rollouts.token_ids)
         self.score_s = max(self.score_s, chunk.scores.seconds)
         self.rows += len(chunk.rollouts.texts)
@@ -216,7 +228,7 @@ class RolloutTiming:
         self.errors += chunk.scores.errors
 
     def metrics(self) -> dict[str, float]:
-        slowest = max(self.generate_s.values())
+        slowest = sum(self.generate_s)
         return {
             "time/generate_s": slowest,
             "time/reward_s": self.score_s,

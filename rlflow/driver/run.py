@@ -28,6 +28,7 @@ from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
+from rlflow.driver.errors import RunError
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
@@ -73,6 +74,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_befo
 def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool) -> None:
     """One stage, from its directory to its ``final/``."""
     directory = prepare_directory(recipe, resume=resume)
+    stage = None
     try:
         model = prepare_model(recipe, directory.path)
         with _placing(recipe, model, directory.path, ray_started) as placing:
@@ -85,8 +87,9 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, cloc
                 stop.install()
             stage = Stage(recipe, directory.path, model, tokenizer, actors, stop.asked, clock)
             _train(stage, rows, held_out, resume=resume)
-    except DataError:
-        directory.discard()
+    except (DataError, RunError):
+        if stage is None:
+            directory.discard()
         raise
 
 

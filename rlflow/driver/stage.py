@@ -71,15 +71,16 @@ class Stage:
             return
         trainer = self.actors.trainer
         with self.clock("sync"):
-            refs = trainer.start_all(Trainer.weights, version).refs
-            self.actors.rollout.call_all(RolloutWorker.load_weights, refs[0])
+            gathered = trainer.start_all(Trainer.weights, version)
+            self.actors.rollout.call_all(RolloutWorker.load_weights, gathered.refs[0])
 
-    def learning_rate(self, update: int, num_updates: int) -> float:
-        """The schedule's value for update ``update`` of ``num_updates``, both counted from 0."""
+    def learning_rate(self, update: int, num_updates: int, updates_per_step: int = 1) -> float:
+        """The schedule's value for update ``update`` of ``num_updates``, counted from 0."""
         trainer = self.recipe.trainer
-        if update < trainer.warmup_steps:
-            return trainer.learning_rate * (update + 1) / trainer.warmup_steps
-        done = (update - trainer.warmup_steps) / max(1, num_updates - trainer.warmup_steps)
+        warmup = trainer.warmup_steps * updates_per_step
+        if update < warmup:
+            return trainer.learning_rate * (update + 1) / warmup
+        done = (update - warmup) / max(1, num_updates - warmup)
         factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
         return trainer.learning_rate * factor[trainer.schedule]
 
@@ -146,15 +147,15 @@ class Stage:
             self.startup_told = True
         stats.metrics |= self.clock.metrics()
         self.tracker.log(stats)
+        stopping = self.should_stop() and not last
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
-        self._save_if_due(stats, state, last=last)
-        if self.should_stop() and not last:
+        self._save_if_due(stats, state, last=last, stopping=stopping)
+        if stopping:
             raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
         return last
 
-    def _save_if_due(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> None:
+    def _save_if_due(self, stats: StepStats, state: dict[str, Any], *, last: bool, stopping: bool) -> None:
         """Saves every ``save_every`` steps, after the last one, and when asked to stop."""
-        stopping = self.should_stop() and not last
         every = self.recipe.run.save_every
         if not (last or stopping or (every and stats.step % every == 0)):
             return

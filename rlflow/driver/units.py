@@ -53,10 +53,12 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
     rows away or the next behind with another prompt, so that its reference logprobs can be computed once.
     """
     units = []
+    prompts = [_prompt(row.example).tobytes() for row in rows]
+    all_the_same = len(set(prompts)) == 1
     for index, row in enumerate(rows):
         prompt = _prompt(row.example)
-        others = (rows[(index + len(rows) // 2 + k) % len(rows)] for k in range(len(rows)))
-        other = next((o for o in others if not np.array_equal(_prompt(o.example), prompt)), rows[index - 1])
+        ahead = ((index + len(rows) // 2 + k) % len(rows) for k in range(len(rows)))
+        other = rows[index - 1 if all_the_same else next(i for i in ahead if prompts[i] != prompts[index])]
         answer = other.example.token_ids[len(_prompt(other.example)) :]
         trained = other.example.loss_mask[len(_prompt(other.example)) :]
         mismatched = Example(
@@ -70,7 +72,7 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
 
 def with_reference(stage: Stage, units: Sequence[Unit]) -> list[Unit]:
     """The units with their reference logprobs; nothing to do when they have them."""
-    if stage.actors.reference is None or all(unit[0].ref_logprobs is not None for unit in units):
+    if not stage.recipe.needs_reference or all(unit[0].ref_logprobs is not None for unit in units):
         return list(units)
     scored = iter(learner.with_reference(stage, [sample for unit in units for sample in unit]))
     return [tuple(next(scored) for _ in unit) for unit in units]

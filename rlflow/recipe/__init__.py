@@ -12,12 +12,12 @@ from rlflow.recipe.algorithm_blocks import (
 )
 from rlflow.recipe.block import Block
 from rlflow.recipe.loading import dump_recipe, load_recipe
+from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
 from rlflow.recipe.schema import (
     DataBlock,
     EvaluationBlock,
-    ModelBlock,
     Recipe,
     ReferenceBlock,
     RewardBlock,
@@ -31,6 +31,7 @@ from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlo
 
 __all__ = [
     "ALGORITHMS",
+    "AdapterBlock",
     "AdvantageBlock",
     "AlgorithmBlock",
     "AlgorithmRow",

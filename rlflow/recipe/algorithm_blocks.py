@@ -187,6 +187,12 @@ class PreferenceBlock(Block):
     def conflicts(self) -> Iterator[Conflict]:
         if self.loss == "exo_pair" and not self.label_smoothing:
             yield Conflict(("loss", "label_smoothing"), "exo_pair takes the logarithm of label_smoothing: set 1.0e-3")
+        elif self.label_smoothing and self.loss not in ("sigmoid", "robust", "aot", "exo_pair"):
+            reason = f"is of sigmoid, robust, aot and exo_pair, and loss is {self.loss}: remove it"
+            yield Conflict(("label_smoothing", "loss"), reason)
+        if self.loss == "orpo" and not (self.reference_free and self.length_normalized):
+            reason = "orpo takes odds of mean logprobs: set reference_free and length_normalized, or use the row orpo"
+            yield Conflict(("loss", "reference_free"), reason)
         if self.gamma and self.loss != "sigmoid":
             yield Conflict(("gamma", "loss"), f"is the target margin of sigmoid, and loss is {self.loss}: remove it")
 
@@ -220,6 +226,19 @@ class AlgorithmBlock(Block):
         return name
 
     def conflicts(self) -> Iterator[Conflict]:
+        row = ALGORITHMS[self.name]
+        if row.objective != "preference" and self.preference.loss != "sigmoid":
+            reason = f"is of the pairwise rows, and {self.name} has its own loss: remove it"
+            yield Conflict(("preference.loss", "name"), reason)
+        if self.advantage.estimator != "gae" and self.critic != CriticBlock():
+            reason = f"is of gae, and the estimator is {self.advantage.estimator}: remove it, or use ppo"
+            yield Conflict(("critic", "advantage.estimator"), reason)
+        if row.family != "online" and (self.groups.updates_per_step, self.groups.epochs_per_step) != (1, 1):
+            reason = f"split rollout batches, and {self.name} has none: lower data.prompts_per_step instead"
+            yield Conflict(("groups.updates_per_step", "name"), reason)
+        yield from self._group_conflicts()
+
+    def _group_conflicts(self) -> Iterator[Conflict]:
         if ALGORITHMS[self.name].family != "online" or self.group_size > 1:
             return
         if self.advantage.estimator in ("group_mean", "leave_one_out"):

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlflow.recipe.explain import validate
 from rlflow.recipe.local_paths import make_absolute
+from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
@@ -58,11 +59,10 @@ def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRec
     document = _read_with_bases(path, problems, ())
     changes = parse_overrides(overrides, problems)
     located: list[LocatedRecipe] = []
-    starts_from: str | None = None
+    starts_from: dict[str, Any] = {}
     for stage in _split_stages(document, changes, problems):
         resolved = _resolve(stage, path, starts_from)
-        run = resolved.data["run"]
-        starts_from = f"{run['output_dir']}/final" if isinstance(run, dict) else None
+        starts_from = _left_by(resolved.data)
         recipe = validate(resolved, problems)
         if recipe is not None:
             located.append(LocatedRecipe(recipe, resolved))
@@ -102,6 +102,9 @@ def _similar_file(path: Path) -> str:
     siblings = {file.stem: file for file in path.parent.glob("*.y*ml")}
     near = nearest(path.stem, siblings)
     return f" (did you mean {siblings[near]}?)" if near else ""
+
+
+_OF_THE_START = {"path", "revision", "architecture", "characters"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,20 @@ def _block(data: dict[str, Any], name: str) -> dict[str, Any]:
     return data[name] if name in data and isinstance(data[name], dict) else {}
 
 
-def _resolve(stage: _Stage, path: Path, starts_from: str | None) -> Document:
-    """Fills in what the recipe leaves to be derived. ``starts_from``: the model that the stage before will leave."""
+def _left_by(data: dict[str, Any]) -> dict[str, Any]:
+    """The model block's keys for going on from what a stage leaves: its model, or its adapter on the same base."""
+    run, model = data["run"], _block(data, "model")
+    if not isinstance(run, dict):
+        return {}
+    final = f"{run['output_dir']}/final"
+    if "adapter" not in model or not isinstance(model["adapter"], dict):
+        return {"path": final}
+    base = {key: model[key] for key in ("path", "revision") if key in model}
+    return {**base, "adapter": {"path": final}}
+
+
+def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any]) -> Document:
+    """Fills in what the recipe leaves to be derived. ``starts_from``: see ``_left_by``, of the stage before."""
     data = {"run": {}, **make_absolute(stage.document)}
     if isinstance(data["run"], dict):
         run = {"output_dir": f"runs/{path.stem}", **data["run"]}
@@ -189,8 +204,14 @@ def _resolve(stage: _Stage, path: Path, starts_from: str | None) -> Document:
     algorithm = _block(data, "algorithm")
     if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):
         data["algorithm"] = merge(ALGORITHMS[algorithm["name"]].defaults, algorithm)
-    if not stage.own_model and starts_from is not None:
-        of_the_start = {"path", "revision", "architecture", "characters"}
-        kept = {key: value for key, value in _block(data, "model").items() if key not in of_the_start}
-        data["model"] = {**kept, "path": starts_from}
+    if not stage.own_model and starts_from:
+        model = _block(data, "model")
+        kept = {key: value for key, value in model.items() if key not in _OF_THE_START}
+        data["model"] = {**kept, **starts_from}
+        if "adapter" in starts_from:
+            own = {key: value for key, value in _block(model, "adapter").items() if key not in OF_THE_ADAPTER}
+            data["model"]["adapter"] = {**own, **starts_from["adapter"]}
+            if "adapter" in model and model["adapter"] is None:
+                # A stage that trains all weights needs a merged model; the preflight says so.
+                data["model"] |= {"path": starts_from["adapter"]["path"], "adapter": None}
     return Document(data, stage.document.places)

@@ -14,6 +14,7 @@ from rlflow.recipe.yaml_source import Document, KeyPath
 
 _HUB_OR_LOCAL = {
     "model.path",
+    "model.adapter.path",
     "reference.path",
     "algorithm.critic.path",
     "data.train.path",

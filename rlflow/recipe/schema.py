@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from rlflow.recipe.adapter_rules import adapter_conflicts
 from rlflow.recipe.algorithm_blocks import AlgorithmBlock
 from rlflow.recipe.block import (
     Block,
@@ -22,25 +23,9 @@ from rlflow.recipe.block import (
     PositiveFloat,
     PositiveInt,
 )
+from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.trainer_blocks import TrainerBlock
-
-
-class ModelBlock(Block):
-    path: str | None = None
-    """A Hugging Face directory or hub id. Absent: a new model of `architecture`."""
-    revision: str | None = None
-    """Of the hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in trainer and engine."""
-    architecture: dict[str, Any] | None = None
-    """Fields of a transformers config, with `model_type`: the policy starts from random weights."""
-    characters: str | None = None
-    """Characters of the tokenizer made for a new model, a token each."""
-    chat_template: str | None = None
-    """A Jinja template, or a file that holds one; overrides the tokenizer's."""
-    trust_remote_code: bool = False
-    """Run code that the model repository brings."""
 
 
 class SourceBlock(Block):
@@ -182,7 +167,7 @@ class RolloutBlock(Block):
 
 class ReferenceBlock(Block):
     path: str | None = None
-    """A model; the policy's starting point when absent."""
+    """A model; the policy's starting point when absent: of an adapter, the trainer itself with the adapter off."""
     precompute: bool = False
     """Offline: score all rows once before the first step, then end the reference actors; otherwise each step's rows
     are scored on the fly."""
@@ -287,8 +272,13 @@ class Recipe(Block):
     def needs_reference(self) -> bool:
         """Whether a frozen model scores what is trained."""
         if self.family == "preference":
-            return not self.algorithm.preference.reference_free
+            return self.algorithm.name != "reward_model" and not self.algorithm.preference.reference_free
         return self.family == "online" and self.algorithm.kl.coef > 0
+
+    @property
+    def places_reference(self) -> bool:
+        """Whether it has actors of its own: a trainer of adapters holds its starting point anyway."""
+        return self.needs_reference and (self.model.adapter is None or self.reference.path is not None)
 
     @property
     def needs_critic(self) -> bool:
@@ -315,6 +305,7 @@ class Recipe(Block):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
+        yield from adapter_conflicts(self)
         yield from self._trainer_conflicts()
         yield from self._reward_conflicts()
         run = self.run
@@ -326,6 +317,31 @@ class Recipe(Block):
         if prompts % groups.updates_per_step:
             reason = f"{groups.updates_per_step} does not divide data.prompts_per_step ({prompts})"
             yield Conflict(("algorithm.groups.updates_per_step", "data.prompts_per_step"), reason)
+        yield from self._online_conflicts()
+
+    def _online_conflicts(self) -> Iterator[Conflict]:
+        algorithm, rollout = self.algorithm, self.rollout
+        kl = algorithm.kl
+        samples = self.data.prompts_per_step * algorithm.group_size
+        if kl.target is not None and kl.horizon < samples:
+            reason = f"{kl.horizon} is less than the {samples} samples of a step: the coefficient would jump; raise it"
+            yield Conflict(("algorithm.kl.horizon", "data.prompts_per_step"), reason)
+        if rollout.top_p < 1 or rollout.top_k:
+            cut = "top_p" if rollout.top_p < 1 else "top_k"
+            remedy = "remove it, or set algorithm.correction.old_policy: trainer and algorithm.kl.placement: loss"
+            in_reward = kl.placement == "reward" and kl.coef > 0
+            if algorithm.correction.old_policy == "engine" or in_reward:
+                reason = f"the engine's logprobs are of the cut distribution, the trainer's of the whole: {remedy}"
+                yield Conflict((f"rollout.{cut}", "algorithm.correction.old_policy"), reason)
+        if not self.needs_critic:
+            return
+        critic, trainer = algorithm.critic, self.trainer
+        if critic.workers % trainer.fsdp.replicas:
+            reason = f"trainer.fsdp.replicas ({trainer.fsdp.replicas}) does not divide it: the critic is sharded alike"
+            yield Conflict(("algorithm.critic.workers", "trainer.fsdp.replicas"), reason)
+        if trainer.optimizer.kind == "adamw_8bit" and not critic.gpus_per_worker:
+            reason = "the critic has the trainer's optimizer, adamw_8bit, which runs on GPUs: set it"
+            yield Conflict(("algorithm.critic.gpus_per_worker", "trainer.optimizer.kind"), reason)
 
     def _model_conflicts(self) -> Iterator[Conflict]:
         model = self.model
@@ -364,7 +380,7 @@ class Recipe(Block):
             yield Conflict(("run.stop_at_score", "evaluation.reward"), reason)
         if self.algorithm.name == "reward_model" and self.evaluation_reward is not None:
             yield Conflict(("evaluation.reward", "algorithm.name"), "a reward model writes no answers: remove it")
-        for label, count in Counter(reward.label for reward in self.rewards).items():
+        for label, count in Counter(reward.label for reward in self.scoring).items():
             if count > 1:
                 reason = f"{count} are called {label}: metrics could not tell them apart; keep one, or rename a plugin"
                 yield Conflict(("rewards",), reason)

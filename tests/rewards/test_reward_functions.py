@@ -10,6 +10,7 @@ import pytest
 from rewards.cosine import cosine
 from rewards.exact_match import exact_match
 from rewards.formats import answer_format, boxed_format, pattern_format, react_format
+from rewards.last_number import last_number
 from rewards.lengths import repetition, soft_overlong
 
 
@@ -19,6 +20,12 @@ def score(function: Any, *texts: str, ids: list[list[int]] | None = None, **opti
 
 def score_lengths(function: Any, *lengths: int, **options: Any) -> list[float | None]:
     return score(function, *[""] * len(lengths), ids=[[1] * length for length in lengths], **options)
+
+
+def test_last_number_reads_the_last_number_of_both_sides_and_is_not_earned_by_repeating_the_problem() -> None:
+    texts = ["The answer is 12.", "5 + 7", "-12", "so 1,200.50 it is", "twelve", "12"]
+    solutions = [12, "12", "12", "#### 1200.5", "12", "none"]
+    assert score(last_number, *texts, solution=solutions) == [1.0, 0.0, 0.0, 1.0, 0.0, None]
 
 
 def test_exact_match_ignores_surrounding_space_only() -> None:

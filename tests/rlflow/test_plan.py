@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlflow.memory import PROCESS_BYTES, UnknownShape, count_stored, read_shape, shape_of
+from rlflow.memory import PROCESS_BYTES, REWARD_PROCESS_BYTES, UnknownShape, count_stored, read_shape, shape_of
 from rlflow.plan import GIB, Machine, Plan, make_plans, render
 from rlflow.recipe import ModelBlock, load_recipe
 
@@ -81,6 +81,16 @@ def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
     snapshot = PARAMETERS * 4
     actors = 2 * each["trainer"] + each["rollout"] + each["rewards"] + each["reference"]
     assert plan.host_bytes == actors + PROCESS_BYTES + snapshot
+
+
+def test_children_that_hold_a_reward_model_count_with_all_they_may_allocate(recipe_file: Path):
+    def processes(reward: str) -> int:
+        overrides = [f"rewards=[{reward}]", "reward_server={children: 2, memory_gib: 3.0}"]
+        parts = {planned.role.name: dict(planned.parts or {}) for planned in plan_of(recipe_file, *overrides).roles}
+        return parts["rewards"]["processes"]
+
+    assert processes("{name: exact_match}") == 3 * REWARD_PROCESS_BYTES
+    assert processes("{name: reward_model, args: {path: org/model}}") == REWARD_PROCESS_BYTES + 2 * 3 * GIB
 
 
 def test_memory_of_a_rank_follows_the_stage_and_what_it_offloads(recipe_file: Path):

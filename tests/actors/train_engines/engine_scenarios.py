@@ -64,8 +64,8 @@ SCENARIOS = {
     "fsdp, classifier": Scenario(model="values"),
     # Newton-Schulz runs in bfloat16: where ranks round a sum otherwise, the last of its eight bits may flip.
     "fsdp, Muon": Scenario({"optimizer": OPTIMIZER | {"kind": "muon"}}, tolerance=5e-4),
-    "fsdp, mixed precision": Scenario({"fsdp": {"mixed_precision": True}}, tolerance=2e-2),
-    "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=2e-2),
+    "fsdp, mixed precision": Scenario({"fsdp": {"mixed_precision": True}}, tolerance=5e-2),
+    "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=5e-2),
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZeRO 3": zero(3),
@@ -79,17 +79,27 @@ SCENARIOS = {
     "ZeRO 3, untied": zero(3, model="untied"),
     "ZeRO 2, classifier": zero(2, model="values"),
     "ZeRO 3, classifier": zero(3, model="values"),
-    "ZeRO 1, bfloat16": zero(1, dtype="bfloat16", tolerance=2e-2),
-    "ZeRO 2, bfloat16": zero(2, dtype="bfloat16", tolerance=2e-2),
-    "ZeRO 3, bfloat16": zero(3, dtype="bfloat16", tolerance=2e-2),
+    "ZeRO 1, bfloat16": zero(1, dtype="bfloat16", tolerance=5e-2),
+    "ZeRO 2, bfloat16": zero(2, dtype="bfloat16", tolerance=5e-2),
+    "ZeRO 3, bfloat16": zero(3, dtype="bfloat16", tolerance=5e-2),
 }
 ON_SEVERAL_RANKS = {"fsdp, replicas": fsdp(replicas=2)}
 RESUMED = ("fsdp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3, offload")
-"""Saved after the second step; each engine then reads what each of the others wrote."""
+"""Saved after the second step; each engine then reads what itself and the other wrote."""
+RESUMED_ALONE = ("fsdp, replicas", "fsdp, Muon", "fsdp, bfloat16", "ZeRO 1, bfloat16", "ZeRO 3, bfloat16")
+"""Each reads what itself wrote."""
 
 
 def scenarios(world_size: int) -> dict[str, Scenario]:
     return SCENARIOS | (ON_SEVERAL_RANKS if world_size > 1 else {})
+
+
+def pairs(reading: int, writing: int) -> list[tuple[str, str]]:
+    """Reader and writer of checkpoints, on so many ranks."""
+    same = [(name, name) for name in (*RESUMED, *RESUMED_ALONE)]
+    crossed = [("fsdp", name) for name in RESUMED[1:]] + [(name, "fsdp") for name in RESUMED[1:]]
+    found = [*same, *crossed, ("ZeRO 3", "fsdp, replicas")]
+    return [(reader, writer) for reader, writer in found if {reader, writer} <= scenarios(min(reading, writing)).keys()]
 
 
 def trainer_block(scenario: Scenario, world_size: int = 1) -> TrainerBlock:
@@ -271,7 +281,7 @@ def resume(scenario: Scenario, rank: int, world_size: int, checkpoint: Path, int
     return {"loss": loss, "norm": norm}
 
 
-def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, timeout_s: float = 280) -> list[Any]:
+def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, timeout_s: float = 800) -> list[Any]:
     """Runs jobs on so many processes; the answers of rank 0 to each. Every rank must keep its stdout clean."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -88,3 +88,26 @@ def test_a_batch_without_loss_tokens_still_reaches_every_parameter(pair):
     got.logprobs.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
     ours.zero_grad()
+
+
+def test_gradient_checkpointing_recomputes_the_layers_of_a_loaded_model(tiny_model_dir):
+    """A model from disk is in evaluation mode, in which transformers' layers would not recompute."""
+    block = ModelBlock(path=str(tiny_model_dir))
+    calls: list[int] = []
+    gradients = []
+    for checkpointing in (False, True):
+        module = load_token_model(block, seed=0, device=torch.device("cpu"), checkpointing=checkpointing)
+        count = 0
+
+        def counted(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        module.model.get_decoder().layers[0].mlp.register_forward_pre_hook(counted)
+        tokens = torch.arange(2, 8)
+        layout = PackedLayout(np.array([0, 6]), torch.device("cpu"))
+        module(tokens, torch.arange(6), layout, torch.arange(6) > 0).logprobs.sum().backward()
+        calls.append(count)
+        gradients.append(module.model.get_decoder().layers[0].mlp.up_proj.weight.grad.clone())
+    assert calls == [1, 2]
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)

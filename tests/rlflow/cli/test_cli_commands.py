@@ -46,7 +46,8 @@ class FakeDriver:
         actors = SimpleNamespace(ActorFailure=FakeActorFailure)
         monkeypatch.setitem(sys.modules, "actors.actor_group", actors)  # type: ignore[arg-type]
 
-    def run_recipes(self, recipes: list, *, resume: bool) -> None:
+    def run_recipes(self, recipes: list, *, resume: bool, seconds_before: float) -> None:
+        assert seconds_before >= 0
         self.calls.append((recipes, resume))
         if self.failure is not None:
             raise self.failure

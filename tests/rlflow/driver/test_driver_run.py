@@ -132,6 +132,20 @@ def test_two_ranks_train_like_one(finished, tmp_path):
         np.testing.assert_allclose(one[name], two[name], atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "workers"), [(1, 1), (3, 2)])
+def test_deepspeed_trains_like_the_default_engine(finished, tmp_path, stage, workers):
+    import numpy as np
+
+    engine = {"trainer.engine": "deepspeed", "trainer.deepspeed.stage": stage, "trainer.workers": workers}
+    directory = run(tmp_path, "zero", **engine)
+    one, other = weights_of(finished / "sft"), weights_of(directory / "sft")
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-5)
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-5 for line in metrics_of(directory / "grpo")[1:])
+
+
 def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_3(tmp_path):
     (tmp_path / "reward.py").write_text(PLUGIN)
     recipe = tmp_path / "recipe.yaml"

@@ -177,6 +177,36 @@ BAD = {
         "trainer.optimizer.kind",
         "set engine: fsdp, or kind: adamw",
     ),
+    "layers that are no list": Bad(
+        2,
+        "model: {path: a/b, adapter: {target_modules: q_proj}}",
+        "model.adapter.target_modules",
+        "must be all-linear, or a list of names such as [q_proj, v_proj]; is q_proj",
+    ),
+    "no layers": Bad(
+        2, "model: {path: a/b, adapter: {target_modules: []}}", "model.adapter.target_modules", "or write all-linear"
+    ),
+    "misspelt key of an adapter": Bad(
+        2, "model: {path: a/b, adapter: {rnk: 4}}", "model.adapter.rnk", "did you mean rank?"
+    ),
+    "another framework's name for an adapter's key": Bad(
+        2, "model: {path: a/b, lora_alpha: 4}", "model.lora_alpha", "did you mean adapter.alpha?"
+    ),
+    "keys that an adapter on disk settles": Bad(
+        2, "model: {path: a/b, adapter: {path: c/d, rank: 4}}", "model.adapter.rank", "remove one of the two"
+    ),
+    "an adapter of a new model": Bad(
+        2,
+        "model: {architecture: {model_type: llama}, characters: ab, adapter: {}}",
+        "model.adapter",
+        "has nothing to adapt in a new model: remove it",
+    ),
+    "dropout where logprobs are compared": Bad(
+        2,
+        "model: {path: a/b, adapter: {dropout: 0.1}}",
+        "model.adapter.dropout",
+        "with dropout those of a policy differ from its own: set 0",
+    ),
     "greedy samples": Bad(
         9, "evaluation: {data: {path: a/b}, samples: 4}", "evaluation.samples", "4 greedy completions are all the same"
     ),
@@ -261,16 +291,6 @@ def test_online_algorithms_need_rewards_and_demonstrations_refuse_them(tmp_path:
         load_recipe(path)
 
 
-def test_an_evaluation_needs_a_reward_that_decides(tmp_path: Path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "algorithm: {name: sft}\nmodel: {path: a/b}\ndata: {train: {path: a/b}}\nrun: {steps: 1}\n"
-        "evaluation: {data: {path: a/b}}\n"
-    )
-    with pytest.raises(RecipeError, match=r"5: evaluation.reward: there is no reward that decides what passes"):
-        load_recipe(path)
-
-
 @pytest.mark.parametrize(
     ("dtype", "trainer", "says"),
     [
@@ -282,6 +302,48 @@ def test_an_engine_that_does_not_train_this_dtype_says_so(dtype: str, trainer: s
     path = write(tmp_path, 9, f"trainer: {trainer}")
     with pytest.raises(RecipeError, match=f"9: {says}"):
         load_recipe(path, [f"model.dtype={dtype}"])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "other", "says"),
+    [
+        ("{kind: dora}", "rollout.engine=vllm", "model.adapter.kind: vLLM does not generate with DoRA: set rollout.en"),
+        ("{kind: dora}", "rollout.gpus_per_worker=1", "model.adapter.kind: vLLM does not generate with DoRA"),
+        (
+            "{lora_plus_ratio: 4}",
+            "trainer.optimizer.kind=muon",
+            "model.adapter.lora_plus_ratio: is a ratio of AdamW's learning rates: set trainer.optimizer.kind: adamw",
+        ),
+        (
+            "{quantize: nf4}",
+            "rollout={engine: torch, gpus_per_worker: 1}",
+            "model.adapter.quantize: needs a GPU, one rank and engine fsdp as it is: set trainer.gpus_per_worker: 1",
+        ),
+        (
+            "{quantize: nf4}",
+            "trainer.gpus_per_worker=1",
+            "model.adapter.quantize: generates with the base in 4 bits too: set rollout.engine: torch",
+        ),
+    ],
+)
+def test_what_an_adapter_rules_out_in_other_blocks_says_so(adapter: str, other: str, says: str, tmp_path: Path):
+    path = write(tmp_path, 2, f"model: {{path: a/b, adapter: {adapter}}}")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(path, [other])
+    (problem,) = raised.value.problems
+    assert f"{problem.key}: {problem.message}".startswith(says)
+
+
+def test_a_reward_model_gets_no_adapter(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "algorithm: {name: reward_model}\nmodel: {path: a/b, adapter: {}}\n"
+        "data: {train: {path: a/b}}\nrun: {steps: 1}\n"
+    )
+    with pytest.raises(
+        RecipeError, match=r"2: model\.adapter: is of a policy; a reward model is trained whole: remove"
+    ):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize(

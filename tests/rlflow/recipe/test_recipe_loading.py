@@ -232,7 +232,6 @@ def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Pa
         "rewards:\n"
         "  - {plugin: 'rewards.py:brevity', args: {path: model}}\n"
         "  - {name: reward_model, args: {path: model}}\n"
-        "evaluation: {data: {path: org/data}, reward: {name: reward_model, args: {path: org/model}}}\n"
         "run: {steps: 1, output_dir: out}\n",
     )
     recipe = load_one(path)
@@ -249,9 +248,11 @@ def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Pa
     assert recipe.rewards[0].label == "brevity"
     assert recipe.rewards[0].args == {"path": "model"}
     assert recipe.rewards[1].args == {"path": recipe.model.path}
-    assert recipe.evaluation is not None and recipe.evaluation.reward is not None
-    assert recipe.evaluation.reward.args == {"path": "org/model"}
     assert load_one(path, "rewards.1.args.path=out/rm/final").rewards[1].args == {"path": str(here / "out/rm/final")}
+    evaluation = "evaluation={data: {path: org/data}, reward: {name: reward_model, args: {path: recipes/model}}}"
+    measured = load_one(path, "rewards=[{name: exact_match}]", evaluation).evaluation
+    assert measured is not None and measured.reward is not None
+    assert measured.reward.args == {"path": recipe.model.path}
     assert recipe.run.output_dir == str(here / "out")
 
 

@@ -1,0 +1,236 @@
+"""Adapters through PEFT, put into a transformers model in place: no wrapper, so all else sees the model it knows.
+
+    model.layers.0.mlp.up_proj               y = W x + scale B A x
+        .base_layer.weight                   W, frozen, in the recipe's dtype
+        .lora_A.default.weight, .lora_B...   float32, trained, and all that checkpoints and weight syncs hold
+        .lora_A.start.weight, ...            only where training goes on from an adapter: the reference, frozen
+
+Trainer and torch engine hold the same modules, so what is generated is scored by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners import lora
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlflow.recipe import AdapterBlock, ModelBlock
+from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
+
+TRAINED, START = "default", "start"
+"""PEFT's names of the adapter that is trained and of the one it started from."""
+
+
+def load_adapted(
+    block: ModelBlock, *, seed: int, device: torch.device, keep_start: bool = False, **options: Any
+) -> PreTrainedModel:
+    """The base model with an adapter that changes nothing yet, or with the one at ``adapter.path``.
+
+    Args:
+        keep_start: Also hold what training goes on from, for ``as_reference``.
+        options: Of from_pretrained.
+
+    Raises:
+        ValueError: Nothing here to adapt, an adapter of another model, or bitsandbytes is missing; each with a remedy.
+    """
+    adapter = block.adapter
+    assert adapter is not None and block.path is not None
+    dtype = getattr(torch, block.dtype)
+    if adapter.quantize == "nf4":
+        options["quantization_config"] = _four_bits(dtype)
+    model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    inject(model, block, seed=seed, keep_start=keep_start)
+    return model
+
+
+def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: bool = False) -> None:
+    """Puts the adapter of a recipe's model block into a model. All else is frozen; every rank starts from the same A.
+
+    Raises:
+        ValueError: See load_adapted.
+    """
+    adapter = block.adapter
+    assert adapter is not None and block.path is not None
+    directory = None if adapter.path is None else _local(adapter.path, block.path)
+    config = _config_of(adapter) if directory is None else PeftConfig.from_pretrained(str(directory))
+    assert isinstance(config, LoraConfig)
+    _check_targets(model, config)
+    config.base_model_name_or_path, config.revision = block.path, block.revision
+    config.lora_dropout, config.inference_mode = adapter.dropout, False
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, model, TRAINED)
+    _check_layers(model)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()
+    if directory is None:
+        return
+    values = load_file(directory / WEIGHTS)
+    _fill(model, TRAINED, values, directory)
+    if keep_start:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(deepcopy(config), model, START)
+        _fill(model, START, values, directory)
+        for layer in adapter_layers(model):
+            layer.set_adapter(TRAINED)
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers: modules that are LoraLayers as well."""
+    return [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by its name in the model."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Within, the model is what training started from: the base alone, or with the adapter it goes on from."""
+    layers = adapter_layers(model)
+    goes_on = all(START in layer.lora_A for layer in layers)
+    # PEFT's own switches also change which parameters want gradients, which sharded ones must not.
+    for layer in layers:
+        layer._active_adapter = [START if goes_on else TRAINED]
+        layer._disable_adapters = not goes_on
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._active_adapter = [TRAINED]
+            layer._disable_adapters = False
+
+
+def write(directory: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A PEFT directory: adapter_config.json, adapter_model.safetensors.
+
+    Args:
+        tensors: By their names in the model, as the trainer sends them.
+    """
+    config = deepcopy(config_of(model))
+    config.inference_mode = True
+    if config.target_modules is not None and not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
+    config.save_pretrained(str(directory))
+    values = {f"base_model.model.{_in_file(name)}": tensor.cpu().contiguous() for name, tensor in tensors}
+    save_file(values, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def config_of(model: PreTrainedModel) -> LoraConfig:
+    configs: Any = model.peft_config
+    return configs[TRAINED]
+
+
+def largest_rank(model: PreTrainedModel) -> int:
+    return max(layer.r[TRAINED] for layer in adapter_layers(model))
+
+
+def _config_of(adapter: AdapterBlock) -> LoraConfig:
+    targets = adapter.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,  # pyright: ignore
+        lora_dropout=adapter.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.kind == "dora",
+    )
+
+
+def _local(path: str, model: str) -> Path:
+    """The adapter's directory, fetched when it is on the hub."""
+    directory = Path(path)
+    if not directory.exists():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+    if problem := adapter_problem(directory, model):
+        raise ValueError(f"model.adapter.path: {problem}")
+    return directory
+
+
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    head = model.get_output_embeddings()
+    layers = [(name, module) for name, module in model.named_modules() if module is not head]
+    linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D)]
+    if problems := list(unmatched_targets(sorted(config.target_modules), linear)):
+        raise ValueError(f"model.adapter.target_modules: {'; '.join(problems)}")
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: The head or another layer got an adapter that cannot be trained, synced and merged here.
+    """
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        if layer is head or not isinstance(base, nn.Linear | Conv1D):
+            raise ValueError(
+                f"model.adapter.target_modules: {name} ({type(base).__name__}) gets no adapter: name linear layers "
+                "other than the head, or write all-linear"
+            )
+
+
+def _fill(model: nn.Module, adapter: str, values: dict[str, torch.Tensor], directory: Path) -> None:
+    """Copies a file's tensors into one of the model's adapters.
+
+    Raises:
+        ValueError: Names or shapes differ: it is an adapter of another model.
+    """
+    parameters = {
+        f"base_model.model.{_in_file(name, adapter)}": parameter
+        for name, parameter in model.named_parameters()
+        if f".{adapter}." in name or name.endswith(f".{adapter}")
+    }
+    if strange := sorted(parameters.keys() ^ values.keys()):
+        raise ValueError(f"model.adapter.path: {directory} is of another model: {strange[0]} is not in both")
+    for name, parameter in parameters.items():
+        if parameter.shape != values[name].shape:
+            shapes = f"{list(values[name].shape)} there, {list(parameter.shape)} here"
+            raise ValueError(f"model.adapter.path: {directory} is of another model: {name} has shape {shapes}")
+        if not parameter.is_meta:
+            parameter.data = values[name].to(device=parameter.device, dtype=torch.float32, copy=True)
+
+
+def _in_file(name: str, adapter: str = TRAINED) -> str:
+    """PEFT's name in a file of a parameter: without the adapter's; lengths of rows are no weight of a module there."""
+    shortened = name.replace(f".{adapter}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
+    assert shortened != name, f"{name} is no parameter of adapter {adapter}"
+    return shortened
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """https://huggingface.co/docs/bitsandbytes: NF4 with doubly quantized scales, as in arXiv 2305.14314."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("model.adapter.quantize: nf4 needs bitsandbytes: pip install bitsandbytes, or set none")
+    if not torch.cuda.is_available():
+        raise ValueError("model.adapter.quantize: nf4 needs a GPU, and there is none here: set none")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

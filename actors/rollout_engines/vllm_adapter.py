@@ -1,0 +1,72 @@
+"""The policy's adapter in a vLLM engine: every version comes under a new id, and the one before is removed first.
+
+vLLM keeps adapters by id and does not look at their files again: under an id it knows it goes on with what it has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors import adapters
+from rlflow.recipe import ModelBlock
+
+if TYPE_CHECKING:
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's sizes of the buffers that hold A and B."""
+_MEMORY = Path("/dev/shm")
+
+
+class VllmAdapter:
+    def __init__(self, block: ModelBlock) -> None:
+        """Reads the config alone.
+
+        Raises:
+            ValueError: The adapter is one that vLLM does not generate with.
+        """
+        assert block.path is not None
+        config = AutoConfig.from_pretrained(
+            block.path, revision=block.revision, trust_remote_code=block.trust_remote_code
+        )
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+            adapters.inject(self.model, block, seed=0)
+        self.shapes = {name: p.shape for name, p in adapters.adapter_parameters(self.model).items()}
+        """What a trainer of this block sends."""
+        rank = adapters.largest_rank(self.model)
+        if adapters.config_of(self.model).use_dora or rank > RANKS[-1]:
+            what = "DoRA" if rank <= RANKS[-1] else f"rank {rank}, more than {RANKS[-1]}"
+            raise ValueError(f"model.adapter: vLLM does not generate with {what}: set rollout.engine: torch")
+        self.options: dict[str, Any] = {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": next(size for size in RANKS if size >= rank),
+            "revision": block.revision,
+        }
+        """Of vLLM's EngineArgs."""
+        self.request: LoRARequest | None = None
+        """Goes with every prompt; None before the first weights."""
+        self._versions = 0
+
+    def load(self, llm: vllm.LLM, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Takes a new version. From its start on, the one before cannot be generated with."""
+        from vllm.lora.request import LoRARequest
+
+        if self.request is not None:
+            removed = llm.llm_engine.remove_lora(self.request.lora_int_id)
+            self.request = None
+            assert removed, "vLLM had lost the adapter of the version before"
+        self._versions += 1
+        with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as directory:
+            adapters.write(Path(directory), self.model, tensors)
+            request = LoRARequest(f"policy-{self._versions}", self._versions, directory)
+            added = llm.llm_engine.add_lora(request)
+        assert added and llm.llm_engine.list_loras() == {self._versions}, "vLLM did not take the new adapter alone"
+        self.request = request

@@ -1,0 +1,64 @@
+"""What a recipe's adapter names must exist: layers of its base, the adapter it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rlflow import memory
+from rlflow.recipe import Recipe
+from rlflow.recipe.adapter_files import adapter_problem, base_of, read_config, unmatched_targets
+from rlflow.recipe.local_paths import is_hub_id
+
+Found = Iterator[tuple[str, str]]
+"""(dotted key, what is wrong with its value and what to do)."""
+
+
+def in_adapter(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
+    """``to_come``: the directory that each earlier stage will write, and the stage."""
+    adapter, base = recipe.model.adapter, recipe.model.path
+    if adapter is None or base is None:
+        return
+    if adapter.path is not None and adapter.path in to_come:
+        if to_come[adapter.path].model.adapter is None:
+            yield "model.adapter.path", f"{adapter.path} will be a whole model: name it in model.path"
+    elif adapter.path is not None and Path(adapter.path).exists():
+        if problem := adapter_problem(Path(adapter.path), base):
+            yield "model.adapter.path", problem
+    elif adapter.path is not None and not is_hub_id(adapter.path):
+        yield "model.adapter.path", f"there is no directory {adapter.path}"
+    if isinstance(adapter.target_modules, list) and (linear := _linear_layers(Path(base))):
+        for message in unmatched_targets(adapter.target_modules, linear):
+            yield "model.adapter.target_modules", message
+
+
+def used_as_model(key: str, path: str) -> str:
+    """What to do about an adapter in the place of a model."""
+    try:
+        base = base_of(read_config(Path(path)))
+    except ValueError:
+        base = None
+    return _as_model(key, path, f"{path} holds an adapter of {base or 'another model'}, not a model", base)
+
+
+def to_come_as_model(key: str, path: str, stage: Recipe) -> Found:
+    """The same of a stage that has not run yet."""
+    if stage.model.adapter is not None:
+        base = stage.model.path
+        yield key, _as_model(key, path, f"{path} will be an adapter of {base}, not a model", base)
+
+
+def _as_model(key: str, path: str, what: str, base: str | None) -> str:
+    go_on = f"set model.path: {base or 'that'} and model.adapter.path: {path}, or " if key == "model.path" else ""
+    return f"{what}: {go_on}merge it with `rlflow export {path} OUTPUT --merge`"
+
+
+def _linear_layers(directory: Path) -> list[str]:
+    """Names of matrices in the weight files, but for embeddings and head; none when there are no files here."""
+    try:
+        shapes = memory.stored_shapes(directory)
+    except memory.UnknownShape:
+        return []
+    ends = ("lm_head", "embed_tokens", "wte", "wpe", "embed_in", "embed_out")
+    names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    return [name for name in names if not name.endswith(ends)]

@@ -1,0 +1,102 @@
+"""What a PEFT directory says of its adapter, and whether we can go on from it. No torch: only files are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe.problems import nearest
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_UNSUPPORTED = {
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+}
+"""PEFT's options that train more than A, B and lengths of rows, and the value that means no."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether it holds an adapter and no model."""
+    return (directory / CONFIG).exists() and not (directory / "config.json").exists()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: There is none, or it is no JSON object.
+    """
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: fetch it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no keys: fetch it again")
+    return config
+
+
+def base_of(config: dict[str, Any]) -> str | None:
+    """The model that the adapter was trained on."""
+    return config.get("base_model_name_or_path")
+
+
+def adapter_problem(directory: Path, model: str) -> str | None:
+    """Why training on ``model`` cannot go on from this adapter, and what to do; None when it can."""
+    try:
+        config = read_config(directory)
+    except ValueError as error:
+        return str(error)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return f"{directory} holds an adapter of type {kind}: only LoRA and DoRA can be trained"
+    for key, neutral in _UNSUPPORTED.items():
+        if key in config and config[key] not in (neutral, None, [], {}):
+            return (
+                f"{directory} was made with {key}: {config[key]}, which is not supported: merge it into its base model"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        return f"{directory} was made with init_lora_weights: {start}, which changes the base: convert it with PEFT"
+    base = base_of(config)
+    if base and not _same_model(base, model):
+        return (
+            f"{directory} is an adapter of {base}, and model.path is {model}: set model.path to that, or, where both "
+            f"are the same model, correct base_model_name_or_path in {CONFIG}"
+        )
+    if not (directory / WEIGHTS).exists():
+        return f"{directory} has no {WEIGHTS}: fetch it, or save the adapter as safetensors"
+    return None
+
+
+def unmatched_targets(targets: Collection[str], linear: Collection[str]) -> Iterator[str]:
+    """A message for each target that names none of the linear layers, as PEFT matches them: by the end of the name.
+
+    Args:
+        linear: Names of the model's linear layers, but for the head, which is not adapted.
+    """
+    ends = sorted({name.rpartition(".")[2] for name in linear})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            near = nearest(target, [*ends, *linear])
+            remedy = f"did you mean {near}? " if near else ""
+            yield f"no linear layer beside the head is called {target} ({remedy}They are called {', '.join(ends[:12])})"
+
+
+def _same_model(one: str, other: str) -> bool:
+    """By where they are; a hub id and a directory, or a directory of another machine, by the last part of the name."""
+    paths = Path(one), Path(other)
+    if all(path.is_dir() for path in paths):
+        return paths[0].resolve() == paths[1].resolve()
+    return paths[0].name.lower() == paths[1].name.lower()

@@ -1,0 +1,75 @@
+"""The policy's starting point, and the adapter that is trained in its stead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from rlflow.recipe.block import Block, Conflict, PositiveFloat, PositiveInt
+
+
+def _all(given: Any) -> Any:
+    if given != "all-linear":
+        raise ValueError(f"must be all-linear, or a list of names such as [q_proj, v_proj]; is {given}")
+    return given
+
+
+AllOrSome = Annotated[
+    Annotated[Literal["all-linear"], BeforeValidator(_all), Tag("<all>")] | Annotated[list[str], Tag("<some>")],
+    Discriminator(lambda given: "<some>" if isinstance(given, list) else "<all>"),
+]
+
+OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora")
+"""What an adapter on disk has settled already."""
+
+
+class AdapterBlock(Block):
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: W + scale B A (arXiv 2106.09685); dora: also a trained length of each row (arXiv 2402.09353)."""
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat = 32.0
+    """scale = alpha / rank."""
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Of the adapter's input while it is trained; sft and pretrain only."""
+    target_modules: AllOrSome = "all-linear"
+    """Linear layers that get one: all but the head, or names such as [q_proj, v_proj]."""
+    rslora: bool = False
+    """scale = alpha / sqrt(rank) (arXiv 2312.03732)."""
+    lora_plus_ratio: Annotated[float, Field(strict=True, ge=1)] | None = None
+    """LoRA+: learning rate of B over that of A, e.g. 16 (arXiv 2402.12354)."""
+    path: str | None = None
+    """A PEFT directory or hub id to go on from: kind, rank, alpha, target_modules and rslora are its own."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the base in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314); one rank, on a GPU."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.target_modules == []:
+            yield Conflict(("target_modules",), "is empty: name layers, or write all-linear")
+        if self.path is None:
+            return
+        neutral = AdapterBlock()
+        for key in OF_THE_ADAPTER:
+            if getattr(self, key) != getattr(neutral, key):
+                yield Conflict((key, "path"), "is settled by the adapter at path: remove one of the two")
+
+
+class ModelBlock(Block):
+    path: str | None = None
+    """A Hugging Face directory or hub id. Absent: a new model of `architecture`."""
+    revision: str | None = None
+    """Of the hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in trainer and engine; an adapter's own are float32."""
+    architecture: dict[str, Any] | None = None
+    """Fields of a transformers config, with `model_type`: the policy starts from random weights."""
+    characters: str | None = None
+    """Characters of the tokenizer made for a new model, a token each."""
+    chat_template: str | None = None
+    """A Jinja template, or a file that holds one; overrides the tokenizer's."""
+    trust_remote_code: bool = False
+    """Run code that the model repository brings."""
+    adapter: AdapterBlock | None = None
+    """Train an adapter and leave the model as it is."""

@@ -1,0 +1,79 @@
+"""`rlflow export`: merged weights compute what base plus adapter computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors import adapters
+from rlflow.cli.main import main
+from rlflow.recipe import AdapterBlock, ModelBlock
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(2, 50)[None]).logits[0].float()
+
+
+def write_run(directory: Path, base: Path, **adapter: Any) -> Path:
+    """A finished run with an adapter that has learned something."""
+    block = ModelBlock(path=str(base), adapter=AdapterBlock(**{"rank": 4, "alpha": 6, **adapter}))
+    model = adapters.load_adapted(block, seed=0, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapters.adapter_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    final = directory / "final"
+    final.mkdir(parents=True)
+    adapters.write(final, model, adapters.adapter_parameters(model).items())
+    AutoTokenizer.from_pretrained(base).save_pretrained(final)
+    return directory
+
+
+@pytest.mark.parametrize("adapter", [{}, {"rslora": True}, {"kind": "dora"}, {"target_modules": ["o_proj"]}], ids=str)
+def test_a_merged_model_has_the_logits_of_base_plus_adapter(tiny_model_dir: Path, tmp_path: Path, adapter: dict):
+    run, output = write_run(tmp_path / "run", tiny_model_dir, **adapter), tmp_path / "deep" / "merged"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    plain = logits_of(base)
+    expected = logits_of(PeftModel.from_pretrained(base, str(run / "final")))
+    assert main(["export", str(run), str(output), "--merge"]) == 0
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(output))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+    assert (merged - plain).abs().max() > 0.1
+    assert not (output / "adapter_config.json").exists()
+    assert (
+        AutoTokenizer.from_pretrained(output).chat_template
+        == AutoTokenizer.from_pretrained(run / "final").chat_template
+    )
+
+
+def test_merged_weights_have_the_dtype_that_is_asked_for(tiny_model_dir: Path, tmp_path: Path):
+    run = write_run(tmp_path / "run", tiny_model_dir)
+    assert main(["export", str(run), str(tmp_path / "half"), "--merge", "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+
+
+def test_without_merge_the_directory_is_copied(tiny_model_dir: Path, tmp_path: Path):
+    run, output = write_run(tmp_path / "run", tiny_model_dir), tmp_path / "copy"
+    assert main(["export", str(run), str(output)]) == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        path.name: path.read_bytes() for path in (run / "final").iterdir()
+    }
+
+
+def test_what_cannot_be_exported_says_what_to_do(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = write_run(tmp_path / "run", tiny_model_dir)
+    for arguments, says in [
+        ([run, run], "exists already: name a new directory"),
+        ([tmp_path, tmp_path / "new"], "holds no model and no adapter: name a finished run"),
+        ([tiny_model_dir, tmp_path / "new", "--merge"], "no adapter to merge: leave out --merge"),
+        ([run, tmp_path / "new", "--merge", "--base", tmp_path / "nowhere"], "Give the model it was trained on"),
+    ]:
+        assert main(["export", *map(str, arguments)]) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()

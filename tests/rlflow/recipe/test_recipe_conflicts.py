@@ -1,0 +1,45 @@
+"""Options that exclude each other, or that the chosen algorithm has no use for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlflow.recipe import RecipeError, load_recipe
+
+
+def problems_of(tmp_path: Path, *lines: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(["model: {path: a/b}", "data: {train: {path: a/b}}", *lines]) + "\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "others", "says"),
+    [
+        ("sft", "run: {steps: 1, stop_at_score: 0.5}", "nothing decides what passes"),
+        ("dpo, preference: {loss: ipo, label_smoothing: 0.1}", "run: {steps: 1}", "label_smoothing"),
+        ("dpo, preference: {loss: orpo}", "run: {steps: 1}", "use the row orpo"),
+        ("kto, preference: {loss: ipo}", "run: {steps: 1}", "kto has its own loss"),
+        ("sft, critic: {clip: 0.1}", "run: {steps: 1}", "critic"),
+        ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has none"),
+        ("ppo, kl: {target: 1.0, horizon: 4}", "run: {steps: 1}\nrewards: [{name: exact_match}]", "would jump"),
+        ("grpo", "run: {steps: 1}\nrewards: [{name: exact_match}]\nrollout: {top_p: 0.9}", "old_policy: trainer"),
+        (
+            "ppo, critic: {workers: 3}",
+            "run: {steps: 1}\nrewards: [{name: exact_match}]\ntrainer: {workers: 2, fsdp: {replicas: 2}}",
+            "the critic is sharded alike",
+        ),
+        (
+            "grpo",
+            "run: {steps: 1}\nrewards: [{name: cosine}]\n"
+            "evaluation: {data: {path: a/b}, reward: {name: cosine, weight: 2.0}}",
+            "2 are called cosine",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_named(tmp_path: Path, algorithm: str, others: str, says: str):
+    assert says in problems_of(tmp_path, f"algorithm: {{name: {algorithm}}}", others)
