@@ -25,7 +25,7 @@ from rlflow.recipe.block import (
 )
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.presets import ALGORITHMS
-from rlflow.recipe.trainer_blocks import TrainerBlock
+from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
 
 class SourceBlock(Block):
@@ -306,7 +306,8 @@ class Recipe(Block):
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
-        yield from self._trainer_conflicts()
+        critic = self.algorithm.critic if self.needs_critic else None
+        yield from trainer_conflicts(self.trainer, self.model.dtype, critic)
         yield from self._reward_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
@@ -333,15 +334,6 @@ class Recipe(Block):
             if algorithm.correction.old_policy == "engine" or in_reward:
                 reason = f"the engine's logprobs are of the cut distribution, the trainer's of the whole: {remedy}"
                 yield Conflict((f"rollout.{cut}", "algorithm.correction.old_policy"), reason)
-        if not self.needs_critic:
-            return
-        critic, trainer = algorithm.critic, self.trainer
-        if critic.workers % trainer.fsdp.replicas:
-            reason = f"trainer.fsdp.replicas ({trainer.fsdp.replicas}) does not divide it: the critic is sharded alike"
-            yield Conflict(("algorithm.critic.workers", "trainer.fsdp.replicas"), reason)
-        if trainer.optimizer.kind == "adamw_8bit" and not critic.gpus_per_worker:
-            reason = "the critic has the trainer's optimizer, adamw_8bit, which runs on GPUs: set it"
-            yield Conflict(("algorithm.critic.gpus_per_worker", "trainer.optimizer.kind"), reason)
 
     def _model_conflicts(self) -> Iterator[Conflict]:
         model = self.model
@@ -358,15 +350,6 @@ class Recipe(Block):
             yield Conflict(("model.characters", "model.architecture"), reason)
         if model.architecture is not None and model.revision is not None:
             yield Conflict(("model.revision", "model.architecture"), "is a hub id's, and this model is new: remove it")
-
-    def _trainer_conflicts(self) -> Iterator[Conflict]:
-        trainer, dtype = self.trainer, self.model.dtype
-        if trainer.fsdp.mixed_precision and dtype != "float32":
-            reason = f"keeps weights in float32, and they are {dtype}: set model.dtype: float32"
-            yield Conflict(("trainer.fsdp.mixed_precision", "model.dtype"), reason)
-        if trainer.engine == "deepspeed" and dtype == "float16":
-            reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
-            yield Conflict(("trainer.engine", "model.dtype"), reason)
 
     def _reward_conflicts(self) -> Iterator[Conflict]:
         name = self.algorithm.name

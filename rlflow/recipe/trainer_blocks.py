@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlflow.recipe.algorithm_blocks import CriticBlock
 from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -99,3 +100,19 @@ class TrainerBlock(Block):
         elif kind == "adamw_8bit" and self.fsdp.offload:
             reason = "keeps moments small on the GPU, and offload moves them away: choose one"
             yield Conflict(("optimizer.kind", "fsdp.offload"), reason)
+
+
+def trainer_conflicts(trainer: TrainerBlock, dtype: str, critic: CriticBlock | None) -> Iterator[Conflict]:
+    """What does not go together with the model's dtype, or with the critic where there is one."""
+    if trainer.fsdp.mixed_precision and dtype != "float32":
+        reason = f"keeps weights in float32, and they are {dtype}: set model.dtype: float32"
+        yield Conflict(("trainer.fsdp.mixed_precision", "model.dtype"), reason)
+    if trainer.engine == "deepspeed" and dtype == "float16":
+        reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
+        yield Conflict(("trainer.engine", "model.dtype"), reason)
+    if critic is not None and critic.workers % trainer.fsdp.replicas:
+        reason = f"{trainer.fsdp.replicas} does not divide algorithm.critic.workers ({critic.workers}), sharded as well"
+        yield Conflict(("trainer.fsdp.replicas", "algorithm.critic.workers"), reason)
+    if critic is not None and trainer.optimizer.kind == "adamw_8bit" and not critic.gpus_per_worker:
+        reason = "steps the critic too, on GPUs: set algorithm.critic.gpus_per_worker, or kind: adamw"
+        yield Conflict(("trainer.optimizer.kind", "algorithm.critic.gpus_per_worker"), reason)

@@ -36,57 +36,55 @@ from actors.train_engines import sharded_state
 from actors.train_engines.engine import Engine, decoder_layers, make_engine
 from actors.train_engines.sharded_state import Shard
 
-WORLDS = (1, 2, 4)
-ON_RANKS = [pytest.param(world, name, id=f"{name} on {world}") for world in WORLDS for name in scenarios(world)]
-WAYS = ((1, 4), (2, 1), (2, 2), (2, 4), (4, 2))
+TRAINED = [pytest.param(world, name, id=f"{name} on {world}") for world in (1, 2, 4) for name in scenarios(world)]
 RESUMES = [
     pytest.param(reading, writing, reader, writer, id=f"{reader} on {reading} from {writer} on {writing}")
-    for reading, writing in WAYS
+    for reading, writing in ((1, 4), (2, 1), (2, 2), (2, 4))
     for reader, writer in pairs(reading, writing)
 ]
-processes = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+processes = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @cache
 def plain(name: str):
-    return plain_run(scenarios(2)[name])
+    return plain_run(SCENARIOS[name])
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """All scenarios on so many ranks: the directory of each, and what rank 0 answered."""
-
-    @cache
-    def on(world: int) -> dict[str, tuple[Path, dict]]:
-        directory = tmp_path_factory.mktemp(f"of-{world}")
-        jobs = [{"kind": "train", "scenario": name, "directory": str(directory / name)} for name in scenarios(world)]
-        answers = launch(jobs, world, directory)
-        return {job["scenario"]: (Path(job["directory"]), answer) for job, answer in zip(jobs, answers, strict=True)}
-
-    return on
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engines")
 
 
 @pytest.fixture(scope="module")
-def resumed(trained, tmp_path_factory):
-    """The last step on ``reading`` ranks from what ``writing`` ranks saved, for each pair of scenarios."""
+def answers(directory) -> dict[str, dict]:
+    """What rank 0 says of every job: all that are trained, and all that read a checkpoint, on as few launches."""
+    found = {}
+    for world, writing_worlds in {1: (), 4: (), 2: (1, 2, 4)}.items():
+        resumes = [resume_jobs(world, writing, directory) for writing in writing_worlds]
+        jobs = train_jobs(world, directory) | {key: job for group in resumes for key, job in group.items()}
+        found |= dict(zip(jobs, launch(list(jobs.values()), world, directory), strict=True))
+    last = resume_jobs(1, 4, directory)
+    return found | dict(zip(last, launch(list(last.values()), 1, directory), strict=True))
 
-    @cache
-    def on(reading: int, writing: int) -> dict[tuple[str, str], tuple[dict, dict[str, torch.Tensor]]]:
-        directory, written = tmp_path_factory.mktemp(f"{reading}-from-{writing}"), trained(writing)
-        jobs = [
-            {
-                "kind": "resume",
-                "scenario": reader,
-                "checkpoint": str(written[writer][0] / f"of-{writing}"),
-                "into": str(directory / f"{reader} from {writer}.safetensors"),
-            }
-            for reader, writer in pairs(reading, writing)
-        ]
-        answers = launch(jobs, reading, directory)
-        ends = [(answer, load_file(job["into"])) for answer, job in zip(answers, jobs, strict=True)]
-        return dict(zip(pairs(reading, writing), ends, strict=True))
 
-    return on
+def train_jobs(world: int, directory: Path) -> dict[str, dict]:
+    return {
+        f"{name} on {world}": {"kind": "train", "scenario": name, "directory": str(directory / name)}
+        for name in scenarios(world)
+    }
+
+
+def resume_jobs(reading: int, writing: int, directory: Path) -> dict[str, dict]:
+    return {
+        (key := f"{reader} on {reading} from {writer} on {writing}"): {
+            "kind": "resume",
+            "scenario": reader,
+            "checkpoint": str(directory / writer / f"of-{writing}"),
+            "into": str(directory / f"{key}.safetensors"),
+        }
+        for reader, writer in pairs(reading, writing)
+    }
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -98,34 +96,32 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 class TestOnSeveralRanks:
     pytestmark = processes
 
-    @pytest.mark.parametrize(("world", "name"), ON_RANKS)
-    def test_losses_norms_and_weights_are_those_of_plain_torch(self, trained, world, name):
-        directory, answer = trained(world)[name]
+    @pytest.mark.parametrize(("world", "name"), TRAINED)
+    def test_losses_norms_and_weights_are_those_of_plain_torch(self, answers, directory, world, name):
+        answer, tolerance = answers[f"{name} on {world}"], SCENARIOS[name].tolerance
         losses, norms, weights = plain(name)
-        tolerance = scenarios(world)[name].tolerance
         assert answer["losses"] == pytest.approx(losses, abs=tolerance)
         assert answer["norms"] == pytest.approx(norms, rel=tolerance)
-        assert_close(load_file(directory / f"weights-of-{world}.safetensors"), weights, tolerance)
+        assert_close(load_file(directory / name / f"weights-of-{world}.safetensors"), weights, tolerance)
 
-    @pytest.mark.parametrize(("world", "name"), ON_RANKS)
-    def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(self, trained, world, name):
-        _, answer = trained(world)[name]
+    @pytest.mark.parametrize(("world", "name"), TRAINED)
+    def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(self, answers, world, name):
+        answer = answers[f"{name} on {world}"]
         assert answer["skipped"] and answer["unchanged"]
 
     @pytest.mark.parametrize(("reading", "writing", "reader", "writer"), RESUMES)
-    def test_a_checkpoint_goes_on_like_a_run_never_stopped(self, resumed, reading, writing, reader, writer):
-        answer, weights = resumed(reading, writing)[reader, writer]
-        losses, norms, expected = plain(reader)
-        tolerance = SCENARIOS.get(reader, fsdp()).tolerance
-        assert answer["loss"] == pytest.approx(losses[-1], abs=tolerance)
-        assert answer["norm"] == pytest.approx(norms[-1], rel=tolerance)
-        assert_close(weights, expected, tolerance)
+    def test_a_checkpoint_goes_on_like_a_run_never_stopped(self, answers, directory, reading, writing, reader, writer):
+        key = f"{reader} on {reading} from {writer} on {writing}"
+        losses, norms, weights = plain(reader)
+        tolerance = SCENARIOS[reader].tolerance
+        assert answers[key]["loss"] == pytest.approx(losses[-1], abs=tolerance)
+        assert answers[key]["norm"] == pytest.approx(norms[-1], rel=tolerance)
+        assert_close(load_file(directory / f"{key}.safetensors"), weights, tolerance)
 
     @pytest.mark.parametrize("name", [*RESUMED, *RESUMED_ALONE])
-    def test_the_same_ranks_and_engine_go_on_to_the_bit(self, trained, resumed, name):
-        directory, _ = trained(2)[name]
-        never_stopped = load_file(directory / "weights-of-2.safetensors")
-        _, weights = resumed(2, 2)[name, name]
+    def test_the_same_ranks_and_engine_go_on_to_the_bit(self, answers, directory, name):
+        never_stopped = load_file(directory / name / "weights-of-2.safetensors")
+        weights = load_file(directory / f"{name} on 2 from {name} on 2.safetensors")
         assert all(torch.equal(weights[key], tensor) for key, tensor in never_stopped.items())
 
 

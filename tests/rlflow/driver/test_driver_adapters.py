@@ -203,6 +203,10 @@ def test_two_ranks_train_the_adapter_that_one_trains(run_in_actors: Run, engine:
     one, two = run_in_actors("dpo", "one", **given), run_in_actors("dpo", "two", **given, **{"trainer.workers": 2})
     a, b = adapter_of(one), adapter_of(two)
     assert a.keys() == b.keys()
-    # In 16 bits a gradient near 0 may have either sign, and Adam's first steps are as long whatever it is.
-    close = sum(torch.isclose(b[key], a[key], rtol=1e-3, atol=1e-4).sum() for key in a)
-    assert close >= (0.9 if "model.dtype" in engine else 1.0) * sum(values.numel() for values in a.values())
+    if "model.dtype" in engine:
+        # Rounding in 16 bits depends on how sequences are packed, and Adam's first steps are as long for any gradient.
+        one_b, two_b = (torch.cat([of[key].flatten() for key in sorted(of) if ".lora_B." in key]) for of in (a, b))
+        assert torch.cosine_similarity(one_b, two_b, dim=0) > 0.9
+        return
+    for key, values in a.items():
+        torch.testing.assert_close(b[key], values, rtol=1e-3, atol=1e-4)

@@ -292,16 +292,26 @@ def test_online_algorithms_need_rewards_and_demonstrations_refuse_them(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trainer", "says"),
+    ("override", "trainer", "says"),
     [
-        ("bfloat16", "{fsdp: {mixed_precision: true}}", "trainer.fsdp.mixed_precision: keeps weights in float32"),
-        ("float16", "{engine: deepspeed}", "trainer.engine: deepspeed trains bfloat16 and float32 here"),
+        ("model.dtype=bfloat16", "{fsdp: {mixed_precision: true}}", "fsdp.mixed_precision: keeps weights in float32"),
+        ("model.dtype=float16", "{engine: deepspeed}", "engine: deepspeed trains bfloat16 and float32 here"),
+        (
+            "algorithm.name=ppo",
+            "{workers: 2, fsdp: {replicas: 2}}",
+            r"fsdp.replicas: 2 .* algorithm.critic.workers \(1\)",
+        ),
+        (
+            "algorithm.name=ppo",
+            "{gpus_per_worker: 1, optimizer: {kind: adamw_8bit}}",
+            "optimizer.kind: steps the critic",
+        ),
     ],
 )
-def test_an_engine_that_does_not_train_this_dtype_says_so(dtype: str, trainer: str, says: str, tmp_path: Path):
+def test_an_engine_that_does_not_fit_the_model_or_critic_says_so(override, trainer, says, tmp_path: Path):
     path = write(tmp_path, 9, f"trainer: {trainer}")
-    with pytest.raises(RecipeError, match=f"9: {says}"):
-        load_recipe(path, [f"model.dtype={dtype}"])
+    with pytest.raises(RecipeError, match=f"9: trainer.{says}"):
+        load_recipe(path, [override])
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def problems_of(tmp_path: Path, *lines: str) -> str:
         (
             "ppo, critic: {workers: 3}",
             "run: {steps: 1}\nrewards: [{name: exact_match}]\ntrainer: {workers: 2, fsdp: {replicas: 2}}",
-            "the critic is sharded alike",
+            "does not divide algorithm.critic.workers (3)",
         ),
         (
             "grpo",
