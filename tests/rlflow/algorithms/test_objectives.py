@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_policy import algorithm, logprobs_of, new_policy, run, samples_for, weigh
+from toy_policy import algorithm, logprobs_of, new_policy, preference_block, run, samples_for, weigh
 
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.objectives import (
@@ -56,7 +56,7 @@ def test_no_split_matters_with_every_option_on(reduction, ratio):
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_no_split_matters_for_any_pairwise_loss(loss):
-    fields = {"loss": loss, "label_smoothing": 0.1, "sft_coef": 0.5, "length_normalized": loss == "orpo"}
+    fields = {**preference_block(loss), "sft_coef": 0.5}
     policy, block = new_policy(), algorithm("dpo", preference=fields)
     samples, denominators = weigh(samples_for("dpo"), block)
     if loss == "orpo":

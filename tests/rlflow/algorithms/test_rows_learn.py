@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toy_policy import VOCABULARY, algorithm, logprobs_of, new_policy, run, samples_for, weigh
+from toy_policy import VOCABULARY, algorithm, logprobs_of, new_policy, preference_block, run, samples_for, weigh
 
 from rlflow.algorithms.advantages import token_advantages
 from rlflow.algorithms.batch import TensorBatch
@@ -108,7 +108,7 @@ PAIRWISE = [f"dpo:{loss}" for loss in PREFERENCE_LOSSES if loss != "discopop"]
 @pytest.mark.parametrize("name", ["cpo", "simpo", "orpo", "kto", *PAIRWISE])
 def test_chosen_answers_gain_on_rejected_ones(name):
     row, _, loss = name.partition(":")
-    fields = {"loss": loss, "label_smoothing": 0.1, "length_normalized": loss == "orpo"} if loss else {}
+    fields = preference_block(loss) if loss else {}
     block = algorithm(row, preference=fields)
     samples, policy = samples_for(row), new_policy()
     for index, sample in enumerate(samples):

@@ -24,6 +24,16 @@ def algorithm(name: str, **changes) -> AlgorithmBlock:
     return AlgorithmBlock(name=name, **merged)
 
 
+def preference_block(loss: str) -> dict[str, object]:
+    """The preference block of a loss, with the options it has."""
+    fields: dict[str, object] = {"loss": loss}
+    if loss in ("sigmoid", "robust", "aot", "exo_pair"):
+        fields["label_smoothing"] = 0.1
+    if loss == "orpo":
+        fields |= {"length_normalized": True, "reference_free": True}
+    return fields
+
+
 def new_policy(seed: int = 0) -> torch.Tensor:
     """float64 [V, V]: logits of the next token by the last."""
     generator = torch.Generator().manual_seed(seed)
