@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,34 +96,38 @@ def start_ray(recipes: Sequence[Recipe]) -> bool:
 
 
 def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int) -> Actors:
-    """Reserves resources and starts the actors of a stage.
+    """Reserves resources and starts the actors of a stage: all of them, or on a failure none.
 
     Raises:
         RunError: The cluster cannot hold them: what is asked for and what there is.
+        ActorFailure: One of them could not be started.
     """
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
-    bundle = 0
     groups: dict[str, ActorGroup] = {}
-    for role in wanted:
-        handles = []
-        for rank in range(role.workers):
-            cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
-            place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
-            options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place_at}
-            handles.append(ray.remote(cls).options(**options).remote(**arguments))
-            bundle += 1
-        timeout_s = recipe.trainer.timeout_s if role.name in ("trainer", "critic") else recipe.rollout.timeout_s
-        groups[role.name] = ActorGroup(role.name, handles, timeout_s)
-    actors = Actors(
-        trainer=groups["trainer"],
-        rollout=groups.get("rollout"),
-        rewards=groups.get("rewards"),
-        critic=groups.get("critic"),
-        reference=groups.get("reference"),
-        group=group,
-    )
-    _begin_setup(actors, recipe)
+    with ExitStack() as undo:
+        undo.callback(remove_placement_group, group)
+        bundle = 0
+        for role in wanted:
+            timeout_s = recipe.trainer.timeout_s if role.name in ("trainer", "critic") else recipe.rollout.timeout_s
+            groups[role.name] = ActorGroup(role.name, [], timeout_s)
+            undo.callback(groups[role.name].kill)
+            for rank in range(role.workers):
+                cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
+                place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+                options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place_at}
+                groups[role.name].handles.append(ray.remote(cls).options(**options).remote(**arguments))
+                bundle += 1
+        actors = Actors(
+            trainer=groups["trainer"],
+            rollout=groups.get("rollout"),
+            rewards=groups.get("rewards"),
+            critic=groups.get("critic"),
+            reference=groups.get("reference"),
+            group=group,
+        )
+        _begin_setup(actors, recipe)
+        undo.pop_all()
     return actors
 
 

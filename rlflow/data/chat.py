@@ -105,11 +105,13 @@ class Chat:
         A token is trained when all of it lies in a span. Position 0 never is: nothing predicts it.
         """
         examples = []
+        end_ids = np.array(self.end_ids)
         for batch in _batches(rendered):
             tokens = self._tokenize([item.text for item in batch], offsets=True)
             for item, ids, offsets in zip(batch, tokens["input_ids"], tokens["offset_mapping"], strict=True):
                 token_ids = np.array(ids, dtype=np.int32)
-                examples.append((token_ids, _loss_mask(item.spans, offsets, np.isin(token_ids, self.end_ids))))
+                closes = (token_ids[:, None] == end_ids).any(axis=1)
+                examples.append((token_ids, _loss_mask(item.spans, offsets, closes)))
         return examples
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool = False) -> str:

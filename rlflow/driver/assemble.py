@@ -148,18 +148,21 @@ def weigh(
     """Gives the samples of one optimizer update their loss weights, by the algorithm's reduction.
 
     Args:
-        counts: int [S], tokens of each sample that count in the denominators; its loss tokens when absent.
+        counts: int [S], tokens of each sample that its weight is divided by; its loss tokens when absent.
+
+    Returns:
+        The samples, and the counts of what is trained, which the metrics are means over.
     """
-    if counts is None:
-        counts = np.array([int(sample.loss_mask.sum()) for sample in samples])
+    trained = np.array([int(sample.loss_mask.sum()) for sample in samples])
+    counts = trained if counts is None else counts
     group_of = np.arange(len(samples)) // group_size
-    denominators = count_denominators(counts, group_of)
-    weights = loss_weights(algorithm.loss.reduction, counts, group_of, denominators, max_new_tokens)
+    counted = count_denominators(counts, group_of)
+    weights = loss_weights(algorithm.loss.reduction, counts, group_of, counted, max_new_tokens)
     weighed = [
         replace(sample, loss_weights=np.where(sample.loss_mask, weight, 0.0).astype(np.float32))
         for sample, weight in zip(samples, weights, strict=True)
     ]
-    return weighed, denominators
+    return weighed, count_denominators(trained, group_of)
 
 
 def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:

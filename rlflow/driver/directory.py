@@ -30,14 +30,23 @@ class RunDirectory:
 
 
 def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
-    """Makes the stage's directory with its resolved recipe. Without ``resume`` an earlier run moves aside, whole."""
+    """Makes the stage's directory with its resolved recipe. Without ``resume`` an earlier run moves aside, whole.
+
+    A run that is resumed keeps its recipe until the new one has taken up its checkpoint.
+    """
     path = Path(recipe.run.output_dir)
     aside = _move_aside(path) if path.exists() and not resume else None
     directory = RunDirectory(path, is_new=not path.exists(), aside=aside)
     (path / "rollouts").mkdir(parents=True, exist_ok=True)
     (path / "logs").mkdir(exist_ok=True)
-    (path / "recipe.yaml").write_text(dump_recipe(recipe))
+    if directory.is_new:
+        write_recipe(recipe, path)
     return directory
+
+
+def write_recipe(recipe: Recipe, directory: Path) -> None:
+    """The resolved recipe beside what it made."""
+    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
 
 
 def finished(recipe: Recipe) -> bool:

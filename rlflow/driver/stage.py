@@ -14,6 +14,7 @@ from rlflow import checkpoint
 from rlflow.algorithms.kl_reward import adapt_kl_coef
 from rlflow.data.tokenizer import stop_token_ids
 from rlflow.driver.clock import Clock
+from rlflow.driver.directory import write_recipe
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.placement import Actors
 from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
@@ -106,6 +107,7 @@ class Stage:
         """Loads the newest valid checkpoint. Returns the step to go on with and the driver's saved state."""
         path = checkpoint.newest_valid(self.checkpoints, self.tracker.message)
         if path is None:
+            write_recipe(self.recipe, self.directory)
             return 0, {}
         self.actors.trainer.call_all(Trainer.load, path)
         if self.actors.critic is not None:
@@ -113,6 +115,7 @@ class Stage:
         state = checkpoint.read_driver_state(path)
         self.kl_coef = state["kl_coef"]
         self.best = state["best"] if state["best"] is not None else -math.inf
+        write_recipe(self.recipe, self.directory)
         self.tracker.message(f"resumed from {path.name}")
         return state["step"], state
 

@@ -62,7 +62,8 @@ def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRec
     starts_from: dict[str, Any] = {}
     for stage in _split_stages(document, changes, problems):
         resolved = _resolve(stage, path, starts_from)
-        starts_from = _left_by(resolved.data)
+        if _block(resolved.data, "algorithm").get("name") != "reward_model":
+            starts_from = _left_by(resolved.data)
         recipe = validate(resolved, problems)
         if recipe is not None:
             located.append(LocatedRecipe(recipe, resolved))
@@ -180,7 +181,10 @@ def _block(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _left_by(data: dict[str, Any]) -> dict[str, Any]:
-    """The model block's keys for going on from what a stage leaves: its model, or its adapter on the same base."""
+    """The model block's keys for going on from what a stage leaves: its model, or its adapter on the same base.
+
+    A reward model is no policy: the stage after one goes on from the stage before it.
+    """
     run, model = data["run"], _block(data, "model")
     if not isinstance(run, dict):
         return {}

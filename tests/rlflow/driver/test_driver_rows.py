@@ -205,6 +205,18 @@ def test_a_resumed_ppo_run_ends_like_one_never_stopped(local, run_ppo, tmp_path)
     assert same_weights(whole, stopped)
 
 
+def test_a_run_that_cannot_go_on_keeps_the_recipe_it_was_run_with(local, run_ppo):
+    directory = run_ppo()
+    (directory / "final").rename(directory / "taken_away")
+    recipe = (directory / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match="no tensor"):
+        # Muon has no second moments, so AdamW's cannot go on from it, nor it from AdamW's.
+        run_ppo(resume=True, **{"trainer.optimizer.kind": "muon", "run.steps": 9})
+    assert (directory / "recipe.yaml").read_text() == recipe
+    run_ppo(resume=True, **{"run.steps": 5})
+    assert "steps: 5" in (directory / "recipe.yaml").read_text()
+
+
 def test_the_critic_alone_learns_while_it_warms_up(local, run_ppo, tiny_model_dir):
     directory = run_ppo(**{"algorithm.critic.warmup_steps": 4})
     final, start = load_file(directory / "final" / "model.safetensors"), load_file(tiny_model_dir / "model.safetensors")

@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlflow
+from actors.actor_group import ActorFailure
+from rlflow.driver.errors import RunError
 from rlflow.tracking.rollouts import read_rollouts
 
 pytestmark = pytest.mark.ray
@@ -144,6 +146,24 @@ def test_deepspeed_trains_like_the_default_engine(finished, tmp_path):
         # Where a gradient is almost 0, Adam divides rounding by rounding; a step is 1e-2.
         np.testing.assert_allclose(one[name], other[name], atol=1e-4)
     assert all(line["mismatch/logprob_abs_diff"] < 1e-5 for line in metrics_of(directory / "grpo")[1:])
+
+
+def test_actors_that_cannot_all_be_placed_give_everything_back(ray_session, tmp_path, monkeypatch):
+    import ray
+    from ray.util import placement_group_table
+
+    def fail(actors, recipe):
+        raise ActorFailure("trainer[1]", "rendezvous", "no answer within 1 s")
+
+    monkeypatch.setattr("rlflow.placement._begin_setup", fail)
+    free = ray.available_resources()["CPU"]
+    with pytest.raises(RunError, match="rendezvous"):
+        run(tmp_path, "unplaced")
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) != free:
+        assert time.monotonic() < deadline, "the actors still hold their CPUs"
+        time.sleep(0.1)
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_3(tmp_path):

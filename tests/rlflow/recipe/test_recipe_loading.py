@@ -181,6 +181,16 @@ def test_a_stage_may_name_its_own_model(recipe_file: Path):
     assert grpo.model.path == "org/other"
 
 
+def test_a_policy_goes_on_from_the_last_policy_not_from_a_reward_model(recipe_file: Path):
+    reward_model = "  - name: rm\n    algorithm: {name: reward_model}\n    rewards: []\n"
+    text = STAGES.replace("  - name: grpo", reward_model + "  - name: grpo")
+    sft, rm, grpo = load_recipe(write(recipe_file, SHARED + text))
+    assert rm.model.path == grpo.model.path == f"{sft.run.output_dir}/final"
+    first = SHARED + "stages:\n" + reward_model + "  - name: grpo\n    algorithm: {group_size: 16}\n"
+    rm, grpo = load_recipe(write(recipe_file, first))
+    assert rm.model.path == grpo.model.path == "org/model"
+
+
 def test_an_override_without_stage_applies_to_all_and_with_one_to_that(recipe_file: Path):
     write(recipe_file, SHARED + STAGES)
     sft, grpo = load_recipe(recipe_file, ["trainer.learning_rate=3e-5", "stages.grpo.run.steps=7"])
