@@ -1,6 +1,6 @@
 """RewardServer: completions in, rewards out. Functions run in child processes that can be killed.
 
-    score: group 0 x function 0, group 1 x function 0, ...   one call each, spread over the children
+    score: group 0 x function 0, group 1 x function 0, ...   calls of `prompts_per_call` groups, spread over the children
                |
                +-- scores          -> the rows' rewards
                +-- raised, hung, died, wrong number of scores
@@ -76,7 +76,7 @@ class RewardServer:
     def score(
         self, rollouts: RolloutBatch, prompts: tuple[Prompt, ...], labels: tuple[str, ...] | None = None
     ) -> ScoreBatch:
-        """Calls every function, or those of ``labels``, with the rollouts of one prompt at a time.
+        """Calls every function, or those of ``labels``, with the rollouts of ``prompts_per_call`` prompts at a time.
 
         Takes at most, for each function, the time of its good calls and ``WASTED_CALLS + 1`` times its deadline plus
         the restart of a child: after that its remaining rows fail without a call.
@@ -157,24 +157,27 @@ class _Scoring:
         self._group_size = num_rows // max(1, len(prompts))
         self._children = children
         self._wasted_s = dict.fromkeys(blocks, 0.0)
-        self.queue = deque(
-            Call(index, range(first, first + self._group_size), block.timeout_s)
-            for first in range(0, num_rows, self._group_size or 1)
+        calls = [
+            Call(index, range(first, min(first + rows, num_rows)), block.timeout_s)
             for index, block in blocks.items()
-        )
+            if (rows := self._group_size * block.prompts_per_call)
+            for first in range(0, num_rows, rows)
+        ]
+        self.queue = deque(sorted(calls, key=lambda call: call.rows.start))
 
     def encode(self, call: Call) -> bytes:
-        """Returns the request of a call, all of whose rows belong to one prompt."""
-        prompt = self._prompts[call.rows.start // self._group_size]
+        """Returns the request of a call."""
+        prompts = [self._prompts[row // self._group_size] for row in call.rows]
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         offsets = self._rollouts.offsets
         token_ids = self._rollouts.token_ids.astype(np.int32, copy=False)
         return pickle.dumps(
             Request(
                 function=call.function,
-                prompts=[list(prompt.messages)] * len(call.rows),
+                prompts=[list(prompt.messages) for prompt in prompts],
                 completions=[self._rollouts.texts[row] for row in call.rows],
                 completion_ids=[token_ids[offsets[row] : offsets[row + 1]].tobytes() for row in call.rows],
-                columns={name: [value] * len(call.rows) for name, value in prompt.columns.items()},
+                columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             )
         )
 

@@ -100,6 +100,8 @@ class RewardBlock(Block):
     """Its share of the reward."""
     timeout_s: PositiveFloat = 10.0
     """A call longer than this is killed; the rollout is then unscored."""
+    prompts_per_call: PositiveInt = 1
+    """Prompts whose completions come in one call; more let a model score them in batches."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of every call."""
 

@@ -69,6 +69,8 @@ async def later(completions, **columns):
 def hangs_always(completions, note, **columns):
     open(note, "a").write(".")
     while True: pass
+def rows_of_call(completions, note=None, **columns):
+    return [float(f"{len(completions)}.{len(set(note))}") for _ in completions]
 def numpy_scores(completions, **columns):
     import numpy as np
     return np.array([_score(text) for text in completions], np.float32)
@@ -159,6 +161,17 @@ def test_scores_come_back_in_row_order_from_several_children(serve: Any) -> None
 def test_a_function_receives_messages_token_ids_and_columns_of_its_rows(serve: Any) -> None:
     scores = serve("arguments").score(*batch([["a", "b"], ["c", "d"]], level=[1, 2]))
     assert scores.rewards["arguments"].tolist() == [110.0, 113.0, 216.0, 219.0]
+
+
+def test_a_call_holds_as_many_prompts_as_the_recipe_says(serve: Any, plugin: Path) -> None:
+    block = RewardBlock(plugin=f"{plugin}:rows_of_call", prompts_per_call=2)
+    groups, notes = [["a", "b"], ["c", "d"], ["e", "f"]], ["x", "y", "z"]
+    scores = serve(block, children=2).score(*batch(groups, note=notes))
+    assert scores.rewards["rows_of_call"].tolist() == pytest.approx([4.2, 4.2, 4.2, 4.2, 2.1, 2.1])
+    block = RewardBlock(plugin=f"{plugin}:length", prompts_per_call=2)
+    scores = serve(block).score(*batch([["a", "bb"], ["raise", "dddd"], ["eeeee", "ffffff"]]))
+    assert scores.failed["length"].tolist() == [False, False, True, False, False, False]
+    assert scores.rewards["length"][[0, 1, 3, 4, 5]].tolist() == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
