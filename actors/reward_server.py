@@ -1,6 +1,6 @@
 """RewardServer: completions in, rewards out. Functions run in child processes that can be killed.
 
-    score: group 0 x function 0, group 1 x function 0, ...   calls of `prompts_per_call` groups, spread over the children
+    score: group 0 x function 0, group 1 x function 0, ...   calls of `prompts_per_call` groups, over the children
                |
                +-- scores          -> the rows' rewards
                +-- raised, hung, died, wrong number of scores
