@@ -19,8 +19,9 @@ from online_rows import run, starting_point
 from rlflow.recipe.presets import ALGORITHMS
 
 HERE = Path(__file__).resolve().parent
-STEPS = 60
-RATES = {"reward_model": 3.0e-4, "kto": 1.0e-4}
+STEPS, RATE = 60, 3.0e-5
+STEPS_AND_RATES = {"reward_model": (300, 1.0e-3), "kto": (60, 1.0e-4)}
+"""Of rows that need others: a reward model's head starts at 0."""
 LOSSES = (
     "ipo",
     "hinge",
@@ -60,13 +61,14 @@ def recipe_of(name: str, start: Path, output: Path) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"name": name} if name in ALGORITHMS else {"name": "dpo", "preference": {"loss": name}}
     if name in ("exo_pair", "robust"):
         algorithm["preference"]["label_smoothing"] = 1.0e-3
+    steps, rate = STEPS_AND_RATES.get(name, (STEPS, RATE))
     source = {"generator": f"{HERE / 'arithmetic_pairs.py'}:{kind}"}
     return {
-        "run": {"output_dir": str(output), "seed": 0, "steps": STEPS},
+        "run": {"output_dir": str(output), "seed": 0, "steps": steps},
         "model": {"path": str(start)},
         "algorithm": algorithm,
         "data": {"train": source, "prompts_per_step": 64, "max_tokens": 32},
-        "trainer": {"learning_rate": RATES.get(name, 3.0e-5), "cpus_per_worker": 1},
+        "trainer": {"learning_rate": rate, "cpus_per_worker": 1},
         "evaluation": {"data": {**source, "args": {"split": "heldout"}}},
     }
 
