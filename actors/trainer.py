@@ -65,10 +65,15 @@ class Trainer:
             return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
 
     def setup(self, address: str | None) -> float:
-        """Loads the model, joins the other ranks. Returns seconds."""
+        """Loads the model, joins the other ranks. Returns seconds.
+
+        Raises:
+            ValueError: The model cannot be trained this way; with a remedy.
+        """
         import torch
 
         from actors.train_engines.engine import init_process_group, make_engine
+        from actors.train_engines.sequence_parallel import share_tokens
 
         started = time.perf_counter()
         torch.set_num_threads(self.num_threads)
@@ -77,6 +82,8 @@ class Trainer:
         if address is not None:
             init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s)
         self.module = self.load_module()
+        if self.trainer.sequence_parallel > 1:
+            share_tokens(self.module, self.trainer.sequence_parallel, self.device, self.trainer.timeout_s)
         ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
         self.engine = make_engine(
             self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
@@ -94,7 +101,7 @@ class Trainer:
 
         Returns:
             The objective's metrics, each this rank's share of a global sum: adding over ranks gives the batch's value
-            (names ending in ``_max`` combine by maximum).
+            (names ending in ``_max`` combine by maximum). Ranks that share tokens all return those of the whole.
         """
         totals: dict[str, float] = {}
         for micro_batch in micro_batches:

@@ -224,7 +224,7 @@ def _activation_bytes(recipe: Recipe, shape: ModelShape) -> int:
     """Of one micro-batch, kept for its backward pass."""
     layers_kept = 1 if recipe.trainer.gradient_checkpointing else shape.layers
     kept = layers_kept * shape.activations_per_token + (shape.layers - layers_kept) * shape.hidden
-    return micro_batch_tokens(recipe) * kept * DTYPE_BYTES[recipe.model.dtype]
+    return micro_batch_tokens(recipe) * kept * DTYPE_BYTES[recipe.model.dtype] // recipe.trainer.sequence_parallel
 
 
 def _state_bytes(
@@ -305,7 +305,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> dict[str, i
 def micro_batch_tokens(recipe: Recipe) -> int:
     """Most tokens in one forward pass of a rank: the packing budget, one longer sequence, or all there is."""
     longest = longest_sequence(recipe)
-    per_rank = math.ceil(sequences_per_step(recipe) / recipe.trainer.workers) * longest
+    per_rank = math.ceil(sequences_per_step(recipe) / recipe.trainer.data_parallel) * longest
     return max(longest, min(recipe.trainer.tokens_per_micro_batch, per_rank))
 
 

@@ -20,7 +20,13 @@ _MAX_PADDING = 0.25
 
 
 class PackedLayout:
-    """Where each token of a packed micro-batch sits in the padded buckets. Built once, used by every layer."""
+    """Where each token of a packed micro-batch sits in the padded buckets. Built once, used by every layer.
+
+    This rank holds the hidden states of all tokens; of a SplitLayout, it holds a part of them.
+    """
+
+    first = 0
+    """The first token that this rank holds."""
 
     def __init__(self, cu_seqlens: np.ndarray, device: torch.device) -> None:
         """Args: cu_seqlens: int [S + 1], boundaries of the packed sequences."""
@@ -39,10 +45,22 @@ class PackedLayout:
             self.buckets.append(torch.from_numpy(tokens).to(device))
         self.where = torch.from_numpy(where).to(device)
 
+    def own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N] -> those of the tokens that this rank holds."""
+        return tokens
+
+    def held(self, positions: torch.Tensor) -> torch.Tensor | slice:
+        """Of indices of tokens [M], those that this rank holds, as an index."""
+        return slice(None)
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that share the tokens, on each of them."""
+        return values
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
-        """query [N, H, D], key and value [N, K, D] -> [N, H, D]. Padded rows read an extra all-zero token."""
+        """query [N, H, D], key [N, K, D], value [N, K, E] -> [N, H, E]. Padded rows read an extra all-zero token."""
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         outputs = []

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
+from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
@@ -20,6 +21,8 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.ranks: SequenceRanks | None = None
+        """Those that share a micro-batch's tokens."""
 
     def forward(self, batch: MicroBatch, device: torch.device, wanted: Literal["values", "scores"]) -> torch.Tensor:
         """One number from the hidden state of chosen tokens, float32.
@@ -29,18 +32,25 @@ class ScalarModel(nn.Module):
                 expects before that token is known; 0 elsewhere. ``scores``: [S], the number of each sequence's last
                 token, which is the reward of the whole.
         """
-        hidden = self.model.base_model(
-            input_ids=torch.from_numpy(batch.token_ids).to(device)[None],
-            position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
-            layout=PackedLayout(batch.cu_seqlens, device),
+        layout = layout_of(batch.cu_seqlens, device, self.ranks)
+        token_ids, position_ids = (torch.from_numpy(x).to(device) for x in (batch.token_ids, batch.position_ids))
+        hidden = self.hidden_states(token_ids, position_ids, layout)
+        scores = wanted == "scores"
+        at = torch.from_numpy(batch.cu_seqlens[1:] if scores else np.flatnonzero(batch.loss_mask)).to(device) - 1
+        rows, size = (torch.arange(len(at), device=device), len(at)) if scores else (at + 1, len(token_ids))
+        held = layout.held(at)
+        # Batches without a loss token must still reach every parameter, or ranks fall out of step.
+        zeros = torch.zeros(size, dtype=torch.float32, device=device) + 0.0 * hidden.sum().float()
+        return layout.summed(zeros.index_put((rows[held],), self._head(hidden[at[held] - layout.first])))
+
+    def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
+        return self.model.base_model(
+            input_ids=layout.own(token_ids)[None],
+            position_ids=layout.own(position_ids)[None],
+            layout=layout,
             use_cache=False,
         ).last_hidden_state[0]
-        if wanted == "scores":
-            return self._head(hidden[torch.from_numpy(batch.cu_seqlens[1:].astype(np.int64) - 1).to(device)])
-        rows = torch.from_numpy(np.flatnonzero(batch.loss_mask)).to(device)
-        # Batches without a loss token must still reach every parameter, or ranks fall out of step.
-        zeros = torch.zeros(len(hidden), dtype=torch.float32, device=device) + 0.0 * hidden.sum().float()
-        return zeros.index_put((rows,), self._head(hidden[rows - 1]))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, H] -> [M]."""

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
+from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -42,6 +43,8 @@ class TokenModel(nn.Module):
         super().__init__()
         self.model = model
         self.dropout_layers = list(dropout_layers)
+        self.ranks: SequenceRanks | None = None
+        """Those that share a micro-batch's tokens."""
         self.softcap: float | None = model.config.to_dict().get("final_logit_softcapping")
 
     def forward(
@@ -59,13 +62,12 @@ class TokenModel(nn.Module):
         """
         for layer in self.dropout_layers:
             layer.train(torch.is_grad_enabled())
-        hidden = self.model.get_decoder()(
-            input_ids=token_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False
-        ).last_hidden_state[0]
+        hidden = self.hidden_states(token_ids, position_ids, layout)
         rows = wanted.nonzero().squeeze(1)
+        rows = rows[layout.held(rows - 1)]
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
         zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) + 0.0 * hidden.sum().float()
-        before, targets = hidden[rows - 1], token_ids[rows]
+        before, targets = hidden[rows - 1 - layout.first], token_ids[rows]
         chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
         run = _recomputed if len(rows) > chunk and torch.is_grad_enabled() else _call
         parts = [
@@ -73,7 +75,17 @@ class TokenModel(nn.Module):
             for i in range(0, max(1, len(rows)), chunk)
         ]
         logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        return TokenOutputs(zeros.index_put((rows,), logprobs), torch.zeros_like(zeros).index_put((rows,), entropies))
+        outputs = (zeros.index_put((rows,), logprobs), torch.zeros_like(zeros).index_put((rows,), entropies))
+        return TokenOutputs(*map(layout.summed, outputs))
+
+    def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
+        return self.model.get_decoder()(
+            input_ids=layout.own(token_ids)[None],
+            position_ids=layout.own(position_ids)[None],
+            layout=layout,
+            use_cache=False,
+        ).last_hidden_state[0]
 
     def of_batch(
         self,
@@ -86,7 +98,7 @@ class TokenModel(nn.Module):
         return self(
             torch.from_numpy(batch.token_ids).to(device),
             torch.from_numpy(batch.position_ids).to(device),
-            PackedLayout(batch.cu_seqlens, device),
+            layout_of(batch.cu_seqlens, device, self.ranks),
             torch.from_numpy(batch.loss_mask).to(device),
             temperature,
             entropy_gradient,

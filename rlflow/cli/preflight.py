@@ -14,6 +14,7 @@ from typing import Any
 from rewards import REWARDS
 from rewards.reward_model import score_head_problem
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
+from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
@@ -66,6 +67,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         elif path is not None:
             yield from _in_model(key, path)
     yield from in_adapter(recipe, to_come)
+    yield from in_sequence_parallel(recipe, to_come)
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():
         yield "model.chat_template", f"there is no file {template}"

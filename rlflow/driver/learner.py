@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from actors.value_trainer import ValueTrainer
 from rlflow.batching import num_real_tokens, pack, unpack
 from rlflow.driver.stage import Stage
 from rlflow.types import Denominators, MicroBatch, Sample
+
+T = TypeVar("T")
 
 
 def update(
@@ -41,12 +43,14 @@ def update(
     started = time.perf_counter()
     batches = {name: _pack(stage, samples, group) for name, (group, _) in learners.items()}
     pending = [
-        group.start_each(Trainer.forward_backward, batches[name], stage.algorithm, denominators, temperature)
+        group.start_each(
+            Trainer.forward_backward, _dealt(batches[name], group), stage.algorithm, denominators, temperature
+        )
         for name, (group, _) in learners.items()
     ]
     metrics: dict[str, float] = {}
-    for (group, _), of_group in zip(learners.values(), pending, strict=True):
-        metrics |= _combined(of_group.get(group.timeout_s))
+    for (name, (group, _)), of_group in zip(learners.items(), pending, strict=True):
+        metrics |= _combined(_once(of_group.get(group.timeout_s), batches[name]))
     for name, (group, rate) in learners.items():
         stats = group.call_all(Trainer.optim_step, rate)[0]
         metrics |= {
@@ -62,7 +66,8 @@ def evaluate(stage: Stage, samples: Sequence[Sample], denominators: Denominators
     """The objective's metrics on samples that are not trained."""
     trainer = stage.actors.trainer
     batches = _pack(stage, samples, trainer)
-    return _combined(trainer.call_each(Trainer.evaluate, batches, stage.algorithm, denominators))
+    per_rank = trainer.call_each(Trainer.evaluate, _dealt(batches, trainer), stage.algorithm, denominators)
+    return _combined(_once(per_rank, batches))
 
 
 def trainer_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
@@ -101,18 +106,33 @@ def _each(
     stage: Stage, group: ActorGroup, method: Callable[..., list[np.ndarray]], samples: Sequence[Sample], *args: Any
 ) -> list[np.ndarray]:
     """One number a token from a forward pass, back in the order of the samples."""
-    batches = pack(samples, max_tokens=stage.recipe.trainer.tokens_per_micro_batch, num_ranks=len(group))
-    per_rank = group.call_each(method, batches, *args)
-    return unpack(samples, [batch for rank in batches for batch in rank], [v for rank in per_rank for v in rank])
+    batches = _pack(stage, samples, group, unit_size=1)
+    per_rank = group.call_each(method, _dealt(batches, group), *args)
+    values = [value for of_one in _once(per_rank, batches) for value in of_one]
+    return unpack(samples, [batch for of_one in batches for batch in of_one], values)
 
 
-def _pack(stage: Stage, samples: Sequence[Sample], group: ActorGroup) -> list[list[MicroBatch]]:
+def _pack(
+    stage: Stage, samples: Sequence[Sample], group: ActorGroup, unit_size: int | None = None
+) -> list[list[MicroBatch]]:
+    """A list of micro-batches for each rank, or for each few ranks that share them: those of a reference never do."""
+    share = 1 if group is stage.actors.reference else stage.recipe.trainer.sequence_parallel
     return pack(
         samples,
         max_tokens=stage.recipe.trainer.tokens_per_micro_batch,
-        num_ranks=len(group),
-        unit_size=2 if stage.recipe.is_paired else 1,
+        num_ranks=len(group) // share,
+        unit_size=unit_size or (2 if stage.recipe.is_paired else 1),
     )
+
+
+def _dealt(batches: Sequence[list[MicroBatch]], group: ActorGroup) -> list[list[MicroBatch]]:
+    """What each rank is given: neighbours that share micro-batches the same."""
+    return [of_one for of_one in batches for _ in range(len(group) // len(batches))]
+
+
+def _once(per_rank: Sequence[T], batches: Sequence[list[MicroBatch]]) -> Sequence[T]:
+    """Of ranks that share micro-batches, and so have the same results, those of one."""
+    return per_rank[:: len(per_rank) // len(batches)]
 
 
 def _combined(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:

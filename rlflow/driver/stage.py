@@ -89,7 +89,7 @@ class Stage:
         """Raises RunError when too many updates in a row had no finite gradient."""
         skipped = any(value for name, value in metrics.items() if name.endswith("/skipped"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        limit = self.recipe.trainer.max_skipped_steps
+        limit = self.recipe.run.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise RunError(
                 f"step {step}: the gradient was not finite for {limit} updates in a row; parameters are those of the "

@@ -215,6 +215,8 @@ class RunBlock(Block):
     """End the stage early, at the first evaluation whose pass@1 reaches this."""
     max_staleness: NonNegativeInt = 0
     """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
+    max_skipped_steps: PositiveInt = 3
+    """This many non-finite steps in a row stop the run."""
     seed: NonNegativeInt = 0
     """Of everything random."""
     output_dir: str = "runs/run"

@@ -53,6 +53,9 @@ class TrainerBlock(Block):
     """FSDP2, or DeepSpeed's ZeRO."""
     workers: PositiveInt = 1
     """Ranks."""
+    sequence_parallel: PositiveInt = 1
+    """So many ranks share the tokens and attention heads of each micro-batch (Ulysses, arXiv 2309.14509): a rank holds
+    that share of the activations. It divides workers."""
     learning_rate: PositiveFloat = 1e-6
     """Peak."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -67,8 +70,6 @@ class TrainerBlock(Block):
     """Bound of a packed micro-batch; a longer sequence is alone in its own."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
-    max_skipped_steps: PositiveInt = 3
-    """This many non-finite steps in a row stop the run."""
     fsdp: FsdpBlock = FsdpBlock()
     """Options of engine fsdp."""
     deepspeed: DeepSpeedBlock = DeepSpeedBlock()
@@ -79,6 +80,11 @@ class TrainerBlock(Block):
     """Ray GPUs of each rank."""
     timeout_s: PositiveFloat = 1800.0
     """A call longer than this is an error that names the rank."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Micro-batches that are worked on at a time, each by a group of ranks."""
+        return self.workers // self.sequence_parallel
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.engine != "deepspeed" and self.deepspeed != DeepSpeedBlock():
@@ -91,6 +97,10 @@ class TrainerBlock(Block):
         if self.workers % replicas:
             reason = f"{replicas} does not divide workers ({self.workers}): every copy has as many ranks"
             yield Conflict(("fsdp.replicas", "workers"), reason)
+        if self.workers % self.sequence_parallel:
+            yield Conflict(
+                ("sequence_parallel", "workers"), _undivided(self.sequence_parallel, "workers", self.workers)
+            )
         kind = self.optimizer.kind
         if kind != "adamw" and self.engine == "deepspeed":
             reason = f"ZeRO cuts weights into flat pieces, which {kind} cannot step: set engine: fsdp, or kind: adamw"
@@ -113,6 +123,14 @@ def trainer_conflicts(trainer: TrainerBlock, dtype: str, critic: CriticBlock | N
     if critic is not None and critic.workers % trainer.fsdp.replicas:
         reason = f"{trainer.fsdp.replicas} does not divide algorithm.critic.workers ({critic.workers}), sharded as well"
         yield Conflict(("trainer.fsdp.replicas", "algorithm.critic.workers"), reason)
+    if critic is not None and critic.workers % trainer.sequence_parallel:
+        reason = _undivided(trainer.sequence_parallel, "algorithm.critic.workers", critic.workers)
+        yield Conflict(("trainer.sequence_parallel", "algorithm.critic.workers"), reason)
     if critic is not None and trainer.optimizer.kind == "adamw_8bit" and not critic.gpus_per_worker:
         reason = "steps the critic too, on GPUs: set algorithm.critic.gpus_per_worker, or kind: adamw"
         yield Conflict(("trainer.optimizer.kind", "algorithm.critic.gpus_per_worker"), reason)
+
+
+def _undivided(sequence_parallel: int, key: str, workers: int) -> str:
+    remedy = f"set {key} to a multiple of it, or sequence_parallel: 1"
+    return f"{sequence_parallel} does not divide {key} ({workers}), and so many ranks share each micro-batch: {remedy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 MAX_TOKENS = (16, 48, 4096)
 """Of a micro-batch: nearly one sequence each, a few, and all of a rank's."""
+SPLITS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
+"""Ranks, and how many of them share each micro-batch's tokens."""
 
 
 def algorithm_of(name: str) -> AlgorithmBlock:
@@ -102,13 +105,14 @@ def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], logprobs.gather(1, tokens[1:, None]).squeeze(1).numpy()]).astype(np.float32)
 
 
-def trainer_of(name: str, model: Path, rank: int, world_size: int) -> Any:
+def trainer_of(name: str, model: Path, rank: int, world_size: int, share: int = 1) -> Any:
+    """share: Ranks that share each micro-batch's tokens."""
     from actors.policy_trainer import PolicyTrainer
     from actors.reward_trainer import RewardTrainer
     from actors.value_trainer import ValueTrainer
 
     cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(name, PolicyTrainer)
-    block = TrainerBlock(workers=world_size, max_grad_norm=1e9)
+    block = TrainerBlock(workers=world_size, sequence_parallel=share, max_grad_norm=1e9)
     return cls(ModelBlock(path=str(model)), block, rank=rank, world_size=world_size, num_threads=1, seed=0)
 
 
@@ -117,16 +121,18 @@ def gradients(trainer: Any, name: str, model: Any, max_tokens: int) -> dict[str,
     from torch.distributed.tensor import DTensor
 
     samples, denominators, unit_size = batch_of(name, model)
-    batches = pack(samples, max_tokens=max_tokens, num_ranks=trainer.world_size, unit_size=unit_size)
-    metrics = trainer.forward_backward(batches[trainer.rank], algorithm_of(name), denominators)
+    share = trainer.trainer.sequence_parallel
+    batches = pack(samples, max_tokens=max_tokens, num_ranks=trainer.world_size // share, unit_size=unit_size)
+    metrics = trainer.forward_backward(batches[trainer.rank // share], algorithm_of(name), denominators)
     found = {}
     for key, parameter in trainer.module.named_parameters():
         gradient = parameter.grad
         if gradient is not None:
             found[key] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
             parameter.grad = None
-    # One number a name, summed over ranks as the driver does.
-    totals = torch.tensor([value for key, value in sorted(metrics.items()) if not key.endswith("_max")])
+    # One number a name, summed over ranks as the driver does: of those that share micro-batches, one.
+    counted = 1.0 if trainer.rank % share == 0 else 0.0
+    totals = torch.tensor([counted * value for key, value in sorted(metrics.items()) if not key.endswith("_max")])
     if trainer.world_size > 1:
         torch.distributed.all_reduce(totals)
     return found | {"metrics": totals}
@@ -137,8 +143,9 @@ def main(rank: int, world_size: int, address: str, model: Path, output: Path) ->
 
     torch.set_num_threads(1)
     start = AutoModelForCausalLM.from_pretrained(model)
-    for number, name in enumerate(OBJECTIVES):
-        trainer = trainer_of(name, model, rank, world_size)
+    shares = [share for ranks, share in SPLITS if ranks == world_size]
+    for number, (name, share) in enumerate(product(OBJECTIVES, shares)):
+        trainer = trainer_of(name, model, rank, world_size, share)
         trainer.setup(address if world_size > 1 and number == 0 else None)
         if name in ("reward_model", "critic"):
             # A head of zeros gives the layers below it no gradient at all.
@@ -147,7 +154,7 @@ def main(rank: int, world_size: int, address: str, model: Path, output: Path) ->
         for max_tokens in MAX_TOKENS:
             whole = gradients(trainer, name, start, max_tokens)
             if rank == 0:
-                save_file(whole, output / f"{name}-{world_size}-{max_tokens}.safetensors")
+                save_file(whole, output / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The gradient of a batch is one number a parameter: no micro-batch size, packing or number of ranks can change it."""
+"""The gradient of a batch is one number a parameter: no micro-batch size, packing, number of ranks or
+sharing of tokens between them can change it."""
 
 from __future__ import annotations
 
@@ -6,21 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
-from gradient_splits import MAX_TOKENS, OBJECTIVES
+from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
 def directory(tiny_model_dir, tmp_path_factory):
-    """Gradients of every objective on 1, 2 and 3 ranks, as files."""
+    """Gradients of every objective on 1 to 4 ranks, as files."""
     output = tmp_path_factory.mktemp("gradients")
-    for world_size in (1, 2, 3):
+    for world_size in sorted({ranks for ranks, _ in SPLITS}):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -35,7 +37,7 @@ def directory(tiny_model_dir, tmp_path_factory):
             for command in commands
         ]
         try:
-            errors = [rank.communicate(timeout=280)[1] for rank in ranks]
+            errors = [rank.communicate(timeout=400)[1] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -45,13 +47,12 @@ def directory(tiny_model_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, name):
-    whole = load_file(directory / f"{name}-1-{MAX_TOKENS[-1]}.safetensors")
+    whole = load_file(directory / f"{name}-1-1-{MAX_TOKENS[-1]}.safetensors")
     norm = sum(float(value.double().square().sum()) for key, value in whole.items() if key != "metrics") ** 0.5
     assert norm > 1e-3
-    for world_size in (1, 2, 3):
-        for max_tokens in MAX_TOKENS:
-            split = load_file(directory / f"{name}-{world_size}-{max_tokens}.safetensors")
-            assert split.keys() == whole.keys()
-            parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]
-            assert float(sum(parts)) ** 0.5 < 1e-6 * norm, (world_size, max_tokens)
-            assert split["metrics"].tolist() == pytest.approx(whole["metrics"].tolist(), rel=1e-5, abs=1e-6)
+    for (world_size, share), max_tokens in product(SPLITS, MAX_TOKENS):
+        split = load_file(directory / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
+        assert split.keys() == whole.keys()
+        parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]
+        assert float(sum(parts)) ** 0.5 < 1e-6 * norm, (world_size, share, max_tokens)
+        assert split["metrics"].tolist() == pytest.approx(whole["metrics"].tolist(), rel=1e-5, abs=1e-6)

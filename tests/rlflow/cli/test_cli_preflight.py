@@ -130,3 +130,40 @@ def test_a_reward_model_that_an_earlier_stage_will_write_may_be_missing_and_a_po
     assert len(load_checked(recipe_file)) == 2
     recipe_file.write_text(text.replace("FIRST", "sft"))
     assert "out/sft/final will be a policy (sft): name the final/ of a reward_model stage" in problem_of(recipe_file)
+
+
+SHARED = ["trainer.workers=4", "trainer.sequence_parallel=4"]
+
+
+def test_heads_that_do_not_divide_over_the_ranks_that_share_tokens_are_refused(recipe_file: Path):
+    config = recipe_file.parent / "model" / "config.json"
+    config.write_text(json.dumps({"num_attention_heads": 14, "num_key_value_heads": 2}))
+    problem = problem_of(recipe_file, *SHARED)
+    assert problem == (
+        f"command line: trainer.sequence_parallel: {config.parent}: 14 attention heads and 2 key-value heads do not "
+        "divide over 4 ranks: set trainer.sequence_parallel to one of 1, 2, 14"
+    )
+    assert load_checked(recipe_file, ["trainer.workers=4", "trainer.sequence_parallel=2"])
+    config.write_text(json.dumps({"num_attention_heads": 16, "num_key_value_heads": 2}))
+    assert load_checked(recipe_file, SHARED)
+
+
+def test_a_new_models_and_a_critics_heads_are_looked_at_too(recipe_file: Path):
+    new = "model={path: null, architecture: {model_type: llama, num_attention_heads: 6}, characters: abc}"
+    assert "the new model: 6 attention heads" in problem_of(recipe_file, new, *SHARED)
+    critic = recipe_file.parent / "critic"
+    critic.mkdir()
+    (critic / "config.json").write_text(json.dumps({"n_head": 6}))
+    (critic / "model.safetensors").write_text("")
+    ppo = ["algorithm={name: ppo, critic: {workers: 4, path: critic}}", *SHARED]
+    assert f"{critic}: 6 attention heads" in problem_of(recipe_file, *ppo)
+
+
+def test_a_stage_that_goes_on_from_another_has_its_heads(recipe_file: Path):
+    (recipe_file.parent / "model" / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
+    stages = (
+        "stages: [{name: sft, algorithm: {name: sft}, rewards: [], trainer: {sequence_parallel: 1}}, {name: grpo}]\n"
+    )
+    recipe_file.write_text(RECIPE + "trainer: {workers: 4, sequence_parallel: 4}\n" + stages)
+    problem = problem_of(recipe_file)
+    assert problem.startswith(f"{recipe_file}:") and "sft/final: 6 attention heads" in problem

@@ -34,6 +34,17 @@ def problems_of(tmp_path: Path, *lines: str) -> str:
             "does not divide algorithm.critic.workers (3)",
         ),
         (
+            "sft",
+            "run: {steps: 1}\ntrainer: {workers: 3, sequence_parallel: 2}",
+            "trainer.sequence_parallel: 2 does not divide workers (3), and so many ranks share each micro-batch: set "
+            "workers to a multiple of it, or sequence_parallel: 1",
+        ),
+        (
+            "ppo, critic: {workers: 1}",
+            "run: {steps: 1}\nrewards: [{name: exact_match}]\ntrainer: {workers: 2, sequence_parallel: 2}",
+            "2 does not divide algorithm.critic.workers (1)",
+        ),
+        (
             "grpo",
             "run: {steps: 1}\nrewards: [{name: cosine}]\n"
             "evaluation: {data: {path: a/b}, reward: {name: cosine, weight: 2.0}}",

@@ -1,0 +1,46 @@
+"""Whether ranks can share the tokens of the models that a recipe trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe.token_shares import sharing_problem
+
+Found = Iterator[tuple[str, str]]
+"""(dotted key, what is wrong with its value and what to do)."""
+
+
+def in_sequence_parallel(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
+    """Of the policy and the critic, by configs that are on this machine.
+
+    Args:
+        to_come: The directory that each earlier stage will write, and the stage.
+    """
+    ranks, critic = recipe.trainer.sequence_parallel, recipe.algorithm.critic.path
+    if ranks == 1:
+        return
+    models = [recipe.model]
+    if recipe.needs_critic and critic is not None:
+        models.append(ModelBlock(path=critic))
+    for model in models:
+        config = _config_of(model, to_come)
+        if config is not None and (problem := sharing_problem(config, ranks)):
+            yield "trainer.sequence_parallel", f"{model.path or 'the new model'}: {problem}"
+
+
+def _config_of(model: ModelBlock, to_come: Mapping[str, Recipe]) -> Mapping[str, Any] | None:
+    """Fields of a model's config, or of what earlier stages start from; None where it is not on this machine."""
+    for _ in to_come:
+        if model.path in to_come:
+            model = to_come[model.path].model
+    if model.architecture is not None:
+        return model.architecture
+    try:
+        config = json.loads((Path(model.path or "") / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None

@@ -1,0 +1,59 @@
+"""Whether ranks can share a model's tokens (Ulysses, arXiv 2309.14509), from its config alone. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_ROTARY = ("rope_parameters", "rope_scaling")
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def sharing_problem(config: Mapping[str, Any], ranks: int) -> str | None:
+    """Why so many ranks cannot share a micro-batch's tokens, and what to do; None when they can, or it is not said.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    for kind in _rotary_kinds(config):
+        if kind in _BY_LENGTH:
+            return (
+                f"its rotary embedding ({kind}) depends on the longest sequence, and a rank sees a part of it: set "
+                "trainer.sequence_parallel: 1"
+            )
+    heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+    if heads is None:
+        return None
+    key_value_heads = config.get("num_key_value_heads")
+    return heads_problem(heads, key_value_heads if isinstance(key_value_heads, int) else heads, ranks)
+
+
+def heads_problem(heads: int, key_value_heads: int, ranks: int) -> str | None:
+    """Why attention heads cannot be dealt to so many ranks, and what to do; None when they can.
+
+    Each rank has the same number of heads, and of key-value heads or, of fewer than ranks, a copy of one.
+    """
+    if _divides(heads, key_value_heads, ranks):
+        return None
+    possible = ", ".join(str(n) for n in range(1, heads + 1) if _divides(heads, key_value_heads, n))
+    return (
+        f"{heads} attention heads and {key_value_heads} key-value heads do not divide over {ranks} ranks: set "
+        f"trainer.sequence_parallel to one of {possible}"
+    )
+
+
+def _divides(heads: int, key_value_heads: int, ranks: int) -> bool:
+    return heads % ranks == 0 and (key_value_heads % ranks == 0 or ranks % key_value_heads == 0)
+
+
+def _rotary_kinds(config: Mapping[str, Any]) -> Iterator[object]:
+    """Of the whole model, or of each kind of layer."""
+    for name in _ROTARY:
+        parameters = config.get(name)
+        if isinstance(parameters, dict):
+            for block in (parameters, *parameters.values()):
+                if isinstance(block, dict):
+                    yield block.get("rope_type", block.get("type"))
