@@ -1,7 +1,10 @@
-"""One update of a policy whose tokens ranks share, in several settings. Run as a script, it is one rank."""
+"""One update of a policy whose tokens ranks share, in several settings. Run as a script, it is all ranks, one after the
+other one, two and four: forks, which import nothing again."""
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +16,18 @@ import torch.distributed as dist
 from gradient_splits import algorithm_of, batch_of
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from actors.policy_trainer import PolicyTrainer
+from actors.train_engines import token_model
+from actors.train_engines.engine import init_process_group
+from actors.train_engines.sequence_parallel import share_tokens
+from actors.train_engines.token_model import load_token_model
 from rlflow.batching import pack, unpack
 from rlflow.recipe import ModelBlock, TrainerBlock
 from rlflow.types import Sample
 
+CPU = torch.device("cpu")
 MAX_TOKENS = 48
 TEMPERATURE = 0.9
 # The first step of such an Adam is smooth in the gradient: rounding stays as small in the weights.
@@ -105,29 +114,20 @@ class Mixing(nn.Module):
         return self.inner.hidden_states(*args).cumsum(dim=0)
 
 
-def refusals(models: Path) -> str:
-    """What two ranks are told of a model that mixes tokens outside attention."""
-    from actors.train_engines.sequence_parallel import share_tokens
-    from actors.train_engines.token_model import load_token_model
-
-    device = torch.device("cpu")
-    module = Mixing(load_token_model(ModelBlock(path=str(models / "grouped")), seed=0, device=device))
+def refusal(models: Path) -> str:
+    """What a rank of two says of a model that mixes tokens outside attention."""
+    module = Mixing(load_token_model(ModelBlock(path=str(models / "grouped")), seed=0, device=CPU))
     try:
-        share_tokens(module, 2, device, timeout_s=60)
+        share_tokens(module, 2, CPU, timeout_s=60)
     except ValueError as error:
         return str(error)
     return "accepted"
 
 
-def main(rank: int, world_size: int, address: str, models: Path, output: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from actors.train_engines import token_model
-    from actors.train_engines.engine import init_process_group
-
-    torch.set_num_threads(1)
+def rank_main(rank: int, world_size: int, address: str, models: Path, output: Path) -> None:
     # Ranks then score their tokens in different numbers of chunks.
     token_model._CHUNK_ELEMENTS = 4 * 100
+    torch.set_num_threads(1)
     if world_size > 1:
         init_process_group(rank, world_size, address, timeout_s=120)
     for name, setting in SETTINGS.items():
@@ -141,8 +141,25 @@ def main(rank: int, world_size: int, address: str, models: Path, output: Path) -
             if rank == 0:
                 save_file(found, output / f"{name}-{world_size}-{share}.safetensors")
     if world_size == 2:
-        (output / f"refusal-{rank}.txt").write_text(refusals(models))
+        (output / f"refusal-{rank}.txt").write_text(refusal(models))
+
+
+def main(models: Path, output: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for world_size in (1, 2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        arguments = [(rank, world_size, address, models, output) for rank in range(world_size)]
+        ranks = [context.Process(target=rank_main, args=of_rank, daemon=True) for of_rank in arguments]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(240)
+        codes = [rank.exitcode for rank in ranks]
+        if any(codes) or None in codes:
+            raise SystemExit(f"{world_size} ranks ended with {codes}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -225,3 +225,8 @@ def test_parameters_on_disk_are_counted_from_the_headers_alone(tmp_path: Path):
 def test_a_config_without_the_common_fields_is_no_shape():
     with pytest.raises(UnknownShape, match="its config has no hidden_size"):
         shape_of({"model_type": "mamba"})
+
+
+def test_ranks_that_share_tokens_hold_that_share_of_the_activations(recipe_file: Path):
+    alone, shared = (plan_of(recipe_file, f"trainer.sequence_parallel={n}").roles[0].parts or {} for n in (1, 2))
+    assert shared["activations"] * 2 == alone["activations"]
