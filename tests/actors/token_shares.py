@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from actors.policy_trainer import PolicyTrainer
 from actors.train_engines import token_model
 from actors.train_engines.engine import init_process_group
-from actors.train_engines.sequence_parallel import share_tokens
+from actors.train_engines.sequence_parallel import SequenceRanks, share_tokens
 from actors.train_engines.token_model import load_token_model
 from rlflow.batching import pack, unpack
 from rlflow.recipe import ModelBlock, TrainerBlock
@@ -108,7 +108,8 @@ class Mixing(nn.Module):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.inner, self.model, self.ranks = module, module.model, None
+        self.inner, self.model = module, module.model
+        self.ranks: SequenceRanks | None = None
 
     def hidden_states(self, *args: Any) -> torch.Tensor:
         return self.inner.hidden_states(*args).cumsum(dim=0)
