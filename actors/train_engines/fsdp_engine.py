@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from actors.train_engines.engine import (
@@ -42,6 +42,7 @@ class FsdpEngine:
         (loss * self.world_size).backward()
 
     def step(self, learning_rate: float) -> float | None:
+        self._reshard()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         finite = math.isfinite(grad_norm)
@@ -51,6 +52,7 @@ class FsdpEngine:
         return grad_norm if finite else None
 
     def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        self._reshard()
         for name, parameter in self.module.get_submodule("model").named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
@@ -67,7 +69,14 @@ class FsdpEngine:
         load_with_random_state(directory, self.rank, self._shards(moments))
         self._put(moments)
 
+    def _reshard(self) -> None:
+        """A forward pass without a backward one leaves whole weights in the place of the parameters that are trained."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _moments(self) -> dict[str, Moments]:
+        self._reshard()
         return {name: self.optimizer.moments(parameter) for name, parameter in trainable(self.module)}
 
     def _shards(self, moments: dict[str, Moments]) -> dict[str, Shard]:

@@ -236,14 +236,22 @@ class Run:
             assert torch.equal(loss, expected)
             total += loss.detach()
             self.engine.backward(loss * float("nan") if spoiled and self.rank == 0 else loss)
+        self.look()
         if self.world_size > 1:
             dist.all_reduce(total)
         return float(total), self.engine.step(LEARNING_RATES[step])
 
     def weights(self) -> dict[str, torch.Tensor]:
+        self.look()
         return {name: tensor.detach().clone() for name, tensor in self.engine.full_weights()}
 
+    @torch.no_grad()
+    def look(self) -> None:
+        """A forward pass without a backward one, as an evaluation has it: it may come before anything else."""
+        loss_of(self.module, micro_batches(0)[self.rank], 1)
+
     def save(self, directory: Path) -> Path:
+        self.look()
         directory.mkdir(parents=True, exist_ok=True)
         self.engine.save_state(directory)
         if self.world_size > 1:
