@@ -70,7 +70,7 @@ class FsdpEngine:
         self._put(moments)
 
     def _reshard(self) -> None:
-        """A forward pass without a backward one leaves whole weights in the place of the parameters that are trained."""
+        """A forward pass without a backward one leaves whole weights in the place of the trained parameters."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
