@@ -151,16 +151,19 @@ class Trainer:
         self.engine.load_state(directory)
 
     def export(self, directory: Path) -> None:
-        """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the tokenizer."""
+        """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the rest of ``final/``."""
+        from actors.model_files import save_generation_config, save_model
+
         weights = dict(self.engine.full_weights(trained_only=self.block.adapter is not None))
         model = self.module.model
         if self.rank == 0 and self.block.adapter is not None:
             from actors import adapters
 
             adapters.write(directory, model, weights.items())
+            save_generation_config(model, directory)
         elif self.rank == 0:
             model.config._attn_implementation = "sdpa"
-            model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in weights.items()})
+            save_model(model, directory, {name: tensor.cpu() for name, tensor in weights.items()})
 
     def _objective_of(
         self, micro_batch: MicroBatch, algorithm: AlgorithmBlock, denominators: Denominators, temperature: float

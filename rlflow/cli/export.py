@@ -1,26 +1,46 @@
-"""`rlflow export`: what a run has trained, as a directory for others: a model, or an adapter merged into its base."""
+"""`rlflow export`: what a run has trained, for others: a copy, an adapter merged into its base, a push to a hub."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlflow.cli.common import parser_of
+from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.data.errors import DataError
+from rlflow.driver.errors import RunError
 from rlflow.recipe.adapter_files import WEIGHTS, base_of, is_adapter, read_config
+from rlflow.tracking.history import RECIPE
+from rlflow.tracking.model_card import write_card
 
-SUMMARY = "copy a run's model, or merge its adapter into the base model"
+SUMMARY = "copy a run's model, merge its adapter into the base model, push either to a hub"
 
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+_KEPT = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "generation_config.json",
+)
+"""Of an adapter's directory, what the merged model's has as well."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = parser_of("export", SUMMARY, "rlflow export runs/gsm8k merged/gsm8k --merge")
+    example = (
+        "rlflow export runs/gsm8k merged/gsm8k --merge\n"
+        "  HF_TOKEN=... rlflow export runs/gsm8k --push hf:organisation/gsm8k --private"
+    )
+    parser = parser_of("export", SUMMARY, example)
     parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="a run, or a model or adapter directory")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new directory")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, nargs="?", help="a new directory; may be left out with --push"
+    )
     parser.add_argument("--merge", action="store_true", help="write a plain model: base plus adapter")
     parser.add_argument("--base", metavar="PATH", help="the base model, when it is no longer where the run found it")
     parser.add_argument(
@@ -28,28 +48,93 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of merged weights; the base's when left out. The sum is computed in float32",
     )
+    parser.add_argument(
+        "--push",
+        metavar="HUB:ID",
+        type=hub_target,
+        help="upload to hf:organisation/name (token: HF_TOKEN) or modelscope:organisation/name "
+        "(MODELSCOPE_API_TOKEN; needs modelscope-hub); a repository that is not there is made",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: nobody else sees the repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="with --push: the branch, the hub's default when left out")
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    source = arguments.directory
-    source = source / "final" if (source / "final").is_dir() else source
-    if not arguments.merge:
-        if not (is_adapter(source) or (source / "config.json").exists()):
-            raise DataError(f"{source} holds no model and no adapter: name a finished run, or its final/")
-        _publish(arguments.output, lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True))
-    else:
-        if not is_adapter(source):
-            raise DataError(f"{source} holds no adapter to merge: leave out --merge to copy a model")
-        _publish(arguments.output, lambda directory: _merge(source, directory, arguments.base, arguments.dtype))
-    print(arguments.output)
+    """Checks everything first, then opens the repository: a token that is refused costs no merge."""
+    source = _source(arguments)
+    output, target = arguments.output, arguments.push
+    repository = None
+    if target is not None:
+        repository = open_repository(target, source, private=arguments.private, revision=arguments.revision)
+    if arguments.merge:
+        _publish(output, lambda directory: _merge(source, directory, arguments.base, arguments.dtype))
+    elif output is not None:
+        _publish(output, lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True))
+    if output is not None:
+        print(output)
+    if repository is None:
+        return 0
+    _warn_of_local_base(output or source)
+    try:
+        print(repository.upload(output or source))
+    except (DataError, RunError) as error:
+        again = f"rlflow export {output or source} --push {target}"
+        raise type(error)(f"{error}\n`{again}` sends the same files again") from error
     return 0
+
+
+def _source(arguments: argparse.Namespace) -> Path:
+    """The directory to export.
+
+    Raises:
+        DataError: It holds nothing that can be, or the arguments do not go together.
+    """
+    directory, output = arguments.directory, arguments.output
+    source = directory / "final" if (directory / "final").is_dir() else directory
+    if not (is_adapter(source) or (source / "config.json").exists()):
+        stages = sorted(str(path.parent) for path in directory.glob("*/final"))
+        remedy = f"name one of its stages: {', '.join(stages)}" if stages else "name a finished run, or its final/"
+        raise DataError(f"{source} holds no model and no adapter: {remedy}")
+    if is_adapter(source):
+        _base_of(source)
+    if arguments.merge and not is_adapter(source):
+        raise DataError(f"{source} holds no adapter to merge: leave out --merge to copy a model")
+    if output is None and (arguments.merge or arguments.push is None):
+        raise DataError(
+            "name OUTPUT, a new directory" + (" for the merged model" if arguments.merge else ", or --push")
+        )
+    if output is not None and output.exists():
+        raise DataError(f"{output} exists already: name a new directory")
+    if arguments.push is None and (arguments.private or arguments.revision):
+        raise DataError("--private and --revision are of --push hf:organisation/name: add it")
+    return source
+
+
+def _base_of(adapter: Path) -> str | None:
+    """
+    Raises:
+        DataError: The adapter's config cannot be read.
+    """
+    try:
+        return base_of(read_config(adapter))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _warn_of_local_base(directory: Path) -> None:
+    """An adapter whose base is a directory of this machine is of little use to others."""
+    base = _base_of(directory) if is_adapter(directory) else None
+    if base is not None and Path(base).is_dir():
+        print(
+            f"note: {directory} is an adapter of {base}, which others do not have: push the merged model (--merge), or "
+            "name the base's hub id in adapter_config.json",
+            file=sys.stderr,
+        )
 
 
 def _publish(output: Path, write: Callable[[Path], Any]) -> None:
     """Has a directory written under another name first: what bears ``output`` is whole."""
-    if output.exists():
-        raise DataError(f"{output} exists already: name a new directory")
     temporary = output.with_name(f".{output.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -70,8 +155,10 @@ def _merge(source: Path, directory: Path, base: str | None, dtype: str | None) -
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from actors.model_files import save_model
+
     try:
-        path = base or base_of(read_config(source))
+        path = base or _base_of(source)
         if path is None:
             raise DataError(f"{source} does not say which model it is an adapter of: give --base")
         if not (source / WEIGHTS).exists():
@@ -84,7 +171,9 @@ def _merge(source: Path, directory: Path, base: str | None, dtype: str | None) -
         if isinstance(error, DataError):
             raise
         raise DataError(f"{source} cannot be merged: {error}\nGive the model it was trained on with --base") from error
-    merged.to(stored if dtype is None else getattr(torch, dtype)).save_pretrained(directory)
-    for pattern in _TOKENIZER:
+    save_model(merged.to(stored if dtype is None else getattr(torch, dtype)), directory)
+    for pattern in _KEPT:
         for file in source.glob(pattern):
             shutil.copy(file, directory)
+    if source.name == "final" and (source.parent / RECIPE).is_file():
+        write_card(directory, source.parent)

@@ -6,8 +6,9 @@ Neither importing this module nor loading a tokenizer from a directory imports t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError, nearest
@@ -16,6 +17,7 @@ from rlflow.recipe.schema import ModelBlock
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+GENERATION_CONFIG = "generation_config.json"
 CHARACTER_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -62,12 +64,30 @@ def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TE
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tuple[int, ...]:
     """The tokens that end a completion: eos, the chat template's end of turn, and those of generation_config.json."""
     ids = set(Chat(tokenizer).end_ids)
-    config = Path(model.path or "") / "generation_config.json"
+    config = Path(model.path or "") / GENERATION_CONFIG
     if model.path is not None and config.is_file():
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        stop = settings.get("eos_token_id", [])
-        ids.update(stop if isinstance(stop, list) else [stop])
+        ids.update(_stop_tokens_in(json.loads(config.read_text(encoding="utf-8"))))
     return tuple(sorted(ids))
+
+
+def write_stop_tokens(directory: Path, stop_token_ids: Iterable[int]) -> None:
+    """Has what loads a model directory stop where the rollouts stopped: adds to ``eos_token_id`` in
+    generation_config.json. A directory without that file, of a model that generates nothing, stays as it is."""
+    path = directory / GENERATION_CONFIG
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    ids = sorted({*stop_token_ids, *_stop_tokens_in(settings)})
+    settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    # The mark of settings that only repeat config.json's.
+    settings.pop("_from_model_config", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stop_tokens_in(settings: Mapping[str, Any]) -> list[int]:
+    """Of a generation config."""
+    stop = settings.get("eos_token_id")
+    return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
 
 def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:

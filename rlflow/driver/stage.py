@@ -12,12 +12,13 @@ from actors.rollout_worker import RolloutWorker
 from actors.trainer import Trainer
 from rlflow import checkpoint
 from rlflow.algorithms.kl_reward import adapt_kl_coef
-from rlflow.data.tokenizer import stop_token_ids
+from rlflow.data.tokenizer import stop_token_ids, write_stop_tokens
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import write_recipe
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.placement import Actors
 from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
+from rlflow.tracking.model_card import write_card
 from rlflow.tracking.tracker import Tracker, Trackers
 from rlflow.types import SamplingParams, StepStats
 
@@ -186,11 +187,13 @@ class Stage:
             self.actors.critic.call_all(Trainer.save, directory / "critic")
 
     def export(self) -> Path:
-        """Writes ``final/``, a Hugging Face directory, under a temporary name first."""
+        """Writes ``final/``, a Hugging Face directory with a model card, under a temporary name first."""
         final, temporary = self.directory / "final", self.directory / ".final.writing"
         temporary.mkdir(exist_ok=True)
         self.actors.trainer.call_all(Trainer.export, temporary)
         self.tokenizer.save_pretrained(temporary)
+        write_stop_tokens(temporary, stop_token_ids(self.tokenizer, self.model))
+        write_card(temporary, self.directory)
         if final.exists():
             raise RunError(f"{final} exists already")
         temporary.rename(final)

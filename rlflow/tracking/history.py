@@ -13,7 +13,7 @@ import yaml
 from rlflow.tracking.jsonl import read_metrics
 from rlflow.tracking.redact import redact
 
-METRICS = "metrics.jsonl"
+METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 
 
 class HistoryError(ValueError):
@@ -75,7 +75,7 @@ def read_stages(run_directory: Path) -> list[StageHistory]:
         HistoryError: There is no metrics.jsonl in the directory, nor in one directly below.
     """
     paths = [path for path in (run_directory / METRICS, *run_directory.glob(f"*/{METRICS}")) if path.is_file()]
-    stages = [_read_stage(path.parent) for path in paths]
+    stages = [read_stage(path.parent) for path in paths]
     stages = sorted((stage for stage in stages if stage.steps), key=lambda stage: stage.steps[0]["time"])
     if not stages:
         raise HistoryError(
@@ -105,8 +105,9 @@ def smooth(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[floa
     return smoothed
 
 
-def _read_stage(directory: Path) -> StageHistory:
-    recipe_path = directory / "recipe.yaml"
+def read_stage(directory: Path) -> StageHistory:
+    """One stage's directory; without a metrics.jsonl it has no steps."""
+    recipe_path, metrics_path = directory / RECIPE, directory / METRICS
     recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.exists() else {}
-    steps = tuple(read_metrics(directory / METRICS))
+    steps = tuple(read_metrics(metrics_path)) if metrics_path.exists() else ()
     return StageHistory(directory.name, directory, redact(recipe), steps)

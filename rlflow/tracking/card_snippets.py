@@ -1,0 +1,120 @@
+"""The code in a model card: how transformers, PEFT and vLLM load what is in its directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
+
+HERE = 'path = "."  # this directory, or its id on a hub'
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's values of max_lora_rank."""
+
+GENERATE = """\
+inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)
+tokens = model.generate(**inputs, max_new_tokens={max_new_tokens})[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(tokens, skip_special_tokens=True))"""
+
+MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{here}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+{generate}"""
+
+ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{here}
+base = "{base}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), path)
+{generate}"""
+
+SCORE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+{here}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
+text = {conversation}
+inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+print(model(**inputs).logits[0, 0].item())"""
+
+SCORE_RECIPE = """\
+rewards:
+  - {name: reward_model, args: {path: THIS_DIRECTORY}}"""
+
+VLLM = """\
+from vllm import LLM, SamplingParams
+
+{here}
+llm = LLM(path)
+print(llm.{call}, SamplingParams(max_tokens={max_new_tokens}))[0].outputs[0].text)"""
+
+VLLM_ADAPTER = """\
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+{here}
+llm = LLM("{base}", tokenizer=path, enable_lora=True, max_lora_rank={rank})
+adapter = LoRARequest("trained", 1, path)
+print(llm.{call}, SamplingParams(max_tokens={max_new_tokens}), lora_request=adapter)[0].outputs[0].text)"""
+
+TEMPLATED = "tokenizer.apply_chat_template({messages}, tokenize=False{more})"
+
+
+def usage(directory: Path, recipe: dict[str, Any]) -> str:
+    """Markdown with code for what the directory holds: a policy, an adapter or a reward model."""
+    if is_reward_model(directory):
+        return "\n\n".join([_code("python", _score(directory)), "In a recipe of rlflow:", _code("yaml", SCORE_RECIPE)])
+    has_template = _has_chat_template(directory)
+    messages = [{"role": "user", "content": "Hello"}]
+    templated = TEMPLATED.format(messages=_shown(messages), more=", add_generation_prompt=True")
+    prompt = templated if has_template else '"Hello"'
+    call = f"chat({_shown(messages)}" if has_template else 'generate("Hello"'
+    max_new_tokens = recipe["rollout"]["max_new_tokens"]
+    generate = GENERATE.format(prompt=prompt, max_new_tokens=max_new_tokens)
+    values: dict[str, Any] = {"here": HERE, "generate": generate, "call": call, "max_new_tokens": max_new_tokens}
+    if not is_adapter(directory):
+        return "\n\n".join([_code("python", MODEL.format(**values)), "vLLM:", _code("python", VLLM.format(**values))])
+    config = read_config(directory)
+    values |= {"base": base_of(config), "rank": next((rank for rank in VLLM_RANKS if rank >= config["r"]), config["r"])}
+    blocks = [_code("python", ADAPTER.format(**values))]
+    if config.get("use_dora"):
+        blocks.append("vLLM has no DoRA: merge the adapter with `rlflow export DIRECTORY OUTPUT --merge`.")
+    else:
+        blocks += ["vLLM:", _code("python", VLLM_ADAPTER.format(**values))]
+    return "\n\n".join(blocks)
+
+
+def is_reward_model(directory: Path) -> bool:
+    """Whether it holds a sequence classifier."""
+    path = directory / "config.json"
+    names = json.loads(path.read_text()).get("architectures") or [] if path.is_file() else []
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def _score(directory: Path) -> str:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello you"}]
+    templated = TEMPLATED.format(messages=_shown(messages), more="")
+    return SCORE.format(here=HERE, conversation=templated if _has_chat_template(directory) else '"HelloHello you"')
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and "chat_template" in json.loads(config.read_text())
+
+
+def _shown(messages: list[dict[str, str]]) -> str:
+    return json.dumps(messages)
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
