@@ -14,7 +14,7 @@ from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
 from rlflow.recipe.adapter_files import WEIGHTS, base_of, is_adapter, read_config
-from rlflow.tracking.history import RECIPE
+from rlflow.tracking.history import HistoryError
 from rlflow.tracking.model_card import write_card
 
 SUMMARY = "copy a run's model, merge its adapter into the base model, push either to a hub"
@@ -175,5 +175,7 @@ def _merge(source: Path, directory: Path, base: str | None, dtype: str | None) -
     for pattern in _KEPT:
         for file in source.glob(pattern):
             shutil.copy(file, directory)
-    if source.name == "final" and (source.parent / RECIPE).is_file():
+    try:
         write_card(directory, source.parent)
+    except HistoryError as error:
+        print(f"note: the merged model has no model card: {error}", file=sys.stderr)

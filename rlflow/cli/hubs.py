@@ -128,6 +128,8 @@ class HuggingFaceRepository:
             answered = isinstance(cause, errors.HfHubHTTPError)
             status = cause.response.status_code if answered else None
             said = _line((cause.server_message if answered else None) or str(cause), self.token)
+            if "404" in said and "/xet-write-token/" in said:
+                raise DataError(f"{self.api.endpoint} has no Xet storage: set HF_HUB_DISABLE_XET=1") from error
             tokens = f"{self.api.endpoint}/settings/tokens"
             raise _failure(self.api.endpoint, self.repository, status, said, tokens) from error
 
@@ -143,7 +145,7 @@ class ModelScopeRepository:
             library: Any = importlib.import_module("modelscope_hub")
             self.errors: Any = importlib.import_module("modelscope_hub.errors")
         except ImportError as error:
-            raise DataError("--push modelscope:... needs a package: pip install modelscope-hub") from error
+            raise DataError("--push modelscope:... needs its client: pip install modelscope-hub") from error
         config = library.HubConfig()
         self.repository, self.revision = repository, revision
         self.endpoint, self.token = config.endpoint, config.token

@@ -123,7 +123,8 @@ def _train(stage: Stage, rows: list, held_out: list, *, resume: bool) -> None:
         train = train_online if recipe.family == "online" else train_offline
         train(stage, rows, steps, resume=resume)
         stage.export()
-        write_report(stage.directory)
+        if "jsonl" in recipe.tracking:
+            write_report(stage.directory)
         tracker.finish({})
     finally:
         tracker.close()

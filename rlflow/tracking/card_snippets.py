@@ -13,7 +13,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's values of max_lora_rank."""
 
 GENERATE = """\
-inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)
+{prompt}
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
 tokens = model.generate(**inputs, max_new_tokens={max_new_tokens})[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(tokens, skip_special_tokens=True))"""
 
@@ -41,8 +42,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 {here}
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
-text = {conversation}
-inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+{conversation}
+inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)
 print(model(**inputs).logits[0, 0].item())"""
 
 SCORE_RECIPE = """\
@@ -65,7 +66,15 @@ llm = LLM("{base}", tokenizer=path, enable_lora=True, max_lora_rank={rank})
 adapter = LoRARequest("trained", 1, path)
 print(llm.{call}, SamplingParams(max_tokens={max_new_tokens}), lora_request=adapter)[0].outputs[0].text)"""
 
-TEMPLATED = "tokenizer.apply_chat_template({messages}, tokenize=False{more})"
+PROMPT = """\
+messages = [{"role": "user", "content": "Hello"}]
+prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"""
+
+CONVERSATION = """\
+messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello you"}]
+conversation = tokenizer.apply_chat_template(messages, tokenize=False)"""
+
+CHAT = 'chat([{"role": "user", "content": "Hello"}]'
 
 
 def usage(directory: Path, recipe: dict[str, Any]) -> str:
@@ -73,10 +82,8 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     if is_reward_model(directory):
         return "\n\n".join([_code("python", _score(directory)), "In a recipe of rlflow:", _code("yaml", SCORE_RECIPE)])
     has_template = _has_chat_template(directory)
-    messages = [{"role": "user", "content": "Hello"}]
-    templated = TEMPLATED.format(messages=_shown(messages), more=", add_generation_prompt=True")
-    prompt = templated if has_template else '"Hello"'
-    call = f"chat({_shown(messages)}" if has_template else 'generate("Hello"'
+    prompt = PROMPT if has_template else 'prompt = "Hello"'
+    call = CHAT if has_template else 'generate("Hello"'
     max_new_tokens = recipe["rollout"]["max_new_tokens"]
     generate = GENERATE.format(prompt=prompt, max_new_tokens=max_new_tokens)
     values: dict[str, Any] = {"here": HERE, "generate": generate, "call": call, "max_new_tokens": max_new_tokens}
@@ -100,9 +107,8 @@ def is_reward_model(directory: Path) -> bool:
 
 
 def _score(directory: Path) -> str:
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello you"}]
-    templated = TEMPLATED.format(messages=_shown(messages), more="")
-    return SCORE.format(here=HERE, conversation=templated if _has_chat_template(directory) else '"HelloHello you"')
+    plain = 'conversation = "Hello" + "Hello you"'
+    return SCORE.format(here=HERE, conversation=CONVERSATION if _has_chat_template(directory) else plain)
 
 
 def _has_chat_template(directory: Path) -> bool:
@@ -110,10 +116,6 @@ def _has_chat_template(directory: Path) -> bool:
         return True
     config = directory / "tokenizer_config.json"
     return config.is_file() and "chat_template" in json.loads(config.read_text())
-
-
-def _shown(messages: list[dict[str, str]]) -> str:
-    return json.dumps(messages)
 
 
 def _code(language: str, text: str) -> str:

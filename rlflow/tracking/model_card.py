@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from rlflow.recipe import ALGORITHMS
+from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.tracking.card_snippets import is_reward_model, usage
-from rlflow.tracking.history import StageHistory, read_stage
+from rlflow.tracking.history import RECIPE, HistoryError, StageHistory, read_stage
 from rlflow.tracking.lines import number, signed
 
 CARD = "README.md"
@@ -32,8 +34,11 @@ def write_card(directory: Path, run_directory: Path) -> None:
     Args:
         directory: What the run trained, as Hugging Face or PEFT directory.
         run_directory: Of the stage that trained it, with its recipe.yaml and metrics.jsonl.
+
+    Raises:
+        HistoryError: There is no recipe.yaml that this version reads.
     """
-    stage = read_stage(run_directory)
+    stage = _read(run_directory)
     earlier = list(_earlier_stages(stage.recipe))
     name = _name(stage)
     body = [
@@ -49,6 +54,21 @@ def write_card(directory: Path, run_directory: Path) -> None:
     ]
     front = _front_matter(directory, name, stage, earlier)
     (directory / CARD).write_text(f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8")
+
+
+def _read(directory: Path) -> StageHistory:
+    """A stage whose recipe has every key.
+
+    Raises:
+        HistoryError: It has no recipe, or one that this version does not read.
+    """
+    stage = read_stage(directory)
+    try:
+        recipe = Recipe.model_validate(stage.recipe)
+    except ValidationError as error:
+        cause = f"{error.error_count()} of its keys are missing or not of this version"
+        raise HistoryError(f"{directory / RECIPE} cannot be read: {cause}") from error
+    return replace(stage, recipe=recipe.model_dump(mode="json"))
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
@@ -73,8 +93,10 @@ def _earlier_stages(recipe: dict[str, Any]) -> Iterator[StageHistory]:
     seen = set()
     while (path := _start(recipe)) is not None and path not in seen and Path(path).name == "final":
         seen.add(path)
-        stage = read_stage(Path(path).parent)
-        if not stage.recipe:
+        try:
+            stage = _read(Path(path).parent)
+        except HistoryError:
+            # Somebody else's directory of that name, or one of another version: the account begins after it.
             return
         yield stage
         recipe = stage.recipe
@@ -217,7 +239,7 @@ def _results(stage: StageHistory) -> list[str]:
 def _recipe(stage: StageHistory) -> str:
     """Every key, secrets replaced, and the home directory of whoever ran it as ``~``."""
     text = yaml.safe_dump(stage.recipe, sort_keys=False, width=100).replace(f"{Path.home()}/", "~/")
-    return f"<details><summary>{_name(stage)}</summary>\n\n```yaml\n{text}```\n\n</details>"
+    return f"<details><summary>{_name(stage)}</summary>\n\n````yaml\n{text}````\n\n</details>"
 
 
 def _versions() -> Iterator[str]:

@@ -170,6 +170,8 @@ class HuggingFaceHandler(Handler):
         if verb == "preupload":
             asked = json.loads(body)["files"]
             raise Answer(200, {"files": [self._mode(one["path"], files) for one in asked]})
+        if verb != "commit":
+            raise Answer(404, {"error": f"the stand-in has no {verb}"})
         for line in body.splitlines():
             self._apply(json.loads(line), files)
         repo.commits += 1

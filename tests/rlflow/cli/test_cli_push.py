@@ -226,6 +226,15 @@ def test_offline_mode_is_named(model: Path, hugging_face: HubServer, monkeypatch
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
+def test_a_hub_without_xet_storage_says_how_to_do_without(
+    model: Path, hugging_face: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    assert push(model, "--push", "hf:org/gsm8k") == 2
+    assert f"{hugging_face.url} has no Xet storage: set HF_HUB_DISABLE_XET=1" in capsys.readouterr().err
+
+
 def test_a_missing_client_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert push(model, "--push", "modelscope:org/gsm8k") == 2
