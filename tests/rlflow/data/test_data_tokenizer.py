@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlflow.data.errors import DataError
-from rlflow.data.tokenizer import build_character_tokenizer, load_tokenizer, stop_token_ids
+from rlflow.data.tokenizer import build_character_tokenizer, load_tokenizer, stop_token_ids, write_stop_tokens
 from rlflow.recipe.schema import ModelBlock
 
 EXCHANGE = [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]
@@ -111,3 +111,13 @@ def test_loading_from_a_directory_imports_no_torch(tmp_path, tokenizer):
         "assert not {'torch', 'datasets', 'ray', 'vllm'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_stop_tokens_are_added_to_those_of_the_generation_config(tmp_path):
+    write_stop_tokens(tmp_path, (1,))
+    assert not list(tmp_path.iterdir())
+    path = tmp_path / "generation_config.json"
+    for before, stop, after in [(None, (1,), 1), (1, (1,), 1), (2, (1,), [1, 2]), ([2, 3], (1, 3), [1, 2, 3])]:
+        path.write_text(json.dumps({"eos_token_id": before, "top_p": 0.9, "_from_model_config": True}))
+        write_stop_tokens(tmp_path, stop)
+        assert json.loads(path.read_text()) == {"eos_token_id": after, "top_p": 0.9}

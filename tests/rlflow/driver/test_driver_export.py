@@ -39,8 +39,10 @@ def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A model whose turns end with another token than eos, and whose generation config contradicts itself."""
     directory = tmp_path_factory.mktemp("start") / "model"
     shutil.copytree(tiny_model_dir, directory)
-    template = (directory / "chat_template.jinja").read_text()
-    (directory / "chat_template.jinja").write_text(template.replace("<eos>", END_OF_TURN))
+    tokenizer = load_tokenizer(ModelBlock(path=str(directory)))
+    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_TURN]})
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<eos>", END_OF_TURN)
+    tokenizer.save_pretrained(directory)
     settings = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": False, "max_new_tokens": 99}
     (directory / "generation_config.json").write_text(json.dumps(settings))
     (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n# start\n")
