@@ -125,9 +125,9 @@ class HuggingFaceRepository:
         except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # pyright: ignore[reportPrivateImportUsage]
             # A file's upload fails as a RuntimeError of a thread, whose cause says why.
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-            answered = isinstance(cause, errors.HfHubHTTPError)
-            status = cause.response.status_code if answered else None
-            said = _line((cause.server_message if answered else None) or str(cause), self.token)
+            answer = cause if isinstance(cause, errors.HfHubHTTPError) else None
+            status = answer and answer.response.status_code
+            said = _line((answer and answer.server_message) or str(cause), self.token)
             if "404" in said and "/xet-write-token/" in said:
                 raise DataError(f"{self.api.endpoint} has no Xet storage: set HF_HUB_DISABLE_XET=1") from error
             tokens = f"{self.api.endpoint}/settings/tokens"
@@ -195,9 +195,10 @@ class ModelScopeRepository:
         except (DataError, RunError):
             raise
         except (self.errors.HubError, OSError, RuntimeError) as error:
-            status = error.status_code if isinstance(error, self.errors.APIError) else None
+            failure: Any = error
+            status = failure.status_code if isinstance(error, self.errors.APIError) else None
             status = next((code for kind, code in meanings.items() if isinstance(error, kind)), status)
-            said = error.message if isinstance(error, self.errors.HubError) else str(error)
+            said = failure.message if isinstance(error, self.errors.HubError) else str(error)
             if answer := re.match(r"(?:\[E\d+\] )?\[(\d{3})\] ([^|\n]*)", self.refused):
                 status, said = int(answer[1]), answer[2]
             raise _failure(self.endpoint, self.repository, status, _line(said, self.token), self.tokens) from error

@@ -151,7 +151,7 @@ def _datasets(recipe: dict[str, Any]) -> Iterator[str]:
             yield source["path"]
 
 
-def _license(recipe: dict[str, Any], earlier: list[StageHistory]) -> dict[str, str]:
+def _license(recipe: dict[str, Any], earlier: list[StageHistory]) -> dict[str, Any]:
     """What the card of the model at the start says of its license and language, where that model is a directory."""
     path = (earlier[-1].recipe if earlier else recipe)["model"]["path"]
     front = read_front_matter(Path(path) / CARD) if path is not None else {}
