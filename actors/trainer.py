@@ -36,6 +36,9 @@ class UpdateStats:
 
 
 class Trainer:
+    moe_prefix = ""
+    """Before the names of a mixture of experts' metrics."""
+
     def __init__(
         self, model: ModelBlock, trainer: TrainerBlock, *, rank: int, world_size: int, num_threads: int, seed: int
     ) -> None:
@@ -73,6 +76,7 @@ class Trainer:
         import torch
 
         from actors.train_engines.engine import init_process_group, make_engine
+        from actors.train_engines.routers import find_routers
         from actors.train_engines.sequence_parallel import share_tokens
 
         started = time.perf_counter()
@@ -82,8 +86,12 @@ class Trainer:
         if address is not None:
             init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s)
         self.module = self.load_module()
+        self.routers = None
         if self.trainer.sequence_parallel > 1:
+            # A rank's routers see a slice of each sequence: neither losses on whole sequences nor metrics.
             share_tokens(self.module, self.trainer.sequence_parallel, self.device, self.trainer.timeout_s)
+        else:
+            self.routers = find_routers(self.module.model, self.block.router, self.device)
         ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
         self.engine = make_engine(
             self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
@@ -108,7 +116,7 @@ class Trainer:
             loss, metrics = self._objective_of(micro_batch, algorithm, denominators, temperature)
             self.engine.backward(loss)
             _add(totals, metrics)
-        return totals
+        return totals | self._router_load()
 
     def evaluate(
         self,
@@ -124,7 +132,7 @@ class Trainer:
         with torch.no_grad():
             for micro_batch in micro_batches:
                 _add(totals, self._objective_of(micro_batch, algorithm, denominators, temperature)[1])
-        return totals
+        return totals | self._router_load()
 
     def optim_step(self, learning_rate: float) -> UpdateStats:
         """Clips and applies the gradient that forward_backward gathered."""
@@ -133,11 +141,12 @@ class Trainer:
 
     def weights(self, version: int) -> WeightSnapshot | None:
         """All ranks take part; rank 0 returns the snapshot: of an adapter alone where there is one."""
+        from actors.checkpoint_names import to_checkpoint
         from actors.weight_sync import pack_weights
 
         named = self.engine.full_weights(trained_only=self.block.adapter is not None)
         if self.rank == 0:
-            return pack_weights(named, version)
+            return pack_weights(named if self.block.adapter else to_checkpoint(self.module.model, named), version)
         for _ in named:
             pass
         return None
@@ -171,7 +180,16 @@ class Trainer:
         from rlflow.algorithms.batch import TensorBatch
 
         batch = TensorBatch.from_numpy(micro_batch, self.device)
-        return self.objective(micro_batch, batch, algorithm, denominators, temperature)
+        if self.routers is None:
+            return self.objective(micro_batch, batch, algorithm, denominators, temperature)
+        with self.routers.watched() as seen:
+            loss, metrics = self.objective(micro_batch, batch, algorithm, denominators, temperature)
+        of_routers, parts = self.routers.loss(seen, batch, self.block.router, denominators)
+        return loss + of_routers, metrics | {self.moe_prefix + name: value for name, value in parts.items()}
+
+    def _router_load(self) -> dict[str, float]:
+        load = {} if self.routers is None else self.routers.load(self.world_size)
+        return {self.moe_prefix + name: value for name, value in load.items()}
 
 
 def combine(totals: dict[str, float], name: str, value: float) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class ValueTrainer(Trainer):
+    moe_prefix = "critic_"
+
     def load_module(self) -> Any:
         from actors.train_engines.scalar_model import load_scalar_model
 

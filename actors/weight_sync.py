@@ -21,7 +21,7 @@ class WeightSnapshot:
 
     version: int
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
-    """(Hugging Face name, torch dtype, shape), in the order of the buffer. Tied weights appear once."""
+    """(name in a checkpoint, torch dtype, shape), in the order of the buffer. Tied weights appear once."""
     buffer: np.ndarray
     """uint8 [bytes of all tensors]."""
 

@@ -90,7 +90,7 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
 
     Args:
         parameters: How many there are, when that is known; otherwise the count of a Llama-like decoder, exact for
-            llama, qwen2 and qwen3.
+            llama, qwen2 and qwen3 and for mixtral, qwen2_moe and qwen3_moe.
     """
     if "text_config" in config and isinstance(config["text_config"], dict):
         config = config["text_config"]
@@ -110,7 +110,8 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
     )
     if parameters is not None:
         return shape
-    total = _layer_parameters(config, shape, mlp, head_size) * shape.layers + hidden
+    total = _attention_parameters(config, shape, head_size) * shape.layers + hidden
+    total += _feed_forward_parameters(config, shape)
     kind = str(_first(config, "model_type", default=""))
     tied = _first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)
     total += shape.vocabulary * hidden * (1 if tied else 2)
@@ -118,21 +119,36 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
     return replace(shape, parameters=total)
 
 
-def _layer_parameters(config: Mapping[str, Any], shape: ModelShape, mlp: int, head_size: int) -> int:
+def _attention_parameters(config: Mapping[str, Any], shape: ModelShape, head_size: int) -> int:
+    """Of a layer, with the norms before attention and feed-forward."""
     kind = str(_first(config, "model_type", default=""))
-    experts = _count(config, "num_local_experts", "num_experts", default=1)
     queries, keys, hidden = shape.query_width, shape.key_width, shape.hidden
-    attention = 2 * hidden * queries + 2 * hidden * keys
-    if kind == "qwen2" or _first(config, "attention_bias", default=False):
-        attention += queries + 2 * keys + (0 if kind == "qwen2" else hidden)
-    if kind.startswith("qwen3"):
-        attention += 2 * head_size
+    count = 2 * hidden * queries + 2 * hidden * keys + 2 * hidden
+    of_qwen2 = kind in ("qwen2", "qwen2_moe")
+    if of_qwen2 or _first(config, "attention_bias", default=False):
+        count += queries + 2 * keys + (0 if of_qwen2 else hidden)
+    return count + 2 * head_size if kind.startswith("qwen3") else count
+
+
+def _feed_forward_parameters(config: Mapping[str, Any], shape: ModelShape) -> int:
+    """Of all layers: a router and experts in the sparse ones, one wider expert in the others."""
+    kind, hidden = str(_first(config, "model_type", default="")), shape.hidden
     matrices = 2 if kind in _TWO_MATRIX_MLP else 3
-    feed_forward = matrices * hidden * mlp
+    wide = _count(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    dense = matrices * hidden * wide
     if _first(config, "mlp_bias", default=False):
-        feed_forward += (matrices - 1) * mlp + hidden
-    router = experts * hidden if experts > 1 else 0
-    return attention + experts * feed_forward + router + 2 * hidden
+        dense += (matrices - 1) * wide + hidden
+    experts = _count(config, "num_experts", "num_local_experts", default=None if kind.endswith("_moe") else 1)
+    if experts == 1:
+        return shape.layers * dense
+    one = matrices * hidden * _count(config, "moe_intermediate_size", default=wide)
+    shared = _count(config, "shared_expert_intermediate_size", default=0)
+    sparse = experts * (one + hidden) + (matrices * hidden * shared + hidden if shared else 0)
+    step = _count(config, "decoder_sparse_step", default=1)
+    dense_layers = set(_first(config, "mlp_only_layers", default=())) | {
+        i for i in range(shape.layers) if (i + 1) % step
+    }
+    return len(dense_layers) * dense + (shape.layers - len(dense_layers)) * sparse
 
 
 def count_stored(directory: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,31 +46,47 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The weights are large enough for the next-token distribution to be far from uniform, so that a wrong logprob shows.
     """
+    from transformers import Qwen3Config
+
+    directory = tmp_path_factory.mktemp("tiny_model")
+    _write_model(directory, Qwen3Config, hidden_size=48, tie_word_embeddings=True, num_hidden_layers=2)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_model_dir``, a Qwen3-MoE, untied: 8 experts, of which a token takes 2; the middle layer is dense."""
+    from transformers import Qwen3MoeConfig
+
+    directory = tmp_path_factory.mktemp("tiny_moe")
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+    _write_model(directory, Qwen3MoeConfig, hidden_size=64, tie_word_embeddings=False, num_hidden_layers=3, **experts)
+    return directory
+
+
+def _write_model(directory: Path, make_config: Any, **sizes: Any) -> None:
+    """Config, random weights and tokenizer."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from rlflow.data.tokenizer import build_character_tokenizer
 
-    directory = tmp_path_factory.mktemp("tiny_model")
     tokenizer = build_character_tokenizer(CHARACTERS, CHAT_TEMPLATE)
-    config = Qwen3Config(
+    config = make_config(
         vocab_size=len(tokenizer),
-        hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
         initializer_range=0.25,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return directory

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
+from actors.checkpoint_names import to_model
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
@@ -36,6 +37,7 @@ class TorchEngine:
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_num_seqs = max_num_seqs
+        self.is_adapted = adapted is not None
         if adapted is not None:
             from actors import adapters
 
@@ -57,7 +59,7 @@ class TorchEngine:
         parameters = self.synced
         missing = set(parameters)
         with torch.no_grad():
-            for name, tensor in weights:
+            for name, tensor in weights if self.is_adapted else to_model(self.model, weights):
                 if name not in parameters:
                     raise ValueError(f"weight sync: the engine's model has no parameter {name}")
                 if parameters[name].shape != tensor.shape:

@@ -21,6 +21,8 @@ import numpy as np
 import pydantic
 import torch
 
+from actors.checkpoint_names import to_checkpoint
+from actors.rollout_engines.vllm_experts import expert_options, pack_experts
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
@@ -92,14 +94,14 @@ class VllmEngine:
                 options |= _cpu_options(kv_cache_gib, tensor_parallel_size)
             else:
                 options |= _cuda_options(gpu_memory_fraction, tensor_parallel_size)
-            self.llm = _start(model_dir, options)
+            self.llm = _start(model_dir, options, self.on_cpu)
         self.max_model_len = max_model_len
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies every weight in, cast to the engine's dtype. The engine must be awake.
 
         Args:
-            weights: Hugging Face names and whole tensors; a tied lm_head is left out.
+            weights: A checkpoint's names and whole tensors; a tied lm_head is left out.
 
         Raises:
             ValueError: A name the model does not have, another shape, or a weight left out. Nothing was loaded then.
@@ -109,7 +111,7 @@ class VllmEngine:
         if self.adapter is not None:
             self.adapter.load(self.llm, tensors)
             return
-        for unset in self.llm.apply_model(partial(_load_into, tensors=tensors)):
+        for unset in self.llm.apply_model(partial(_load_into, tensors=tensors, on_cpu=self.on_cpu)):
             if unset:
                 raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
 
@@ -273,7 +275,7 @@ def _fold(seed: int) -> int:
     return (seed ^ seed >> 32) & 0xFFFFFFFF
 
 
-def _start(model_dir: str, options: dict[str, Any]) -> vllm.LLM:
+def _start(model_dir: str, options: dict[str, Any], on_cpu: bool) -> vllm.LLM:
     from vllm import LLM, EngineArgs
 
     fixed: dict[str, Any] = {
@@ -284,15 +286,11 @@ def _start(model_dir: str, options: dict[str, Any]) -> vllm.LLM:
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
-    args = EngineArgs(model_dir, **(fixed | options))
+    given = fixed | options
     try:
-        model_config = args.create_model_config()
-        if model_config.is_moe or model_config.use_mla:
-            raise ValueError(
-                "it has experts or latent attention, whose weights vLLM rearranges once they are loaded, so that it "
-                "cannot take new ones; set rollout.engine: torch"
-            )
-        return LLM.from_engine_args(args)
+        config = EngineArgs(model_dir, **given).create_model_config()
+        given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
+        return LLM.from_engine_args(EngineArgs(model_dir, **given))
     except ValueError as error:
         problems = [e["msg"] for e in error.errors()] if isinstance(error, pydantic.ValidationError) else [str(error)]
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
@@ -303,13 +301,13 @@ def _start(model_dir: str, options: dict[str, Any]) -> vllm.LLM:
 
 
 def _weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
-    """The parameters a trainer of this model sends: transformers' names, tied ones once."""
+    """The parameters a trainer of this model sends: a checkpoint's names, tied ones once."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: parameter.shape for name, parameter in to_checkpoint(model, model.named_parameters())}
 
 
 def _check_weights(tensors: list[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]) -> None:
@@ -324,9 +322,11 @@ def _check_weights(tensors: list[tuple[str, torch.Tensor]], shapes: dict[str, to
         raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {missing[0]}")
 
 
-def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[str]:
+def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]], on_cpu: bool) -> list[str]:
     """Runs in every worker of the engine. Returns vLLM's names of parameters that no tensor reached."""
     reached = model.load_weights(iter(tensors))
+    if on_cpu:
+        pack_experts(model)
     return sorted({name for name, _ in model.named_parameters()} - reached)
 
 

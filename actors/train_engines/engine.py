@@ -39,7 +39,7 @@ class Engine(Protocol):
         ...
 
     def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of ``.model`` whole, by its Hugging Face name; tied ones once. All ranks must drain it.
+        """Every parameter of ``.model`` whole, by its name there; tied ones once. All ranks must drain it.
 
         Args:
             trained_only: Leave out what is frozen.

@@ -78,7 +78,7 @@ class TensorBatch:
 
 
 def segment_sum(values: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Sums of values [N] over each sequence -> [S]; 0 for a sequence without tokens.
+    """Sums of values [N, ...] over each sequence -> [S, ...]; 0 for a sequence without tokens.
 
     Sequences are contiguous, so that the sums have a fixed order: index_add has none on a GPU.
     """
@@ -87,6 +87,7 @@ def segment_sum(values: torch.Tensor, sequence_ids: torch.Tensor, num_sequences:
 
 
 def segment_mean(values: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Means of values [N] over each sequence -> [S]; 0 for a sequence without tokens."""
+    """Means of values [N, ...] over each sequence -> [S, ...]; 0 for a sequence without tokens."""
     lengths = torch.bincount(sequence_ids, minlength=num_sequences)
-    return torch.segment_reduce(values, "sum", lengths=lengths) / lengths.clamp(min=1)
+    counts = lengths.clamp(min=1).view(-1, *[1] * (values.ndim - 1))
+    return torch.segment_reduce(values, "sum", lengths=lengths) / counts

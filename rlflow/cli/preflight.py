@@ -23,6 +23,9 @@ from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.overrides import Overrides
 from rlflow.recipe.problems import did_you_mean, nearest
 
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+"""One of them is in the config of every mixture of experts."""
+
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
 
@@ -68,6 +71,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_model(key, path)
     yield from in_adapter(recipe, to_come)
     yield from in_sequence_parallel(recipe, to_come)
+    yield from _in_router(recipe)
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():
         yield "model.chat_template", f"there is no file {template}"
@@ -115,6 +119,20 @@ def _in_weights(key: str, directory: Path) -> Found:
             yield key, f"{directory} lacks {', '.join(missing)}, which its index names: fetch it again"
     elif not list(directory.glob("*.safetensors")):
         yield key, f"{directory} has no *.safetensors: fetch the weights, or write them with save_pretrained"
+
+
+def _in_router(recipe: Recipe) -> Found:
+    """Of a config that is here; the trainers know of all others."""
+    if not recipe.model.router.is_on:
+        return
+    config = recipe.model.architecture
+    if config is None:
+        try:
+            config = json.loads((Path(recipe.model.path or "") / "config.json").read_text())
+        except (OSError, ValueError):
+            return
+    if not str(config.get("model_type")).endswith("_moe") and not _EXPERTS & config.get("text_config", config).keys():
+        yield "model.router", "is of mixtures of experts, and the model has no experts: remove it"
 
 
 def _in_source(key: str, source: SourceBlock) -> Found:

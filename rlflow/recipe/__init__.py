@@ -12,7 +12,7 @@ from rlflow.recipe.algorithm_blocks import (
 )
 from rlflow.recipe.block import Block
 from rlflow.recipe.loading import dump_recipe, load_recipe
-from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock
+from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
 from rlflow.recipe.schema import (
@@ -55,6 +55,7 @@ __all__ = [
     "RewardBlock",
     "RewardServerBlock",
     "RolloutBlock",
+    "RouterBlock",
     "RunBlock",
     "SourceBlock",
     "TrackerName",

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "per_device_train_batch_size": "data.prompts_per_step",
     "report_to": "tracking",
     "reward_funcs": "rewards",
+    "router_aux_loss_coef": "model.router.balance_coef",
     "save_steps": "run.save_every",
     "save_total_limit": "run.keep_checkpoints",
     "sequence_parallel_size": "trainer.sequence_parallel",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from rlflow.recipe.block import Block, Conflict, PositiveFloat, PositiveInt
+from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 def _all(given: Any) -> Any:
@@ -56,6 +56,19 @@ class AdapterBlock(Block):
                 yield Conflict((key, "path"), "is settled by the adapter at path: remove one of the two")
 
 
+class RouterBlock(Block):
+    balance_coef: NonNegativeFloat = 0.0
+    """Weight of the sequence-wise load-balancing loss (arXiv 2412.19437, eq. 17-20), a mean over layers and trained
+    sequences: 1 where all experts get as much."""
+    z_coef: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of the router's logits (arXiv 2202.08906, eq. 5)."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a loss on the router."""
+        return bool(self.balance_coef or self.z_coef)
+
+
 class ModelBlock(Block):
     path: str | None = None
     """A Hugging Face directory or hub id. Absent: a new model of `architecture`."""
@@ -73,3 +86,5 @@ class ModelBlock(Block):
     """Run code that the model repository brings."""
     adapter: AdapterBlock | None = None
     """Train an adapter and leave the model as it is."""
+    router: RouterBlock = RouterBlock()
+    """Mixture of experts: losses on the router, beside the algorithm's."""

@@ -311,7 +311,7 @@ class Recipe(Block):
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
         critic = self.algorithm.critic if self.needs_critic else None
-        yield from trainer_conflicts(self.trainer, self.model.dtype, critic)
+        yield from trainer_conflicts(self.trainer, self.model, critic)
         yield from self._reward_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rlflow.recipe.algorithm_blocks import CriticBlock
 from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rlflow.recipe.model_blocks import ModelBlock
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
@@ -112,14 +113,18 @@ class TrainerBlock(Block):
             yield Conflict(("optimizer.kind", "fsdp.offload"), reason)
 
 
-def trainer_conflicts(trainer: TrainerBlock, dtype: str, critic: CriticBlock | None) -> Iterator[Conflict]:
-    """What does not go together with the model's dtype, or with the critic where there is one."""
+def trainer_conflicts(trainer: TrainerBlock, model: ModelBlock, critic: CriticBlock | None) -> Iterator[Conflict]:
+    """What does not go together with the model, or with the critic where there is one."""
+    dtype = model.dtype
     if trainer.fsdp.mixed_precision and dtype != "float32":
         reason = f"keeps weights in float32, and they are {dtype}: set model.dtype: float32"
         yield Conflict(("trainer.fsdp.mixed_precision", "model.dtype"), reason)
     if trainer.engine == "deepspeed" and dtype == "float16":
         reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
         yield Conflict(("trainer.engine", "model.dtype"), reason)
+    if model.router.is_on and trainer.sequence_parallel > 1:
+        reason = "weighs whole sequences, and ranks would have slices of them: set trainer.sequence_parallel: 1"
+        yield Conflict(("model.router", "trainer.sequence_parallel"), reason)
     if critic is not None and critic.workers % trainer.fsdp.replicas:
         reason = f"{trainer.fsdp.replicas} does not divide algorithm.critic.workers ({critic.workers}), sharded as well"
         yield Conflict(("trainer.fsdp.replicas", "algorithm.critic.workers"), reason)

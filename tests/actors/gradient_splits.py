@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from rlflow.algorithms.reductions import preference_weights
 from rlflow.batching import pack
 from rlflow.driver.assemble import weigh
-from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
+from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.types import Denominators, Sample
 
@@ -35,15 +34,25 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "kto": {},
     "reward_model": {"preference": {"center_coef": 0.01}},
     "critic": {},
+    "sft, experts": {},
+    "grpo, experts": {},
+    "reward_model, experts": {},
 }
+"""Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers."""
+ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
 MAX_TOKENS = (16, 48, 4096)
 """Of a micro-batch: nearly one sequence each, a few, and all of a rank's."""
 SPLITS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
 """Ranks, and how many of them share each micro-batch's tokens."""
 
 
+def splits_of(name: str) -> tuple[tuple[int, int], ...]:
+    """Those of SPLITS that the objective has: ranks that share tokens take no losses on routers."""
+    return tuple(split for split in SPLITS if split[1] == 1) if name.endswith(", experts") else SPLITS
+
+
 def algorithm_of(name: str) -> AlgorithmBlock:
-    row = "ppo" if name == "critic" else name
+    row = "ppo" if name == "critic" else name.removesuffix(", experts")
     given = {"name": row, **ALGORITHMS[row].defaults}
     for block, values in OBJECTIVES[name].items():
         given[block] = {**given.get(block, {}), **values}
@@ -111,9 +120,11 @@ def trainer_of(name: str, model: Path, rank: int, world_size: int, share: int = 
     from actors.reward_trainer import RewardTrainer
     from actors.value_trainer import ValueTrainer
 
-    cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(name, PolicyTrainer)
+    cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(name.removesuffix(", experts"), PolicyTrainer)
     block = TrainerBlock(workers=world_size, sequence_parallel=share, max_grad_norm=1e9)
-    return cls(ModelBlock(path=str(model)), block, rank=rank, world_size=world_size, num_threads=1, seed=0)
+    router = ROUTER if name.endswith(", experts") else RouterBlock()
+    start = ModelBlock(path=str(model), router=router)
+    return cls(start, block, rank=rank, world_size=world_size, num_threads=1, seed=0)
 
 
 def gradients(trainer: Any, name: str, model: Any, max_tokens: int) -> dict[str, torch.Tensor]:
@@ -138,24 +149,25 @@ def gradients(trainer: Any, name: str, model: Any, max_tokens: int) -> dict[str,
     return found | {"metrics": totals}
 
 
-def main(rank: int, world_size: int, address: str, model: Path, output: Path) -> None:
+def main(rank: int, world_size: int, address: str, dense: Path, mixture: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    start = AutoModelForCausalLM.from_pretrained(model)
-    shares = [share for ranks, share in SPLITS if ranks == world_size]
-    for number, (name, share) in enumerate(product(OBJECTIVES, shares)):
+    starts = {path: AutoModelForCausalLM.from_pretrained(path) for path in (dense, mixture)}
+    runs = [(name, share) for name in OBJECTIVES for ranks, share in splits_of(name) if ranks == world_size]
+    for number, (name, share) in enumerate(runs):
+        model = mixture if name.endswith(", experts") else dense
         trainer = trainer_of(name, model, rank, world_size, share)
         trainer.setup(address if world_size > 1 and number == 0 else None)
-        if name in ("reward_model", "critic"):
+        if name.startswith(("reward_model", "critic")):
             # A head of zeros gives the layers below it no gradient at all.
             with torch.no_grad():
                 trainer.module.model.score.weight.fill_(0.05)
         for max_tokens in MAX_TOKENS:
-            whole = gradients(trainer, name, start, max_tokens)
+            whole = gradients(trainer, name, starts[model], max_tokens)
             if rank == 0:
                 save_file(whole, output / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(Path, sys.argv[4:]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import rlflow
 from tests.local_actors import use_local_actors
@@ -30,14 +31,19 @@ np.save(sys.argv[2], np.array([[row[token].logprob for token in range(len(row))]
 """
 
 
+@pytest.fixture(scope="module", params=["tiny_model_dir", "tiny_moe_dir"], ids=["dense", "experts"])
+def start(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def final(tmp_path_factory, tiny_model_dir):
+def final(tmp_path_factory, start):
     directory = tmp_path_factory.mktemp("run")
     rows = directory / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Say one.", "response": "one"}) + "\n")
     recipe = {
         "run": {"output_dir": str(directory / "out"), "steps": 3},
-        "model": {"path": str(tiny_model_dir)},
+        "model": {"path": str(start)},
         "algorithm": {"name": "sft"},
         "data": {"train": {"path": str(rows)}, "prompts_per_step": 1},
         "trainer": {"learning_rate": 1.0e-2},
@@ -59,13 +65,18 @@ def transformers_logits(directory: Path) -> np.ndarray:
         return model(torch.tensor([TOKENS])).logits[0, :-1].numpy()
 
 
-def test_final_is_the_trained_model_with_its_tokenizer(final, tiny_model_dir):
+def test_final_is_the_trained_model_with_its_tokenizer(final, start):
     from transformers import AutoTokenizer
 
-    assert np.abs(transformers_logits(final) - transformers_logits(tiny_model_dir)).max() > 0.01
-    trained, start = (AutoTokenizer.from_pretrained(path) for path in (final, tiny_model_dir))
+    assert np.abs(transformers_logits(final) - transformers_logits(start)).max() > 0.01
+    trained, before = (AutoTokenizer.from_pretrained(path) for path in (final, start))
     messages = [{"role": "user", "content": "Say one."}]
-    assert trained.apply_chat_template(messages) == start.apply_chat_template(messages)
+    assert trained.apply_chat_template(messages) == before.apply_chat_template(messages)
+
+
+def test_final_has_the_names_and_shapes_of_the_checkpoint_it_started_from(final, start):
+    stored, before = (load_file(path / "model.safetensors") for path in (final, start))
+    assert {name: tensor.shape for name, tensor in stored.items()} == {name: t.shape for name, t in before.items()}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS
+from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS, splits_of
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,16 +19,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def directory(tiny_model_dir, tmp_path_factory):
+def directory(tiny_model_dir, tiny_moe_dir, tmp_path_factory):
     """Gradients of every objective on 1 to 4 ranks, as files."""
     output = tmp_path_factory.mktemp("gradients")
+    directories = (tiny_model_dir, tiny_moe_dir, output)
     for world_size in sorted({ranks for ranks, _ in SPLITS}):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         script = ROOT / "tests" / "actors" / "gradient_splits.py"
         commands = [
-            [sys.executable, str(script), str(rank), str(world_size), address, str(tiny_model_dir), str(output)]
+            [sys.executable, str(script), str(rank), str(world_size), address, *map(str, directories)]
             for rank in range(world_size)
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -50,7 +51,7 @@ def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, na
     whole = load_file(directory / f"{name}-1-1-{MAX_TOKENS[-1]}.safetensors")
     norm = sum(float(value.double().square().sum()) for key, value in whole.items() if key != "metrics") ** 0.5
     assert norm > 1e-3
-    for (world_size, share), max_tokens in product(SPLITS, MAX_TOKENS):
+    for (world_size, share), max_tokens in product(splits_of(name), MAX_TOKENS):
         split = load_file(directory / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
         assert split.keys() == whole.keys()
         parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
+from actors.checkpoint_names import to_checkpoint
 from actors.weight_sync import pack_weights, unpack_weights
 from rlflow.types import Completion, GenerationRequest, SamplingParams
 
@@ -23,33 +24,40 @@ TOLERANCE = 1e-4
 VOCABULARY = 64
 EOS = 1
 MAX_NUM_SEQS = 8
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
 
 
-def random_policy(*, tied: bool, seed: int) -> Qwen3ForCausalLM:
-    """Weights large enough for distributions far from uniform."""
-    config = Qwen3Config(
+def random_policy(kind: str, *, seed: int) -> PreTrainedModel:
+    """Weights large enough for distributions far from uniform.
+
+    Args:
+        kind: ``tied`` or ``untied`` embeddings, or ``experts``: a mixture of them in the first and the last layer.
+    """
+    make_config: Any = Qwen3MoeConfig if kind == "experts" else Qwen3Config
+    config = make_config(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3 if kind == "experts" else 2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=128,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=kind == "tied",
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=0,
+        **(EXPERTS if kind == "experts" else {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).eval()
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
-def write_config(policy: Qwen3ForCausalLM, directory: Path) -> None:
+def write_config(policy: PreTrainedModel, directory: Path) -> None:
     """A model directory without weights, with a generation config that an engine must not heed."""
-    policy.config.architectures = ["Qwen3ForCausalLM"]
+    policy.config.architectures = [type(policy).__name__]
     policy.config.save_pretrained(directory)
     GenerationConfig(
         do_sample=True, temperature=3.0, top_k=2, repetition_penalty=2.0, eos_token_id=EOS
@@ -79,9 +87,14 @@ def make_engine(name: str, directory: Path) -> RolloutEngine:
     )
 
 
-def sync(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
+def sent(policy: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """As a trainer names them."""
+    return {name: tensor.detach() for name, tensor in to_checkpoint(policy, policy.named_parameters())}
+
+
+def sync(engine: RolloutEngine, policy: PreTrainedModel) -> None:
     """Read-only views into one buffer, as the trainer's weights arrive."""
-    snapshot = pack_weights(policy.named_parameters(), version=0)
+    snapshot = pack_weights(sent(policy).items(), version=0)
     snapshot.buffer.flags.writeable = False
     engine.load_weights(unpack_weights(snapshot))
 
@@ -89,18 +102,17 @@ def sync(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("torch", True), id="torch-tied"),
-        pytest.param(("torch", False), id="torch-untied"),
-        pytest.param(("vllm", True), id="vllm-tied", marks=pytest.mark.slow),
-        pytest.param(("vllm", False), id="vllm-untied", marks=pytest.mark.slow),
+        pytest.param((name, kind), id=f"{name}-{kind}", marks=[pytest.mark.slow] if name == "vllm" else [])
+        for name in ("torch", "vllm")
+        for kind in ("tied", "untied", "experts")
     ],
 )
 def engine_and_policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RolloutEngine, Qwen3ForCausalLM]]:
+) -> Iterator[tuple[RolloutEngine, PreTrainedModel]]:
     """vLLM sets environment variables and replaces torch.set_num_threads: both are put back."""
-    name, tied = request.param
-    policy = random_policy(tied=tied, seed=0)
+    name, kind = request.param
+    policy = random_policy(kind, seed=0)
     directory = tmp_path_factory.mktemp("model")
     write_config(policy, directory)
     with mock.patch.dict(os.environ), mock.patch.object(torch, "set_num_threads", torch.set_num_threads):
@@ -110,12 +122,12 @@ def engine_and_policy(
 
 
 @pytest.fixture
-def policy(engine_and_policy: tuple[RolloutEngine, Qwen3ForCausalLM]) -> Qwen3ForCausalLM:
+def policy(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> PreTrainedModel:
     return engine_and_policy[1]
 
 
 @pytest.fixture
-def engine(engine_and_policy: tuple[RolloutEngine, Qwen3ForCausalLM]) -> RolloutEngine:
+def engine(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> RolloutEngine:
     """With the policy's weights."""
     sync(*engine_and_policy)
     return engine_and_policy[0]
@@ -135,7 +147,7 @@ def make_requests(num_requests: int = 4, group_size: int = 4) -> list[Generation
 
 @torch.no_grad()
 def reference_logprobs(
-    policy: Qwen3ForCausalLM, prompt: np.ndarray, completion: Completion, *, temperature: float, top_k: int
+    policy: PreTrainedModel, prompt: np.ndarray, completion: Completion, *, temperature: float, top_k: int
 ) -> np.ndarray:
     """A forward over prompt and completion, without cache: float32 [C]."""
     token_ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids])).long()
@@ -147,7 +159,7 @@ def reference_logprobs(
 
 
 def assert_logprobs_match(
-    policy: Qwen3ForCausalLM, requests: list[GenerationRequest], completions: list[Completion], params: SamplingParams
+    policy: PreTrainedModel, requests: list[GenerationRequest], completions: list[Completion], params: SamplingParams
 ) -> None:
     prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -167,23 +179,24 @@ def assert_logprobs_match(
     ids=["plain", "temperature-and-top-k", "greedy"],
 )
 def test_logprobs_equal_a_transformers_forward(
-    engine: RolloutEngine, policy: Qwen3ForCausalLM, params: SamplingParams
+    engine: RolloutEngine, policy: PreTrainedModel, params: SamplingParams
 ) -> None:
     requests = make_requests()
     assert_logprobs_match(policy, requests, engine.generate(requests, params), params)
 
 
-def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
+def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine, policy: PreTrainedModel) -> None:
     requests = make_requests()
     params = SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10)
     engine.generate(requests, params)
+    kind = "experts" if "moe" in policy.config.model_type else "tied" if policy.config.tie_word_embeddings else "untied"
     for seed in (1, 2):
-        newer = random_policy(tied=policy.config.tie_word_embeddings, seed=seed)
+        newer = random_policy(kind, seed=seed)
         sync(engine, newer)
         assert_logprobs_match(newer, requests, engine.generate(requests, params), params)
 
 
-def test_greedy_tokens_equal_transformers_generate(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
+def test_greedy_tokens_equal_transformers_generate(engine: RolloutEngine, policy: Any) -> None:
     requests = make_requests(group_size=1)
     completions = engine.generate(requests, SamplingParams(max_new_tokens=16, temperature=0.0))
     for request, completion in zip(requests, completions, strict=True):
@@ -223,7 +236,7 @@ def test_tokens_do_not_depend_on_what_else_is_in_the_batch(engine: RolloutEngine
         np.testing.assert_array_equal(a.token_ids, c.token_ids)
 
 
-def test_a_stop_token_ends_a_completion_and_stays_in_it(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
+def test_a_stop_token_ends_a_completion_and_stays_in_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
     requests = make_requests()
     params = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS, 20))
     completions = engine.generate(requests, params)
@@ -252,23 +265,22 @@ def test_a_completion_has_at_least_one_token_and_plain_arrays(engine: RolloutEng
         assert completion.finish_reason == "stop"
 
 
-def test_a_sync_with_an_unknown_name_names_it(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
-    weights = [*policy.named_parameters(), ("model.layers.7.extra.weight", torch.zeros(2))]
+def test_a_sync_with_an_unknown_name_names_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    weights = sent(policy) | {"model.layers.7.extra.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"model\.layers\.7\.extra\.weight"):
-        engine.load_weights(weights)
+        engine.load_weights(weights.items())
 
 
 def test_a_sync_with_another_shape_names_the_tensor_and_both_shapes(
-    engine: RolloutEngine, policy: Qwen3ForCausalLM
+    engine: RolloutEngine, policy: PreTrainedModel
 ) -> None:
-    weights = dict(policy.named_parameters())
-    weights["model.norm.weight"] = torch.nn.Parameter(torch.zeros(7))
+    weights = sent(policy) | {"model.norm.weight": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*\(7,\).*\(64,\)"):
         engine.load_weights(weights.items())
 
 
-def test_a_sync_that_leaves_a_weight_out_names_it(engine: RolloutEngine, policy: Qwen3ForCausalLM) -> None:
-    weights = dict(policy.named_parameters())
+def test_a_sync_that_leaves_a_weight_out_names_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    weights = sent(policy)
     del weights["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight"):
         engine.load_weights(weights.items())

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
 from actors.rollout_engines.vllm_engine import VllmEngine
 from rlflow.types import Completion, GenerationRequest, SamplingParams
@@ -84,22 +84,21 @@ def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_mod
 
 
 @pytest.mark.slow
-def test_a_model_whose_weights_vllm_rearranges_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (MixtralConfig(intermediate_size=32, num_local_experts=2), "MixtralForCausalLM's experts cannot be handed"),
+        (Qwen3MoeConfig(moe_intermediate_size=24, num_experts=2), "its moe_intermediate_size is 24"),
+        (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
+    ],
+    ids=["other experts", "narrow experts", "latent attention"],
+)
+def test_a_model_whose_weights_vllm_rearranges_is_refused(tmp_path: Path, config: Any, says: str) -> None:
     pytest.importorskip("vllm")
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=32,
-        architectures=["Qwen3MoeForCausalLM"],
-    )
+    name = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}[config.model_type]
+    config.architectures = [f"{name}ForCausalLM"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"experts.*rollout\.engine: torch"):
+    with pytest.raises(ValueError, match=rf"{says}.*rollout\.engine: torch"):
         start(tmp_path)
 
 

@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,14 +25,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlflow.recipe import TrainerBlock
-from rlflow.types import MicroBatch
+from rlflow.recipe import RouterBlock, TrainerBlock
+from rlflow.types import Denominators, MicroBatch
 
 LEARNING_RATES = (1e-2, 5e-3, 2e-3)
 OPTIMIZER = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 MAX_GRAD_NORM = 0.5
 VOCABULARY = 50
 CPU = torch.device("cpu")
+_routers: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of the modules that have some."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Scenario:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Keys of the trainer block."""
     model: str = "tokens"
-    """`tokens`, `untied` or `values`: a language model with tied embeddings or without, or a classifier."""
+    """`tokens`, `untied` or `values`: a language model with tied embeddings or without, or a classifier. `experts`: a
+    mixture of experts with losses on its routers."""
     dtype: str = "float32"
     tolerance: float = 1e-5
     """How far losses, norms (relative) and weights may be from plain torch's."""
@@ -67,6 +72,8 @@ SCENARIOS = {
     "fsdp, Muon": Scenario({"optimizer": OPTIMIZER | {"kind": "muon"}}, tolerance=5e-4),
     "fsdp, mixed precision": Scenario({"fsdp": {"mixed_precision": True}}, tolerance=5e-2),
     "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=5e-2),
+    "fsdp, experts": Scenario(model="experts"),
+    "fsdp, experts and checkpointing": Scenario({"gradient_checkpointing": True}, model="experts"),
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZeRO 3": zero(3),
@@ -80,13 +87,24 @@ SCENARIOS = {
     "ZeRO 3, untied": zero(3, model="untied"),
     "ZeRO 2, classifier": zero(2, model="values"),
     "ZeRO 3, classifier": zero(3, model="values"),
+    "ZeRO 2, experts": zero(2, model="experts"),
+    "ZeRO 3, experts": zero(3, model="experts"),
     "ZeRO 1, bfloat16": zero(1, dtype="bfloat16", tolerance=5e-2),
     "ZeRO 2, bfloat16": zero(2, dtype="bfloat16", tolerance=5e-2),
     "ZeRO 3, bfloat16": zero(3, dtype="bfloat16", tolerance=5e-2),
 }
+ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
 RESUMED = ("fsdp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3, offload")
 """Saved after the second step; each engine then reads what itself and the other wrote."""
-RESUMED_ALONE = ("fsdp, replicas", "fsdp, Muon", "fsdp, bfloat16", "ZeRO 1, bfloat16", "ZeRO 3, bfloat16")
+RESUMED_ALONE = (
+    "fsdp, experts",
+    "ZeRO 3, experts",
+    "fsdp, replicas",
+    "fsdp, Muon",
+    "fsdp, bfloat16",
+    "ZeRO 1, bfloat16",
+    "ZeRO 3, bfloat16",
+)
 """Each reads what itself wrote."""
 
 
@@ -114,26 +132,47 @@ def trainer_block(scenario: Scenario, world_size: int = 1) -> TrainerBlock:
 
 def new_module(scenario: Scenario) -> nn.Module:
     """The same weights every time."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+    from transformers import (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3ForSequenceClassification,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     from actors.train_engines import packed_attention
+    from actors.train_engines.routers import find_routers
     from actors.train_engines.scalar_model import ScalarModel
     from actors.train_engines.token_model import TokenModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "num_labels": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    config = Qwen3Config(
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_labels": 1,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    if of_experts := scenario.model == "experts":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = (Qwen3MoeConfig if of_experts else Qwen3Config)(
         vocab_size=VOCABULARY, tie_word_embeddings=scenario.model == "tokens", pad_token_id=0, **sizes, **heads
     )
     config._attn_implementation = packed_attention.NAME
-    model = (Qwen3ForSequenceClassification if scenario.model == "values" else Qwen3ForCausalLM)(config)
+    classes = {"values": Qwen3ForSequenceClassification, "experts": Qwen3MoeForCausalLM}
+    model = classes.get(scenario.model, Qwen3ForCausalLM)(config)
     if scenario.trainer.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, scenario.dtype))
     model.train()
-    return ScalarModel(model) if scenario.model == "values" else TokenModel(model)
+    if scenario.model == "values":
+        return ScalarModel(model)
+    module = TokenModel(model)
+    if of_experts:
+        _routers[module] = find_routers(model, ROUTER, CPU)
+    return module
 
 
 def micro_batches(step: int) -> list[MicroBatch]:
@@ -162,10 +201,16 @@ def _micro_batch(generator: np.random.Generator, with_loss: bool) -> MicroBatch:
 def loss_of(module: nn.Module, batch: MicroBatch, num_tokens: int) -> torch.Tensor:
     """This micro-batch's share of a mean over all loss tokens of the step."""
     from actors.train_engines.token_model import TokenModel
+    from rlflow.algorithms.batch import TensorBatch
 
     mask = torch.from_numpy(batch.loss_mask)
     if isinstance(module, TokenModel):
-        return -(module.of_batch(batch, CPU).logprobs * mask).sum() / num_tokens
+        with _routers[module].watched() if module in _routers else nullcontext() as seen:
+            loss = -(module.of_batch(batch, CPU).logprobs * mask).sum() / num_tokens
+        if seen is None:
+            return loss
+        denominators = Denominators(num_tokens, num_sequences=num_tokens // 4, num_groups=1)
+        return loss + _routers[module].loss(seen, TensorBatch.from_numpy(batch, CPU), ROUTER, denominators)[0]
     return ((module(batch, CPU, "values") - 1.0).square() * mask).sum() / num_tokens
 
 

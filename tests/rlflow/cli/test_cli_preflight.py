@@ -77,6 +77,7 @@ def test_a_missing_file_is_named_with_its_line_and_the_one_that_was_meant(recipe
         ),
         ("rewards=[{plugin: 'rewards.py:zzz'}]", "rewards.0.plugin", "it defines brevity, length, other"),
         ("run.output_dir=data.jsonl", "run.output_dir", "is a file: name a directory"),
+        ("model.router.z_coef=0.1", "model.router", "the model has no experts: remove it"),
     ],
 )
 def test_what_is_missing_is_named_with_its_key_and_a_remedy(recipe_file: Path, override: str, key: str, says: str):
@@ -167,3 +168,9 @@ def test_a_stage_that_goes_on_from_another_has_its_heads(recipe_file: Path):
     recipe_file.write_text(RECIPE + "trainer: {workers: 4, sequence_parallel: 4}\n" + stages)
     problem = problem_of(recipe_file)
     assert problem.startswith(f"{recipe_file}:") and "sft/final: 6 attention heads" in problem
+
+
+def test_losses_on_routers_go_with_experts_and_with_models_of_which_nothing_is_known_here(recipe_file: Path):
+    (recipe_file.parent / "model" / "config.json").write_text('{"num_local_experts": 8}')
+    assert load_checked(recipe_file, ["model.router.balance_coef=0.1"])
+    assert load_checked(recipe_file, ["model.router.balance_coef=0.1", "model.path=org/model"])

@@ -9,9 +9,9 @@ import pytest
 from rlflow.recipe import RecipeError, load_recipe
 
 
-def problems_of(tmp_path: Path, *lines: str) -> str:
+def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text("\n".join(["model: {path: a/b}", "data: {train: {path: a/b}}", *lines]) + "\n")
+    path.write_text("\n".join([f"model: {model}", "data: {train: {path: a/b}}", *lines]) + "\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     return str(caught.value)
@@ -54,3 +54,9 @@ def problems_of(tmp_path: Path, *lines: str) -> str:
 )
 def test_options_that_would_do_nothing_or_harm_are_named(tmp_path: Path, algorithm: str, others: str, says: str):
     assert says in problems_of(tmp_path, f"algorithm: {{name: {algorithm}}}", others)
+
+
+def test_losses_on_routers_need_whole_sequences(tmp_path: Path):
+    lines = ("algorithm: {name: sft}", "run: {steps: 1}", "trainer: {workers: 2, sequence_parallel: 2}")
+    said = problems_of(tmp_path, *lines, model="{path: a/b, router: {z_coef: 0.1}}")
+    assert "model.router: weighs whole sequences, and ranks would have slices of them" in said

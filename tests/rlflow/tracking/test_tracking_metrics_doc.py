@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 GROUPS = (
-    "loss reward completion group staleness kl mismatch correction ratio clip preference kto value trainer perf time "
-    "eval"
+    "loss reward completion group staleness kl mismatch correction ratio clip preference kto value moe trainer perf "
+    "time eval"
 )
 LITERAL = re.compile(rf'"((?:{"|".join(GROUPS.split())})/[\w{{}}@./]+)"')
 
