@@ -186,7 +186,7 @@ def _check_layers(model: PreTrainedModel) -> None:
         if layer is head or not isinstance(base, nn.Linear | Conv1D):
             raise ValueError(
                 f"model.adapter.target_modules: {name} ({type(base).__name__}) gets no adapter: name linear layers "
-                "other than the head, or write all-linear"
+                "other than the head, such as [q_proj, k_proj, v_proj, o_proj]"
             )
 
 

@@ -49,7 +49,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen3Config
 
     directory = tmp_path_factory.mktemp("tiny_model")
-    _write_model(directory, Qwen3Config, hidden_size=48, tie_word_embeddings=True, num_hidden_layers=2)
+    _write_model(directory, Qwen3Config, 0.25, hidden_size=48, tie_word_embeddings=True, num_hidden_layers=2)
     return directory
 
 
@@ -60,12 +60,13 @@ def tiny_moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("tiny_moe")
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
-    _write_model(directory, Qwen3MoeConfig, hidden_size=64, tie_word_embeddings=False, num_hidden_layers=3, **experts)
+    sizes = {"hidden_size": 64, "tie_word_embeddings": False, "num_hidden_layers": 3}
+    _write_model(directory, Qwen3MoeConfig, 0.1, **sizes, **experts)
     return directory
 
 
-def _write_model(directory: Path, make_config: Any, **sizes: Any) -> None:
-    """Config, random weights and tokenizer."""
+def _write_model(directory: Path, make_config: Any, spread: float, **sizes: Any) -> None:
+    """Config, random weights of this standard deviation, and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +80,7 @@ def _write_model(directory: Path, make_config: Any, **sizes: Any) -> None:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=512,
-        initializer_range=0.25,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,

@@ -61,6 +61,7 @@ class Routers:
         with torch.set_grad_enabled(torch.is_grad_enabled() and block.is_on):
             for layer, (logits, chosen) in seen.items():
                 logits, choices = logits.float(), one_hot_choices(chosen, logits.shape[1])
+                assert len(logits) == len(sequences), "a router saw other tokens than the batch has"
                 per_token = (choices, logits.softmax(dim=1), z_loss(logits))
                 share, scores, of_z = (segment_mean(values, sequences, size) for values in per_token)
                 balance = balance + balance_loss(share, scores, chosen.shape[1]) @ weights

@@ -77,3 +77,13 @@ def test_ppo_reports_the_routers_of_policy_and_critic_apart(tmp_path, tiny_moe_d
     step = run(tmp_path, tiny_moe_dir, RECIPE + ONLINE, "{name: ppo}")[-1]
     assert step["moe/balance_loss"] > 1.0
     assert step["critic_moe/balance_loss"] > 1.0
+
+
+def test_an_adapter_leaves_experts_and_routers_as_they_are(tmp_path, tiny_moe_dir):
+    adapter = "adapter: {{rank: 4, target_modules: [q_proj, o_proj]}}"
+    recipe = RECIPE.replace("router: {{", f"{adapter}, router: {{{{") + ONLINE
+    steps = run(tmp_path, tiny_moe_dir, recipe, "{name: grpo, group_size: 2}")
+    assert all(step["mismatch/logprob_abs_diff_max"] < 1e-4 for step in steps if "moe/max_load" in step)
+    trained = load_file(tmp_path / "out" / "final" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in trained} >= {"q_proj", "o_proj"}
+    assert not any("experts" in name or ".gate." in name for name in trained)
