@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,8 @@ def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TE
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tuple[int, ...]:
     """The tokens that end a completion: eos, the chat template's end of turn, and those of generation_config.json."""
     ids = set(Chat(tokenizer).end_ids)
-    config = Path(model.path or "") / GENERATION_CONFIG
-    if model.path is not None and config.is_file():
-        ids.update(_stop_tokens_in(json.loads(config.read_text(encoding="utf-8"))))
+    if model.path is not None:
+        ids.update(_stop_tokens_in(_generation_settings(model.path, model.revision)))
     return tuple(sorted(ids))
 
 
@@ -82,6 +82,22 @@ def write_stop_tokens(directory: Path, stop_token_ids: Iterable[int]) -> None:
     # The mark of settings that only repeat config.json's.
     settings.pop("_from_model_config", None)
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@cache
+def _generation_settings(path: str, revision: str | None) -> Mapping[str, Any]:
+    """Of a directory, or of a hub id, which is asked once; empty where there are none."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        path,
+        GENERATION_CONFIG,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def _stop_tokens_in(settings: Mapping[str, Any]) -> list[int]:
