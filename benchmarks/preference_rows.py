@@ -20,7 +20,7 @@ from rlflow.recipe.presets import ALGORITHMS
 
 HERE = Path(__file__).resolve().parent
 STEPS, RATE = 60, 3.0e-5
-STEPS_AND_RATES = {"reward_model": (300, 1.0e-3), "kto": (60, 1.0e-4)}
+STEPS_AND_RATES = {"reward_model": (300, 1.0e-4), "kto": (60, 1.0e-4)}
 """Of rows that need others: a reward model's head starts at 0."""
 LOSSES = (
     "ipo",
