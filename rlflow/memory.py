@@ -1,7 +1,6 @@
-"""How much memory each actor will need, from the model's config alone: nothing is loaded.
+"""A model's shape from its config alone, and what its weights, gradients and moments take: nothing is loaded.
 
-An estimate of the largest things that are alive at once. Sums are exact for what is counted; allocator slack, sharding
-buffers and the data are not.
+What actors need in all, activations included, is in rlflow.actor_memory.
 """
 
 from __future__ import annotations
@@ -18,19 +17,16 @@ from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
 from rlflow.recipe.adapter_files import read_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_BYTES = 1 << 29
-"""Of an actor with torch and transformers or vLLM imported, before it holds anything (0.4 to 0.6 GiB)."""
-REWARD_PROCESS_BYTES = 1 << 27
-"""Of a process that only runs reward functions."""
 HOST_PART = "offloaded"
 """What a GPU's rank keeps in the host's memory."""
-LOGITS_ELEMENTS = 1 << 25
-"""Trainer and reference score tokens in chunks of this many logits, in float32."""
 _NF4_BYTES = 0.52
 """A weight in 4 bits and its doubly quantized scale (arXiv 2305.14314, section 3: 0.127 bits)."""
 
 _TWO_MATRIX_MLP = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "phi", "falcon", "starcoder2"}
 _UNTIED_UNLESS_SAID = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3"}
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_GATED_ONLY = ("k_proj", "v_proj", "gate_proj")
+"""What models of two matrices have not: their queries, keys and values are one layer."""
 _SPECIAL_TOKENS = 2
 """Pad and eos, of the tokenizer made from `model.characters`."""
 
@@ -54,13 +50,39 @@ class ModelShape:
     """Of what one token passes through: all of its experts."""
     vocabulary: int
     max_positions: int | None
+    heads: int
+    """Of queries."""
+    kind: str
+    """`model_type` of the config."""
+    activation: str
+    """Of the MLP."""
+    is_tied: bool
+    """The head is the embeddings."""
     adapter: int | None = None
     """Parameters that are trained instead of all of these; None where all are."""
+    adapter_rank: int = 0
+    adapter_targets: tuple[str, ...] = ()
+    """Last parts of the names of a layer's modules that have an adapter."""
 
     @property
-    def activations_per_token(self) -> int:
-        """Elements a layer keeps of each token for the backward pass: counted in a Llama layer of transformers."""
-        return 6 * self.hidden + 2 * (self.query_width + self.key_width) + 4 * self.mlp_width
+    def is_gated(self) -> bool:
+        """The MLP has gate, up and down, and norms are RMSNorm; otherwise up and down, and LayerNorm."""
+        return self.kind not in _TWO_MATRIX_MLP
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """Queries and keys are normalized before they are rotated."""
+        return self.kind.startswith("qwen3")
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the matrix that makes logits."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer: what is neither embeddings nor head."""
+        return (self.parameters - (1 if self.is_tied else 2) * self.head_parameters) // self.layers
 
     @property
     def cache_per_token(self) -> int:
@@ -98,6 +120,8 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
     heads = _count(config, "num_attention_heads", "n_head", "num_heads")
     head_size = _count(config, "head_dim", default=hidden // heads)
     mlp = _count(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    kind = str(_first(config, "model_type", default=""))
+    activation = "gelu_new" if kind in ("gpt2", "gpt_neo", "gptj") else "silu"
     shape = ModelShape(
         parameters=parameters or 0,
         layers=_count(config, "num_hidden_layers", "n_layer", "num_layers"),
@@ -107,21 +131,23 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
         mlp_width=mlp * _count(config, "num_experts_per_tok", default=1),
         vocabulary=_count(config, "vocab_size"),
         max_positions=_count(config, "max_position_embeddings", "n_positions", default=0) or None,
+        heads=heads,
+        kind=kind,
+        activation=str(_first(config, "hidden_act", "activation_function", default=activation)),
+        is_tied=bool(_first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)),
     )
     if parameters is not None:
         return shape
     total = _attention_parameters(config, shape, head_size) * shape.layers + hidden
     total += _feed_forward_parameters(config, shape)
-    kind = str(_first(config, "model_type", default=""))
-    tied = _first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)
-    total += shape.vocabulary * hidden * (1 if tied else 2)
+    total += shape.head_parameters * (1 if shape.is_tied else 2)
     total += _count(config, "n_positions", default=0) * hidden
     return replace(shape, parameters=total)
 
 
 def _attention_parameters(config: Mapping[str, Any], shape: ModelShape, head_size: int) -> int:
     """Of a layer, with the norms before attention and feed-forward."""
-    kind = str(_first(config, "model_type", default=""))
+    kind = shape.kind
     queries, keys, hidden = shape.query_width, shape.key_width, shape.hidden
     count = 2 * hidden * queries + 2 * hidden * keys + 2 * hidden
     of_qwen2 = kind in ("qwen2", "qwen2_moe")
@@ -132,7 +158,7 @@ def _attention_parameters(config: Mapping[str, Any], shape: ModelShape, head_siz
 
 def _feed_forward_parameters(config: Mapping[str, Any], shape: ModelShape) -> int:
     """Of all layers: a router and experts in the sparse ones, one wider expert in the others."""
-    kind, hidden = str(_first(config, "model_type", default="")), shape.hidden
+    kind, hidden = shape.kind, shape.hidden
     matrices = 2 if kind in _TWO_MATRIX_MLP else 3
     wide = _count(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
     dense = matrices * hidden * wide
@@ -175,13 +201,21 @@ def stored_shapes(directory: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def count_adapter(shape: ModelShape, adapter: AdapterBlock) -> int:
-    """Parameters of an adapter on a Llama-like decoder: rank x (inputs + outputs) of each layer it is on.
-
+def with_adapter(shape: ModelShape, adapter: AdapterBlock) -> ModelShape:
+    """
     Raises:
         UnknownShape: It goes on from one that is not on this machine.
     """
     adapter = _described(adapter)
+    targets = adapter.target_modules
+    every = _LINEAR if shape.is_gated else tuple(name for name in _LINEAR if name not in _GATED_ONLY)
+    names = every if targets == "all-linear" else tuple(target.rpartition(".")[2] for target in targets)
+    count = _count_adapter(shape, adapter)
+    return replace(shape, adapter=count, adapter_rank=adapter.rank, adapter_targets=names)
+
+
+def _count_adapter(shape: ModelShape, adapter: AdapterBlock) -> int:
+    """Parameters on a Llama-like decoder: rank x (inputs + outputs) of each linear layer it is on."""
     hidden, queries, keys, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp_width
     sizes = {
         "q_proj": (hidden, queries),
@@ -214,36 +248,7 @@ def _described(adapter: AdapterBlock) -> AdapterBlock:
     return adapter.model_copy(update={**found, "path": None})
 
 
-def trainer_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Of one rank of the trainer."""
-    trainer, tokens = recipe.trainer, micro_batch_tokens(recipe)
-    return {
-        **_state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker), shape.adapter),
-        "activations": _activation_bytes(recipe, shape),
-        "logits": 3 * _logits_bytes(tokens, shape),
-        "process": PROCESS_BYTES,
-    }
-
-
-def critic_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Of one rank of the critic: a trainer without logits."""
-    critic = recipe.algorithm.critic
-    return {
-        **_state_bytes(recipe, shape.parameters, critic.workers, bool(critic.gpus_per_worker)),
-        "activations": _activation_bytes(recipe, shape),
-        "logits": 0,
-        "process": PROCESS_BYTES,
-    }
-
-
-def _activation_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    """Of one micro-batch, kept for its backward pass."""
-    layers_kept = 1 if recipe.trainer.gradient_checkpointing else shape.layers
-    kept = layers_kept * shape.activations_per_token + (shape.layers - layers_kept) * shape.hidden
-    return micro_batch_tokens(recipe) * kept * DTYPE_BYTES[recipe.model.dtype] // recipe.trainer.sequence_parallel
-
-
-def _state_bytes(
+def state_bytes(
     recipe: Recipe, parameters: int, ranks: int, on_gpu: bool, adapter: int | None = None
 ) -> dict[str, int]:
     """Weights, gradients and Adam's moments of one rank, as the engine shards them; those of an adapter are float32.
@@ -286,61 +291,6 @@ def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:
         return parameters * DTYPE_BYTES[recipe.model.dtype]
     base = _NF4_BYTES if block.quantize == "nf4" else DTYPE_BYTES[recipe.model.dtype]
     return int(parameters * base) + adapter * 4 * (1 if block.path is None else 2)
-
-
-def reference_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Of one ReferenceModel: it keeps nothing for a backward pass."""
-    tokens, size = micro_batch_tokens(recipe), DTYPE_BYTES[recipe.model.dtype]
-    return {
-        "weights": shape.parameters * size,
-        "activations": tokens * shape.activations_per_token * size,
-        "logits": 2 * _logits_bytes(tokens, shape),
-        "process": PROCESS_BYTES,
-    }
-
-
-def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> dict[str, int]:
-    """Of one RolloutWorker. The key-value cache is vLLM's fixed one, or what the longest completions would fill."""
-    rollout, size = recipe.rollout, DTYPE_BYTES[recipe.model.dtype]
-    sequences = rollout.max_num_seqs
-    if recipe.family == "online":
-        share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * recipe.algorithm.group_size
-        sequences = min(sequences, share)
-    length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
-    cache = sequences * length * shape.cache_per_token * size
-    if engine == "vllm" and not rollout.gpus_per_worker:
-        cache = int(rollout.kv_cache_gib * 2**30)
-    return {
-        "weights": weight_bytes(recipe, shape.parameters, shape.adapter),
-        "KV cache": cache,
-        "logits": 2 * sequences * shape.vocabulary * 4,
-        "process": PROCESS_BYTES,
-    }
-
-
-def micro_batch_tokens(recipe: Recipe) -> int:
-    """Most tokens in one forward pass of a rank: the packing budget, one longer sequence, or all there is."""
-    longest = longest_sequence(recipe)
-    per_rank = math.ceil(sequences_per_step(recipe) / recipe.trainer.data_parallel) * longest
-    return max(longest, min(recipe.trainer.tokens_per_micro_batch, per_rank))
-
-
-def longest_sequence(recipe: Recipe) -> int:
-    """Tokens of the longest sequence that is trained."""
-    if recipe.family == "online":
-        return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    return recipe.data.max_tokens
-
-
-def sequences_per_step(recipe: Recipe) -> int:
-    """Rollouts, examples, or both answers of every pair."""
-    if recipe.family == "online":
-        return recipe.data.prompts_per_step * recipe.algorithm.group_size
-    return recipe.data.prompts_per_step * (2 if recipe.is_paired else 1)
-
-
-def _logits_bytes(tokens: int, shape: ModelShape) -> int:
-    return 4 * min(tokens * shape.vocabulary, max(LOGITS_ELEMENTS, shape.vocabulary))
 
 
 def _count(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlflow import memory
+from rlflow import actor_memory, memory
 from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.reference import options
+from rlflow.remedies import remedies
 
 GIB = 2**30
+_MOST_REMEDIES = 5
+"""Changes that are said of what does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class PlannedRole:
     @property
     def host_bytes_each(self) -> int:
         """Of an actor with a GPU, what is outside of it."""
-        return memory.PROCESS_BYTES + (self.parts or {}).get(memory.HOST_PART, 0)
+        return actor_memory.PROCESS_BYTES + (self.parts or {}).get(memory.HOST_PART, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,7 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Memory of all actors outside GPUs, of the driver, and of the weights on their way to the rollout workers."""
-        if isinstance(self.shape, str):
-            return 0
-        actors = [
-            planned.role.workers * (planned.host_bytes_each if planned.role.gpus else planned.bytes_each)
-            for planned in self.roles
-        ]
-        snapshot = self.shape.parameters * memory.DTYPE_BYTES[self.recipe.model.dtype]
-        if self.shape.adapter is not None:
-            snapshot = 4 * self.shape.adapter
-        return sum(actors) + memory.PROCESS_BYTES + (snapshot if self.recipe.needs_rollouts else 0)
+        return 0 if isinstance(self.shape, str) else _host_bytes(self.recipe, self.shape, self.roles)
 
     @property
     def warnings(self) -> list[str]:
@@ -151,15 +145,15 @@ def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> lis
         if adapter is not None:
             adapters[final] = adapters.get(adapter.path, adapter)
             shape = _with_adapter(shape, adapters[final])
-        sequences = memory.sequences_per_step(recipe)
+        sequences = actor_memory.sequences_per_step(recipe)
         plans.append(
             Plan(
                 recipe=recipe,
                 settings=tuple(settings(recipe.algorithm)),
                 sequences=sequences,
-                max_tokens=sequences * memory.longest_sequence(recipe),
+                max_tokens=sequences * actor_memory.longest_sequence(recipe),
                 shape=shape,
-                roles=tuple(PlannedRole(role, _parts(role.name, recipe, shape)) for role in roles(recipe)),
+                roles=_planned(recipe, shape),
                 machine=machine,
             )
         )
@@ -209,28 +203,39 @@ def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape 
     if isinstance(shape, str):
         return shape
     try:
-        return replace(shape, adapter=memory.count_adapter(shape, adapter))
+        return memory.with_adapter(shape, adapter)
     except memory.UnknownShape as error:
         return str(error)
+
+
+def _planned(recipe: Recipe, shape: ModelShape | str) -> tuple[PlannedRole, ...]:
+    return tuple(PlannedRole(role, _parts(role.name, recipe, shape)) for role in roles(recipe))
+
+
+def _host_bytes(recipe: Recipe, shape: ModelShape | str, planned: Sequence[PlannedRole]) -> int:
+    actors = (each.role.workers * (each.host_bytes_each if each.role.gpus else each.bytes_each) for each in planned)
+    assert isinstance(shape, ModelShape)
+    snapshot = actor_memory.snapshot_bytes(recipe, shape) if recipe.needs_rollouts else 0
+    return sum(actors) + actor_memory.PROCESS_BYTES + snapshot
 
 
 def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, int] | None:
     if role == "rewards":
         server = recipe.reward_server
         holds_model = any(reward.name == "reward_model" for reward in recipe.scoring)
-        child = int(server.memory_gib * GIB) if holds_model else memory.REWARD_PROCESS_BYTES
-        return {"processes": memory.REWARD_PROCESS_BYTES + server.children * child}
+        child = int(server.memory_gib * GIB) if holds_model else actor_memory.REWARD_PROCESS_BYTES
+        return {"processes": actor_memory.REWARD_PROCESS_BYTES + server.children * child}
     if isinstance(shape, str):
         return None
     match role:
         case "trainer":
-            return memory.trainer_bytes(recipe, shape)
+            return actor_memory.trainer_bytes(recipe, shape)
         case "rollout":
-            return memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
+            return actor_memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
         case "critic":
-            return memory.critic_bytes(recipe, shape)
+            return actor_memory.critic_bytes(recipe, shape)
         case _:
-            return memory.reference_bytes(recipe, shape)
+            return actor_memory.reference_bytes(recipe, shape)
 
 
 def _misfits(plan: Plan) -> Iterator[str]:
@@ -242,26 +247,28 @@ def _misfits(plan: Plan) -> Iterator[str]:
     if gpus > machine.gpus:
         yield f"actors reserve {gpus:g} GPUs and this machine has {machine.gpus}: the run needs a cluster"
     if plan.host_bytes > machine.memory:
-        size, part, name = max(
-            (size, part, planned.role.name) for planned in plan.roles for part, size in (planned.parts or {}).items()
-        )
-        yield (
-            f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory; the largest part is {part} of "
-            f"{name} ({_gib(size)}): lower {_REMEDIES[part]}"
-        )
+        yield f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory: {_what_to_change(plan)}"
 
 
-_REMEDIES = {
-    "weights": "the number of workers, or choose a smaller model or dtype",
-    "gradients": "the size of the model, or use more trainer.workers on more machines",
-    "Adam": "the size of the model, or use more trainer.workers on more machines",
-    "offloaded": "the size of the model, or offload less",
-    "activations": "trainer.tokens_per_micro_batch, or set trainer.gradient_checkpointing",
-    "logits": "trainer.tokens_per_micro_batch, or rollout.max_num_seqs",
-    "KV cache": "rollout.max_num_seqs, or rollout.kv_cache_gib with vllm",
-    "process": "the number of workers",
-    "processes": "reward_server.children or workers",
-}
+def _what_to_change(plan: Plan) -> str:
+    """Overrides that save most, as many as bring it down to the machine's memory, and a few more to choose from."""
+    shape = plan.shape
+    assert isinstance(shape, ModelShape)
+
+    def bytes_of(recipe: Recipe) -> int:
+        adapter = recipe.model.adapter
+        changed = shape if adapter == plan.recipe.model.adapter else _with_adapter(shape, adapter or AdapterBlock())
+        return _host_bytes(recipe, changed, _planned(recipe, changed))
+
+    found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]
+    if not found:
+        return "choose a smaller model, or more machines"
+    missing = plan.host_bytes - plan.machine.memory
+    said = (
+        f"{remedy.key}={remedy.value} saves {_gib(remedy.saves)}{', enough' if remedy.saves >= missing else ''}"
+        for remedy in found
+    )
+    return f"{'; '.join(said)}; each counted alone"
 
 
 def _oddities(plan: Plan) -> Iterator[str]:
@@ -274,9 +281,9 @@ def _oddities(plan: Plan) -> Iterator[str]:
         yield f"the learning rate never reaches its peak: {recipe.trainer.warmup_steps} warm-up steps of {total}"
     if isinstance(plan.shape, str):
         yield f"memory is not estimated: {plan.shape}"
-    elif plan.shape.max_positions and memory.longest_sequence(recipe) > plan.shape.max_positions:
+    elif plan.shape.max_positions and actor_memory.longest_sequence(recipe) > plan.shape.max_positions:
         yield (
-            f"a sequence may have {memory.longest_sequence(recipe)} tokens, the model was made for "
+            f"a sequence may have {actor_memory.longest_sequence(recipe)} tokens, the model was made for "
             f"{plan.shape.max_positions}: lower max_prompt_tokens, max_new_tokens or max_tokens"
         )
 

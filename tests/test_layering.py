@@ -16,12 +16,15 @@ PACKAGES = ("rlflow", "actors", "rewards")
 LAYERS = (
     ("rlflow.types", "rlflow.recipe"),
     (
+        "rlflow.activations",
+        "rlflow.actor_memory",
         "rlflow.algorithms",
         "rlflow.batching",
         "rlflow.checkpoint",
         "rlflow.data",
         "rlflow.memory",
         "rlflow.plan",
+        "rlflow.remedies",
         "rlflow.tracking",
     ),
     ("actors", "rewards"),
@@ -33,12 +36,15 @@ LAYERS = (
 HEAVY = {"torch", "transformers", "vllm", "ray", "datasets", "trl"}
 WITHOUT_HEAVY_IMPORTS = {
     "rlflow": HEAVY,
+    "rlflow.activations": HEAVY,
+    "rlflow.actor_memory": HEAVY,
     "rlflow.batching": HEAVY,
     "rlflow.cli": HEAVY,
     "rlflow.data": HEAVY,
     "rlflow.memory": HEAVY,
     "rlflow.plan": HEAVY,
     "rlflow.recipe": HEAVY,
+    "rlflow.remedies": HEAVY,
     "rlflow.tracking": HEAVY,
     "rlflow.types": HEAVY,
     "rlflow.driver": HEAVY - {"ray"},

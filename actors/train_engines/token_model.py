@@ -115,9 +115,15 @@ class TokenModel(nn.Module):
         logits = (F.linear(hidden, head.weight, head.bias) if plain else head(hidden)).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        distribution = logprobs if entropy_gradient else logprobs.detach()
-        entropies = -(distribution.exp() * distribution).sum(dim=-1)
+        if temperature != 1.0:
+            logits = logits.div_(temperature)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        del logits
+        # Two arrays of this size are alive here, three in the backward pass: memory.py counts on it.
+        if entropy_gradient:
+            entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
+        else:
+            entropies = -logprobs.detach().exp().mul_(logprobs.detach()).sum(dim=-1)
         return logprobs.gather(1, targets[:, None].long()).squeeze(1), entropies
 
 

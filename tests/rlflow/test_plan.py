@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rlflow.memory import PROCESS_BYTES, REWARD_PROCESS_BYTES, UnknownShape, count_stored, read_shape, shape_of
+from rlflow.actor_memory import PROCESS_BYTES, REWARD_PROCESS_BYTES
+from rlflow.memory import UnknownShape, count_stored, read_shape, shape_of
 from rlflow.plan import GIB, Machine, Plan, make_plans, render
 from rlflow.recipe import ModelBlock, load_recipe
+from rlflow.remedies import remedies
 
 LAPTOP = Machine(cpus=8, memory=16 * GIB, gpus=0)
 ARCHITECTURE = {
@@ -54,27 +56,32 @@ def plan_of(path: Path, *overrides: str, machine: Machine = LAPTOP) -> Plan:
 def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
     plan = plan_of(recipe_file)
     parts = {planned.role.name: dict(planned.parts or {}) for planned in plan.roles}
-    # Half of the parameters on each of two ranks, 4 bytes each. Micro-batches of 32 tokens.
-    # A layer keeps 6x8 + 2 (8 + 4) + 4x16 = 136 elements a token.
+    # Half of the parameters on each of two ranks, 4 bytes each. Micro-batches of 32 tokens, two an update: gradients of
+    # the first wait. The peak is scoring. A layer keeps of a token 6x8 + 3x8 + 2x4 + 4x16 = 144 elements, 2 numbers of
+    # attention (a head each) and 2 of norms; behind the layers are 2x8 + 1 of the last norm, its 8 and as many scored.
+    # Whole are the embeddings and two layers.
     assert parts["trainer"] == {
         "weights": PARAMETERS // 2 * 4,
         "gradients": PARAMETERS // 2 * 4,
         "Adam": PARAMETERS * 4,
-        "activations": 32 * 2 * 136 * 4,
+        "gathered": (6 * 8 + 2 * ((PARAMETERS - 6 * 8) // 2)) * 4,
+        "activations": 32 * (2 * (144 + 2 + 2) + 33) * 4,
         "logits": 3 * 32 * 6 * 4,
         "process": PROCESS_BYTES,
     }
-    # 8 sequences of 16 tokens, each with 2 (keys, values) x 2 layers x 1 head of 4.
+    # 8 sequences of 16 tokens, each with 2 (keys, values) x 2 layers x 1 head of 4; sampling six arrays of 8 x 6.
+    # A layer's new keys and its repeated keys and values take more than sampling does.
     assert parts["rollout"] == {
         "weights": PARAMETERS * 4,
         "KV cache": 8 * 16 * 16 * 4,
-        "logits": 2 * 8 * 6 * 4,
+        "activations": (8 * 16 * (4 + 16) - 6 * 8 * 6) * 4,
+        "logits": 6 * 8 * 6 * 4,
         "process": PROCESS_BYTES,
     }
+    # Attention: embeddings, input and norm of 8, six times queries of 8 and keys of 4.
     assert parts["reference"] == {
         "weights": PARAMETERS * 4,
-        "activations": 32 * 136 * 4,
-        "logits": 2 * 32 * 6 * 4,
+        "activations": 32 * (3 * 8 + 6 * 8 + 6 * 4) * 4,
         "process": PROCESS_BYTES,
     }
     each = {planned.role.name: planned.bytes_each for planned in plan.roles}
@@ -130,13 +137,14 @@ def test_offline_training_counts_examples_and_both_answers_of_a_pair(recipe_file
 
 def test_gradient_checkpointing_keeps_one_layer_and_the_inputs_of_the_others(recipe_file: Path):
     (trainer, *_) = plan_of(recipe_file, "trainer.gradient_checkpointing=true").roles
-    assert dict(trainer.parts or {})["activations"] == 32 * (136 + 8) * 4
+    # The input of the layer that is computed again is one of the two that were kept.
+    assert dict(trainer.parts or {})["activations"] == 32 * (2 * 8 + (148 - 8) + 40) * 4
 
 
 def test_a_micro_batch_is_bounded_by_what_there_is_and_holds_the_longest_sequence(recipe_file: Path):
     def activations(budget: int) -> int:
         (trainer, *_) = plan_of(recipe_file, f"trainer.tokens_per_micro_batch={budget}").roles
-        return dict(trainer.parts or {})["activations"] // (2 * 136 * 4)
+        return dict(trainer.parts or {})["activations"] // ((2 * 148 + 33) * 4)
 
     assert (activations(1_000_000), activations(8)) == (4 * 16, 16)
 
@@ -171,9 +179,24 @@ def test_what_does_not_fit_is_said_with_the_remedy(recipe_file: Path):
     assert plan_of(recipe_file, "trainer.gpus_per_worker=1").warnings == [
         "actors reserve 2 GPUs and this machine has 0: the run needs a cluster"
     ]
+
+
+def test_what_does_not_fit_comes_with_the_changes_that_save_most(recipe_file: Path):
     (memory,) = plan_of(recipe_file, "trainer.workers=8", machine=replace(LAPTOP, cpus=16, memory=4 * GIB)).warnings
-    assert "do not fit into 4.00 GiB of memory" in memory
-    assert "lower the number of workers" in memory
+    # Nine processes of half a GiB, one of them the driver's, and two of the rewards.
+    assert memory.startswith("5.75 GiB do not fit into 4.00 GiB of memory: trainer.workers=4 saves 2.00 GiB, enough")
+
+
+def test_every_change_that_is_said_saves_what_is_said_in_this_order(recipe_file: Path):
+    large = ("model.architecture.hidden_size=2048", "model.architecture.intermediate_size=8192", "data.max_tokens=2048")
+    sizes = ("rollout.max_new_tokens=1024", "trainer.tokens_per_micro_batch=8192", "trainer.workers=1")
+    before = plan_of(recipe_file, *large, *sizes)
+    found = remedies(before.recipe, lambda recipe: make_plans([recipe], LAPTOP)[0].host_bytes)
+    assert found[0].key == "model.dtype"
+    assert sorted(found, key=lambda remedy: -remedy.saves) == found
+    for remedy in found:
+        after = plan_of(recipe_file, *large, *sizes, f"{remedy.key}={remedy.value}")
+        assert before.host_bytes - after.host_bytes == remedy.saves
 
 
 def test_what_is_probably_not_meant_is_said(recipe_file: Path):

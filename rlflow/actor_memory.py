@@ -1,0 +1,191 @@
+"""How much memory each actor needs at its peak, what of it is for what, from the model's shape and the recipe.
+
+A step has a few moments that can be its peak; each is the sum of what is alive then, and the largest is the estimate:
+
+    scoring     all activations are kept, logits are computed again, chunk by chunk
+    last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
+    embeddings  the backward pass ends: no activations, all gradients
+    snapshot    the weights are copied for the rollout workers: no activations, no gradients
+
+benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
+padding of sequences whose lengths differ by less than a quarter, DoRA's own activations.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlflow import activations
+from rlflow.memory import DTYPE_BYTES, ModelShape, state_bytes, weight_bytes
+from rlflow.recipe import Recipe
+
+Parts = dict[str, int]
+"""What -> bytes."""
+
+PROCESS_BYTES = 1 << 29
+"""Of an actor with torch and transformers imported, before it holds anything (benchmarks/memory.md)."""
+REWARD_PROCESS_BYTES = 1 << 27
+"""Of a process that only runs reward functions."""
+LOGITS_ELEMENTS = 1 << 25
+"""Trainer and reference score tokens in chunks of this many logits, in float32: token_model._CHUNK_ELEMENTS."""
+SCORING, SCORING_BACKWARD, SCORING_ENTROPY = 2, 3, 5
+"""Arrays of a chunk's size alive at once: in a forward pass, in a backward pass, and with an entropy bonus."""
+SAMPLING = 6
+"""Arrays of float32 [sequences, vocabulary] that sampling a token holds; the cumulative one is of float64: twice."""
+
+
+def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
+    """Of one rank of the trainer."""
+    trainer = recipe.trainer
+    state = state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker), shape.adapter)
+    moments = _step(recipe, shape, state, trainer.workers, scores=recipe.algorithm.name != "reward_model")
+    if recipe.needs_rollouts:
+        moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})
+    return _largest(moments)
+
+
+def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
+    """Of one rank of the critic: a trainer of all weights, without logits."""
+    critic = recipe.algorithm.critic
+    state = state_bytes(recipe, shape.parameters, critic.workers, bool(critic.gpus_per_worker))
+    return _largest(_step(recipe, shape, state, critic.workers, scores=False))
+
+
+def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
+    """Of one ReferenceModel: it keeps nothing for a backward pass."""
+    tokens, size = micro_batch_tokens(recipe), DTYPE_BYTES[recipe.model.dtype]
+    weights = {"weights": shape.parameters * size}
+    forward = tokens * activations.layer_forward(shape, size)
+    scoring = tokens * 2 * shape.hidden * size
+    logits = SCORING * _chunk_bytes(tokens, shape)
+    return _largest([{**weights, "activations": forward}, {**weights, "activations": scoring, "logits": logits}])
+
+
+def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
+    """Of one RolloutWorker. The key-value cache is vLLM's fixed one, or what the longest completions would fill."""
+    rollout, size = recipe.rollout, DTYPE_BYTES[recipe.model.dtype]
+    sequences = rollout.max_num_seqs
+    prompts = sequences
+    if recipe.family == "online":
+        group = recipe.algorithm.group_size
+        share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * group
+        sequences = min(sequences, share)
+        prompts = math.ceil(sequences / group)
+    weights = {"weights": weight_bytes(recipe, shape.parameters, shape.adapter)}
+    logits = SAMPLING * sequences * shape.vocabulary * activations.FLOAT32
+    if engine == "vllm":
+        cache = int(rollout.kv_cache_gib * 2**30)
+        return _largest([{**weights, "KV cache": cache, "logits": logits}])
+    longest = recipe.data.max_prompt_tokens
+    reading = {
+        "KV cache": prompts * longest * shape.cache_per_token * size,
+        "activations": prompts * longest * activations.layer_forward(shape, size),
+    }
+    length = longest + rollout.max_new_tokens
+    # A layer's keys are joined with the new token's, then repeated for the query heads that share them.
+    repeated = 2 * shape.query_width if shape.key_width < shape.query_width else 0
+    writing = {
+        "KV cache": sequences * length * shape.cache_per_token * size,
+        "activations": max(0, sequences * length * (shape.key_width + repeated) * size - logits),
+        "logits": logits,
+    }
+    return _largest([{**weights, **reading}, {**weights, **writing}])
+
+
+def snapshot_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Of the weights on their way to the rollout workers: of an adapter alone where there is one."""
+    if shape.adapter is not None:
+        return activations.FLOAT32 * shape.adapter
+    return shape.parameters * DTYPE_BYTES[recipe.model.dtype]
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens in one forward pass of a rank: the packing budget, one longer sequence, or all there is."""
+    longest = longest_sequence(recipe)
+    per_rank = math.ceil(sequences_per_step(recipe) / recipe.trainer.data_parallel) * longest
+    return max(longest, min(recipe.trainer.tokens_per_micro_batch, per_rank))
+
+
+def longest_sequence(recipe: Recipe) -> int:
+    """Tokens of the longest sequence that is trained."""
+    if recipe.family == "online":
+        return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    return recipe.data.max_tokens
+
+
+def sequences_per_step(recipe: Recipe) -> int:
+    """Rollouts, examples, or both answers of every pair."""
+    if recipe.family == "online":
+        return recipe.data.prompts_per_step * recipe.algorithm.group_size
+    return recipe.data.prompts_per_step * (2 if recipe.is_paired else 1)
+
+
+def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores: bool) -> list[Parts]:
+    """The moments of forward and backward passes.
+
+    Gradients wait only where an update has several micro-batches: before the first one there are none.
+    """
+    size, layers, share = DTYPE_BYTES[recipe.model.dtype], shape.layers, recipe.trainer.sequence_parallel
+    tokens = math.ceil(micro_batch_tokens(recipe) / share)
+    trains_all = shape.adapter is None or not scores
+    adapted = () if trains_all else (shape.adapter_targets, shape.adapter_rank)
+    layer = activations.kept(shape, size, *adapted)
+    if recipe.trainer.gradient_checkpointing:
+        kept = layers * shape.hidden * size
+        # In float32 the input that was kept is the tensor that the first norm keeps.
+        again = layer - (shape.hidden * size if size == activations.FLOAT32 else 0)
+    else:
+        kept, again = layers * layer, 0
+    head = shape.head_parameters * size if trains_all and scores else 0
+    gathered = _gathered_bytes(recipe, shape, ranks)
+    begun = {**state, **gathered}
+    if _micro_batches(recipe, ranks // share) == 1:
+        begun["gradients"] = 0
+    at_scoring = tokens * (kept + activations.final_norm(shape, size, is_trained=trains_all))
+    at_last_layer = tokens * (kept + again + activations.layer_backward(shape, size))
+    scoring = _scoring_bytes(recipe, shape, tokens, head) if scores else 0
+    # The gradient of tied embeddings waits for its second half, that of the lookup, until the end.
+    waiting = head if shape.is_tied else 0
+    at_end = head + waiting + (gathered["gathered"] if gathered else 0)
+    return [
+        {**begun, "activations": at_scoring, "logits": scoring},
+        {**begun, "activations": at_last_layer, "logits": waiting},
+        {**state, **gathered, "activations": 0, "logits": at_end},
+    ]
+
+
+def _gathered_bytes(recipe: Recipe, shape: ModelShape, ranks: int) -> Parts:
+    """What a rank holds whole of weights that it owns a part of: embeddings and head all along, and two layers."""
+    trainer = recipe.trainer
+    if trainer.engine == "deepspeed":
+        is_sharded = trainer.deepspeed.stage == 3 and ranks > 1
+    else:
+        is_sharded = ranks > trainer.fsdp.replicas
+    if not is_sharded:
+        return {}
+    heads = (1 if shape.is_tied else 2) * shape.head_parameters
+    return {"gathered": DTYPE_BYTES[recipe.model.dtype] * (heads + 2 * shape.layer_parameters)}
+
+
+def _scoring_bytes(recipe: Recipe, shape: ModelShape, tokens: int, head: int) -> int:
+    """Of the backward pass of a chunk of logits, with the head's gradient of the chunks before it and of its own."""
+    arrays = SCORING_ENTROPY if recipe.algorithm.loss.entropy_coef else SCORING_BACKWARD
+    chunk = _chunk_bytes(tokens, shape)
+    is_one = tokens * shape.vocabulary <= LOGITS_ELEMENTS
+    return (0 if is_one else head) + max(arrays * chunk, chunk + head)
+
+
+def _chunk_bytes(tokens: int, shape: ModelShape) -> int:
+    return activations.FLOAT32 * min(tokens * shape.vocabulary, max(LOGITS_ELEMENTS, shape.vocabulary))
+
+
+def _micro_batches(recipe: Recipe, ranks: int) -> int:
+    """Of one of ``ranks`` that have their own, in one update, where all sequences are as long as they may be."""
+    updates = recipe.algorithm.groups.updates_per_step if recipe.family == "online" else 1
+    of_rank = math.ceil(sequences_per_step(recipe) / updates / ranks) * longest_sequence(recipe)
+    return math.ceil(of_rank / micro_batch_tokens(recipe))
+
+
+def _largest(moments: list[Parts]) -> Parts:
+    largest = max(moments, key=lambda parts: sum(parts.values()))
+    return {**largest, "process": PROCESS_BYTES}

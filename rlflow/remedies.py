@@ -1,0 +1,94 @@
+"""What to change in a recipe that does not fit: each change is tried on the estimate, largest saving first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlflow.actor_memory import longest_sequence
+from rlflow.recipe import Recipe
+
+LEAST_SAVING = 0.01
+"""Changes that save less than this share are not worth a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """An override of one key."""
+
+    key: str
+    value: str
+    saves: int
+    """Bytes."""
+
+
+def remedies(recipe: Recipe, bytes_of: Callable[[Recipe], int]) -> list[Remedy]:
+    """Changes of one key that make a recipe smaller, the largest saving first.
+
+    Args:
+        bytes_of: The estimate of a whole recipe.
+    """
+    before = bytes_of(recipe)
+    found = []
+    for key, value in _candidates(recipe):
+        try:
+            changed = _with(recipe, key, value)
+        except ValidationError:
+            continue
+        saves = before - bytes_of(changed)
+        if saves > LEAST_SAVING * before:
+            found.append(Remedy(key, _shown(value), saves))
+    return sorted(found, key=lambda remedy: -remedy.saves)
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """What could be less: workers one, sizes half, switches on."""
+    trainer, rollout, critic = recipe.trainer, recipe.rollout, recipe.algorithm.critic
+    if not trainer.gradient_checkpointing:
+        yield "trainer.gradient_checkpointing", True
+    if (budget := max(longest_sequence(recipe), trainer.tokens_per_micro_batch // 2)) < trainer.tokens_per_micro_batch:
+        yield "trainer.tokens_per_micro_batch", budget
+    if recipe.model.dtype == "float32":
+        yield "model.dtype", "bfloat16"
+    if recipe.model.adapter is None:
+        yield "model.adapter", {"kind": "lora"}
+    workers = {
+        "trainer": trainer.workers,
+        "rollout": rollout.workers,
+        "reference": recipe.reference.workers,
+        "reward_server": recipe.reward_server.workers,
+        "algorithm.critic": critic.workers,
+    }
+    for block, count in workers.items():
+        if count > 1:
+            yield f"{block}.workers", count // 2
+    if recipe.reward_server.children > 1:
+        yield "reward_server.children", recipe.reward_server.children // 2
+    if rollout.max_num_seqs > 1:
+        yield "rollout.max_num_seqs", rollout.max_num_seqs // 2
+    yield "rollout.kv_cache_gib", rollout.kv_cache_gib / 2
+    if rollout.max_new_tokens > 1:
+        yield "rollout.max_new_tokens", rollout.max_new_tokens // 2
+
+
+def _with(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """
+    Raises:
+        ValidationError: The value does not go together with others of the recipe.
+    """
+    data = recipe.model_dump()
+    *blocks, last = key.split(".")
+    block = data
+    for name in blocks:
+        block = block[name]
+    block[last] = value
+    return Recipe.model_validate(data)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(entry)}" for key, entry in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
