@@ -28,11 +28,12 @@ class WeightSnapshot:
 
 def pack_weights(named: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightSnapshot:
     """Copies tensors end to end, each cast to nothing: what arrives is what was trained."""
-    tensors, parts = [], []
+    tensors, buffer = [], bytearray()
     for name, tensor in named:
         tensors.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
-        parts.append(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    return WeightSnapshot(version, tuple(tensors), np.concatenate(parts))
+        # Taken at once: a sharded trainer gathers tensors one by one, and whole ones need not all be held.
+        buffer += tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+    return WeightSnapshot(version, tuple(tensors), np.frombuffer(buffer, dtype=np.uint8))
 
 
 def unpack_weights(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]]:

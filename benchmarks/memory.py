@@ -103,13 +103,15 @@ def batches_of(recipe: Recipe) -> list[MicroBatch]:
     rng = np.random.default_rng(0)
     length = PROMPT + NEW
     trained = np.arange(length) >= PROMPT
-    fields = ("advantages", "old_logprobs", "ref_logprobs")
+    zeros = np.zeros(length, dtype=np.float32)
     samples = [
         Sample(
             token_ids=rng.integers(5, 1000, length).astype(np.int32),
             loss_mask=trained,
             loss_weights=trained.astype(np.float32) / NEW,
-            **{name: np.zeros(length, dtype=np.float32) for name in fields},
+            advantages=zeros,
+            old_logprobs=zeros,
+            ref_logprobs=zeros,
         )
         for _ in range(2 * recipe.trainer.tokens_per_micro_batch // length)
     ]

@@ -128,8 +128,8 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     size, layers, share = DTYPE_BYTES[recipe.model.dtype], shape.layers, recipe.trainer.sequence_parallel
     tokens = math.ceil(micro_batch_tokens(recipe) / share)
     trains_all = shape.adapter is None or not scores
-    adapted = () if trains_all else (shape.adapter_targets, shape.adapter_rank)
-    layer = activations.kept(shape, size, *adapted)
+    targets = None if trains_all else shape.adapter_targets
+    layer = activations.kept(shape, size, targets, shape.adapter_rank)
     if recipe.trainer.gradient_checkpointing:
         kept = layers * shape.hidden * size
         # In float32 the input that was kept is the tensor that the first norm keeps.

@@ -247,28 +247,28 @@ def _misfits(plan: Plan) -> Iterator[str]:
     if gpus > machine.gpus:
         yield f"actors reserve {gpus:g} GPUs and this machine has {machine.gpus}: the run needs a cluster"
     if plan.host_bytes > machine.memory:
-        yield f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory: {_what_to_change(plan)}"
+        yield f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory"
+        yield from _what_to_change(plan)
 
 
-def _what_to_change(plan: Plan) -> str:
-    """Overrides that save most, as many as bring it down to the machine's memory, and a few more to choose from."""
+def _what_to_change(plan: Plan) -> Iterator[str]:
+    """Overrides, the largest saving first, and how many of them it takes."""
     shape = plan.shape
     assert isinstance(shape, ModelShape)
 
     def bytes_of(recipe: Recipe) -> int:
         adapter = recipe.model.adapter
-        changed = shape if adapter == plan.recipe.model.adapter else _with_adapter(shape, adapter or AdapterBlock())
+        changed = shape if adapter is None or shape.adapter is not None else _with_adapter(shape, adapter)
         return _host_bytes(recipe, changed, _planned(recipe, changed))
 
     found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]
-    if not found:
-        return "choose a smaller model, or more machines"
-    missing = plan.host_bytes - plan.machine.memory
-    said = (
-        f"{remedy.key}={remedy.value} saves {_gib(remedy.saves)}{', enough' if remedy.saves >= missing else ''}"
-        for remedy in found
-    )
-    return f"{'; '.join(said)}; each counted alone"
+    enough = [number for number, remedy in enumerate(found, 1) if remedy.together <= plan.machine.memory]
+    for remedy in found:
+        yield f"  {remedy.key}={remedy.value} saves {_gib(remedy.saves)}"
+    if enough:
+        yield f"  enough: {'the first' if enough[0] == 1 else f'the first {enough[0]} together'}"
+    else:
+        yield "  not enough, even together: choose a smaller model, or run on more machines"
 
 
 def _oddities(plan: Plan) -> Iterator[str]:

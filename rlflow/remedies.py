@@ -22,7 +22,9 @@ class Remedy:
     key: str
     value: str
     saves: int
-    """Bytes."""
+    """Bytes, by itself."""
+    together: int
+    """Bytes of the whole recipe with this change and those that save more."""
 
 
 def remedies(recipe: Recipe, bytes_of: Callable[[Recipe], int]) -> list[Remedy]:
@@ -32,16 +34,16 @@ def remedies(recipe: Recipe, bytes_of: Callable[[Recipe], int]) -> list[Remedy]:
         bytes_of: The estimate of a whole recipe.
     """
     before = bytes_of(recipe)
-    found = []
+    savings = {}
     for key, value in _candidates(recipe):
-        try:
-            changed = _with(recipe, key, value)
-        except ValidationError:
-            continue
-        saves = before - bytes_of(changed)
+        if (changed := _with(recipe, key, value)) is not None:
+            savings[key, _shown(value)] = before - bytes_of(changed), value
+    found, together = [], recipe
+    for (key, shown), (saves, value) in sorted(savings.items(), key=lambda item: -item[1][0]):
         if saves > LEAST_SAVING * before:
-            found.append(Remedy(key, _shown(value), saves))
-    return sorted(found, key=lambda remedy: -remedy.saves)
+            together = _with(together, key, value) or together
+            found.append(Remedy(key, shown, saves, bytes_of(together)))
+    return found
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -74,18 +76,18 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "rollout.max_new_tokens", rollout.max_new_tokens // 2
 
 
-def _with(recipe: Recipe, key: str, value: Any) -> Recipe:
-    """
-    Raises:
-        ValidationError: The value does not go together with others of the recipe.
-    """
+def _with(recipe: Recipe, key: str, value: Any) -> Recipe | None:
+    """None where the value does not go together with others of the recipe."""
     data = recipe.model_dump()
     *blocks, last = key.split(".")
     block = data
     for name in blocks:
         block = block[name]
     block[last] = value
-    return Recipe.model_validate(data)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError:
+        return None
 
 
 def _shown(value: Any) -> str:

@@ -182,9 +182,19 @@ def test_what_does_not_fit_is_said_with_the_remedy(recipe_file: Path):
 
 
 def test_what_does_not_fit_comes_with_the_changes_that_save_most(recipe_file: Path):
-    (memory,) = plan_of(recipe_file, "trainer.workers=8", machine=replace(LAPTOP, cpus=16, memory=4 * GIB)).warnings
-    # Nine processes of half a GiB, one of them the driver's, and two of the rewards.
-    assert memory.startswith("5.75 GiB do not fit into 4.00 GiB of memory: trainer.workers=4 saves 2.00 GiB, enough")
+    workers = ("trainer.workers=8", "reward_server.children=3")
+    small = replace(LAPTOP, cpus=16, memory=int(4.01 * GIB))
+    # Eleven processes of half a GiB, one of them the driver's, and four of an eighth.
+    assert plan_of(recipe_file, *workers, machine=small).warnings == [
+        "6.00 GiB do not fit into 4.01 GiB of memory",
+        "  trainer.workers=4 saves 2.00 GiB",
+        "  reward_server.children=1 saves 0.25 GiB",
+        "  enough: the first",
+    ]
+    smaller = plan_of(recipe_file, *workers, machine=replace(small, memory=4 * GIB - GIB // 8)).warnings
+    assert smaller[-1] == "  enough: the first 2 together"
+    least = plan_of(recipe_file, *workers, machine=replace(small, memory=GIB)).warnings
+    assert least[-1] == "  not enough, even together: choose a smaller model, or run on more machines"
 
 
 def test_every_change_that_is_said_saves_what_is_said_in_this_order(recipe_file: Path):
