@@ -75,10 +75,12 @@ class Trainer:
         """
         import torch
 
+        from actors.host_memory import return_freed_memory
         from actors.train_engines.engine import init_process_group, make_engine
         from actors.train_engines.routers import find_routers
         from actors.train_engines.sequence_parallel import share_tokens
 
+        return_freed_memory()
         started = time.perf_counter()
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(self.seed)

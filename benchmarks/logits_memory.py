@@ -2,8 +2,9 @@
 
     python benchmarks/logits_memory.py models/SmolLM2-135M-Instruct
 
-Both compute the same mean cross-entropy and its gradient, with gradient checkpointing, in a process of their own. What
-counts is the largest resident memory beyond what was resident before the step: model loaded, gradients allocated.
+Both compute the same mean cross-entropy and its gradient, with gradient checkpointing, in a process of their own, with
+the first four layers of the model: logits are what is compared. What counts is the largest resident memory beyond what
+was resident before the step: model loaded, gradients allocated.
 benchmarks/memory.md has the results.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 
 from rlflow.recipe import ModelBlock
 
-SEQUENCES, LENGTH = 16, 512
+SEQUENCES, LENGTH, LAYERS = 16, 512, 4
 WAYS = {"whole": "transformers: model(input_ids, labels=labels).loss", "chunks": "rlflow: TokenModel"}
 
 
@@ -58,6 +60,9 @@ def measure(way: str, model_dir: str) -> str:
     import torch
     import transformers
 
+    from actors.host_memory import return_freed_memory
+
+    return_freed_memory()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     token_ids = np.random.default_rng(0).integers(5, 1000, (SEQUENCES, LENGTH)).astype(np.int32)
@@ -87,10 +92,21 @@ def main() -> None:
     if given.way:
         print(measure(given.way, given.model_dir))
         return
+    with tempfile.TemporaryDirectory() as directory:
+        compare(given.model_dir, directory)
+
+
+def compare(model_dir: str, directory: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers={LAYERS})\n"
+        "model.save_pretrained(sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, model_dir, directory], check=True, env=environment)
     print("| step | extra | resident before | loss | gradient norm |\n|---|---|---|---|---|", flush=True)
     for way in WAYS:
-        subprocess.run([sys.executable, __file__, given.model_dir, "--way", way], check=True, env=environment)
+        subprocess.run([sys.executable, __file__, directory, "--way", way], check=True, env=environment)
 
 
 if __name__ == "__main__":

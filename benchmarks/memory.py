@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py models/SmolLM2-135M-Instruct [case ...]
 
-A case is a recipe and a role. Its child process builds the role's own class and does what a step asks of it, twice, at
-the largest size that the recipe allows; the largest resident memory that the kernel saw (VmHWM) is the measurement. The
-other two models are random and made in a temporary directory. benchmarks/memory.md has the results.
+A case is a recipe and a role. Its child process builds the role's own class and does what steps ask of it at the most
+tokens that the recipe allows; the largest resident memory that the kernel saw (VmHWM) is the measurement. The other two
+models are random and made in a temporary directory. benchmarks/memory.md has the results.
 """
 
 from __future__ import annotations
@@ -51,31 +51,30 @@ class Case:
     role: str
     model: str
     tokens: int
-    """Of a micro-batch; a rank has two in an update."""
+    """Of a micro-batch; by its recipe a rank has two in an update."""
     settings: tuple[str, ...] = ()
     ranks: int = 1
 
 
 CHECKPOINTING = "trainer.gradient_checkpointing=true"
 LORA = "model.adapter={kind: lora, rank: 16}"
+SHORT = ("data.max_prompt_tokens=448", "rollout.max_new_tokens=64", "rollout.max_num_seqs=16")
 CASES = {
     "smollm2": Case("trainer", "smollm2", 2048),
-    "smollm2-checkpointing": Case("trainer", "smollm2", 2048, (CHECKPOINTING,)),
-    "smollm2-8k": Case("trainer", "smollm2", 8192, (CHECKPOINTING,)),
+    "smollm2-checkpointing": Case("trainer", "smollm2", 4096, (CHECKPOINTING,)),
     "smollm2-lora": Case("trainer", "smollm2", 2048, (LORA,)),
-    "smollm2-lora-bfloat16": Case("trainer", "smollm2", 1024, (LORA, "model.dtype=bfloat16")),
-    "smollm2-bfloat16": Case("trainer", "smollm2", 2048, ("model.dtype=bfloat16", CHECKPOINTING)),
-    "smollm2-2-ranks": Case("trainer", "smollm2", 2048, (CHECKPOINTING,), ranks=2),
+    "smollm2-bfloat16": Case("trainer", "smollm2", 1024, ("model.dtype=bfloat16",)),
+    "smollm2-2-ranks": Case("trainer", "smollm2", 1024, (CHECKPOINTING,), ranks=2),
     "qwen3": Case("trainer", "qwen3", 2048),
-    "qwen3-checkpointing": Case("trainer", "qwen3", 4096, (CHECKPOINTING,)),
+    "qwen3-checkpointing": Case("trainer", "qwen3", 2048, (CHECKPOINTING,)),
     "gpt2": Case("trainer", "gpt2", 2048),
-    "gpt2-checkpointing": Case("trainer", "gpt2", 4096, (CHECKPOINTING,)),
-    "smollm2-reference": Case("reference", "smollm2", 8192),
+    "gpt2-checkpointing": Case("trainer", "gpt2", 2048, (CHECKPOINTING,)),
+    "smollm2-reference": Case("reference", "smollm2", 4096),
     "qwen3-reference": Case("reference", "qwen3", 4096),
     "gpt2-reference": Case("reference", "gpt2", 4096),
-    "smollm2-rollout": Case("rollout", "smollm2", 2048, ("rollout.max_num_seqs=16",)),
-    "qwen3-rollout": Case("rollout", "qwen3", 2048, ("rollout.max_num_seqs=16",)),
-    "smollm2-vllm": Case("rollout", "smollm2", 2048, ("rollout.engine=vllm", "rollout.kv_cache_gib=1.0")),
+    "smollm2-rollout": Case("rollout", "smollm2", 2048, SHORT),
+    "qwen3-rollout": Case("rollout", "qwen3", 2048, SHORT),
+    "smollm2-vllm": Case("rollout", "smollm2", 2048, (*SHORT, "rollout.engine=vllm", "rollout.kv_cache_gib=1.0")),
 }
 
 
@@ -96,8 +95,8 @@ def recipe_of(case: Case, model_dir: str) -> Recipe:
         return load_recipe(path, case.settings)[0]
 
 
-def batches_of(recipe: Recipe) -> list[MicroBatch]:
-    """Two micro-batches of as many tokens as the recipe allows."""
+def batch_of(recipe: Recipe, sequences: int) -> MicroBatch:
+    """A packed micro-batch of sequences of the recipe's length."""
     from rlflow.batching import pack
 
     rng = np.random.default_rng(0)
@@ -113,20 +112,23 @@ def batches_of(recipe: Recipe) -> list[MicroBatch]:
             old_logprobs=zeros,
             ref_logprobs=zeros,
         )
-        for _ in range(2 * recipe.trainer.tokens_per_micro_batch // length)
+        for _ in range(sequences)
     ]
-    return pack(samples, max_tokens=recipe.trainer.tokens_per_micro_batch, num_ranks=1)[0]
+    ((batch,),) = pack(samples, max_tokens=sequences * length, num_ranks=1)
+    return batch
 
 
 def train(recipe: Recipe, rank: int, address: str | None, peaks: Peaks) -> None:
+    """Two steps: a short one makes the moments; in the other gradients are there when the largest micro-batch comes."""
     from actors.policy_trainer import PolicyTrainer
 
     world = {"rank": rank, "world_size": recipe.trainer.workers}
     trainer = PolicyTrainer(recipe.model, recipe.trainer, num_threads=1, seed=0, **world)
     trainer.setup(address)
     peaks.mark("loading")
-    batches = batches_of(recipe)
-    for step in ("first step", "second step"):
+    short = batch_of(recipe, 1)
+    largest = batch_of(recipe, recipe.trainer.tokens_per_micro_batch // (PROMPT + NEW))
+    for step, batches in {"first step": [short], "second step": [short, largest]}.items():
         trainer.forward_backward(batches, recipe.algorithm, Denominators(1, 1, 1))
         assert not trainer.optim_step(1e-6).skipped
         peaks.mark(step)
@@ -140,8 +142,7 @@ def refer(recipe: Recipe, peaks: Peaks) -> None:
 
     model = ReferenceModel(recipe.model, gpus=0, num_threads=1, seed=0)
     peaks.mark("loading")
-    for _ in range(2):
-        model.logprobs(batches_of(recipe))
+    model.logprobs([batch_of(recipe, recipe.trainer.tokens_per_micro_batch // (PROMPT + NEW))])
     peaks.mark("logprobs")
 
 
@@ -171,13 +172,11 @@ def generate(recipe: Recipe, peaks: Peaks) -> None:
     peaks.mark("loading")
     peaks.forget()
     rng = np.random.default_rng(0)
-    requests = [
-        GenerationRequest(
-            rng.integers(5, 1000, PROMPT - i % 2).astype(np.int32), tuple(range(GROUP * i, GROUP * i + GROUP))
-        )
-        for i in range(recipe.data.prompts_per_step)
-    ]
-    worker.generate(requests, SamplingParams(max_new_tokens=NEW))
+    lengths = [recipe.data.max_prompt_tokens - i % 2 for i in range(recipe.data.prompts_per_step)]
+    seeds = [tuple(range(GROUP * i, GROUP * i + GROUP)) for i in range(len(lengths))]
+    prompts = [rng.integers(5, 1000, length).astype(np.int32) for length in lengths]
+    requests = [GenerationRequest(*request) for request in zip(prompts, seeds, strict=True)]
+    worker.generate(requests, SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens))
     peaks.mark("generation")
     worker.close()
 
