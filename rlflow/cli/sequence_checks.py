@@ -35,7 +35,7 @@ def in_sequence_parallel(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found
 def _config_of(model: ModelBlock, to_come: Mapping[str, Recipe]) -> Mapping[str, Any] | None:
     """Fields of a model's config, or of what earlier stages start from; None where it is not on this machine."""
     for _ in to_come:
-        if model.path in to_come:
+        if model.path is not None and model.path in to_come:
             model = to_come[model.path].model
     if model.architecture is not None:
         return model.architecture
