@@ -57,7 +57,7 @@ def share_tokens(module: SplitModule, size: int, device: torch.device, timeout_s
     if problem := sharing_problem(module.model.config.to_dict(), size):
         raise ValueError(f"{name}: {problem}")
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
-    assert group is not None
+    assert isinstance(group, dist.ProcessGroup)
     module.ranks = SequenceRanks(group, size, dist.get_rank(group))
     difference = _difference(module, module.ranks, device)
     if not difference < (1e-3 if module.model.dtype == torch.float32 else 0.05):

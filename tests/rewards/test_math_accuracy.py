@@ -104,7 +104,7 @@ def test_only_a_stated_answer_counts_when_asked() -> None:
     ids=lambda bomb: bomb[:20],
 )
 def test_a_number_too_large_to_write_down_is_wrong_at_once(bomb: str) -> None:
-    assert verdict(bomb, "5", timeout_s=1) == 0.0
+    assert verdict(bomb, "5", timeout_s=10) == 0.0
 
 
 def test_a_large_number_that_can_be_written_down_is_compared() -> None:

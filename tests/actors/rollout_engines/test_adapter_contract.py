@@ -97,7 +97,7 @@ def engine_and_policy(
 ) -> Iterator[tuple[RolloutEngine, Policy]]:
     """vLLM sets environment variables and replaces torch.set_num_threads: both are put back."""
     name, adapter = request.param
-    base = random_policy(tied=True, seed=0)
+    base = random_policy("tied", seed=0)
     directory = tmp_path_factory.mktemp("base")
     base.config.architectures = ["Qwen3ForCausalLM"]
     base.save_pretrained(directory)

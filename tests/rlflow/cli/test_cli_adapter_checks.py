@@ -125,8 +125,8 @@ def test_no_reference_is_placed_and_little_is_planned(recipe_file: Path):
     trainer, of_all = plan.roles[0].parts, whole.roles[0].parts
     assert trainer is not None
     assert of_all is not None
-    assert trainer["activations"] == of_all["activations"]
-    assert trainer["Adam"] == 2 * trainer["gradients"] < 0.5 * of_all["Adam"]
+    assert 0 < trainer["activations"] < of_all["activations"], "frozen layers keep less"
+    assert 0 < trainer["Adam"] < 0.5 * of_all["Adam"]
     assert "lora, rank 4" in render(plan)
 
 
