@@ -99,7 +99,7 @@ def main() -> None:
 def compare(model_dir: str, directory: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     code = (
-        "import sys; from transformers import AutoModelForCausalLM\n"
+        "import sys; from transformers import AutoModelForCausalLM, logging; logging.set_verbosity_error()\n"
         f"model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers={LAYERS})\n"
         "model.save_pretrained(sys.argv[2])"
     )
