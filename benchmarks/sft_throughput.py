@@ -42,11 +42,11 @@ Steps = list[list[Report]]
 EXPLANATION = """
 Speed is the median over the steps but the first, which warms up. Tokens are those of the rows, prompts included;
 neither filler nor padding counts. The variants are processes that take turns, a step each, in groups that each have a
-base of their own; "to the base" is the median of the ratios of speeds on the same step. Every variant has {cores}
-threads, which two ranks share. A step is one micro-batch on each rank. rlflow is timed from batching to the optimizer,
-in its trainer, without Ray; TRL from the forward pass to the optimizer. Memory is the most a process ever held (VmHWM:
-libraries and loading included), added over ranks. Losses are means over the trained tokens; "differs by" is the largest
-difference from the base's in any step.
+base of their own; "to the base" is the median of the ratios of speeds on the same step. Compute threads: {cores}, which
+two ranks share. A step is one micro-batch on each rank. rlflow is timed from batching to the optimizer, in its trainer,
+without Ray; TRL from the forward pass to the optimizer. Memory is the most a process ever held (VmHWM: libraries and
+loading included), added over ranks. Losses are means over the trained tokens; "differs by" is the largest difference
+from the base's in any step.
 """
 
 
@@ -233,7 +233,9 @@ def run_recipe(settings: Settings) -> list[dict[str, float]]:
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     subprocess.run([sys.executable, "-m", "rlflow", "run", directory / "recipe.yaml"], stdout=sys.stderr, check=True)
-    return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
+    # The first is of the policy before any step.
+    return [json.loads(line) for line in lines[1:]]
 
 
 def seconds(reports: list[Report]) -> float:
@@ -276,7 +278,10 @@ def render(settings: Settings, results: list[dict[str, Steps]], through_ray: lis
         apart = max(abs(a - loss(b)) for a, b in zip(own, results[0][BASE], strict=True))
         yield f"| `rlflow run`, 1 rank | {speed:.0f} | | | {own[-1]:.4f} | {apart:.0e} |"
     yield EXPLANATION.format(cores=settings.cores)
-    yield from (f"- {name}: {variant.about}" for name, variant in VARIANTS.items())
+    shown = {name for of_group in results for name in of_group}
+    yield from (f"- {name}: {variant.about}" for name, variant in VARIANTS.items() if name in shown)
+    if through_ray:
+        yield "- `rlflow run`: the base as a recipe, with Ray, when the others were done; its own perf/trained_tokens_per_s"
 
 
 def row(name: str, of_groups: list[dict[str, Steps]], tokens: Sequence[int]) -> str:

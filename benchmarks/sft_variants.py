@@ -172,40 +172,30 @@ def padded(batch: MicroBatch) -> MicroBatch:
 def train_trl(connection: Connection, variant: Variant, settings: Settings) -> None:
     import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     from rlflow.data.tokenizer import load_tokenizer
     from rlflow.recipe import ModelBlock
-
-    class TakesTurns(TrainerCallback):
-        """A step is timed from its first forward pass to after the optimizer; collating and logging are not in it."""
-
-        def __init__(self) -> None:
-            self.num_tokens = 0
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            connection.send(None)
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            connection.recv()
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds = time.perf_counter() - self.started
-
-        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-            if "loss" in logs:
-                before, self.num_tokens = self.num_tokens, int(logs["num_tokens"])
-                connection.send(Report(self.seconds, logs["loss"], self.num_tokens - before, peak_bytes()))
 
     torch.set_num_threads(settings.cores)
     rows = [
         {"input_ids": e.token_ids.tolist(), "labels": np.where(e.loss_mask, e.token_ids, -100).tolist()}
         for e in settings.examples
     ]
-    config = SFTConfig(
+    SFTTrainer(
+        settings.model,
+        args=trl_config(variant, settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(ModelBlock(path=settings.model)),
+        callbacks=[trl_turns(connection)],
+    ).train()
+
+
+def trl_config(variant: Variant, settings: Settings) -> Any:
+    """The options of rlflow's trainer, in TRL's words."""
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig(
         output_dir=os.path.join(settings.directory, "trl"),
         model_init_kwargs={"dtype": "float32"},
         max_steps=len(settings.steps),
@@ -227,14 +217,35 @@ def train_trl(connection: Connection, variant: Variant, settings: Settings) -> N
         seed=0,
         **(variant.trl or {}),
     )
-    tokenizer = load_tokenizer(ModelBlock(path=settings.model))
-    SFTTrainer(
-        settings.model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[TakesTurns()],
-    ).train()
+
+
+def trl_turns(connection: Connection) -> Any:
+    """Waits before each step for the parent's message, and reports behind it.
+
+    Timed from the first forward pass to after the optimizer: collating and logging are not in it.
+    """
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        started = seconds = 0.0
+        num_tokens = 0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            connection.send(None)
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            connection.recv()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.started
+
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
+                before, self.num_tokens = self.num_tokens, int(logs["num_tokens"])
+                connection.send(Report(self.seconds, logs["loss"], self.num_tokens - before, peak_bytes()))
+
+    return Turns()
 
 
 def peak_bytes() -> int:
