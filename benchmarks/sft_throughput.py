@@ -281,7 +281,7 @@ def render(settings: Settings, results: list[dict[str, Steps]], through_ray: lis
     shown = {name for of_group in results for name in of_group}
     yield from (f"- {name}: {variant.about}" for name, variant in VARIANTS.items() if name in shown)
     if through_ray:
-        yield "- `rlflow run`: the base as a recipe, with Ray, when the others were done; its own perf/trained_tokens_per_s"
+        yield "- `rlflow run`: the base as a recipe, with Ray, after the others; its own perf/trained_tokens_per_s"
 
 
 def row(name: str, of_groups: list[dict[str, Steps]], tokens: Sequence[int]) -> str:
