@@ -24,6 +24,8 @@ Parts = dict[str, int]
 
 PROCESS_BYTES = 1 << 29
 """Of an actor with torch and transformers imported, before it holds anything (benchmarks/memory.md)."""
+VLLM_PROCESS_BYTES = 3 << 28
+"""Of an actor with vLLM, beside weights and cache (the same)."""
 REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
 LOGITS_ELEMENTS = 1 << 25
@@ -75,7 +77,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
     logits = SAMPLING * sequences * shape.vocabulary * activations.FLOAT32
     if engine == "vllm":
         cache = int(rollout.kv_cache_gib * 2**30)
-        return _largest([{**weights, "KV cache": cache, "logits": logits}])
+        return {**weights, "KV cache": cache, "logits": logits, "process": VLLM_PROCESS_BYTES}
     longest = recipe.data.max_prompt_tokens
     reading = {
         "KV cache": prompts * longest * shape.cache_per_token * size,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlflow.actor_memory import PROCESS_BYTES, REWARD_PROCESS_BYTES
+from rlflow.actor_memory import PROCESS_BYTES, REWARD_PROCESS_BYTES, VLLM_PROCESS_BYTES
 from rlflow.memory import UnknownShape, count_stored, read_shape, shape_of
 from rlflow.plan import GIB, Machine, Plan, make_plans, render
 from rlflow.recipe import ModelBlock, load_recipe
@@ -151,7 +151,8 @@ def test_a_micro_batch_is_bounded_by_what_there_is_and_holds_the_longest_sequenc
 
 def test_vllm_on_cpu_takes_the_cache_it_is_given(recipe_file: Path):
     plan = plan_of(recipe_file, "rollout.engine=vllm", "rollout.kv_cache_gib=0.25")
-    assert dict(plan.roles[1].parts or {})["KV cache"] == GIB // 4
+    parts = dict(plan.roles[1].parts or {})
+    assert (parts["KV cache"], parts["process"]) == (GIB // 4, VLLM_PROCESS_BYTES)
 
 
 def test_the_settings_say_which_values_are_the_rows_and_which_the_recipes(recipe_file: Path):
