@@ -64,7 +64,10 @@ def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 
 
 def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
-    """Of one RolloutWorker. The key-value cache is vLLM's fixed one, or what the longest completions would fill."""
+    """Of one RolloutWorker. The key-value cache is vLLM's fixed one on a CPU, or what the longest completions fill.
+
+    On a GPU vLLM takes ``gpu_memory_fraction`` of it, which should be more.
+    """
     rollout, size = recipe.rollout, DTYPE_BYTES[recipe.model.dtype]
     sequences = rollout.max_num_seqs
     prompts = sequences
@@ -75,19 +78,20 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
         prompts = math.ceil(sequences / group)
     weights = {"weights": weight_bytes(recipe, shape.parameters, shape.adapter)}
     logits = SAMPLING * sequences * shape.vocabulary * activations.FLOAT32
-    if engine == "vllm":
-        cache = int(rollout.kv_cache_gib * 2**30)
-        return {**weights, "KV cache": cache, "logits": logits, "process": VLLM_PROCESS_BYTES}
     longest = recipe.data.max_prompt_tokens
+    length = longest + rollout.max_new_tokens
+    written = sequences * length * shape.cache_per_token * size
+    if engine == "vllm":
+        cache = written if rollout.gpus_per_worker else int(rollout.kv_cache_gib * 2**30)
+        return {**weights, "KV cache": cache, "logits": logits, "process": VLLM_PROCESS_BYTES}
     reading = {
         "KV cache": prompts * longest * shape.cache_per_token * size,
         "activations": prompts * longest * activations.layer_forward(shape, size),
     }
-    length = longest + rollout.max_new_tokens
     # A layer's keys are joined with the new token's, then repeated for the query heads that share them.
     repeated = 2 * shape.query_width if shape.key_width < shape.query_width else 0
     writing = {
-        "KV cache": sequences * length * shape.cache_per_token * size,
+        "KV cache": written,
         "activations": max(0, sequences * length * (shape.key_width + repeated) * size - logits),
         "logits": logits,
     }

@@ -155,6 +155,16 @@ def test_vllm_on_cpu_takes_the_cache_it_is_given(recipe_file: Path):
     assert (parts["KV cache"], parts["process"]) == (GIB // 4, VLLM_PROCESS_BYTES)
 
 
+def test_vllm_on_a_gpu_needs_what_the_longest_completions_fill(recipe_file: Path):
+    on_gpu = ("rollout.engine=vllm", "rollout.gpus_per_worker=1")
+    short, long = (plan_of(recipe_file, *on_gpu, f"rollout.max_new_tokens={n}").roles[1].parts or {} for n in (64, 128))
+    shape = plan_of(recipe_file).shape
+    assert not isinstance(shape, str)
+    recipe = plan_of(recipe_file, *on_gpu).recipe
+    sequences = min(recipe.rollout.max_num_seqs, recipe.data.prompts_per_step * recipe.algorithm.group_size)
+    assert long["KV cache"] - short["KV cache"] == sequences * 64 * shape.cache_per_token * 4
+
+
 def test_the_settings_say_which_values_are_the_rows_and_which_the_recipes(recipe_file: Path):
     plan = plan_of(recipe_file, "algorithm.kl.coef=0", "algorithm.loss.clip_high=0.28")
     sources = {setting.key: (setting.value, setting.source) for setting in plan.settings}
