@@ -84,20 +84,27 @@ def write_stop_tokens(directory: Path, stop_token_ids: Iterable[int]) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@cache
 def _generation_settings(path: str, revision: str | None) -> Mapping[str, Any]:
-    """Of a directory, or of a hub id, which is asked once; empty where there are none."""
+    """Of a directory or a hub id; empty where there are none."""
+    directory = Path(path).expanduser()
+    found = directory / GENERATION_CONFIG if directory.is_dir() else _from_hub(path, revision)
+    return json.loads(found.read_text(encoding="utf-8")) if found is not None and found.is_file() else {}
+
+
+@cache
+def _from_hub(model_id: str, revision: str | None) -> Path | None:
+    """A copy of the hub's generation config, asked for once a process: a run wants it at every step."""
     from transformers.utils.hub import cached_file
 
     found = cached_file(
-        path,
+        model_id,
         GENERATION_CONFIG,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return None if found is None else Path(found)
 
 
 def _stop_tokens_in(settings: Mapping[str, Any]) -> list[int]:

@@ -88,8 +88,24 @@ def test_completions_stop_at_eos_the_templates_end_of_turn_and_what_the_model_sa
     tmp_path, tokenizer, config, expected
 ):
     settings = {} if config is None else {"eos_token_id": config}
+    model = ModelBlock(path=str(tmp_path))
+    assert stop_token_ids(tokenizer, model) == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    assert stop_token_ids(tokenizer, ModelBlock(path=str(tmp_path))) == expected
+    assert stop_token_ids(tokenizer, model) == expected
+
+
+def test_a_hub_is_asked_once_for_its_stop_tokens(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    asked = []
+
+    def cached_file(*place, **_):
+        asked.append(place)
+        return str(tmp_path / place[1])
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    for _ in range(2):
+        assert stop_token_ids(tokenizer, ModelBlock(path="org/stops")) == (0, 1, 2)
+    assert asked == [("org/stops", "generation_config.json")]
 
 
 def test_the_end_of_turn_stops_although_eos_is_another_token(tokenizer):

@@ -83,6 +83,17 @@ def generation_config_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "generation_config.json").read_text())
 
 
+MODEL_FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
 def said_by_the_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Output of the card's first block of code, run in the card's directory."""
     monkeypatch.chdir(directory)
@@ -96,15 +107,7 @@ def said_by_the_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_policy_is_whole_and_stops_where_its_rollouts_stopped(run: Run, model_dir: Path, monkeypatch):
     final = run("grpo") / "final"
-    assert {path.name for path in final.iterdir()} == {
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {path.name for path in final.iterdir()} == MODEL_FILES
     model = ModelBlock(path=str(model_dir))
     tokenizer = load_tokenizer(model)
     stops = generation_config_of(final)["eos_token_id"]
@@ -137,15 +140,7 @@ def test_an_adapter_and_what_it_is_merged_into_stop_there_too(run: Run, tmp_path
         "tokenizer_config.json",
     }
     assert main(["export", str(directory), str(merged), "--merge"]) == 0
-    assert {path.name for path in merged.iterdir()} == {
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {path.name for path in merged.iterdir()} == MODEL_FILES
     assert generation_config_of(merged) == generation_config_of(final)
     assert len(generation_config_of(merged)["eos_token_id"]) == 3
     card = (merged / "README.md").read_text()

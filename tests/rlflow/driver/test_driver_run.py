@@ -156,12 +156,12 @@ def test_actors_that_cannot_all_be_placed_give_everything_back(ray_session, tmp_
         raise ActorFailure("trainer[1]", "rendezvous", "no answer within 1 s")
 
     monkeypatch.setattr("rlflow.placement._begin_setup", fail)
-    free = ray.available_resources()["CPU"]
+    free = ray.available_resources()["CPU"]  # less than at the end where an earlier run is still giving back
     with pytest.raises(RunError, match="rendezvous"):
         run(tmp_path, "unplaced")
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
     deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0) != free:
+    while ray.available_resources().get("CPU", 0) < free:
         assert time.monotonic() < deadline, "the actors still hold their CPUs"
         time.sleep(0.1)
 
