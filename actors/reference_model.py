@@ -15,10 +15,8 @@ class ReferenceModel:
     def __init__(self, model: ModelBlock, *, gpus: float, num_threads: int, seed: int) -> None:
         import torch
 
-        from actors.host_memory import return_freed_memory
         from actors.train_engines.token_model import load_token_model
 
-        return_freed_memory()
         started = time.perf_counter()
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if gpus else "cpu")

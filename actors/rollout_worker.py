@@ -52,9 +52,7 @@ class RolloutWorker:
         seed: int,
         log_directory: Path,
     ) -> None:
-        from actors.host_memory import return_freed_memory
 
-        return_freed_memory()
         started = time.perf_counter()
         self.rank = rank
         self.version = -1

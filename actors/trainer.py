@@ -75,12 +75,10 @@ class Trainer:
         """
         import torch
 
-        from actors.host_memory import return_freed_memory
         from actors.train_engines.engine import init_process_group, make_engine
         from actors.train_engines.routers import find_routers
         from actors.train_engines.sequence_parallel import share_tokens
 
-        return_freed_memory()
         started = time.perf_counter()
         torch.set_num_threads(self.num_threads)
         torch.manual_seed(self.seed)
@@ -99,6 +97,15 @@ class Trainer:
             self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
         )
         return time.perf_counter() - started
+
+    def attention_cost(self) -> float:
+        """Of this model, as `rlflow.batching.pack` takes it; 0 where its config has not the common fields."""
+        from rlflow.memory import UnknownShape, shape_of
+
+        try:
+            return shape_of(self.module.model.config.to_dict()).attention_cost
+        except UnknownShape:
+            return 0.0
 
     def forward_backward(
         self,
@@ -144,8 +151,11 @@ class Trainer:
     def weights(self, version: int) -> WeightSnapshot | None:
         """All ranks take part; rank 0 returns the snapshot: of an adapter alone where there is one."""
         from actors.checkpoint_names import to_checkpoint
+        from actors.host_memory import release_freed_memory
         from actors.weight_sync import pack_weights
 
+        # Others may need it now, and a snapshot is too large for what lies between.
+        release_freed_memory()
         named = self.engine.full_weights(trained_only=self.block.adapter is not None)
         if self.rank == 0:
             return pack_weights(named if self.block.adapter else to_checkpoint(self.module.model, named), version)

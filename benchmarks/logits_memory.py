@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.host_memory import allocator_environment
 from rlflow.recipe import ModelBlock
 
 SEQUENCES, LENGTH, LAYERS = 16, 512, 4
@@ -60,9 +61,6 @@ def measure(way: str, model_dir: str) -> str:
     import torch
     import transformers
 
-    from actors.host_memory import return_freed_memory
-
-    return_freed_memory()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     token_ids = np.random.default_rng(0).integers(5, 1000, (SEQUENCES, LENGTH)).astype(np.int32)
@@ -105,6 +103,7 @@ def compare(model_dir: str, directory: str) -> None:
     )
     subprocess.run([sys.executable, "-c", code, model_dir, directory], check=True, env=environment)
     print("| step | extra | resident before | loss | gradient norm |\n|---|---|---|---|---|", flush=True)
+    environment |= allocator_environment()
     for way in WAYS:
         subprocess.run([sys.executable, __file__, directory, "--way", way], check=True, env=environment)
 

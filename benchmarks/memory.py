@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.host_memory import allocator_environment
 from rlflow.plan import make_plans
 from rlflow.recipe import Recipe, load_recipe
 from rlflow.types import Denominators, GenerationRequest, MicroBatch, Sample, SamplingParams
@@ -243,8 +244,10 @@ def measure(name: str, model_dir: str) -> dict[str, int]:
             address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, model_dir, name, "--rank"]
     world = ["--address", address] if address else []
+    environment = os.environ | allocator_environment()
     started = [
-        subprocess.Popen([*command, str(rank), *world], stdout=subprocess.PIPE, text=True) for rank in range(ranks)
+        subprocess.Popen([*command, str(rank), *world], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in range(ranks)
     ]
     outputs = [process.communicate()[0] for process in started]
     if failed := [process.returncode for process in started if process.returncode]:

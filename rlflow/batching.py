@@ -1,6 +1,7 @@
 """Samples -> packed micro-batches by token budget, balanced over ranks, and per-token results back to their samples.
 
-Packing is a pure function of the lengths and their order: the same samples give the same micro-batches.
+Packing is a pure function of the lengths and their order: the same samples give the same micro-batches. Tokens bound a
+micro-batch, as they take the memory; what ranks share evenly is its estimated cost, the time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _OPTIONAL = tuple(
 )
 
 
-def pack(samples: Sequence[Sample], *, max_tokens: int, num_ranks: int, unit_size: int = 1) -> list[list[MicroBatch]]:
+def pack(
+    samples: Sequence[Sample], *, max_tokens: int, num_ranks: int, unit_size: int = 1, attention_cost: float = 0.0
+) -> list[list[MicroBatch]]:
     """Packs samples into micro-batches of at most ``max_tokens`` tokens, the same number for every rank.
 
     Args:
@@ -30,17 +33,23 @@ def pack(samples: Sequence[Sample], *, max_tokens: int, num_ranks: int, unit_siz
         max_tokens: Bound of a micro-batch. A unit longer than this gets a micro-batch of its own.
         num_ranks: Data-parallel ranks.
         unit_size: How many consecutive samples must stay together, in order (2 for preference pairs).
+        attention_cost: What a token costs more for each token of its sequence, in costs of a token alone: a sequence of
+            L tokens costs ``L * (1 + attention_cost * L)``.
 
     Returns:
-        ``[rank][micro-batch]``. A rank without work gets filler of two tokens and no loss, so that collective
-        operations stay in step.
+        ``[rank][micro-batch]``, the costliest first; those with the same index, which ranks work on at the same time,
+        cost about the same. A rank without work gets filler of two tokens and no loss, so that collective operations
+        stay in step.
     """
     if len(samples) % unit_size:
         raise ValueError(f"{len(samples)} samples do not divide into units of {unit_size}")
-    lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64).reshape(-1, unit_size).sum(axis=1)
-    bins = _balanced_bins(lengths, max_tokens, num_ranks)
-    packed = [_pack_one(samples, [u * unit_size + i for u in units for i in range(unit_size)]) for units in bins]
-    return [packed[rank::num_ranks] for rank in range(num_ranks)]
+    of_sample = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64).reshape(-1, unit_size)
+    lengths, costs = of_sample.sum(axis=1), (of_sample * (1 + attention_cost * of_sample)).sum(axis=1)
+    dealt = deal(lengths, costs, max_tokens, num_ranks)
+    return [
+        [_pack_one(samples, [u * unit_size + i for u in units for i in range(unit_size)]) for units in of_rank]
+        for of_rank in dealt
+    ]
 
 
 def unpack(samples: Sequence[Sample], batches: Sequence[MicroBatch], values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -66,32 +75,53 @@ def num_real_tokens(batches: Sequence[Sequence[MicroBatch]]) -> int:
     )
 
 
-def _balanced_bins(lengths: np.ndarray, max_tokens: int, num_ranks: int) -> list[list[int]]:
-    """Longest first into the least loaded bin, with the fewest bins (a multiple of the ranks) that all fit.
+def deal(lengths: np.ndarray, costs: np.ndarray, max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """Units -> ``[rank][micro-batch][unit]``; units within a micro-batch keep batch order.
 
-    Returns bins in an order that gives rank r the bins r, r + num_ranks, ...; units within a bin keep batch order.
+    Args:
+        lengths: int [U], tokens of a unit.
+        costs: float [U], its estimated time in any measure.
     """
-    order = np.argsort(-lengths, kind="stable")
+    bins = _fewest_bins(lengths, costs, max_tokens, num_ranks)
+    of_bin = np.array([costs[units].sum() for units in bins])
+    by_cost = np.argsort(-of_bin, kind="stable").reshape(-1, num_ranks)
+    dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = np.zeros(num_ranks)
+    for neighbours in by_cost:
+        # The costliest goes to the rank that has the least so far.
+        for rank, index in zip(np.argsort(totals, kind="stable"), neighbours, strict=True):
+            dealt[rank].append(sorted(bins[index]))
+            totals[rank] += of_bin[index]
+    return dealt
+
+
+def _fewest_bins(lengths: np.ndarray, costs: np.ndarray, max_tokens: int, num_ranks: int) -> list[list[int]]:
+    """The fewest bins, a multiple of the ranks, that hold all units: of equal costs, or else of equal lengths."""
     by_volume = -(-int(np.minimum(lengths, max_tokens).sum()) // max_tokens)
     no_two_fit = int((2 * lengths > max_tokens).sum())
     num_bins = num_ranks * max(1, -(-max(by_volume, no_two_fit) // num_ranks))
     while True:
-        heap = [(0, b) for b in range(num_bins)]
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        fits = True
-        for unit in order:
-            load, b = heapq.heappop(heap)
-            load += int(lengths[unit])
-            # Only a unit that is alone may pass the bound.
-            if load > max_tokens and bins[b]:
-                fits = False
-                break
-            bins[b].append(int(unit))
-            heapq.heappush(heap, (load, b))
-        if fits:
-            break
+        for loads in (costs, lengths):
+            if bins := _fill(lengths, loads, max_tokens, num_bins):
+                return bins
         num_bins = num_ranks * -(-max(num_bins + 1, int(1.02 * num_bins)) // num_ranks)
-    return [sorted(units) for units in bins]
+
+
+def _fill(lengths: np.ndarray, loads: np.ndarray, max_tokens: int, num_bins: int) -> list[list[int]] | None:
+    """The largest load first, into the least loaded bin; None where a unit has no room there.
+
+    Only a unit that is alone may pass the bound.
+    """
+    heap: list[tuple[float, int, int]] = [(0.0, 0, b) for b in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    order = np.argsort(-loads, kind="stable")
+    for unit, length, load in zip(order.tolist(), lengths[order].tolist(), loads[order].tolist(), strict=True):
+        before, tokens, b = heap[0]
+        if bins[b] and tokens + length > max_tokens:
+            return None
+        bins[b].append(unit)
+        heapq.heapreplace(heap, (before + load, tokens + length, b))
+    return bins
 
 
 def _pack_one(samples: Sequence[Sample], indices: list[int]) -> MicroBatch:

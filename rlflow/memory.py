@@ -85,6 +85,17 @@ class ModelShape:
         return (self.parameters - (1 if self.is_tied else 2) * self.head_parameters) // self.layers
 
     @property
+    def attention_cost(self) -> float:
+        """What a token costs more for each token of its sequence, in costs of a token alone.
+
+        Of L tokens one attends to L / 2: multiplying by keys and by values is 2 L operations for each number of its
+        queries, beside 2 for each weight that it passes through (arXiv 2001.08361, section 2.1, without causality).
+        """
+        attention = 2 * self.hidden * (self.query_width + self.key_width)
+        mlp = (3 if self.is_gated else 2) * self.hidden * self.mlp_width
+        return self.layers * self.query_width / (self.layers * (attention + mlp) + self.head_parameters)
+
+    @property
     def cache_per_token(self) -> int:
         """Elements of keys and values a token takes in all layers."""
         return 2 * self.layers * self.key_width

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.actor_group import ActorGroup, Pending
+from actors.host_memory import allocator_environment
 from actors.policy_trainer import PolicyTrainer
 from actors.reference_model import ReferenceModel
 from actors.reward_server import RewardServer
@@ -31,6 +32,7 @@ from rlflow.plan import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 _OBJECT_STORE_BYTES = 2 << 30
+_WITH_MODELS = ("trainer", "critic", "reference", "rollout")
 
 
 @dataclass(slots=True)
@@ -115,7 +117,10 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
             for rank in range(role.workers):
                 cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
                 place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
-                options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place_at}
+                options: dict[str, Any] = {"num_cpus": role.cpus, "num_gpus": role.gpus}
+                if role.name in _WITH_MODELS and not role.gpus:
+                    options["runtime_env"] = {"env_vars": allocator_environment()}
+                options["scheduling_strategy"] = place_at
                 groups[role.name].handles.append(ray.remote(cls).options(**options).remote(**arguments))
                 bundle += 1
         actors = Actors(

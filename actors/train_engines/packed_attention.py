@@ -1,15 +1,21 @@
 """Block-causal attention over packed sequences, exact, without a [tokens, tokens] mask.
 
-Sequences of similar length are padded on the right into one [sequences, heads, length, dim] batch and go through
-causal scaled-dot-product attention. Under a causal mask no real token can see what is padded to its right, so the
-padding needs no mask and changes nothing. Everything outside attention stays packed.
+On a GPU in 16 bits torch's variable-length FlashAttention takes the packed tokens as they are. Elsewhere sequences of
+similar length are padded on the right into one [sequences, heads, length, dim] batch and go through causal
+scaled-dot-product attention. Under a causal mask no real token can see what is padded to its right, so the padding
+needs no mask and changes nothing. Everything outside attention stays packed.
 """
 
 from __future__ import annotations
 
+import inspect
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "rlflow_packed"
@@ -17,10 +23,13 @@ NAME = "rlflow_packed"
 
 _MAX_PADDING = 0.25
 """Share of a bucket's longest sequence that its shortest may leave empty."""
+_LARGEST_KERNEL_HEAD = 256
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 takes fewer key-value heads without being told."""
 
 
 class PackedLayout:
-    """Where each token of a packed micro-batch sits in the padded buckets. Built once, used by every layer.
+    """Where the sequences of a packed micro-batch lie. Built once, used by every layer.
 
     This rank holds the hidden states of all tokens; of a SplitLayout, it holds a part of them.
     """
@@ -30,20 +39,35 @@ class PackedLayout:
 
     def __init__(self, cu_seqlens: np.ndarray, device: torch.device) -> None:
         """Args: cu_seqlens: int [S + 1], boundaries of the packed sequences."""
-        starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
         self.num_tokens = int(cu_seqlens[-1])
-        self.buckets: list[torch.Tensor] = []
+        self.device = device
+        self._starts, self._lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
+
+    @cached_property
+    def padded(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Buckets of padded sequences, and where each token sits in them.
+
+        A bucket, int [sequences, length], names its tokens; ``num_tokens`` is padding. The place of a token, int [N],
+        is its index in all buckets, flat and one after the other.
+        """
+        buckets: list[torch.Tensor] = []
         where = np.empty(self.num_tokens, dtype=np.int64)
         base = 0
-        for members in _similar_lengths(lengths):
-            longest = int(lengths[members].max())
+        for members in _similar_lengths(self._lengths):
+            longest = int(self._lengths[members].max())
             column = np.arange(longest)
-            real = column[None, :] < lengths[members][:, None]
-            tokens = np.where(real, starts[members][:, None] + column[None, :], self.num_tokens)
+            real = column[None, :] < self._lengths[members][:, None]
+            tokens = np.where(real, self._starts[members][:, None] + column[None, :], self.num_tokens)
             where[tokens[real]] = base + np.flatnonzero(real.ravel())
             base += tokens.size
-            self.buckets.append(torch.from_numpy(tokens).to(device))
-        self.where = torch.from_numpy(where).to(device)
+            buckets.append(torch.from_numpy(tokens).to(self.device))
+        return buckets, torch.from_numpy(where).to(self.device)
+
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """int32 [S + 1], as the kernel wants them."""
+        bounds = np.append(self._starts, self.num_tokens).astype(np.int32)
+        return torch.from_numpy(bounds).to(self.device)
 
     def own(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N] -> those of the tokens that this rank holds."""
@@ -60,18 +84,54 @@ class PackedLayout:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
-        """query [N, H, D], key [N, K, D], value [N, K, E] -> [N, H, E]. Padded rows read an extra all-zero token."""
+        """query [N, H, D], key [N, K, D], value [N, K, E] -> [N, H, E]."""
+        if _has_kernel(query, value):
+            return self._by_kernel(query, key, value, scaling, window)
+        return self._padded_attention(query, key, value, scaling, window)
+
+    def _by_kernel(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    ) -> torch.Tensor:
+        longest = int(self._lengths.max())
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            self.bounds,
+            self.bounds,
+            longest,
+            longest,
+            scale=scaling,
+            # Tokens to the left of a token's own, which it sees as well.
+            window_size=(-1 if window is None else window - 1, 0),
+            **_GROUPED,
+        )
+        assert isinstance(out, torch.Tensor)  # it returns more when it is asked for more
+        return out
+
+    def _padded_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    ) -> torch.Tensor:
+        """Padded rows read an extra all-zero token."""
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
+        buckets, where = self.padded
         outputs = []
-        for tokens in self.buckets:
+        for tokens in buckets:
             q, k, v = (x[tokens].transpose(1, 2) for x in (query, key, value))
             mask = _band(tokens.shape[1], window, q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)[self.where]
+        return torch.cat(outputs)[where]
+
+
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether FlashAttention is there for these heads: on a GPU, in 16 bits, for the same size of keys and values."""
+    size = query.shape[2]
+    fits = size == value.shape[2] and size % 8 == 0 and size <= _LARGEST_KERNEL_HEAD
+    return fits and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def packed_attention(

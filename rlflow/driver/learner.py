@@ -122,6 +122,7 @@ def _pack(
         max_tokens=stage.recipe.trainer.tokens_per_micro_batch,
         num_ranks=len(group) // share,
         unit_size=unit_size or (2 if stage.recipe.is_paired else 1),
+        attention_cost=stage.attention_cost,
     )
 
 

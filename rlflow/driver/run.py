@@ -22,6 +22,7 @@ from typing import Any
 import ray
 
 from actors.reward_server import RewardServer
+from actors.trainer import Trainer
 from rlflow.data.errors import DataError
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
@@ -120,6 +121,8 @@ def _train(stage: Stage, rows: list, held_out: list, *, resume: bool) -> None:
         stage.evaluator = _evaluator(stage, held_out)
         with clock("startup_actors"):
             _wait_ready(stage.actors, recipe)
+            trainer = stage.actors.trainer
+            stage.attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
         train = train_online if recipe.family == "online" else train_offline
         train(stage, rows, steps, resume=resume)
         stage.export()

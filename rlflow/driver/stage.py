@@ -42,6 +42,8 @@ class Stage:
     best: float = -math.inf
     skipped_in_a_row: int = 0
     startup_told: bool = False
+    attention_cost: float = 0.0
+    """Of the trainer's model, once it is loaded."""
     kl_coef: float | None = None
     """Of the KL to the reference, once it has adapted."""
 

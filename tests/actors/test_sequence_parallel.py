@@ -124,5 +124,5 @@ def test_filler_is_a_sequence_of_its_own():
     filled = layout([5, 2], 4, 0)
     assert filled.num_tokens == 8
     # Bucket rows hold one sequence each; 8 is what pads them.
-    rows = [sorted(set(row.tolist()) - {8}) for bucket in filled.buckets for row in bucket]
+    rows = [sorted(set(row.tolist()) - {8}) for bucket in filled.padded[0] for row in bucket]
     assert sorted(rows) == [[0, 1, 2, 3, 4], [5, 6], [7]]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlflow.batching import num_real_tokens, pack, unpack
+from rlflow.batching import deal, num_real_tokens, pack, unpack
 from rlflow.types import Sample
 
 
@@ -74,6 +74,37 @@ def test_bins_are_close_to_the_bound_and_loads_are_balanced():
     loads = [sum(len(batch.token_ids) for batch in rank) for rank in batches]
     assert max(loads) / min(loads) < 1.01
     assert sum(len(rank) for rank in batches) <= 1.1 * lengths.sum() / 8192 + 4
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_ranks_get_equal_costs_where_attention_makes_long_sequences_slow(num_ranks):
+    lengths = np.clip(np.random.default_rng(2).lognormal(5, 0.8, size=256), 2, 4000).astype(int)
+    samples = [sample(n) for n in lengths]
+
+    def waiting(attention_cost: float) -> float:
+        """Time of the slowest rank in each round of micro-batches, over the mean of all."""
+        batches = pack(samples, max_tokens=8192, num_ranks=num_ranks, attention_cost=attention_cost)
+        assert sum(len(of_rank) for of_rank in batches) == 8
+        assert all(len(batch.token_ids) <= 8192 for of_rank in batches for batch in of_rank)
+        parts = [[np.diff(batch.cu_seqlens) for batch in of_rank] for of_rank in batches]
+        costs = np.array([[(n * (1 + 1e-3 * n)).sum() for n in of_rank] for of_rank in parts])
+        return costs.max(axis=0).sum() / costs.mean(axis=0).sum()
+
+    assert waiting(1e-3) < 1.01 < 1.015 < waiting(0.0)
+
+
+def test_where_equal_costs_do_not_fit_the_bound_it_is_tokens_that_are_equal():
+    # One costs as much as eight do, which have more tokens than fit.
+    lengths, costs = np.array([40, *[10] * 8]), np.array([80.0, *[10.0] * 8])
+    assert deal(lengths, costs, max_tokens=100, num_ranks=2) == [[[0]], [[1, 2, 3, 4, 5, 6, 7, 8]]]
+    dealt = deal(lengths, costs, max_tokens=70, num_ranks=2)
+    assert [lengths[units].sum() for (units,) in dealt] == [60, 60]
+
+
+def test_the_costliest_micro_batch_comes_first_and_totals_are_balanced():
+    lengths = np.array([50, 40, 30, 20])
+    dealt = deal(lengths, lengths.astype(float), max_tokens=50, num_ranks=2)
+    assert dealt == [[[0], [3]], [[1], [2]]]
 
 
 def test_a_hundred_thousand_lengths_of_which_no_two_fit_together_get_a_bin_each():

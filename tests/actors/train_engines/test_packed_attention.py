@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
 
 LENGTHS = [5, 17, 1, 9, 30, 2, 16, 16]
@@ -60,9 +61,52 @@ def test_a_change_in_one_sequence_is_seen_by_no_other():
     assert not torch.allclose(before[changed], after[changed])
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_kernel_is_asked_for_the_same(window, monkeypatch):
+    """No GPU: a stand-in computes what torch documents of its arguments, sequence by sequence."""
+
+    def documented(q, k, v, bounds, key_bounds, longest, longest_key, *, scale, window_size, enable_gqa=True):
+        assert bounds.dtype == torch.int32 and torch.equal(bounds, key_bounds)
+        assert longest == longest_key == max(LENGTHS)
+        outputs = []
+        for start, end in pairwise(bounds.tolist()):
+            one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+            distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+            left, right = (10**6 if size == -1 else size for size in window_size)
+            mask = (distance <= left) & (-distance <= right)
+            out = F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    expected = layout.attend(q, k, v, 0.3, window)
+    monkeypatch.setattr(packed_attention, "varlen_attn", documented)
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda query, value: True)
+    torch.testing.assert_close(layout.attend(q, k, v, 0.3, window), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_kernel_and_padding_agree(window, dtype, monkeypatch):
+    device = torch.device("cuda")
+    inputs = [x.to(device, dtype).requires_grad_() for x in (heads(4, 0), heads(2, 1), heads(2, 2))]
+    weight = heads(4, 3).to(device, dtype)
+    layout = PackedLayout(CU_SEQLENS, device)
+    kernel = layout.attend(*inputs, None, window)
+    of_kernel = torch.autograd.grad((kernel * weight).sum(), inputs)
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda query, value: False)
+    padded = layout.attend(*inputs, None, window)
+    of_padded = torch.autograd.grad((padded * weight).sum(), inputs)
+    for ours, theirs in zip((kernel, *of_kernel), (padded, *of_padded), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+
+
 def test_a_bucket_is_never_padded_by_more_than_a_quarter():
     lengths = np.random.default_rng(0).integers(1, 500, size=300)
     layout = PackedLayout(np.concatenate([[0], np.cumsum(lengths)]), torch.device("cpu"))
-    for tokens in layout.buckets:
+    buckets, _ = layout.padded
+    for tokens in buckets:
         real = (tokens < layout.num_tokens).sum(dim=1)
         assert real.min() >= 0.75 * tokens.shape[1]
