@@ -7,8 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_OPTIONS = ("oversize_threshold:0", "narenas:1", "dirty_decay_ms:-1")
-"""What the next step will need again is kept, blocks of over 8 MiB too, where all threads find it."""
+_OPTIONS = ("oversize_threshold:0", "narenas:1")
+"""Freed blocks of over 8 MiB are kept for some seconds too, and where all threads find them."""
 _ALL_ARENAS = 4096
 """Of jemalloc.h."""
 

@@ -244,7 +244,7 @@ def measure(name: str, model_dir: str) -> dict[str, int]:
             address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, model_dir, name, "--rank"]
     world = ["--address", address] if address else []
-    environment = os.environ | allocator_environment()
+    environment = os.environ | (allocator_environment() if CASES[name].role == "trainer" else {})
     started = [
         subprocess.Popen([*command, str(rank), *world], stdout=subprocess.PIPE, text=True, env=environment)
         for rank in range(ranks)

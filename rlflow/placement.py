@@ -32,7 +32,7 @@ from rlflow.plan import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 _OBJECT_STORE_BYTES = 2 << 30
-_WITH_MODELS = ("trainer", "critic", "reference", "rollout")
+_TRAINERS = ("trainer", "critic")
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
                 cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
                 place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
                 options: dict[str, Any] = {"num_cpus": role.cpus, "num_gpus": role.gpus}
-                if role.name in _WITH_MODELS and not role.gpus:
+                if role.name in _TRAINERS and not role.gpus:
                     options["runtime_env"] = {"env_vars": allocator_environment()}
                 options["scheduling_strategy"] = place_at
                 groups[role.name].handles.append(ray.remote(cls).options(**options).remote(**arguments))
