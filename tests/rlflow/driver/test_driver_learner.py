@@ -80,7 +80,7 @@ def stage(name: str, share: int, trainer: int, critic: int = 0, reference: int =
         critic=Ranks(critic) if critic else None,
         reference=Ranks(reference) if reference else None,
     )
-    return SimpleNamespace(recipe=recipe, algorithm=recipe.algorithm, actors=actors)
+    return SimpleNamespace(recipe=recipe, algorithm=recipe.algorithm, actors=actors, attention_cost=0.0)
 
 
 def update(of: Any, batch: list[Sample]) -> dict[str, float]:
