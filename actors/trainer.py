@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Objective = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
 """This micro-batch's share of the loss, and of the metrics."""
+_SMALL_MODEL = 64 << 20
+"""Bytes of weights up to which a trainer keeps freed memory from step to step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Trainer:
         """
         import torch
 
+        from actors.host_memory import keep_freed_memory
         from actors.train_engines.engine import init_process_group, make_engine
         from actors.train_engines.routers import find_routers
         from actors.train_engines.sequence_parallel import share_tokens
@@ -92,6 +95,9 @@ class Trainer:
             share_tokens(self.module, self.trainer.sequence_parallel, self.device, self.trainer.timeout_s)
         else:
             self.routers = find_routers(self.module.model, self.block.router, self.device)
+        self.is_small = sum(weight.nbytes for weight in self.module.parameters()) <= _SMALL_MODEL
+        if self.is_small:
+            keep_freed_memory()
         ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
         self.engine = make_engine(
             self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
@@ -154,8 +160,9 @@ class Trainer:
         from actors.host_memory import release_freed_memory
         from actors.weight_sync import pack_weights
 
-        # Others may need it now, and a snapshot is too large for what lies between.
-        release_freed_memory()
+        if not self.is_small:
+            # Others may need it now, and a snapshot is too large for what lies between.
+            release_freed_memory()
         named = self.engine.full_weights(trained_only=self.block.adapter is not None)
         if self.rank == 0:
             return pack_weights(named if self.block.adapter else to_checkpoint(self.module.model, named), version)

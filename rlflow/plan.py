@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlflow import actor_memory, memory
+from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.reference import options
@@ -51,19 +51,15 @@ class PlannedRole:
         return sum((self.parts or {}).values())
 
     @property
+    def gpu_bytes_each(self) -> int:
+        """Of an actor with GPUs, on each of them."""
+        away = (self.parts or {}).get(memory.HOST_PART, 0)
+        return math.ceil((self.bytes_each - away) / max(1.0, self.role.gpus))
+
+    @property
     def host_bytes_each(self) -> int:
         """Of an actor with a GPU, what is outside of it."""
         return actor_memory.PROCESS_BYTES + (self.parts or {}).get(memory.HOST_PART, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is to run on."""
-
-    cpus: int
-    memory: int
-    """Bytes."""
-    gpus: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +156,12 @@ def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> lis
     return plans
 
 
-def this_machine() -> Machine:
-    """CPUs, memory (the container's limit where there is one) and NVIDIA GPUs."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
-        total = min(total, int(text))
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return Machine(os.cpu_count() or 1, total, len(list(gpus.iterdir())) if gpus.exists() else 0)
-
-
 def render(plan: Plan) -> str:
     """The plan as text for a terminal."""
     recipe, row = plan.recipe, ALGORITHMS[plan.recipe.algorithm.name]
     machine = f"{plan.machine.cpus} CPUs, {_gib(plan.machine.memory)}, {plan.machine.gpus} GPUs"
+    if plan.machine.gpu_memory:
+        machine += f", {_gib(plan.machine.gpu_memory)} on a GPU"
     sections = {
         **({"stage": [recipe.stage]} if recipe.stage else {}),
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
@@ -248,27 +236,44 @@ def _misfits(plan: Plan) -> Iterator[str]:
         yield f"actors reserve {gpus:g} GPUs and this machine has {machine.gpus}: the run needs a cluster"
     if plan.host_bytes > machine.memory:
         yield f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory"
-        yield from _what_to_change(plan)
+        yield from _what_to_change(plan, machine.memory, lambda recipe, shape, roles: _host_bytes(recipe, shape, roles))
+    if machine.gpu_memory and isinstance(plan.shape, ModelShape):
+        yield from _gpu_misfits(plan)
 
 
-def _what_to_change(plan: Plan) -> Iterator[str]:
-    """Overrides, the largest saving first, and how many of them it takes."""
+def _gpu_misfits(plan: Plan) -> Iterator[str]:
+    for number, planned in enumerate(plan.roles):
+        role, rollout = planned.role, plan.recipe.rollout
+        need, of_gpu = planned.gpu_bytes_each, plan.machine.gpu_memory
+        is_vllm = role.name == "rollout" and rollout_engine(plan.recipe) == "vllm"
+        limit = int(of_gpu * (rollout.gpu_memory_fraction if is_vllm else min(1.0, role.gpus)))
+        if not role.gpus or need <= limit:
+            continue
+        yield f"{role.name}: {_gib(need)} on a GPU do not fit into {_gib(limit)}, its part of {_gib(of_gpu)}"
+        if is_vllm and need <= of_gpu:
+            yield f"  rollout.gpu_memory_fraction={math.ceil(need / of_gpu * 100) / 100} is enough, with no other actor there"
+        yield from _what_to_change(plan, limit, lambda _recipe, _shape, roles, n=number: roles[n].gpu_bytes_each)
+
+
+def _what_to_change(plan: Plan, limit: int, size: Callable[[Recipe, ModelShape, Sequence[PlannedRole]], int]) -> Found:
+    """Overrides, the largest saving first, and how many of them it takes for ``size`` to be within ``limit``."""
     shape = plan.shape
     assert isinstance(shape, ModelShape)
 
     def bytes_of(recipe: Recipe) -> int:
         adapter = recipe.model.adapter
         changed = shape if adapter is None or shape.adapter is not None else _with_adapter(shape, adapter)
-        return _host_bytes(recipe, changed, _planned(recipe, changed))
+        assert isinstance(changed, ModelShape)
+        return size(recipe, changed, _planned(recipe, changed))
 
     found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]
-    enough = [number for number, remedy in enumerate(found, 1) if remedy.together <= plan.machine.memory]
+    enough = [number for number, remedy in enumerate(found, 1) if remedy.together <= limit]
     for remedy in found:
         yield f"  {remedy.key}={remedy.value} saves {_gib(remedy.saves)}"
     if enough:
         yield f"  enough: {'the first' if enough[0] == 1 else f'the first {enough[0]} together'}"
     else:
-        yield "  not enough, even together: choose a smaller model, or run on more machines"
+        yield "  not enough, even together: choose a smaller model, or run on more or larger ones"
 
 
 def _oddities(plan: Plan) -> Iterator[str]:

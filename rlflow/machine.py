@@ -1,0 +1,46 @@
+"""What there is to run on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_TIMEOUT_S = 10.0
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    cpus: int
+    memory: int
+    """Bytes."""
+    gpus: int
+    gpu_memory: int = 0
+    """Bytes of each; 0 where nobody knows."""
+
+
+def this_machine() -> Machine:
+    """CPUs, memory (the container's limit where there is one) and NVIDIA GPUs."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        total = min(total, int(text))
+    gpus = Path("/proc/driver/nvidia/gpus")
+    count = len(list(gpus.iterdir())) if gpus.exists() else 0
+    return Machine(os.cpu_count() or 1, total, count, _least_gpu_memory() if count else 0)
+
+
+def _least_gpu_memory() -> int:
+    """Bytes of the smallest GPU, as nvidia-smi says; 0 where it is missing or says nothing."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return 0
+    try:
+        query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
+    except subprocess.TimeoutExpired:
+        return 0
+    return min((int(line) * _MIB for line in said.split() if line.isdecimal()), default=0)
