@@ -14,6 +14,7 @@ padding of sequences whose lengths differ by less than a quarter, DoRA's own act
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from rlflow import activations
 from rlflow.memory import DTYPE_BYTES, ModelShape, state_bytes, weight_bytes
@@ -39,7 +40,7 @@ SAMPLING = 6
 def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the trainer."""
     trainer = recipe.trainer
-    state = state_bytes(recipe, shape.parameters, trainer.workers, bool(trainer.gpus_per_worker), shape.adapter)
+    state = state_bytes(recipe, shape, trainer.workers, bool(trainer.gpus_per_worker))
     moments = _step(recipe, shape, state, trainer.workers, scores=recipe.algorithm.name != "reward_model")
     if recipe.needs_rollouts:
         moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})
@@ -49,7 +50,7 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the critic: a trainer of all weights, without logits."""
     critic = recipe.algorithm.critic
-    state = state_bytes(recipe, shape.parameters, critic.workers, bool(critic.gpus_per_worker))
+    state = state_bytes(recipe, replace(shape, adapter=None), critic.workers, bool(critic.gpus_per_worker))
     return _largest(_step(recipe, shape, state, critic.workers, scores=False))
 
 

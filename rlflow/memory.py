@@ -15,6 +15,8 @@ from typing import Any
 
 from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
 from rlflow.recipe.adapter_files import read_config
+from rlflow.recipe.hub_files import hub_config
+from rlflow.recipe.local_paths import is_hub_id
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_PART = "offloaded"
@@ -58,6 +60,8 @@ class ModelShape:
     """Of the MLP."""
     is_tied: bool
     """The head is the embeddings."""
+    has_experts: bool = False
+    """Some layers are mixtures of experts."""
     adapter: int | None = None
     """Parameters that are trained instead of all of these; None where all are."""
     adapter_rank: int = 0
@@ -102,19 +106,24 @@ class ModelShape:
 
 
 def read_shape(model: ModelBlock) -> ModelShape:
-    """The shape of a model that is on this machine, or of a new one.
+    """The shape of a model that is on this machine, or on the hub, or of a new one.
 
     Raises:
-        UnknownShape: A hub id, or a config without the common fields.
+        UnknownShape: Its config is not to be had, or has not the common fields.
     """
     if model.architecture is not None:
         size = len(set(model.characters or "")) + _SPECIAL_TOKENS
         return shape_of({"tie_word_embeddings": True, **model.architecture, "vocab_size": size})
-    directory = Path(model.path or "")
+    assert model.path is not None
+    directory = Path(model.path)
     try:
-        config = json.loads((directory / "config.json").read_text())
+        if not directory.exists() and is_hub_id(model.path):
+            config = hub_config(model.path, model.revision)
+        else:
+            config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UnknownShape(f"{model.path} has no config.json on this machine") from error
+        reason = str(error).strip().split("\n")[0]
+        raise UnknownShape(f"no config.json of {model.path}: {reason}") from error
     return shape_of(config, count_stored(directory))
 
 
@@ -146,6 +155,7 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
         kind=kind,
         activation=str(_first(config, "hidden_act", "activation_function", default=activation)),
         is_tied=bool(_first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)),
+        has_experts=_count(config, "num_experts", "num_local_experts", default=1) > 1,
     )
     if parameters is not None:
         return shape
@@ -259,16 +269,14 @@ def _described(adapter: AdapterBlock) -> AdapterBlock:
     return adapter.model_copy(update={**found, "path": None})
 
 
-def state_bytes(
-    recipe: Recipe, parameters: int, ranks: int, on_gpu: bool, adapter: int | None = None
-) -> dict[str, int]:
+def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> dict[str, int]:
     """Weights, gradients and Adam's moments of one rank, as the engine shards them; those of an adapter are float32.
 
     What it offloads from a GPU is one sum, HOST_PART; on a CPU there is nowhere to offload to.
     """
     trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
-    trained, trained_size = (parameters, size) if adapter is None else (adapter, 4)
-    held = weight_bytes(recipe, parameters, adapter)
+    trained, trained_size = (shape.parameters, size) if shape.adapter is None else (shape.adapter, 4)
+    held = weight_bytes(recipe, shape.parameters, shape.adapter)
     if trainer.engine == "deepspeed":
         stage, offload = trainer.deepspeed.stage, trainer.deepspeed.offload
         share = math.ceil(trained / ranks)
@@ -276,23 +284,31 @@ def state_bytes(
             "weights": math.ceil(held / ranks) if stage == 3 else held,
             "gradients": (trained if stage == 1 else share) * 4,
             # ZeRO steps on a copy of the weights in float32.
-            "Adam": 3 * share * 4,
+            "optimizer": 3 * share * 4,
         }
-        away = {"none": (), "optimizer": ("gradients", "Adam"), "all": tuple(parts)}[offload]
+        away = {"none": (), "optimizer": ("gradients", "optimizer"), "all": tuple(parts)}[offload]
     else:
         shards = max(1, ranks // trainer.fsdp.replicas)
         share = math.ceil(trained / shards)
         moment = 1 if trainer.optimizer.kind == "adamw_8bit" else trained_size
+        by_muon = _muon_parameters(shape) if trainer.optimizer.kind == "muon" else 0
         parts = {
             "weights": math.ceil(held / shards),
             "gradients": share * trained_size,
-            "Adam": 2 * share * moment,
+            "optimizer": (2 * share - by_muon // shards) * moment,
         }
         away = tuple(parts) if trainer.fsdp.offload else ()
     if not (on_gpu and away):
         return parts
     kept = {name: count for name, count in parts.items() if name not in away}
     return {**kept, HOST_PART: sum(parts[name] for name in away)}
+
+
+def _muon_parameters(shape: ModelShape) -> int:
+    """With one moment: matrices of layers or of an adapter. Experts, of three dimensions, are left to AdamW."""
+    if shape.adapter is not None:
+        return shape.adapter
+    return 0 if shape.has_experts else shape.layers * shape.layer_parameters
 
 
 def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:

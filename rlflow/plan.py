@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlflow import actor_memory, memory
@@ -17,6 +18,8 @@ from rlflow.remedies import remedies
 GIB = 2**30
 _MOST_REMEDIES = 5
 """Changes that are said of what does not fit."""
+Size = Callable[[Recipe, "ModelShape | str", Sequence["PlannedRole"]], int]
+"""Bytes of a recipe, or of a part of it, from its model's shape and its roles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
     for option in options(algorithm):
         default = _at(row.defaults, option.key, neutral[option.key])
         if option.value != default:
-            yield Setting(option.key, option.value, f"recipe ({algorithm.name}: {_shown(default)})")
+            yield Setting(option.key, option.value, f"recipe ({algorithm.name}: {shown(default)})")
         elif option.value != neutral[option.key]:
             yield Setting(option.key, option.value, algorithm.name)
 
@@ -154,30 +157,6 @@ def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> lis
             )
         )
     return plans
-
-
-def render(plan: Plan) -> str:
-    """The plan as text for a terminal."""
-    recipe, row = plan.recipe, ALGORITHMS[plan.recipe.algorithm.name]
-    machine = f"{plan.machine.cpus} CPUs, {_gib(plan.machine.memory)}, {plan.machine.gpus} GPUs"
-    if plan.machine.gpu_memory:
-        machine += f", {_gib(plan.machine.gpu_memory)} on a GPU"
-    sections = {
-        **({"stage": [recipe.stage]} if recipe.stage else {}),
-        "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
-        "model": [_model_line(plan)],
-        "a step": _step_lines(plan),
-        "length": [_length_line(recipe)],
-        "actors": _actors_table(plan),
-        "machine": [f"{machine}; all actors on it: {_gib(plan.host_bytes)}" if plan.host_bytes else machine],
-        "results": [recipe.run.output_dir],
-        "warnings": plan.warnings,
-    }
-    return "\n".join(
-        f"{title if first else '':<10} {line}".rstrip()
-        for title, lines in sections.items()
-        for first, line in zip([True] + [False] * len(lines), lines, strict=False)
-    )
 
 
 def _shape(recipe: Recipe) -> ModelShape | str:
@@ -235,27 +214,47 @@ def _misfits(plan: Plan) -> Iterator[str]:
     if gpus > machine.gpus:
         yield f"actors reserve {gpus:g} GPUs and this machine has {machine.gpus}: the run needs a cluster"
     if plan.host_bytes > machine.memory:
-        yield f"{_gib(plan.host_bytes)} do not fit into {_gib(machine.memory)} of memory"
-        yield from _what_to_change(plan, machine.memory, lambda recipe, shape, roles: _host_bytes(recipe, shape, roles))
+        yield f"{gib(plan.host_bytes)} do not fit into {gib(machine.memory)} of memory"
+        yield from _what_to_change(plan, machine.memory, _host_bytes)
     if machine.gpu_memory and isinstance(plan.shape, ModelShape):
         yield from _gpu_misfits(plan)
 
 
 def _gpu_misfits(plan: Plan) -> Iterator[str]:
-    for number, planned in enumerate(plan.roles):
-        role, rollout = planned.role, plan.recipe.rollout
-        need, of_gpu = planned.gpu_bytes_each, plan.machine.gpu_memory
-        is_vllm = role.name == "rollout" and rollout_engine(plan.recipe) == "vllm"
-        limit = int(of_gpu * (rollout.gpu_memory_fraction if is_vllm else min(1.0, role.gpus)))
-        if not role.gpus or need <= limit:
-            continue
-        yield f"{role.name}: {_gib(need)} on a GPU do not fit into {_gib(limit)}, its part of {_gib(of_gpu)}"
-        if is_vllm and need <= of_gpu:
-            yield f"  rollout.gpu_memory_fraction={math.ceil(need / of_gpu * 100) / 100} is enough, with no other actor there"
-        yield from _what_to_change(plan, limit, lambda _recipe, _shape, roles, n=number: roles[n].gpu_bytes_each)
+    """Of actors that need more of a GPU than the share of it that is theirs."""
+    of_gpu = plan.machine.gpu_memory
+    for planned in plan.roles:
+        role, need, limit = planned.role, planned.gpu_bytes_each, int(of_gpu * min(1.0, planned.role.gpus))
+        if role.name == "rollout" and rollout_engine(plan.recipe) == "vllm" and role.gpus:
+            yield from _vllm_misfits(plan, planned)
+        elif role.gpus and need > limit:
+            yield f"{role.name}: {gib(need)} do not fit into {gib(limit)} of a GPU's {gib(of_gpu)}"
+            yield from _what_to_change(plan, limit, partial(_gpu_bytes, role.name))
 
 
-def _what_to_change(plan: Plan, limit: int, size: Callable[[Recipe, ModelShape, Sequence[PlannedRole]], int]) -> Found:
+def _vllm_misfits(plan: Plan, planned: PlannedRole) -> Iterator[str]:
+    """vLLM lets sequences wait for which it has no cache, but one must fit."""
+    shape, recipe, parts = plan.shape, plan.recipe, planned.parts or {}
+    assert isinstance(shape, ModelShape)
+    one = actor_memory.longest_sequence(recipe) * shape.cache_per_token * memory.DTYPE_BYTES[recipe.model.dtype]
+    need, limit = planned.gpu_bytes_each, int(plan.machine.gpu_memory * recipe.rollout.gpu_memory_fraction)
+    least = need - math.ceil(max(0, parts["KV cache"] - one) / max(1.0, planned.role.gpus))
+    share = f"rollout.gpu_memory_fraction ({recipe.rollout.gpu_memory_fraction:g}) of a GPU's memory is {gib(limit)}"
+    if least > limit:
+        yield (
+            f"rollout: {share}, one sequence needs {gib(least)}: raise it, or set rollout.tensor_parallel_size and "
+            "gpus_per_worker"
+        )
+    elif need > limit:
+        yield f"rollout: {share}, all sequences at once need {gib(need)}: some will wait; raise it if you can"
+
+
+def _gpu_bytes(role: str, _recipe: Recipe, _shape: ModelShape | str, planned: Sequence[PlannedRole]) -> int:
+    """Of an actor of this role, which a change may have made unnecessary."""
+    return max((each.gpu_bytes_each for each in planned if each.role.name == role), default=0)
+
+
+def _what_to_change(plan: Plan, limit: int, size: Size) -> Iterator[str]:
     """Overrides, the largest saving first, and how many of them it takes for ``size`` to be within ``limit``."""
     shape = plan.shape
     assert isinstance(shape, ModelShape)
@@ -263,13 +262,12 @@ def _what_to_change(plan: Plan, limit: int, size: Callable[[Recipe, ModelShape, 
     def bytes_of(recipe: Recipe) -> int:
         adapter = recipe.model.adapter
         changed = shape if adapter is None or shape.adapter is not None else _with_adapter(shape, adapter)
-        assert isinstance(changed, ModelShape)
         return size(recipe, changed, _planned(recipe, changed))
 
     found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]
     enough = [number for number, remedy in enumerate(found, 1) if remedy.together <= limit]
     for remedy in found:
-        yield f"  {remedy.key}={remedy.value} saves {_gib(remedy.saves)}"
+        yield f"  {remedy.key}={remedy.value} saves {gib(remedy.saves)}"
     if enough:
         yield f"  enough: {'the first' if enough[0] == 1 else f'the first {enough[0]} together'}"
     else:
@@ -293,57 +291,6 @@ def _oddities(plan: Plan) -> Iterator[str]:
         )
 
 
-def _settings_table(plan: Plan) -> list[str]:
-    return [f"  {s.key:<26} {_shown(s.value):<14} {s.source}" for s in plan.settings]
-
-
-def _model_line(plan: Plan) -> str:
-    model = plan.recipe.model
-    name = model.path if model.architecture is None else f"a new {model.architecture['model_type']}, random weights"
-    size = "" if isinstance(plan.shape, str) else f", {plan.shape.parameters:,} parameters"
-    if model.adapter is None:
-        return f"{name}{size}, {model.dtype}"
-    what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
-    trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
-    return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
-
-
-def _step_lines(plan: Plan) -> list[str]:
-    recipe = plan.recipe
-    if recipe.family == "online":
-        what = f"{recipe.data.prompts_per_step} prompts x {recipe.algorithm.group_size} completions = {plan.sequences}"
-        longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.rollout.max_new_tokens} new)"
-        lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
-    else:
-        lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]
-    count = recipe.algorithm.groups.updates_per_step if recipe.family == "online" else 1
-    passes = plan.updates_per_step // count
-    updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"
-    again = f", {passes} passes over them" if passes > 1 else ""
-    return [*lines, f"{updates} of {plan.sequences // count} sequences{again}"]
-
-
-def _length_line(recipe: Recipe) -> str:
-    run = recipe.run
-    length = f"{run.steps} steps" if run.steps is not None else f"{run.epochs:g} epochs"
-    if recipe.family != "online":
-        return length
-    lag = f"at most {run.max_staleness} versions behind" if run.max_staleness else "synchronous"
-    return f"{length}, rollouts {lag}"
-
-
-def _actors_table(plan: Plan) -> list[str]:
-    lines = ["role       workers  CPUs  GPUs  memory each"]
-    for planned in plan.roles:
-        role, parts = planned.role, planned.parts
-        size = "unknown"
-        if parts is not None:
-            shown = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items() if size >= 0.01 * GIB)
-            size = f"{_gib(planned.bytes_each)} ({shown})"
-        lines.append(f"{role.name:<10} {role.workers:>7}  {role.cpus:>4g}  {role.gpus:>4g}  {size}")
-    return lines
-
-
 def _at(defaults: Mapping[str, Any], key: str, otherwise: Any) -> Any:
     """The value at a dotted key of nested mappings."""
     value: Any = defaults
@@ -354,9 +301,11 @@ def _at(defaults: Mapping[str, Any], key: str, otherwise: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a recipe writes it."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A number of bytes."""
     return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

@@ -47,7 +47,7 @@ def remedies(recipe: Recipe, bytes_of: Callable[[Recipe], int]) -> list[Remedy]:
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """What could be less: workers one, sizes half, switches on."""
+    """What could be less: workers and sizes half, switches on."""
     trainer, rollout, critic = recipe.trainer, recipe.rollout, recipe.algorithm.critic
     if not trainer.gradient_checkpointing:
         yield "trainer.gradient_checkpointing", True
@@ -57,6 +57,8 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "model.dtype", "bfloat16"
     if recipe.model.adapter is None:
         yield "model.adapter", {"kind": "lora"}
+    if trainer.gpus_per_worker:
+        yield from _for_gpus(recipe)
     workers = {
         "trainer": trainer.workers,
         "rollout": rollout.workers,
@@ -74,6 +76,22 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     yield "rollout.kv_cache_gib", rollout.kv_cache_gib / 2
     if rollout.max_new_tokens > 1:
         yield "rollout.max_new_tokens", rollout.max_new_tokens // 2
+
+
+def _for_gpus(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """What leaves a trainer's GPUs, or is shared by more of them."""
+    trainer = recipe.trainer
+    yield "trainer.workers", trainer.workers * 2
+    if trainer.engine == "deepspeed":
+        if trainer.deepspeed.stage < 3:
+            yield "trainer.deepspeed.stage", 3
+        if trainer.deepspeed.offload == "none":
+            yield "trainer.deepspeed.offload", "optimizer"
+        return
+    if not trainer.fsdp.offload:
+        yield "trainer.fsdp.offload", True
+    if trainer.optimizer.kind == "adamw":
+        yield "trainer.optimizer.kind", "adamw_8bit"
 
 
 def _with(recipe: Recipe, key: str, value: Any) -> Recipe | None:

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import load_checked
-from rlflow.plan import make_plans, render
+from rlflow.machine import this_machine
+from rlflow.plan import GIB, make_plans
+from rlflow.plan_text import render
 
 SUMMARY = "say what a recipe will do and need, without starting anything"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    example = "rlflow plan recipes/grpo/gsm8k.yaml rollout.workers=2"
+    example = "rlflow plan recipes/quickstart.yaml rollout.workers=2"
     parser = parser_of("plan", SUMMARY, example)
     add_recipe_arguments(parser)
+    told = "of each GPU that the run will have; found out by itself on a machine with GPUs"
+    parser.add_argument("--gpu-memory", type=_positive, metavar="GIB", help=told)
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    plans = make_plans(load_checked(arguments.recipe, arguments.overrides))
+    machine = this_machine()
+    if arguments.gpu_memory:
+        machine = replace(machine, gpu_memory=int(arguments.gpu_memory * GIB))
+    plans = make_plans(load_checked(arguments.recipe, arguments.overrides), machine)
     print("\n\n".join(render(plan) for plan in plans))
     return 0
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of GiB")
+    return number

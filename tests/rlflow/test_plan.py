@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from rlflow.actor_memory import PROCESS_BYTES, REWARD_PROCESS_BYTES, VLLM_PROCESS_BYTES
+from rlflow.machine import Machine
 from rlflow.memory import UnknownShape, count_stored, read_shape, shape_of
-from rlflow.plan import GIB, Machine, Plan, make_plans, render
+from rlflow.plan import GIB, Plan, make_plans
+from rlflow.plan_text import render
 from rlflow.recipe import ModelBlock, load_recipe
 from rlflow.remedies import remedies
 
@@ -63,7 +65,7 @@ def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
     assert parts["trainer"] == {
         "weights": PARAMETERS // 2 * 4,
         "gradients": PARAMETERS // 2 * 4,
-        "Adam": PARAMETERS * 4,
+        "optimizer": PARAMETERS * 4,
         "gathered": (6 * 8 + 2 * ((PARAMETERS - 6 * 8) // 2)) * 4,
         "activations": 32 * (2 * (144 + 2 + 2) + 33) * 4,
         "logits": 3 * 32 * 6 * 4,
@@ -103,20 +105,20 @@ def test_children_that_hold_a_reward_model_count_with_all_they_may_allocate(reci
 def test_memory_of_a_rank_follows_the_stage_and_what_it_offloads(recipe_file: Path):
     def state(*overrides: str) -> dict[str, int]:
         parts = plan_of(recipe_file, *overrides).roles[0].parts or {}
-        kept = ("weights", "gradients", "Adam", "offloaded")
+        kept = ("weights", "gradients", "optimizer", "offloaded")
         return {name: parts[name] // (PARAMETERS // 2) for name in kept if name in parts}
 
     # Bytes for each of the parameters of one rank's half.
-    assert state() == {"weights": 4, "gradients": 4, "Adam": 8}
-    assert state("trainer.fsdp.replicas=2") == {"weights": 8, "gradients": 8, "Adam": 16}
+    assert state() == {"weights": 4, "gradients": 4, "optimizer": 8}
+    assert state("trainer.fsdp.replicas=2") == {"weights": 8, "gradients": 8, "optimizer": 16}
     zero = ("trainer.engine=deepspeed",)
-    assert state(*zero, "trainer.deepspeed.stage=1") == {"weights": 8, "gradients": 8, "Adam": 12}
-    assert state(*zero) == {"weights": 8, "gradients": 4, "Adam": 12}
-    assert state(*zero, "trainer.deepspeed.stage=3") == {"weights": 4, "gradients": 4, "Adam": 12}
+    assert state(*zero, "trainer.deepspeed.stage=1") == {"weights": 8, "gradients": 8, "optimizer": 12}
+    assert state(*zero) == {"weights": 8, "gradients": 4, "optimizer": 12}
+    assert state(*zero, "trainer.deepspeed.stage=3") == {"weights": 4, "gradients": 4, "optimizer": 12}
     gpus = "trainer.gpus_per_worker=1"
     assert state(*zero, gpus, "trainer.deepspeed.offload=optimizer") == {"weights": 8, "offloaded": 16}
     assert state(gpus, "trainer.fsdp.offload=true") == {"offloaded": 16}
-    assert state(gpus, "trainer.optimizer.kind=adamw_8bit") == {"weights": 4, "gradients": 4, "Adam": 2}
+    assert state(gpus, "trainer.optimizer.kind=adamw_8bit") == {"weights": 4, "gradients": 4, "optimizer": 2}
     offloaded = plan_of(recipe_file, gpus, "trainer.fsdp.offload=true")
     assert offloaded.host_bytes - plan_of(recipe_file, gpus).host_bytes == 2 * 16 * (PARAMETERS // 2)
 
@@ -205,7 +207,7 @@ def test_what_does_not_fit_comes_with_the_changes_that_save_most(recipe_file: Pa
     smaller = plan_of(recipe_file, *workers, machine=replace(small, memory=4 * GIB - GIB // 8)).warnings
     assert smaller[-1] == "  enough: the first 2 together"
     least = plan_of(recipe_file, *workers, machine=replace(small, memory=GIB)).warnings
-    assert least[-1] == "  not enough, even together: choose a smaller model, or run on more machines"
+    assert least[-1] == "  not enough, even together: choose a smaller model, or run on more or larger ones"
 
 
 def test_every_change_that_is_said_saves_what_is_said_in_this_order(recipe_file: Path):
@@ -228,7 +230,7 @@ def test_what_is_probably_not_meant_is_said(recipe_file: Path):
     (length,) = plan_of(recipe_file, "model.architecture.max_position_embeddings=15").warnings
     assert length.startswith("a sequence may have 16 tokens, the model was made for 15")
     assert plan_of(recipe_file, "model={path: org/model, architecture: null, characters: null}").warnings == [
-        "memory is not estimated: org/model has no config.json on this machine"
+        "memory is not estimated: no config.json of org/model: it is not in the cache, and HF_HUB_OFFLINE is set"
     ]
 
 

@@ -1,4 +1,5 @@
 """Stand-ins for the Hugging Face hub and ModelScope: as much of their APIs as their clients use for an upload.
+The former also serves JSON files.
 
 What arrives is kept in memory: ``server.files("org/name")``. One token may write to the organisation ``org``.
 """
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._handle()
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -84,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -127,7 +129,7 @@ class HuggingFaceHandler(Handler):
             self._validate(json.loads(body)["content"])
         if path.endswith(".git/info/lfs/objects/batch"):
             raise Answer(200, {"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]})
-        organisation, name, *rest = path.removeprefix("/api/models/").split("/")
+        organisation, name, *rest = path.removeprefix("/api/models").lstrip("/").split("/")
         repo = self.hub.repos.get(f"{organisation}/{name}")
         if repo is None:
             raise Answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -156,6 +158,9 @@ class HuggingFaceHandler(Handler):
     def _in_repo(self, name: str, repo: Repo, rest: list[str], body: bytes) -> None:
         if not rest or rest[0] == "revision":
             raise Answer(200, {"id": name, "private": repo.private, "sha": "0" * 40, "siblings": []})
+        if rest[0] == "resolve":
+            _, branch, file = rest
+            raise Answer(200, json.loads(repo.branches[branch][file]), {"ETag": f'"{file}"', "X-Repo-Commit": "0" * 40})
         verb, branch = rest
         if verb == "branch":
             if branch in repo.branches:

@@ -1,0 +1,81 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+from rlflow.plan import GIB, Plan, gib, shown
+from rlflow.recipe import ALGORITHMS, Recipe
+
+
+def render(plan: Plan) -> str:
+    """The plan as text for a terminal."""
+    recipe, row = plan.recipe, ALGORITHMS[plan.recipe.algorithm.name]
+    machine = f"{plan.machine.cpus} CPUs, {gib(plan.machine.memory)}, {plan.machine.gpus} GPUs"
+    if plan.machine.gpu_memory:
+        machine += f", {gib(plan.machine.gpu_memory)} on a GPU"
+    sections = {
+        **({"stage": [recipe.stage]} if recipe.stage else {}),
+        "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
+        "model": [_model_line(plan)],
+        "a step": _step_lines(plan),
+        "length": [_length_line(recipe)],
+        "actors": _actors_table(plan),
+        "machine": [f"{machine}; all actors on it: {gib(plan.host_bytes)}" if plan.host_bytes else machine],
+        "results": [recipe.run.output_dir],
+        "warnings": plan.warnings,
+    }
+    return "\n".join(
+        f"{title if first else '':<10} {line}".rstrip()
+        for title, lines in sections.items()
+        for first, line in zip([True] + [False] * len(lines), lines, strict=False)
+    )
+
+
+def _settings_table(plan: Plan) -> list[str]:
+    return [f"  {s.key:<26} {shown(s.value):<14} {s.source}" for s in plan.settings]
+
+
+def _model_line(plan: Plan) -> str:
+    model = plan.recipe.model
+    name = model.path if model.architecture is None else f"a new {model.architecture['model_type']}, random weights"
+    size = "" if isinstance(plan.shape, str) else f", {plan.shape.parameters:,} parameters"
+    if model.adapter is None:
+        return f"{name}{size}, {model.dtype}"
+    what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
+    trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
+    return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    recipe = plan.recipe
+    if recipe.family == "online":
+        what = f"{recipe.data.prompts_per_step} prompts x {recipe.algorithm.group_size} completions = {plan.sequences}"
+        longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.rollout.max_new_tokens} new)"
+        lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
+    else:
+        lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]
+    count = recipe.algorithm.groups.updates_per_step if recipe.family == "online" else 1
+    passes = plan.updates_per_step // count
+    updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"
+    again = f", {passes} passes over them" if passes > 1 else ""
+    return [*lines, f"{updates} of {plan.sequences // count} sequences{again}"]
+
+
+def _length_line(recipe: Recipe) -> str:
+    run = recipe.run
+    length = f"{run.steps} steps" if run.steps is not None else f"{run.epochs:g} epochs"
+    if recipe.family != "online":
+        return length
+    lag = f"at most {run.max_staleness} versions behind" if run.max_staleness else "synchronous"
+    return f"{length}, rollouts {lag}"
+
+
+def _actors_table(plan: Plan) -> list[str]:
+    lines = ["role       workers  CPUs  GPUs  memory each"]
+    for planned in plan.roles:
+        role, parts = planned.role, planned.parts
+        size = "unknown"
+        if parts is not None:
+            shown = ", ".join(f"{part} {gib(size)}" for part, size in parts.items() if size >= 0.01 * GIB)
+            size = f"{gib(planned.bytes_each)} ({shown})"
+        lines.append(f"{role.name:<10} {role.workers:>7}  {role.cpus:>4g}  {role.gpus:>4g}  {size}")
+    return lines
