@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.trainer import Objective, Trainer
-from rlflow.recipe import AlgorithmBlock
+from rlflow.recipe import ALGORITHMS, AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
+    from actors.train_engines.token_model import Entropies
     from rlflow.algorithms.batch import TensorBatch
 
 
@@ -20,7 +21,11 @@ class PolicyTrainer(Trainer):
         from actors.train_engines.token_model import load_token_model
 
         return load_token_model(
-            self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
+            self.block,
+            seed=self.seed,
+            device=self.device,
+            checkpointing=self.trainer.gradient_checkpointing,
+            uses_liger=self.block.liger,
         )
 
     def objective(
@@ -33,10 +38,15 @@ class PolicyTrainer(Trainer):
     ) -> Objective:
         from rlflow.algorithms.objectives import objective_of
 
-        outputs = self.module.of_batch(
-            micro_batch, self.device, temperature, entropy_gradient=algorithm.loss.entropy_coef != 0
-        )
+        outputs = self.module.of_batch(micro_batch, self.device, temperature, self._entropies(algorithm))
         return objective_of(algorithm)(outputs.logprobs, outputs.entropies, batch, algorithm, denominators)
+
+    def _entropies(self, algorithm: AlgorithmBlock) -> Entropies:
+        """Preference losses have no use for them; Liger's kernel, which has none, is worth more than SFT's metric."""
+        if algorithm.loss.entropy_coef:
+            return "gradient"
+        family = ALGORITHMS[algorithm.name].family
+        return "none" if family == "preference" or (family == "sft" and self.block.liger) else "values"
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probabilities of the loss tokens under the current policy, float32 [N] for each micro-batch."""

@@ -7,7 +7,7 @@ backward pass, so they are never whole in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from actors.train_engines import packed_attention
+from actors.train_engines import liger, packed_attention
 from actors.train_engines.packed_attention import PackedLayout
 from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.recipe import ModelBlock
@@ -25,23 +25,28 @@ from rlflow.types import MicroBatch
 
 _CHUNK_ELEMENTS = 1 << 25
 """Logits held at a time (128 MiB in float32)."""
+Entropies = Literal["none", "values", "gradient"]
+"""Whether they are wanted, and with a gradient."""
 
 
 class TokenOutputs(NamedTuple):
     logprobs: torch.Tensor
     """[N]: log-probability of the token at each asked-for position, 0 elsewhere."""
-    entropies: torch.Tensor
-    """[N]: entropy of the distribution it was drawn from, in nats, 0 elsewhere; without gradient unless asked for."""
+    entropies: torch.Tensor | None
+    """[N]: entropy of the distribution it was drawn from, in nats, 0 elsewhere."""
 
 
 class TokenModel(nn.Module):
-    def __init__(self, model: PreTrainedModel, dropout_layers: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dropout_layers: Sequence[nn.Module] = (), *, uses_liger: bool = False
+    ) -> None:
         """
         Args:
             dropout_layers: Of ``model``, those that drop out where gradients are wanted, and nowhere else.
+            uses_liger: Liger's kernel makes logprobs where entropies are not wanted.
         """
         super().__init__()
-        self.model = model
+        self.model, self.uses_liger = model, uses_liger
         self.dropout_layers = list(dropout_layers)
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
@@ -54,7 +59,7 @@ class TokenModel(nn.Module):
         layout: PackedLayout,
         wanted: torch.Tensor,
         temperature: float = 1.0,
-        entropy_gradient: bool = False,
+        entropies: Entropies = "values",
     ) -> TokenOutputs:
         """token_ids, position_ids int [N], wanted bool [N] (never the first token of a sequence).
 
@@ -67,16 +72,11 @@ class TokenModel(nn.Module):
         rows = rows[layout.held(rows - 1)]
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
         zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) + 0.0 * hidden.sum().float()
-        before, targets = hidden[rows - 1 - layout.first], token_ids[rows]
-        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
-        run = _recomputed if len(rows) > chunk and torch.is_grad_enabled() else _call
-        parts = [
-            run(self._score, before[i : i + chunk], targets[i : i + chunk], temperature, entropy_gradient)
-            for i in range(0, max(1, len(rows)), chunk)
-        ]
-        logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        outputs = (zeros.index_put((rows,), logprobs), torch.zeros_like(zeros).index_put((rows,), entropies))
-        return TokenOutputs(*map(layout.summed, outputs))
+        columns = self._score_all(hidden[rows - 1 - layout.first], token_ids[rows], temperature, entropies)
+        logprobs = layout.summed(zeros.index_put((rows,), columns[0]))
+        if entropies == "none":
+            return TokenOutputs(logprobs, None)
+        return TokenOutputs(logprobs, layout.summed(torch.zeros_like(zeros).index_put((rows,), columns[1])))
 
     def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
@@ -92,7 +92,7 @@ class TokenModel(nn.Module):
         batch: MicroBatch,
         device: torch.device,
         temperature: float = 1.0,
-        entropy_gradient: bool = False,
+        entropies: Entropies = "values",
     ) -> TokenOutputs:
         """Outputs at the batch's loss tokens."""
         return self(
@@ -101,13 +101,29 @@ class TokenModel(nn.Module):
             layout_of(batch.cu_seqlens, device, self.ranks),
             torch.from_numpy(batch.loss_mask).to(device),
             temperature,
-            entropy_gradient,
+            entropies,
         )
 
+    def _score_all(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
+    ) -> tuple[torch.Tensor, ...]:
+        """hidden [M, H], targets [M] -> logprobs [M], and entropies [M] where they are wanted; in chunks."""
+        head = self.model.get_output_embeddings()
+        is_plain = self.softcap is None and entropies == "none"
+        if self.uses_liger and is_plain and liger.fits(head, temperature):
+            return (liger.token_logprobs(hidden, head, targets, temperature),)
+        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
+        run = _recomputed if len(targets) > chunk and torch.is_grad_enabled() else _call
+        parts = [
+            run(self._score, hidden[i : i + chunk], targets[i : i + chunk], temperature, entropies)
+            for i in range(0, max(1, len(targets)), chunk)
+        ]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
     def _score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [M, H], targets [M] -> logprobs [M], entropies [M]."""
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
+    ) -> tuple[torch.Tensor, ...]:
+        """Of one chunk."""
         head = self.model.get_output_embeddings()
         assert head is not None
         # Ranks have different numbers of chunks, and ZeRO 3 gathers weights anew for every call of a module.
@@ -119,12 +135,15 @@ class TokenModel(nn.Module):
             logits = logits.div_(temperature)
         logprobs = torch.log_softmax(logits, dim=-1)
         del logits
+        chosen = logprobs.gather(1, targets[:, None].long()).squeeze(1)
         # Two arrays of this size are alive here, three in the backward pass: memory.py counts on it.
-        if entropy_gradient:
-            entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
-        else:
-            entropies = -logprobs.detach().exp().mul_(logprobs.detach()).sum(dim=-1)
-        return logprobs.gather(1, targets[:, None].long()).squeeze(1), entropies
+        match entropies:
+            case "none":
+                return (chosen,)
+            case "values":
+                return chosen, -logprobs.detach().exp().mul_(logprobs.detach()).sum(dim=-1)
+            case "gradient":
+                return chosen, -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -132,7 +151,7 @@ def score(
     module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float
 ) -> list[np.ndarray]:
     """Logprobs of the loss tokens, float32 [N] for each micro-batch."""
-    return [module.of_batch(batch, device, temperature).logprobs.cpu().numpy() for batch in batches]
+    return [module.of_batch(batch, device, temperature, "none").logprobs.cpu().numpy() for batch in batches]
 
 
 def _recomputed(function: Any, *args: Any) -> Any:
@@ -143,12 +162,14 @@ def _call(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False) -> TokenModel:
+def load_token_model(
+    block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False, uses_liger: bool = False
+) -> TokenModel:
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
 
     Raises:
         ValueError: The architecture computes its logits in a way that TokenModel does not (checked on a short text), or
-            the recipe's adapter does not fit it.
+            the recipe's adapter or Liger's kernels do not fit it.
     """
     assert block.path is not None
     dtype = getattr(torch, block.dtype)
@@ -171,8 +192,11 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
     model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)
-    token_model = TokenModel(model, dropout_layers)
-    _check(token_model, device)
+    theirs = _short_text_logprobs(model, device)
+    if uses_liger:
+        liger.apply_kernels(model)
+    token_model = TokenModel(model, dropout_layers, uses_liger=uses_liger)
+    _check(token_model, theirs, device)
     return token_model
 
 
@@ -185,18 +209,26 @@ def recompute_layers(model: PreTrainedModel) -> None:
             layer.training = True
 
 
-@torch.no_grad()
-def _check(token_model: TokenModel, device: torch.device) -> None:
-    """Our logprobs of a few tokens must equal those of the model's own forward pass."""
-    vocabulary = token_model.model.config.get_text_config().vocab_size
-    tokens = torch.arange(8, device=device) * 7 % vocabulary
+def _short_text(model: PreTrainedModel, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, PackedLayout]:
+    """Tokens [8], their positions [8] and their layout."""
     positions = torch.arange(8, device=device)
-    layout = PackedLayout(np.array([0, 8]), device)
-    ours = token_model(tokens, positions, layout, positions > 0).logprobs[1:]
-    logits = token_model.model(
-        input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
-    ).logits
-    theirs = torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
+    tokens = positions * 7 % model.config.get_text_config().vocab_size
+    return tokens, positions, PackedLayout(np.array([0, 8]), device)
+
+
+@torch.no_grad()
+def _short_text_logprobs(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+    """[7]: of its tokens but the first, from the logits of the model's own forward pass."""
+    tokens, positions, layout = _short_text(model, device)
+    logits = model(input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False).logits
+    return torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def _check(token_model: TokenModel, theirs: torch.Tensor, device: torch.device) -> None:
+    """Our logprobs of the short text must equal those of the model's own forward pass."""
+    tokens, positions, layout = _short_text(token_model.model, device)
+    ours = token_model(tokens, positions, layout, positions > 0, entropies="none").logprobs[1:]
     difference = (ours - theirs).abs().max().item()
     # The tolerance covers bfloat16; a missing scale or cap on the logits is off by whole units.
     if not difference < 0.05:

@@ -50,6 +50,8 @@ ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "vllm_gpu_memory_utilization": "rollout.gpu_memory_fraction",
     "ulysses_sequence_parallel_size": "trainer.sequence_parallel",
+    "use_liger": "model.liger",
+    "use_liger_kernel": "model.liger",
     "use_peft": "model.adapter",
     "warmup_ratio": "trainer.warmup_steps",
     "zero_stage": "trainer.deepspeed.stage",

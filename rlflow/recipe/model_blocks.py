@@ -88,3 +88,6 @@ class ModelBlock(Block):
     """Train an adapter and leave the model as it is."""
     router: RouterBlock = RouterBlock()
     """Mixture of experts: losses on the router, beside the algorithm's."""
+    liger: bool = False
+    """Liger's kernels (arXiv 2410.10989) in the policy's trainer and its reference, where they have GPUs: norms, MLPs,
+    rotary embeddings, and logprobs where no entropies are wanted (sft has no metric `entropy` then)."""

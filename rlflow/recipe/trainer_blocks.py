@@ -122,6 +122,9 @@ def trainer_conflicts(trainer: TrainerBlock, model: ModelBlock, critic: CriticBl
     if trainer.engine == "deepspeed" and dtype == "float16":
         reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
         yield Conflict(("trainer.engine", "model.dtype"), reason)
+    if model.liger and not trainer.gpus_per_worker:
+        reason = "are kernels for GPUs: set trainer.gpus_per_worker, or liger: false"
+        yield Conflict(("model.liger", "trainer.gpus_per_worker"), reason)
     if model.router.is_on and trainer.sequence_parallel > 1:
         reason = "weighs whole sequences, and ranks would have slices of them: set trainer.sequence_parallel: 1"
         yield Conflict(("model.router", "trainer.sequence_parallel"), reason)

@@ -27,10 +27,10 @@ def tokens_of(model) -> torch.Tensor:
     return torch.randint(0, model.model.config.vocab_size, (int(CU_SEQLENS[-1]),), generator=torch.manual_seed(1))
 
 
-def outputs(model, tokens, wanted, temperature=1.0, entropy_gradient=False):
+def outputs(model, tokens, wanted, temperature=1.0, entropies="values"):
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
-    return model(tokens, positions, layout, wanted, temperature, entropy_gradient)
+    return model(tokens, positions, layout, wanted, temperature, entropies)
 
 
 def expected(theirs, tokens, temperature):
@@ -71,7 +71,7 @@ def test_chunked_logits_give_the_gradient_of_whole_logits(pair, monkeypatch):
     wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
 
     def gradients():
-        got = outputs(ours, tokens, wanted, 0.9, True)
+        got = outputs(ours, tokens, wanted, 0.9, "gradient")
         loss = (got.logprobs * torch.linspace(-1, 1, len(tokens))).sum() + 0.1 * got.entropies.sum()
         return torch.autograd.grad(loss, list(ours.parameters()))
 
