@@ -29,9 +29,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from sft_variants import BASE, VARIANTS, Report, Settings, log_of, run_rank
+
+from actors.host_memory import allocator_environment
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 600.0
@@ -42,11 +45,12 @@ Steps = list[list[Report]]
 EXPLANATION = """
 Speed is the median over the steps but the first, which warms up. Tokens are those of the rows, prompts included;
 neither filler nor padding counts. The variants are processes that take turns, a step each, in groups that each have a
-base of their own; "to the base" is the median of the ratios of speeds on the same step. Compute threads: {cores}, which
-two ranks share. A step is one micro-batch on each rank. rlflow is timed from batching to the optimizer, in its trainer,
-without Ray; TRL from the forward pass to the optimizer. Memory is the most a process ever held (VmHWM: libraries and
-loading included), added over ranks. Losses are means over the trained tokens; "differs by" is the largest difference
-from the base's in any step.
+base of their own; "to the base" is the median of the ratios of speeds on the same step. rlflow's processes allocate
+as its trainers do, with jemalloc, TRL's with glibc. Compute threads: {cores}, which two ranks share. A step is one
+micro-batch on each rank. rlflow is timed from batching to the optimizer, in its trainer, without Ray; TRL from the
+forward pass to the optimizer. Memory is the most a process ever held (VmHWM: libraries and loading included), added
+over ranks. Losses are means over the trained tokens; "differs by" is the largest difference from the base's in any
+step.
 """
 
 
@@ -143,7 +147,9 @@ class Group:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.settings = name, settings
         ranks = VARIANTS[name].ranks
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads_of(name))
+        # TRL's users have glibc's allocator, rlflow's trainers bring theirs.
+        allocator = {} if VARIANTS[name].trl is not None else allocator_environment()
+        environment = {"OMP_NUM_THREADS": str(settings.threads_of(name)), **allocator}
         address = f"127.0.0.1:{free_port()}" if ranks > 1 else None
         context = multiprocessing.get_context("spawn")
         self.processes: list[BaseProcess] = []
@@ -151,7 +157,8 @@ class Group:
         for rank in range(ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=run_rank, args=(theirs, name, settings, rank, address), daemon=True)
-            process.start()
+            with patch.dict(os.environ, environment):
+                process.start()
             theirs.close()
             self.processes.append(process)
             self.connections.append(ours)

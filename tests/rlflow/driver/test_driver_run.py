@@ -125,13 +125,16 @@ def test_two_trainer_ranks_two_workers_and_one_step_off_run_to_the_end(ray_sessi
     assert [line["staleness/max"] for line in lines[1:]] == [0, 1, 1, 1]
 
 
-def test_two_ranks_train_like_one(finished, tmp_path):
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_two_ranks_train_like_one(sequence_parallel, finished, tmp_path):
     import numpy as np
 
-    directory = run(tmp_path, "ranks", **{"trainer.workers": 2})
+    ranks = {"trainer.workers": 2, "trainer.sequence_parallel": sequence_parallel}
+    directory = run(tmp_path, "ranks", **ranks)
     one, two = weights_of(finished / "sft"), weights_of(directory / "sft")
     for name in one:
         np.testing.assert_allclose(one[name], two[name], atol=1e-5)
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-5 for line in metrics_of(directory / "grpo")[1:])
 
 
 @pytest.mark.slow
