@@ -18,7 +18,7 @@ def allocator_environment() -> dict[str, str]:
 
     glibc keeps freed blocks of up to 32 MiB in its heap, and what is made between activations leaves holes there into
     which nothing fits: a trainer needs a fifth more memory, or twice as much (benchmarks/memory.md). jemalloc, which
-    comes with Ray for its own processes, joins them again, and is as fast.
+    comes with Ray for its own processes, joins them again, and is about as fast.
     """
     ray = find_spec("ray")
     if sys.platform != "linux" or ray is None or ray.origin is None:

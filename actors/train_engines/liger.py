@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,9 +31,7 @@ def apply_kernels(model: PreTrainedModel) -> None:
     liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False, **options)
 
 
-def token_logprobs(
-    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
+def token_logprobs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """hidden [M, H], targets [M] -> log-probabilities [M], float32: linear layer and cross-entropy in one.
 
     The logits of M H / V tokens are there at a time, in the forward pass and again in the backward pass, where the
@@ -41,13 +39,12 @@ def token_logprobs(
     """
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Fused
 
-    assert fits(head, temperature)
     if not len(targets):
         # It must still reach the head.
         return head(hidden).sum(dim=1).float()
     no_weights, no_squares, no_smoothing, no_softcap, no_z_loss = None, 0.0, 0.0, None, False
     losses, *_ = Fused.apply(
-        hidden / temperature if temperature != 1.0 else hidden,
+        hidden,
         head.weight,
         targets.long(),
         head.bias,
@@ -61,8 +58,3 @@ def token_logprobs(
         torch.float32,
     )
     return -losses.float()
-
-
-def fits(head: nn.Module | None, temperature: float = 1.0) -> TypeGuard[nn.Linear]:
-    """Whether the fused kernel computes the logprobs behind this head: it knows no temperature, but of a product."""
-    return type(head) is nn.Linear and (temperature == 1.0 or head.bias is None)

@@ -109,9 +109,9 @@ class TokenModel(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """hidden [M, H], targets [M] -> logprobs [M], and entropies [M] where they are wanted; in chunks."""
         head = self.model.get_output_embeddings()
-        is_plain = self.softcap is None and entropies == "none"
-        if self.uses_liger and is_plain and liger.fits(head, temperature):
-            return (liger.token_logprobs(hidden, head, targets, temperature),)
+        is_plain = entropies == "none" and temperature == 1.0 and self.softcap is None
+        if self.uses_liger and is_plain and type(head) is nn.Linear:
+            return (liger.token_logprobs(hidden, head, targets),)
         chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
         run = _recomputed if len(targets) > chunk and torch.is_grad_enabled() else _call
         parts = [

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from actors.train_engines import liger
+from actors.train_engines.packed_attention import PackedLayout
 from actors.train_engines.token_model import load_token_model
 from rlflow.recipe import ModelBlock
 
@@ -48,21 +50,20 @@ torch.set_default_device(device)
 def apart(one, other):
     return max(((a - b).abs().max() / (b.abs().max() + 1e-9)).item() for a, b in zip(one, other))
 
-def plain(hidden, head, targets, temperature):
-    return torch.log_softmax(head(hidden) / temperature, -1).gather(1, targets[:, None]).squeeze(1)
+def plain(hidden, head, targets):
+    return torch.log_softmax(head(hidden), -1).gather(1, targets[:, None]).squeeze(1)
 
 torch.manual_seed(0)
 found = {}
-for temperature, bias in [(1.0, False), (0.7, False), (1.0, True)]:
+for bias in (False, True):
     head, hidden = nn.Linear(16, 50, bias=bias), torch.randn(21, 16, requires_grad=True)
     targets, weights = torch.randint(50, (21,)), torch.linspace(-1, 1, 21)
-    assert liger.fits(head, temperature)
     results = []
     for function in (liger.token_logprobs, plain):
-        logprobs = function(hidden, head, targets, temperature)
+        logprobs = function(hidden, head, targets)
         gradients = torch.autograd.grad((logprobs * weights).sum(), [hidden, *head.parameters()])
         results.append([logprobs.detach(), *gradients])
-    found[f"{temperature} {bias}"] = apart(*results)
+    found[f"bias {bias}"] = apart(*results)
 
 empty = liger.token_logprobs(torch.randn(0, 16), nn.Linear(16, 50), torch.zeros(0, dtype=torch.long))
 assert empty.shape == (0,) and empty.requires_grad
@@ -73,7 +74,7 @@ for uses_liger in (False, True):
     layout = PackedLayout(np.array([0, 5, 12]), device)
     positions = torch.cat([torch.arange(5), torch.arange(7)])
     tokens = torch.arange(12) * 5 % model.model.config.vocab_size
-    logprobs = model(tokens, positions, layout, positions > 0, 0.9, "none").logprobs
+    logprobs = model(tokens, positions, layout, positions > 0, 1.0, "none").logprobs
     gradients = torch.autograd.grad((logprobs * torch.linspace(-1, 1, 12)).sum(), list(model.parameters()))
     results.append([logprobs.detach(), *gradients])
 found["model"] = apart(*results)
@@ -93,11 +94,22 @@ def test_logprobs_and_gradients_are_those_of_plain_torch(device: str, tiny_model
     assert max(found.values()) < 1e-5, found
 
 
-def test_what_the_fused_kernel_cannot_compute_is_left_to_the_chunks():
-    linear, biased = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 3)
-    assert liger.fits(linear, 0.7) and liger.fits(biased)
-    assert not liger.fits(biased, 0.7)
-    assert not liger.fits(torch.nn.Sequential(linear))
+@pytest.mark.parametrize(("temperature", "entropies"), [(0.7, "none"), (1.0, "values"), (1.0, "gradient")])
+def test_what_the_fused_kernel_cannot_compute_is_left_to_the_chunks(
+    temperature, entropies, tiny_model_dir, monkeypatch
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(liger, "token_logprobs", refuse)
+    module = load_token_model(ModelBlock(path=str(tiny_model_dir)), seed=0, device=torch.device("cpu"))
+    module.uses_liger = True
+    positions = torch.arange(4)
+    layout = PackedLayout(np.array([0, 4]), torch.device("cpu"))
+    arguments = (positions, positions, layout, positions > 0)
+    assert module(*arguments, temperature, entropies).logprobs.isfinite().all()
+    with pytest.raises(AssertionError, match="called"):
+        module(*arguments, 1.0, "none")
 
 
 def test_a_missing_library_or_an_unknown_architecture_is_said(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):

@@ -316,7 +316,7 @@ def test_an_engine_that_does_not_fit_the_model_or_critic_says_so(override, train
 
 def test_kernels_for_gpus_are_refused_without_them(tmp_path: Path):
     path = write(tmp_path, 9, "model: {path: a/b, liger: true}")
-    with pytest.raises(RecipeError, match="9: model.liger: are kernels for GPUs: set trainer.gpus_per_worker"):
+    with pytest.raises(RecipeError, match=r"9: model.liger: are kernels for GPUs: set trainer.gpus_per_worker"):
         load_recipe(path)
 
 
