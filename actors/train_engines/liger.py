@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,8 +41,8 @@ def token_logprobs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor)
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Fused
 
     if not len(targets):
-        # It must still reach the head.
-        return head(hidden).sum(dim=1).float()
+        # It must still reach the head's weights, without a call of the module: other ranks may make none.
+        return F.linear(hidden, head.weight, head.bias).sum(dim=1).float()
     no_weights, no_squares, no_smoothing, no_softcap, no_z_loss = None, 0.0, 0.0, None, False
     losses, *_ = Fused.apply(
         hidden,
