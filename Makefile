@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: quickstart test test-gpu lint format setup
+.PHONY: quickstart test test-gpu oracles lint format setup
 
 quickstart: setup
 	.venv/bin/rlflow run recipes/quickstart.yaml
@@ -13,6 +13,12 @@ test: setup
 
 test-gpu: setup
 	.venv/bin/python -m pytest -m gpu $(TESTS)
+
+# Every row against implementations that are not ours: docs/algorithms.md, "What each row is checked against".
+oracles: setup
+	.venv/bin/python -m pytest -v tests/rlflow/algorithms/test_trl_policy_oracles.py \
+		tests/rlflow/algorithms/test_trl_preference_oracles.py \
+		tests/rlflow/algorithms/test_gradients_against_finite_differences.py
 
 lint: setup
 	.venv/bin/ruff check

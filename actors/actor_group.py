@@ -17,9 +17,13 @@ R = TypeVar("R")
 class ActorFailure(RuntimeError):
     """An actor died, failed or did not answer: which one, in which call, and what it said."""
 
-    def __init__(self, actor: str, call: str, reason: str, *, died: bool = False, user_error: bool = False) -> None:
+    def __init__(self, actor: str, call: str, reason: str, *, died: bool = False, refused: bool = False) -> None:
+        """
+        Args:
+            refused: The actor raised a ValueError: what it was given cannot be used.
+        """
         super().__init__(f"{actor}.{call}: {reason}")
-        self.actor, self.call, self.died, self.user_error = actor, call, died, user_error
+        self.actor, self.call, self.died, self.refused = actor, call, died, refused
 
 
 class Pending(Generic[R]):
@@ -53,7 +57,7 @@ def fetch(ref: ray.ObjectRef, actor: str, call: str) -> Any:
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         reason = f"{type(cause).__name__}: {cause}"
-        raise ActorFailure(actor, call, reason, user_error=isinstance(cause, ValueError)) from error
+        raise ActorFailure(actor, call, reason, refused=isinstance(cause, ValueError)) from error
     except RayActorError as error:
         raise ActorFailure(actor, call, f"the actor died ({str(error).splitlines()[0]})", died=True) from error
     except GetTimeoutError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 _OPTIONS = ("oversize_threshold:0", "narenas:1")
-"""Freed blocks of over 8 MiB are kept for some seconds too, and where all threads find them."""
+"""Freed blocks of over 8 MiB are kept for a while too, and where all threads find them."""
 _ALL_ARENAS, _ONLY_ARENA = 4096, 0
 """The first is jemalloc.h's word for all of them."""
 
@@ -17,14 +18,17 @@ def allocator_environment() -> dict[str, str]:
     """Environment of a process whose tensors shall be allocated by jemalloc; empty where Ray brings none.
 
     glibc keeps freed blocks of up to 32 MiB in its heap, and what is made between activations leaves holes there into
-    which nothing fits: a trainer needs a fifth more memory, or twice as much (benchmarks/memory.md). jemalloc, which
-    comes with Ray for its own processes, joins them again, and is about as fast.
+    which nothing fits: a trainer needs a fifth more memory, or nearly twice as much (benchmarks/memory.md). jemalloc,
+    which comes with Ray for its own processes, joins them again, and is about as fast.
     """
     ray = find_spec("ray")
     if sys.platform != "linux" or ray is None or ray.origin is None:
         return {}
     library = Path(ray.origin).parent / "core" / "libjemalloc.so"
-    return {"LD_PRELOAD": str(library), "MALLOC_CONF": ",".join(_OPTIONS)} if library.is_file() else {}
+    if not library.is_file():
+        return {}
+    preloaded = [name for name in (str(library), os.environ.get("LD_PRELOAD")) if name]
+    return {"LD_PRELOAD": ":".join(preloaded), "MALLOC_CONF": os.environ.get("MALLOC_CONF") or ",".join(_OPTIONS)}
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ PolicyTrainer, ValueTrainer and RewardTrainer differ in the module they load and
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
     from actors.weight_sync import WeightSnapshot
     from rlflow.algorithms.batch import TensorBatch
+    from rlflow.memory import ModelShape
 
 Objective = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
 """This micro-batch's share of the loss, and of the metrics."""
-_SMALL_MODEL = 64 << 20
-"""Bytes of weights up to which a trainer keeps freed memory from step to step."""
+_SMALL_STEP = 1 << 30
+"""Bytes of weights and activations up to which a trainer keeps freed memory from step to step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class Trainer:
             share_tokens(self.module, self.trainer.sequence_parallel, self.device, self.trainer.timeout_s)
         else:
             self.routers = find_routers(self.module.model, self.block.router, self.device)
-        self.is_small = sum(weight.nbytes for weight in self.module.parameters()) <= _SMALL_MODEL
+        self.is_small = self._step_bytes() <= _SMALL_STEP
         if self.is_small:
             keep_freed_memory()
         ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
@@ -106,12 +108,8 @@ class Trainer:
 
     def attention_cost(self) -> float:
         """Of this model, as `rlflow.batching.pack` takes it; 0 where its config has not the common fields."""
-        from rlflow.memory import UnknownShape, shape_of
-
-        try:
-            return shape_of(self.module.model.config.to_dict()).attention_cost
-        except UnknownShape:
-            return 0.0
+        shape = self._shape()
+        return 0.0 if shape is None else shape.attention_cost
 
     def forward_backward(
         self,
@@ -192,6 +190,26 @@ class Trainer:
         elif self.rank == 0:
             model.config._attn_implementation = "sdpa"
             save_model(model, directory, {name: tensor.cpu() for name, tensor in weights.items()})
+
+    def _shape(self) -> ModelShape | None:
+        """None where the config has not the common fields."""
+        from rlflow.memory import UnknownShape, shape_of
+
+        try:
+            return shape_of(self.module.model.config.to_dict())
+        except UnknownShape:
+            return None
+
+    def _step_bytes(self) -> float:
+        """Weights, and what a full micro-batch keeps for its backward pass; infinite where nobody knows."""
+        from rlflow import activations
+        from rlflow.memory import DTYPE_BYTES
+
+        shape, size = self._shape(), DTYPE_BYTES[self.block.dtype]
+        if shape is None:
+            return math.inf
+        of_token = shape.layers * activations.kept(shape, size)
+        return size * shape.parameters + self.trainer.tokens_per_micro_batch * of_token
 
     def _objective_of(
         self, micro_batch: MicroBatch, algorithm: AlgorithmBlock, denominators: Denominators, temperature: float

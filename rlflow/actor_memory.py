@@ -5,7 +5,7 @@ A step has a few moments that can be its peak; each is the sum of what is alive 
     scoring     all activations are kept, logits are computed again, chunk by chunk
     last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
     embeddings  the backward pass ends: no activations, all gradients
-    snapshot    the weights are copied for the rollout workers: no activations, no gradients
+    snapshot    the weights are copied for the rollout workers: no activations, no gradients; from GPUs to the host
 
 benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
 padding of sequences whose lengths differ by less than a quarter, DoRA's own activations.
@@ -42,7 +42,7 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     trainer = recipe.trainer
     state = state_bytes(recipe, shape, trainer.workers, bool(trainer.gpus_per_worker))
     moments = _step(recipe, shape, state, trainer.workers, scores=recipe.algorithm.name != "reward_model")
-    if recipe.needs_rollouts:
+    if recipe.needs_rollouts and not trainer.gpus_per_worker:
         moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})
     return _largest(moments)
 
@@ -162,13 +162,16 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
 
 
 def _gathered_bytes(recipe: Recipe, shape: ModelShape, ranks: int) -> Parts:
-    """What a rank holds whole of weights that it owns a part of: embeddings and head all along, and two layers."""
+    """What a rank holds whole of weights that it owns a part of, or that are elsewhere: embeddings and head all along,
+    and two layers."""
     trainer = recipe.trainer
+    on_gpu = bool(trainer.gpus_per_worker)
     if trainer.engine == "deepspeed":
-        is_sharded = trainer.deepspeed.stage == 3 and ranks > 1
+        is_away = on_gpu and trainer.deepspeed.offload == "all"
+        is_gathered = trainer.deepspeed.stage == 3 and (ranks > 1 or is_away)
     else:
-        is_sharded = ranks > trainer.fsdp.replicas
-    if not is_sharded:
+        is_gathered = ranks > trainer.fsdp.replicas or (on_gpu and trainer.fsdp.offload)
+    if not is_gathered:
         return {}
     heads = (1 if shape.is_tied else 2) * shape.head_parameters
     return {"gathered": DTYPE_BYTES[recipe.model.dtype] * (heads + 2 * shape.layer_parameters)}

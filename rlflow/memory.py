@@ -122,8 +122,8 @@ def read_shape(model: ModelBlock) -> ModelShape:
         else:
             config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UnknownShape(f"no config.json of {model.path}: {reason}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UnknownShape(f"cannot read config.json of {model.path}: {' '.join(lines[:2])}") from error
     return shape_of(config, count_stored(directory))
 
 

@@ -170,7 +170,7 @@ def _constructor(
             return RewardServer, {"rewards": recipe.scoring, **sizes}
         case _:
             path = recipe.reference.path
-            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype, liger=model.liger)
             return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
 
 

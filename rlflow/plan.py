@@ -1,4 +1,7 @@
-"""Recipe -> what will run where and what it needs, before anything starts. No torch: it answers at once."""
+"""Recipe -> what will run where and what it needs, before anything starts. No torch: it answers at once.
+
+Only the config of a model that is on a hub, and not in its cache, is asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.reference import options
-from rlflow.remedies import remedies
+from rlflow.remedies import enough, remedies
 
 GIB = 2**30
 _MOST_REMEDIES = 5
@@ -48,6 +51,8 @@ class PlannedRole:
     role: Role
     parts: Mapping[str, int] | None
     """What -> bytes; None where the model's shape is not known here."""
+    split: int = 1
+    """GPUs that each hold a part of one actor's model: vLLM's tensor parallelism."""
 
     @property
     def bytes_each(self) -> int:
@@ -55,9 +60,9 @@ class PlannedRole:
 
     @property
     def gpu_bytes_each(self) -> int:
-        """Of an actor with GPUs, on each of them."""
+        """Of an actor with GPUs, on each that it uses."""
         away = (self.parts or {}).get(memory.HOST_PART, 0)
-        return math.ceil((self.bytes_each - away) / max(1.0, self.role.gpus))
+        return math.ceil((self.bytes_each - away) / self.split)
 
     @property
     def host_bytes_each(self) -> int:
@@ -133,14 +138,15 @@ def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
 def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> list[Plan]:
     """What each stage will do on ``machine``, this one when it is left out."""
     machine = machine or this_machine()
-    shapes: dict[str | None, ModelShape | str] = {}
+    shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
     for recipe in recipes:
         # The model that an earlier stage will write has the shape of the one it starts from, and so has an adapter.
-        shape = shapes[recipe.model.path] if recipe.model.path in shapes else _shape(recipe)
+        model = (recipe.model.path, recipe.model.revision)
+        shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
         final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
-        shapes[final] = shape
+        shapes[model] = shapes[final, None] = shape
         if adapter is not None:
             adapters[final] = adapters.get(adapter.path, adapter)
             shape = _with_adapter(shape, adapters[final])
@@ -176,14 +182,23 @@ def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape 
 
 
 def _planned(recipe: Recipe, shape: ModelShape | str) -> tuple[PlannedRole, ...]:
-    return tuple(PlannedRole(role, _parts(role.name, recipe, shape)) for role in roles(recipe))
+    return tuple(
+        PlannedRole(
+            role,
+            _parts(role.name, recipe, shape),
+            split=recipe.rollout.tensor_parallel_size if role.name == "rollout" else 1,
+        )
+        for role in roles(recipe)
+    )
 
 
 def _host_bytes(recipe: Recipe, shape: ModelShape | str, planned: Sequence[PlannedRole]) -> int:
     actors = (each.role.workers * (each.host_bytes_each if each.role.gpus else each.bytes_each) for each in planned)
     assert isinstance(shape, ModelShape)
     snapshot = actor_memory.snapshot_bytes(recipe, shape) if recipe.needs_rollouts else 0
-    return sum(actors) + actor_memory.PROCESS_BYTES + snapshot
+    # Ray's copy, and the one that a trainer on GPUs makes here; on CPUs it is a part of that trainer.
+    copies = 2 if recipe.trainer.gpus_per_worker else 1
+    return sum(actors) + actor_memory.PROCESS_BYTES + copies * snapshot
 
 
 def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, int] | None:
@@ -236,9 +251,10 @@ def _vllm_misfits(plan: Plan, planned: PlannedRole) -> Iterator[str]:
     """vLLM lets sequences wait for which it has no cache, but one must fit."""
     shape, recipe, parts = plan.shape, plan.recipe, planned.parts or {}
     assert isinstance(shape, ModelShape)
-    one = actor_memory.longest_sequence(recipe) * shape.cache_per_token * memory.DTYPE_BYTES[recipe.model.dtype]
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    one = longest * shape.cache_per_token * memory.DTYPE_BYTES[recipe.model.dtype]
     need, limit = planned.gpu_bytes_each, int(plan.machine.gpu_memory * recipe.rollout.gpu_memory_fraction)
-    least = need - math.ceil(max(0, parts["KV cache"] - one) / max(1.0, planned.role.gpus))
+    least = need - math.ceil(max(0, parts["KV cache"] - one) / planned.split)
     share = f"rollout.gpu_memory_fraction ({recipe.rollout.gpu_memory_fraction:g}) of a GPU's memory is {gib(limit)}"
     if least > limit:
         yield (
@@ -265,11 +281,10 @@ def _what_to_change(plan: Plan, limit: int, size: Size) -> Iterator[str]:
         return size(recipe, changed, _planned(recipe, changed))
 
     found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]
-    enough = [number for number, remedy in enumerate(found, 1) if remedy.together <= limit]
     for remedy in found:
-        yield f"  {remedy.key}={remedy.value} saves {gib(remedy.saves)}"
-    if enough:
-        yield f"  enough: {'the first' if enough[0] == 1 else f'the first {enough[0]} together'}"
+        yield f"  {remedy} saves {gib(remedy.saves)}"
+    if chosen := enough(plan.recipe, found, bytes_of, limit):
+        yield f"  enough: {' '.join(map(str, chosen))}"
     else:
         yield "  not enough, even together: choose a smaller model, or run on more or larger ones"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,30 +21,43 @@ class Remedy:
     """An override of one key."""
 
     key: str
-    value: str
+    value: Any
     saves: int
     """Bytes, by itself."""
-    together: int
-    """Bytes of the whole recipe with this change and those that save more."""
+
+    def __str__(self) -> str:
+        """As it stands in a command line."""
+        return shlex.quote(f"{self.key}={shown(self.value)}")
 
 
 def remedies(recipe: Recipe, bytes_of: Callable[[Recipe], int]) -> list[Remedy]:
-    """Changes of one key that make a recipe smaller, the largest saving first.
+    """Changes of one key that each make a recipe smaller, the largest saving first.
 
     Args:
         bytes_of: The estimate of a whole recipe.
     """
     before = bytes_of(recipe)
-    savings = {}
-    for key, value in _candidates(recipe):
-        if (changed := _with(recipe, key, value)) is not None:
-            savings[key, _shown(value)] = before - bytes_of(changed), value
-    found, together = [], recipe
-    for (key, shown), (saves, value) in sorted(savings.items(), key=lambda item: -item[1][0]):
-        if saves > LEAST_SAVING * before:
-            together = _with(together, key, value) or together
-            found.append(Remedy(key, shown, saves, bytes_of(together)))
-    return found
+    changes = ((key, value, _with(recipe, key, value)) for key, value in _candidates(recipe))
+    found = [Remedy(key, value, before - bytes_of(changed)) for key, value, changed in changes if changed is not None]
+    return sorted((remedy for remedy in found if remedy.saves > LEAST_SAVING * before), key=lambda one: -one.saves)
+
+
+def enough(
+    recipe: Recipe, found: Sequence[Remedy], bytes_of: Callable[[Recipe], int], limit: int
+) -> list[Remedy] | None:
+    """The first of these changes that together stay within ``limit``; None where all of them do not.
+
+    Changes that exclude one before them, or save nothing beside those, are left out.
+    """
+    chosen = []
+    for remedy in found:
+        joined = _with(recipe, remedy.key, remedy.value)
+        if joined is not None and bytes_of(joined) < bytes_of(recipe):
+            recipe = joined
+            chosen.append(remedy)
+        if bytes_of(recipe) <= limit:
+            return chosen
+    return None
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -59,6 +73,8 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "model.adapter", {"kind": "lora"}
     if trainer.gpus_per_worker:
         yield from _for_gpus(recipe)
+    if critic.gpus_per_worker:
+        yield "algorithm.critic.workers", critic.workers * 2
     workers = {
         "trainer": trainer.workers,
         "rollout": rollout.workers,
@@ -108,7 +124,8 @@ def _with(recipe: Recipe, key: str, value: Any) -> Recipe | None:
         return None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as YAML has it, in one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ def apply_kernels(model: PreTrainedModel) -> None:
     try:
         liger: Any = importlib.import_module("liger_kernel.transformers.monkey_patch")
     except ImportError as error:
-        raise ValueError("model.liger needs Liger: pip install liger-kernel") from error
+        raise ValueError(f"model.liger needs Liger (pip install liger-kernel): {error}") from error
     kind = model.config.model_type
     if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(f"model.liger: Liger has no kernels for {kind}: remove it")

@@ -23,6 +23,7 @@ NAME = "rlflow_packed"
 
 _MAX_PADDING = 0.25
 """Share of a bucket's longest sequence that its shortest may leave empty."""
+_AMPERE = (8, 0)
 _LARGEST_KERNEL_HEAD = 256
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 takes fewer key-value heads without being told."""
@@ -128,10 +129,13 @@ class PackedLayout:
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether FlashAttention is there for these heads: on a GPU, in 16 bits, for the same size of keys and values."""
+    """Whether FlashAttention is there for these heads: on a GPU since Ampere, in 16 bits, for the same size of keys and
+    values."""
     size = query.shape[2]
     fits = size == value.shape[2] and size % 8 == 0 and size <= _LARGEST_KERNEL_HEAD
-    return fits and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if not (fits and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= _AMPERE
 
 
 def packed_attention(

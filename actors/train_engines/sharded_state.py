@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+_REMEDY = ": set the recipe's model and optimizer back, or choose another run.output_dir"
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -84,10 +86,12 @@ def load(directory: Path, shards: Mapping[str, Shard]) -> None:
             (file, place[name][0], place[name][1]) for file, place in zip(files, places, strict=True) if name in place
         ]
         if not found:
-            raise ValueError(f"{directory}: no tensor {name}; the checkpoint is of another model or optimizer")
+            raise ValueError(f"{directory}: no tensor {name}; the checkpoint is of another model or optimizer{_REMEDY}")
         shape = tuple(found[0][2])
         if shape != shard.shape:
-            raise ValueError(f"{directory}: {name} has shape {list(shape)}, the model wants {list(shard.shape)}")
+            raise ValueError(
+                f"{directory}: {name} has shape {list(shape)}, the model wants {list(shard.shape)}{_REMEDY}"
+            )
         filled, wanted, end = 0, len(shard.values), shard.start + len(shard.values)
         for file, first, _ in found:
             piece = file.get_slice(name)

@@ -37,16 +37,15 @@ class TokenOutputs(NamedTuple):
 
 
 class TokenModel(nn.Module):
-    def __init__(
-        self, model: PreTrainedModel, dropout_layers: Sequence[nn.Module] = (), *, uses_liger: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, dropout_layers: Sequence[nn.Module] = ()) -> None:
         """
         Args:
             dropout_layers: Of ``model``, those that drop out where gradients are wanted, and nowhere else.
-            uses_liger: Liger's kernel makes logprobs where entropies are not wanted.
         """
         super().__init__()
-        self.model, self.uses_liger = model, uses_liger
+        self.model = model
+        self.uses_liger = False
+        """Liger's kernel makes logprobs where entropies are not wanted."""
         self.dropout_layers = list(dropout_layers)
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
@@ -188,15 +187,19 @@ def load_token_model(
         model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
-        model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
+        options |= {"revision": block.revision, "output_loading_info": True}
+        model, loading = AutoModelForCausalLM.from_pretrained(block.path, dtype=dtype, **options)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{block.path} is no {type(model).__name__}: it lacks {', '.join(missing[:3])}")
     model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)
-    theirs = _short_text_logprobs(model, device)
+    token_model = TokenModel(model, dropout_layers)
+    theirs = _check(token_model, device)
     if uses_liger:
         liger.apply_kernels(model)
-    token_model = TokenModel(model, dropout_layers, uses_liger=uses_liger)
-    _check(token_model, theirs, device)
+        token_model.uses_liger = True
+        _check_kernels(token_model, theirs, device)
     return token_model
 
 
@@ -217,18 +220,26 @@ def _short_text(model: PreTrainedModel, device: torch.device) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def _short_text_logprobs(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
-    """[7]: of its tokens but the first, from the logits of the model's own forward pass."""
-    tokens, positions, layout = _short_text(model, device)
-    logits = model(input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False).logits
-    return torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
+def _check_kernels(token_model: TokenModel, before: torch.Tensor, device: torch.device) -> None:
+    """Liger's kernels must leave the logprobs of a few tokens, [7], nearly as they were."""
+    tokens, positions, layout = _short_text(token_model.model, device)
+    after = token_model(tokens, positions, layout, positions > 0, entropies="none").logprobs[1:]
+    change = (after - before).abs().mean().item()
+    # In 16 bits other kernels round otherwise, by 0.06 in a logit of 10.
+    if not change < (1e-3 if token_model.model.dtype == torch.float32 else 0.1):
+        name = type(token_model.model).__name__
+        raise ValueError(f"Liger's kernels change {name}'s logprobs by {change:.3g}: set model.liger: false")
 
 
 @torch.no_grad()
-def _check(token_model: TokenModel, theirs: torch.Tensor, device: torch.device) -> None:
-    """Our logprobs of the short text must equal those of the model's own forward pass."""
+def _check(token_model: TokenModel, device: torch.device) -> torch.Tensor:
+    """Our logprobs of a few tokens must equal those of the model's own forward pass. Returns them, [7]."""
     tokens, positions, layout = _short_text(token_model.model, device)
     ours = token_model(tokens, positions, layout, positions > 0, entropies="none").logprobs[1:]
+    logits = token_model.model(
+        input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
+    ).logits
+    theirs = torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
     difference = (ours - theirs).abs().max().item()
     # The tolerance covers bfloat16; a missing scale or cap on the logits is off by whole units.
     if not difference < 0.05:
@@ -236,3 +247,4 @@ def _check(token_model: TokenModel, theirs: torch.Tensor, device: torch.device) 
         raise ValueError(
             f"{name}: logits differ from the model's own forward pass by {difference:.3g}; not supported yet"
         )
+    return ours

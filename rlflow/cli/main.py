@@ -58,10 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of what stands before a command: it knows the commands' names and prints their list."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {command.SUMMARY}" for name, command in COMMANDS.items())
+    example = "rlflow run recipes/grpo_gsm8k_smollm2.yaml"
     parser = argparse.ArgumentParser(
         prog="rlflow",
         description=f"One recipe, from a laptop to a cluster.\n\ncommands:\n{listed}",
-        epilog=f"example:\n  rlflow run recipes/grpo/gsm8k.yaml\n\n`rlflow COMMAND --help` says more. {EXIT_CODES}",
+        epilog=f"example:\n  {example}\n\n`rlflow COMMAND --help` says more. {EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the above")

@@ -26,6 +26,8 @@ from rlflow.recipe.problems import did_you_mean, nearest
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """One of them is in the config of every mixture of experts."""
 
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "Model")
+
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
 
@@ -69,6 +71,8 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from to_come_as_model(key, path, to_come[path])
         elif path is not None:
             yield from _in_model(key, path)
+            if key != "algorithm.critic.path" and recipe.algorithm.name != "reward_model":
+                yield from _in_head(key, Path(path))
     yield from in_adapter(recipe, to_come)
     yield from in_sequence_parallel(recipe, to_come)
     yield from _in_router(recipe)
@@ -105,6 +109,16 @@ def _in_model(key: str, path: str) -> Found:
         yield key, f"{path} holds no model: it has no config.json"
     else:
         yield from _in_weights(key, directory)
+
+
+def _in_head(key: str, directory: Path) -> Found:
+    """What was saved as something else than a language model has no weights for the next token."""
+    try:
+        names = json.loads((directory / "config.json").read_text()).get("architectures") or [""]
+    except (OSError, ValueError):
+        return
+    if all(name.endswith(_OTHER_HEADS) and not name.endswith("LMHeadModel") for name in names):
+        yield key, f"{directory} holds a {names[0]}, not a language model: name the policy that it was made from"
 
 
 def _in_weights(key: str, directory: Path) -> Found:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import load_checked
+from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import Recipe
 
 SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
+_LOADING = {"setup", "load"}
+"""Calls in which trainers read a model, an adapter or a checkpoint."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    example = "rlflow run recipes/grpo/gsm8k.yaml trainer.learning_rate=2e-6 run.steps=50"
+    example = "rlflow run recipes/grpo_gsm8k_smollm2.yaml trainer.learning_rate=2e-6 run.steps=50"
     parser = parser_of("run", SUMMARY, example)
     add_recipe_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.output_dir")
@@ -30,7 +33,12 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0) -> None:
-    """Runs the stages; a failure that one message explains becomes a RunError that also says where the logs are."""
+    """Runs the stages; a failure that one message explains also says where the logs are.
+
+    Raises:
+        DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
+        RunError: Anything else that went wrong.
+    """
     from actors.actor_group import ActorFailure
     from rlflow.driver.run import run_recipes
 
@@ -40,4 +48,6 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0)
         raise
     except (RunError, ActorFailure) as error:
         logs = [str(path) for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
-        raise RunError("\n".join([str(error), *[f"logs: {path}" for path in logs]])) from error
+        is_wrong_input = isinstance(error, ActorFailure) and error.refused and error.call in _LOADING
+        kind = DataError if is_wrong_input else RunError
+        raise kind("\n".join([str(error), *[f"logs: {path}" for path in logs]])) from error

@@ -37,7 +37,7 @@ SUMMARY = "run a recipe as a job of a Ray cluster, and follow it"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    example = "rlflow submit recipes/grpo/gsm8k.yaml run.output_dir=/shared/runs/gsm8k --address http://127.0.0.1:8265"
+    example = "rlflow submit recipes/grpo_gsm8k_smollm2.yaml run.output_dir=/shared/runs/gsm8k --address http://127.0.0.1:8265"
     parser = parser_of("submit", SUMMARY, example)
     add_recipe_arguments(parser)
     parser.add_argument(

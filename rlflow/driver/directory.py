@@ -7,7 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import build_character_tokenizer
+from rlflow.memory import UnknownShape, read_shape
 from rlflow.recipe import ModelBlock, Recipe, dump_recipe
 from rlflow.recipe.adapter_files import CONFIG
 
@@ -33,8 +37,13 @@ def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
     """Makes the stage's directory with its resolved recipe. Without ``resume`` an earlier run moves aside, whole.
 
     A run that is resumed keeps its recipe until the new one has taken up its checkpoint.
+
+    Raises:
+        DataError: A run is to be resumed whose checkpoints are of another model.
     """
     path = Path(recipe.run.output_dir)
+    if resume:
+        _require_same_model(recipe.model, path)
     aside = _move_aside(path) if path.exists() and not resume else None
     directory = RunDirectory(path, is_new=not path.exists(), aside=aside)
     (path / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -75,6 +84,32 @@ def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return model.model_copy(update={"path": str(path)})
+
+
+def _require_same_model(model: ModelBlock, directory: Path) -> None:
+    """As far as configs tell: a model that was moved is the same, and one that nobody has may be.
+
+    Raises:
+        DataError: It has another shape than the one whose checkpoints are in ``directory``.
+    """
+    written = directory / "recipe.yaml"
+    if not (written.exists() and (directory / "checkpoints").exists()):
+        return
+    before = ModelBlock.model_validate(yaml.safe_load(written.read_text())["model"])
+    try:
+        is_other = before != model and read_shape(before) != read_shape(model)
+    except UnknownShape:
+        return
+    if is_other or (before.adapter is None) != (model.adapter is None):
+        raise DataError(
+            f"{directory} has checkpoints of {_named(before)}, and the recipe trains {_named(model)}: set the model "
+            "block back, or choose another run.output_dir"
+        )
+
+
+def _named(model: ModelBlock) -> str:
+    name = model.path or f"a new {(model.architecture or {})['model_type']}"
+    return f"{'an adapter of ' if model.adapter is not None else ''}{name}"
 
 
 def _move_aside(directory: Path) -> Path:

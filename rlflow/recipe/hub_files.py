@@ -29,6 +29,8 @@ def hub_config(name: str, revision: str | None) -> dict[str, Any]:
     try:
         response = get_session().get(url, headers=build_hf_headers(), timeout=_TIMEOUT_S)
         hf_raise_for_status(response)
-    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]
+    except errors.HfHubHTTPError as error:
         raise OSError(f"{constants.ENDPOINT} says {error}") from error
+    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise OSError(f"cannot reach {constants.ENDPOINT}: {error}") from error
     return response.json()

@@ -367,6 +367,8 @@ class Recipe(Block):
             yield Conflict(("run.stop_at_score", "evaluation.reward"), reason)
         if self.algorithm.name == "reward_model" and self.evaluation_reward is not None:
             yield Conflict(("evaluation.reward", "algorithm.name"), "a reward model writes no answers: remove it")
+        if self.algorithm.name == "reward_model" and self.model.liger:
+            yield Conflict(("model.liger", "algorithm.name"), "has kernels for policies alone: remove it")
         for label, count in Counter(reward.label for reward in self.scoring).items():
             if count > 1:
                 reason = f"{count} are called {label}: metrics could not tell them apart; keep one, or rename a plugin"

@@ -15,7 +15,7 @@ from rlflow.memory import UnknownShape, count_stored, read_shape, shape_of
 from rlflow.plan import GIB, Plan, make_plans
 from rlflow.plan_text import render
 from rlflow.recipe import ModelBlock, load_recipe
-from rlflow.remedies import remedies
+from rlflow.remedies import remedies, shown
 
 LAPTOP = Machine(cpus=8, memory=16 * GIB, gpus=0)
 ARCHITECTURE = {
@@ -202,10 +202,10 @@ def test_what_does_not_fit_comes_with_the_changes_that_save_most(recipe_file: Pa
         "6.00 GiB do not fit into 4.01 GiB of memory",
         "  trainer.workers=4 saves 2.00 GiB",
         "  reward_server.children=1 saves 0.25 GiB",
-        "  enough: the first",
+        "  enough: trainer.workers=4",
     ]
     smaller = plan_of(recipe_file, *workers, machine=replace(small, memory=4 * GIB - GIB // 8)).warnings
-    assert smaller[-1] == "  enough: the first 2 together"
+    assert smaller[-1] == "  enough: trainer.workers=4 reward_server.children=1"
     least = plan_of(recipe_file, *workers, machine=replace(small, memory=GIB)).warnings
     assert least[-1] == "  not enough, even together: choose a smaller model, or run on more or larger ones"
 
@@ -218,7 +218,7 @@ def test_every_change_that_is_said_saves_what_is_said_in_this_order(recipe_file:
     assert found[0].key == "model.dtype"
     assert sorted(found, key=lambda remedy: -remedy.saves) == found
     for remedy in found:
-        after = plan_of(recipe_file, *large, *sizes, f"{remedy.key}={remedy.value}")
+        after = plan_of(recipe_file, *large, *sizes, f"{remedy.key}={shown(remedy.value)}")
         assert before.host_bytes - after.host_bytes == remedy.saves
 
 
@@ -229,9 +229,8 @@ def test_what_is_probably_not_meant_is_said(recipe_file: Path):
     assert peak == "the learning rate never reaches its peak: 10 warm-up steps of 10"
     (length,) = plan_of(recipe_file, "model.architecture.max_position_embeddings=15").warnings
     assert length.startswith("a sequence may have 16 tokens, the model was made for 15")
-    assert plan_of(recipe_file, "model={path: org/model, architecture: null, characters: null}").warnings == [
-        "memory is not estimated: no config.json of org/model: it is not in the cache, and HF_HUB_OFFLINE is set"
-    ]
+    (unknown,) = plan_of(recipe_file, "model={path: org/model, architecture: null, characters: null}").warnings
+    assert unknown.startswith("memory is not estimated: cannot read config.json of org/model: it is not in the cache")
 
 
 @pytest.mark.parametrize(

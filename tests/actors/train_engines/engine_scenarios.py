@@ -346,7 +346,12 @@ def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, tim
     work = directory / f"jobs-{time.monotonic_ns()}.json"
     work.write_text(json.dumps(jobs))
     root = Path(__file__).resolve().parents[3]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    extensions = directory / "compiled"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         environment.pop(name, None)
     processes = []
@@ -365,6 +370,7 @@ def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, tim
     logs = "\n".join(Path(f"{work}.{rank}.log").read_text()[-3000:] for rank in range(world_size))
     assert [process.returncode for process in processes] == [0] * world_size, logs
     assert printed == [""] * world_size
+    assert not extensions.exists(), "something was compiled: a user without a compiler would fail"
     return json.loads(Path(f"{work}.answers").read_text())
 
 

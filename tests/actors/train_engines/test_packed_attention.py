@@ -65,7 +65,8 @@ def test_a_change_in_one_sequence_is_seen_by_no_other():
 def test_the_kernel_is_asked_for_the_same(window, monkeypatch):
     """No GPU: a stand-in computes what torch documents of its arguments, sequence by sequence."""
 
-    def documented(q, k, v, bounds, key_bounds, longest, longest_key, *, scale, window_size, enable_gqa=True):
+    def documented(q, k, v, bounds, key_bounds, longest, longest_key, *, scale, window_size, enable_gqa=False):
+        assert enable_gqa or q.shape[1] == k.shape[1]
         assert bounds.dtype == torch.int32 and torch.equal(bounds, key_bounds)
         assert longest == longest_key == max(LENGTHS)
         outputs = []

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from actors.train_engines import token_model
 from actors.train_engines.packed_attention import PackedLayout
@@ -54,6 +54,48 @@ def test_packed_logprobs_and_entropies_equal_transformers_sequence_by_sequence(p
         logprobs, entropies = expected(theirs, tokens, temperature)
     torch.testing.assert_close(got.logprobs, logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.entropies, entropies, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_of_packed_sequences_is_that_of_transformers_padded_batch(pair):
+    ours, theirs = pair
+    tokens = tokens_of(ours)
+    weights = torch.linspace(-1, 1, len(tokens))
+    wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
+    packed = (outputs(ours, tokens, wanted, entropies="none").logprobs * weights).sum()
+    ids, mask = torch.zeros((2, len(LENGTHS), max(LENGTHS)), dtype=torch.long)
+    for row, (start, end) in enumerate(pairwise(CU_SEQLENS)):
+        ids[row, : end - start], mask[row, : end - start] = tokens[start:end], 1
+    logits = theirs(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    taken = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    padded = (taken[mask[:, 1:] == 1] * weights[wanted]).sum()
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
+    gradients = (
+        torch.autograd.grad(loss, list(model.parameters())) for loss, model in ((packed, ours), (padded, theirs))
+    )
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() < 2e-6 * other.norm()
+
+
+def test_a_change_in_one_sequence_is_seen_by_no_other_of_a_whole_model(pair):
+    ours, _ = pair
+    tokens = tokens_of(ours)
+    wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
+    changed = torch.zeros(len(tokens), dtype=torch.bool)
+    changed[CU_SEQLENS[1] : CU_SEQLENS[2]] = True
+    others = torch.where(changed, (tokens + 1) % ours.model.config.vocab_size, tokens)
+    with torch.no_grad():
+        before, after = (outputs(ours, ids, wanted).logprobs for ids in (tokens, others))
+    assert torch.equal(before[~changed], after[~changed])
+    assert (before[changed & wanted] != after[changed & wanted]).all()
+
+
+def test_a_checkpoint_without_a_language_models_head_is_refused(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no LlamaForCausalLM: it lacks lm_head.weight"):
+        load_token_model(ModelBlock(path=str(tmp_path)), seed=0, device=torch.device("cpu"))
 
 
 def test_only_wanted_tokens_are_scored(pair):

@@ -170,19 +170,22 @@ def test_dual_clip_agrees_with_trls_two_sided_clip(grpo, inputs):
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
-def test_cispo_agrees_with_trl(grpo, inputs):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_cispo_agrees_with_trl(grpo, inputs, level):
     # TRL's epsilon_high is the bound itself, ours what is above 1.
     trainer, configure = grpo
-    configure(loss_type="cispo", epsilon_high=1.3)
-    actual, metrics = our_loss(trainer.model, inputs, algorithm("cispo", loss={"clip_high": 0.3}))
+    configure(loss_type="cispo", epsilon_high=1.1, importance_sampling_level=level)
+    actual, metrics = our_loss(trainer.model, inputs, algorithm("cispo", loss={"clip_high": 0.1, "ratio": level}))
     assert metrics["clip/high_fraction"] > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
-def test_sapo_agrees_with_trl(grpo, inputs):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sapo_agrees_with_trl(grpo, inputs, level):
     trainer, configure = grpo
-    configure(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
-    actual, _ = our_loss(trainer.model, inputs, algorithm("sapo"))
+    levels = {"importance_sampling_level": level}
+    configure(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **levels)
+    actual, _ = our_loss(trainer.model, inputs, algorithm("sapo", loss={"ratio": level}))
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 

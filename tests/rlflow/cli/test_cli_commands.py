@@ -54,7 +54,9 @@ class FakeDriver:
 
 
 class FakeActorFailure(RuntimeError):
-    pass
+    def __init__(self, actor: str, call: str, reason: str, *, refused: bool = False) -> None:
+        super().__init__(f"{actor}.{call}: {reason}")
+        self.call, self.refused = call, refused
 
 
 @pytest.fixture
@@ -82,7 +84,8 @@ def test_run_from_python_does_the_same(recipe_file: Path, driver: FakeDriver):
         (DataError("data.jsonl, row 3: no prompt"), 2),
         (StopRequested("stopped after step 4; go on with --resume"), 3),
         (RunError("the reward server failed"), 1),
-        (FakeActorFailure("trainer[1].step: the actor died"), 1),
+        (FakeActorFailure("trainer[1]", "optim_step", "the actor died"), 1),
+        (FakeActorFailure("trainer[1]", "forward_backward", "ValueError: no", refused=True), 1),
     ],
 )
 def test_a_failure_that_is_understood_is_its_message_and_an_exit_code(
@@ -95,6 +98,15 @@ def test_a_failure_that_is_understood_is_its_message_and_an_exit_code(
     error = capsys.readouterr().err
     assert error.splitlines()[0] == str(failure)
     assert (f"logs: {logs}" in error) == (code == 1)
+
+
+@pytest.mark.parametrize("call", ["setup", "load"])
+def test_what_an_actor_cannot_load_is_wrong_input(
+    call: str, recipe_file: Path, driver: FakeDriver, capsys: pytest.CaptureFixture
+):
+    driver.failure = FakeActorFailure("trainer[0]", call, "ValueError: an adapter of another model", refused=True)
+    assert main(["run", str(recipe_file)]) == 2
+    assert capsys.readouterr().err == f"trainer[0].{call}: ValueError: an adapter of another model\n"
 
 
 def test_a_failure_that_nobody_foresaw_keeps_its_traceback(recipe_file: Path, driver: FakeDriver):

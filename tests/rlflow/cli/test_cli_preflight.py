@@ -110,6 +110,16 @@ def test_the_model_that_an_earlier_stage_will_write_may_be_missing(recipe_file: 
     assert len(load_checked(recipe_file)) == 2
 
 
+def test_a_policy_needs_the_head_of_a_language_model(recipe_file: Path):
+    config = recipe_file.parent / "model" / "config.json"
+    for name in ("Qwen3ForCausalLM", "GPT2LMHeadModel", "Gemma3ForConditionalGeneration"):
+        config.write_text(json.dumps({"architectures": [name]}))
+        load_checked(recipe_file)
+    for name in ("Qwen3ForSequenceClassification", "LlamaModel"):
+        config.write_text(json.dumps({"architectures": [name]}))
+        assert f"holds a {name}, not a language model: name the policy" in problem_of(recipe_file)
+
+
 def test_a_reward_model_is_judged_by_its_config(recipe_file: Path):
     override = "rewards=[{name: reward_model, args: {path: model}}]"
     config = recipe_file.parent / "model" / "config.json"

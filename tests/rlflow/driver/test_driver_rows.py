@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlflow
+from rlflow.data.errors import DataError
 from tests.local_actors import use_local_actors
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -114,6 +115,17 @@ def test_a_resumed_dpo_run_ends_like_one_never_stopped(local, run_offline, tmp_p
     checkpoint.link(stopped / "checkpoints", "latest", stopped / "checkpoints" / "step_000003")
     run_offline("dpo", pairs(), "stopped", resume=True)
     assert same_weights(whole, stopped)
+
+
+def test_checkpoints_of_another_model_are_refused_before_anything_starts(local, run_offline, tiny_moe_dir):
+    directory = run_offline("dpo", pairs())
+    (directory / "final").rename(directory / "taken_away")
+    with pytest.raises(
+        DataError, match=r"run has checkpoints of .* and the recipe trains .*: set the model block back"
+    ):
+        run_offline("dpo", pairs(), resume=True, **{"model.path": str(tiny_moe_dir)})
+    with pytest.raises(DataError, match=r"trains an adapter of .*choose another run.output_dir"):
+        run_offline("dpo", pairs(), resume=True, **{"model.adapter": {"kind": "lora"}})
 
 
 @pytest.mark.ray

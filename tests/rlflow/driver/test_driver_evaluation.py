@@ -1,0 +1,68 @@
+"""pass@1 and pass@k: by hand, and in a run whose reward is scripted."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import rlflow
+from rlflow.driver.evaluation import pass_at_k
+from tests.local_actors import use_local_actors
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_passed", "k", "expected"),
+    [
+        (4, 0, 1, Fraction(0)),
+        (4, 1, 1, Fraction(1, 4)),
+        # Of the 6 pairs of 4 samples, 3 hold the one that passed.
+        (4, 1, 2, Fraction(1, 2)),
+        # All pairs but the one of both that failed.
+        (4, 2, 2, Fraction(5, 6)),
+        (4, 1, 4, Fraction(1)),
+        (5, 3, 3, Fraction(1)),
+    ],
+)
+def test_pass_at_k_counts_the_draws_with_a_sample_that_passes(num_samples, num_passed, k, expected):
+    assert pass_at_k(num_samples, num_passed, k) == pytest.approx(float(expected), abs=1e-12)
+
+
+RECIPE = """
+run: {{output_dir: {out}, seed: 3, steps: 1}}
+model: {{path: {model}}}
+algorithm: {{name: grpo, group_size: 2}}
+data: {{train: {{path: {rows}}}, prompts_per_step: 2, max_prompt_tokens: 32}}
+rewards: [{{plugin: "{plugin}:scripted"}}]
+rollout: {{engine: torch, max_new_tokens: 4, max_num_seqs: 4}}
+evaluation: {{data: {{path: {rows}}}, samples: 4, temperature: 1.0}}
+tracking: [jsonl]
+"""
+PLUGIN = """
+def scripted(prompts, completions, passing, **columns):
+    # Of the samples of a prompt the first so many pass; of a group of two in training, at most both.
+    seen, rewards = {}, []
+    for prompt, number in zip(prompts, passing):
+        text = prompt[-1]["content"]
+        seen[text] = seen.get(text, 0) + 1
+        rewards.append(float(seen[text] <= number))
+    return rewards
+"""
+
+
+def test_sampled_evaluation_reports_both(monkeypatch, tmp_path: Path, tiny_model_dir: Path):
+    use_local_actors(monkeypatch)
+    rows, plugin, recipe = tmp_path / "rows.jsonl", tmp_path / "rewards.py", tmp_path / "recipe.yaml"
+    plugin.write_text(PLUGIN)
+    passing = [0, 1, 2, 4]
+    lines = [{"prompt": f"Say {number}.", "passing": count} for number, count in enumerate(passing)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe.write_text(RECIPE.format(out=tmp_path / "out", model=tiny_model_dir, rows=rows, plugin=plugin))
+    rlflow.run(recipe)
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for line in (metrics[0], metrics[-1]):
+        assert line["eval/heldout/pass@1"] == pytest.approx((0 + 1 / 4 + 2 / 4 + 1) / 4)
+        assert line["eval/heldout/pass@4"] == pytest.approx(3 / 4)
+        assert line["eval/heldout/unscored_fraction"] == 0
