@@ -3,7 +3,7 @@
     python benchmarks/packing.py
 
 For 100,000 samples in micro-batches of 8,192 tokens, and for one batch of 256 samples. Costs are those of SmolLM2-135M,
-in which attention to 7,700 tokens takes as long as everything else. benchmarks/packing.md has the results.
+in which attention to 7,780 tokens takes as long as everything else. benchmarks/packing.md has the results.
 """
 
 from __future__ import annotations

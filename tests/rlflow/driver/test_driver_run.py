@@ -137,6 +137,20 @@ def test_two_ranks_train_like_one(sequence_parallel, finished, tmp_path):
     assert all(line["mismatch/logprob_abs_diff"] < 1e-5 for line in metrics_of(directory / "grpo")[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_a_gpu_trains_what_a_cpu_trains(engine, finished, tmp_path):
+    import numpy as np
+
+    shares = {"trainer.gpus_per_worker": 0.5, "rollout.gpus_per_worker": 0.5}
+    directory = run(tmp_path, "gpu", **shares, **{"trainer.engine": engine})
+    on_cpu, on_gpu = weights_of(finished / "sft"), weights_of(directory / "sft")
+    for name in on_cpu:
+        # Where a gradient is almost 0, Adam divides rounding by rounding; a step is 1e-2.
+        np.testing.assert_allclose(on_cpu[name], on_gpu[name], atol=1e-3)
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-3 for line in metrics_of(directory / "grpo")[1:])
+
+
 @pytest.mark.slow
 def test_deepspeed_trains_like_the_default_engine(finished, tmp_path):
     import numpy as np
