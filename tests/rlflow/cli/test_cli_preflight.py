@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,12 +122,13 @@ def test_a_policy_needs_the_head_of_a_language_model(recipe_file: Path):
 
 
 def test_a_reward_model_is_judged_by_its_config(recipe_file: Path):
-    override = "rewards=[{name: reward_model, args: {path: model}}]"
-    config = recipe_file.parent / "model" / "config.json"
+    override = "rewards=[{name: reward_model, args: {path: judge}}]"
+    shutil.copytree(recipe_file.parent / "model", recipe_file.parent / "judge")
+    config = recipe_file.parent / "judge" / "config.json"
     written = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     config.write_text(json.dumps(written))
     assert load_checked(recipe_file, [override])
-    assert load_checked(recipe_file, [override.replace("model}", "org/model}")])
+    assert load_checked(recipe_file, [override.replace("judge}", "org/judge}")])
     config.write_text(json.dumps({**written, "id2label": {"0": "bad", "1": "good"}}))
     assert "has a score head of 2 labels" in problem_of(recipe_file, override)
     config.write_text("{")

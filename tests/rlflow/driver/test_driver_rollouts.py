@@ -15,7 +15,7 @@ from tests.local_actors import use_local_actors
 RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 4}}
 model: {{path: {model}}}
-algorithm: {{name: dapo, group_size: 2, groups: {{max_resamples: {resamples}}}}}
+algorithm: {{name: dapo, group_size: 2, groups: {{max_resamples: {resamples}, overlong_buffer: 0.0}}}}
 data: {{train: {{path: {rows}}}, prompts_per_step: 3, max_prompt_tokens: 32}}
 rewards: [{{plugin: "{plugin}:scripted"}}]
 rollout: {{engine: torch, max_new_tokens: 4}}
