@@ -6,6 +6,7 @@ part that this rank holds; and ``put``, called when moments were read or written
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -112,7 +113,7 @@ class AdamW8bit:
 
     def __init__(self, rates: Mapping[torch.Tensor, float], block: OptimizerBlock) -> None:
         try:
-            import bitsandbytes  # pyright: ignore[reportMissingImports]
+            bitsandbytes: Any = importlib.import_module("bitsandbytes")
         except ImportError as error:
             raise ValueError(
                 "trainer.optimizer.kind: adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use kind: adamw"

@@ -188,7 +188,8 @@ def load_token_model(
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
         options |= {"revision": block.revision, "output_loading_info": True}
-        model, loading = AutoModelForCausalLM.from_pretrained(block.path, dtype=dtype, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(block.path, dtype=dtype, **options)
+        model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{block.path} is no {type(model).__name__}: it lacks {', '.join(missing[:3])}")
     model.to(device)  # pyright: ignore[reportArgumentType]

@@ -347,11 +347,8 @@ def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, tim
     work.write_text(json.dumps(jobs))
     root = Path(__file__).resolve().parents[3]
     extensions = directory / "compiled"
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(root),
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-    }
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    environment = os.environ | settings
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         environment.pop(name, None)
     processes = []
