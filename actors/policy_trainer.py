@@ -21,11 +21,7 @@ class PolicyTrainer(Trainer):
         from actors.train_engines.token_model import load_token_model
 
         return load_token_model(
-            self.block,
-            seed=self.seed,
-            device=self.device,
-            checkpointing=self.trainer.gradient_checkpointing,
-            uses_liger=self.block.liger,
+            self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
         )
 
     def objective(

@@ -20,9 +20,7 @@ class ReferenceModel:
         started = time.perf_counter()
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if gpus else "cpu")
-        uses_liger = model.liger and bool(gpus)
-        module = load_token_model(model, seed=seed, device=self.device, uses_liger=uses_liger)
-        self.module = module.requires_grad_(False)
+        self.module = load_token_model(model, seed=seed, device=self.device).requires_grad_(False)
         self._seconds = time.perf_counter() - started
 
     def ready(self) -> float:

@@ -170,7 +170,9 @@ def _constructor(
             return RewardServer, {"rewards": recipe.scoring, **sizes}
         case _:
             path = recipe.reference.path
-            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype, liger=model.liger)
+            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
+            frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
             return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
 
 

@@ -16,7 +16,7 @@ from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.reference import options
-from rlflow.remedies import enough, remedies
+from rlflow.remedies import enough, remedies, shown
 
 GIB = 2**30
 _MOST_REMEDIES = 5
@@ -314,11 +314,6 @@ def _at(defaults: Mapping[str, Any], key: str, otherwise: Any) -> Any:
             return otherwise
         value = value[part]
     return value
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe writes it."""
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def gib(size: int) -> str:

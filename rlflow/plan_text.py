@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rlflow.plan import GIB, Plan, gib, shown
+from rlflow.plan import GIB, Plan, gib
 from rlflow.recipe import ALGORITHMS, Recipe
+from rlflow.remedies import shown
 
 
 def render(plan: Plan) -> str:
@@ -75,7 +76,7 @@ def _actors_table(plan: Plan) -> list[str]:
         role, parts = planned.role, planned.parts
         size = "unknown"
         if parts is not None:
-            shown = ", ".join(f"{part} {gib(size)}" for part, size in parts.items() if size >= 0.01 * GIB)
-            size = f"{gib(planned.bytes_each)} ({shown})"
+            listed = ", ".join(f"{part} {gib(size)}" for part, size in parts.items() if size >= 0.01 * GIB)
+            size = f"{gib(planned.bytes_each)} ({listed})"
         lines.append(f"{role.name:<10} {role.workers:>7}  {role.cpus:>4g}  {role.gpus:>4g}  {size}")
     return lines

@@ -161,9 +161,7 @@ def _call(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def load_token_model(
-    block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False, uses_liger: bool = False
-) -> TokenModel:
+def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False) -> TokenModel:
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
 
     Raises:
@@ -197,7 +195,7 @@ def load_token_model(
         recompute_layers(model)
     token_model = TokenModel(model, dropout_layers)
     theirs = _check(token_model, device)
-    if uses_liger:
+    if block.liger:
         liger.apply_kernels(model)
         token_model.uses_liger = True
         _check_kernels(token_model, theirs, device)

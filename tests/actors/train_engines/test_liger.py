@@ -70,7 +70,7 @@ assert empty.shape == (0,) and empty.requires_grad
 
 results = []
 for uses_liger in (False, True):
-    model = load_token_model(ModelBlock(path=sys.argv[1]), seed=0, device=device, uses_liger=uses_liger)
+    model = load_token_model(ModelBlock(path=sys.argv[1], liger=uses_liger), seed=0, device=device)
     layout = PackedLayout(np.array([0, 5, 12]), device)
     positions = torch.cat([torch.arange(5), torch.arange(7)])
     tokens = torch.arange(12) * 5 % model.model.config.vocab_size

@@ -51,7 +51,7 @@ def run(monkeypatch, tmp_path, tiny_model_dir):
         given = {"out": out, "model": tiny_model_dir, "rows": rows, "plugin": plugin, "resamples": resamples}
         recipe.write_text(RECIPE.format(**given))
         rlflow.run(recipe, overrides=overrides)
-        metrics = read_lines(out / "metrics.jsonl")[1:] if overrides else read_lines(out / "metrics.jsonl")[-4:]
+        metrics = read_lines(out / "metrics.jsonl")[1:]
         trained = [read_rollouts(path) for path in sorted((out / "rollouts").glob("*.parquet"))]
         return metrics, trained, read_lines(tmp_path / "scored.jsonl")
 
