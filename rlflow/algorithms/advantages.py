@@ -80,8 +80,9 @@ def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tu
     Returns:
         Advantages and returns, float64 [..., C].
     """
+    rewards, values = rewards.astype(np.float64), values.astype(np.float64)
     following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
-    deltas = (rewards + gamma * following - values).astype(np.float64)
+    deltas = rewards + gamma * following - values
     advantages = np.zeros_like(deltas)
     running = np.zeros(deltas.shape[:-1])
     for t in reversed(range(deltas.shape[-1])):

@@ -1,4 +1,4 @@
-"""Golden values are worked out by hand beside each test."""
+"""Golden values are worked out by hand beside each test, and hold for float32 and float64 rewards."""
 
 import numpy as np
 import pytest
@@ -16,43 +16,50 @@ from rlflow.algorithms.kl_reward import adapt_kl_coef, kl_penalty
 from rlflow.recipe import AdvantageBlock
 
 NAN = np.nan
-DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["fp32", "fp64"])
+def array(request):
+    """Makes an array of the tested precision."""
+    return lambda values: np.array(values, dtype=request.param)
+
+
+def equal(actual, expected) -> None:
+    """All sums are in float64: what a golden value loses, its float32 input had lost."""
+    assert np.asarray(actual).dtype == np.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-9)
 
 
 def block(**fields) -> AdvantageBlock:
     return AdvantageBlock(**{"eps": 1e-12, **fields})
 
 
-@DTYPES
-def test_grpo_subtracts_the_groups_mean_and_divides_by_its_standard_deviation(dtype):
+def test_grpo_subtracts_the_groups_mean_and_divides_by_its_standard_deviation(array):
     # [1, 0, 0, 0]: mean 1/4, sum of squares 3/4, variance 1/4 with ddof 1 and 3/16 with ddof 0.
-    rewards = np.array([[1, 0, 0, 0], [2, 4, 2, 4]], dtype=dtype)
+    rewards = array([[1, 0, 0, 0], [2, 4, 2, 4]])
     sample = compute_advantages(rewards, block(scale="group_std", ddof=1))
     population = compute_advantages(rewards, block(scale="group_std", ddof=0))
     third = 1 / np.sqrt(3)
-    np.testing.assert_allclose(sample[0], [1.5, -0.5, -0.5, -0.5], atol=1e-9)
-    np.testing.assert_allclose(sample[1], np.array([-1, 1, -1, 1]) / np.sqrt(4 / 3), atol=1e-9)
-    np.testing.assert_allclose(population[0], [3 * third, -third, -third, -third], atol=1e-9)
-    np.testing.assert_allclose(population[1], [-1, 1, -1, 1], atol=1e-9)
-    assert sample.dtype == np.float64
+    equal(sample[0], [1.5, -0.5, -0.5, -0.5])
+    equal(sample[1], np.array([-1, 1, -1, 1]) / np.sqrt(4 / 3))
+    equal(population[0], [3 * third, -third, -third, -third])
+    equal(population[1], [-1, 1, -1, 1])
 
 
-def test_eps_is_added_to_the_standard_deviation():
-    advantages = compute_advantages(np.array([[1.0, -1.0]]), block(scale="group_std", ddof=0, eps=1.0))
-    np.testing.assert_allclose(advantages, [[0.5, -0.5]])
+def test_eps_is_added_to_the_standard_deviation(array):
+    advantages = compute_advantages(array([[1.0, -1.0]]), block(scale="group_std", ddof=0, eps=1.0))
+    equal(advantages, [[0.5, -0.5]])
 
 
-@DTYPES
-def test_dr_grpo_divides_by_nothing(dtype):
-    advantages = compute_advantages(np.array([[1, 0, 0, 0]], dtype=dtype), block())
-    np.testing.assert_allclose(advantages, [[0.75, -0.25, -0.25, -0.25]])
+def test_dr_grpo_divides_by_nothing(array):
+    advantages = compute_advantages(array([[1, 0, 0, 0]]), block())
+    equal(advantages, [[0.75, -0.25, -0.25, -0.25]])
 
 
-@DTYPES
-def test_rloo_subtracts_the_mean_of_the_others(dtype):
+def test_rloo_subtracts_the_mean_of_the_others(array):
     # Others of 1: (2 + 6) / 2 = 4. Of 2: 3.5. Of 6: 1.5.
-    advantages = compute_advantages(np.array([[1, 2, 6]], dtype=dtype), block(estimator="leave_one_out"))
-    np.testing.assert_allclose(advantages, [[-3, -1.5, 4.5]])
+    advantages = compute_advantages(array([[1, 2, 6]]), block(estimator="leave_one_out"))
+    equal(advantages, [[-3, -1.5, 4.5]])
 
 
 def test_rloo_by_its_two_formulas():
@@ -62,13 +69,13 @@ def test_rloo_by_its_two_formulas():
     np.testing.assert_allclose(leave_one_out, scaled_mean, atol=1e-12)
 
 
-def test_batch_mean_and_batch_std_are_over_all_groups():
+def test_batch_mean_and_batch_std_are_over_all_groups(array):
     # 0, 2, 4, 6: mean 3, squares 9 + 1 + 1 + 9 = 20, variance 5 with ddof 0.
-    rewards = np.array([[0.0, 2.0], [4.0, 6.0]])
+    rewards = array([[0.0, 2.0], [4.0, 6.0]])
     advantages = compute_advantages(rewards, block(estimator="batch_mean", scale="batch_std", ddof=0))
-    np.testing.assert_allclose(advantages, np.array([[-3, -1], [1, 3]]) / np.sqrt(5))
+    equal(advantages, np.array([[-3, -1], [1, 3]]) / np.sqrt(5))
     grouped = compute_advantages(rewards, block(estimator="group_mean", scale="batch_std", ddof=0))
-    np.testing.assert_allclose(grouped, np.array([[-1, 1], [-1, 1]]) / np.sqrt(5))
+    equal(grouped, np.array([[-1, 1], [-1, 1]]) / np.sqrt(5))
 
 
 @pytest.mark.parametrize("estimator", ["group_mean", "leave_one_out", "batch_mean", "return"])
@@ -89,13 +96,12 @@ def test_a_batch_of_fewer_than_two_scored_rollouts_has_no_advantage(estimator, s
     np.testing.assert_array_equal(advantages, 0.0)
 
 
-@DTYPES
-def test_gae_by_hand(dtype):
+def test_gae_by_hand(array):
     # gamma 1/2, lambda 1/2. deltas: 1 + 1/2*4 - 2 = 1; 0 + 1/2*6 - 4 = -1; 2 + 0 - 6 = -4.
     # A_2 = -4; A_1 = -1 + 1/4 * -4 = -2; A_0 = 1 + 1/4 * -2 = 1/2. R = A + V.
-    advantages, returns = gae(np.array([1, 0, 2], dtype=dtype), np.array([2, 4, 6], dtype=dtype), 0.5, 0.5)
-    np.testing.assert_allclose(advantages, [0.5, -2, -4])
-    np.testing.assert_allclose(returns, [2.5, 2, 2])
+    advantages, returns = gae(array([1, 0, 2]), array([2, 4, 6]), 0.5, 0.5)
+    equal(advantages, [0.5, -2, -4])
+    equal(returns, [2.5, 2, 2])
 
 
 def test_gae_with_lambda_one_is_the_return_minus_the_value_and_with_zero_the_td_error():
@@ -114,13 +120,13 @@ def test_padding_on_the_right_does_not_change_gae():
     np.testing.assert_allclose(padded[0, :4], alone)
 
 
-def test_whitening_is_over_the_elements_of_all_arrays():
+def test_whitening_is_over_the_elements_of_all_arrays(array):
     # 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14; variance 7 with ddof 1, 14/3 with ddof 0.
-    first, second = whiten([np.array([1.0, 2.0]), np.array([6.0])], ddof=1, eps=0.0)
-    np.testing.assert_allclose(first, np.array([-2, -1]) / np.sqrt(7))
-    np.testing.assert_allclose(second, np.array([3]) / np.sqrt(7))
-    first, _ = whiten([np.array([1.0, 2.0]), np.array([6.0])], ddof=0, eps=1 / 3)
-    np.testing.assert_allclose(first, np.array([-2, -1]) / np.sqrt(5))
+    first, second = whiten([array([1.0, 2.0]), array([6.0])], ddof=1, eps=0.0)
+    equal(first, np.array([-2, -1]) / np.sqrt(7))
+    equal(second, np.array([3]) / np.sqrt(7))
+    first, _ = whiten([array([1.0, 2.0]), array([6.0])], ddof=0, eps=1 / 3)
+    equal(first, np.array([-2, -1]) / np.sqrt(5))
 
 
 def test_whitening_nothing_one_element_or_constants_gives_zeros():
@@ -129,32 +135,32 @@ def test_whitening_nothing_one_element_or_constants_gives_zeros():
     np.testing.assert_array_equal(whiten([np.full(3, 5.0)])[0], np.zeros(3))
 
 
-def test_group_estimators_give_every_token_the_advantage_of_the_penalised_reward():
+def test_group_estimators_give_every_token_the_advantage_of_the_penalised_reward(array):
     # Rewards 1 and 3 less penalties 0.5 and 1: 0.5 and 2, mean 1.25.
-    penalties = [np.array([0.25, 0.25]), np.array([1.0, -0.5, 0.5])]
-    advantages, returns = token_advantages(np.array([[1.0, 3.0]]), penalties, block())
-    np.testing.assert_allclose(advantages[0], [-0.75] * 2)
-    np.testing.assert_allclose(advantages[1], [0.75] * 3)
-    np.testing.assert_allclose(returns[1], [2.0] * 3)
+    penalties = [array([0.25, 0.25]), array([1.0, -0.5, 0.5])]
+    advantages, returns = token_advantages(array([[1.0, 3.0]]), penalties, block())
+    equal(advantages[0], [-0.75] * 2)
+    equal(advantages[1], [0.75] * 3)
+    equal(returns[1], [2.0] * 3)
 
 
-def test_reinforce_plus_plus_subtracts_from_a_token_the_penalties_from_it_on():
+def test_reinforce_plus_plus_subtracts_from_a_token_the_penalties_from_it_on(array):
     # A_t = r - sum of penalties from t on (arXiv 2501.03262): 5 - (1 + 2 + 4), 5 - (2 + 4), 5 - 4.
-    penalties = [np.array([1.0, 2.0, 4.0])]
-    advantages, _ = token_advantages(np.array([[5.0]]), penalties, block(estimator="return"))
-    np.testing.assert_allclose(advantages[0], [-2, -1, 1])
+    penalties = [array([1.0, 2.0, 4.0])]
+    advantages, _ = token_advantages(array([[5.0]]), penalties, block(estimator="return"))
+    equal(advantages[0], [-2, -1, 1])
     # Whitened: mean -2/3, squares 16/9 + 1/9 + 25/9 = 14/3, variance 7/3.
-    whitened, _ = token_advantages(np.array([[5.0]]), penalties, block(estimator="return", whiten=True))
-    np.testing.assert_allclose(whitened[0], np.array([-4, -1, 5]) / 3 / np.sqrt(7 / 3))
+    whitened, _ = token_advantages(array([[5.0]]), penalties, block(estimator="return", whiten=True))
+    equal(whitened[0], np.array([-4, -1, 5]) / 3 / np.sqrt(7 / 3 + 1e-8))
 
 
-def test_ppo_places_the_reward_on_the_last_token_and_the_penalty_on_each():
+def test_ppo_places_the_reward_on_the_last_token_and_the_penalty_on_each(array):
     # Token rewards -0.5, 2 - 1 = 1; values 1, 3; gamma 1, lambda 1/2: deltas -0.5 + 3 - 1 = 1.5, 1 - 3 = -2.
     advantages, returns = token_advantages(
-        np.array([[2.0]]), [np.array([0.5, 1.0])], block(estimator="gae", gae_lambda=0.5), [np.array([1.0, 3.0])]
+        array([[2.0]]), [array([0.5, 1.0])], block(estimator="gae", gae_lambda=0.5), [array([1.0, 3.0])]
     )
-    np.testing.assert_allclose(advantages[0], [0.5, -2.0])
-    np.testing.assert_allclose(returns[0], [1.5, 1.0])
+    equal(advantages[0], [0.5, -2.0])
+    equal(returns[0], [1.5, 1.0])
 
 
 @pytest.mark.parametrize("estimator", ["group_mean", "return", "gae"])
@@ -182,28 +188,28 @@ def test_soft_overlong_punishment_by_dapos_numbers():
     np.testing.assert_allclose(soft_overlong_penalty(lengths, 20480, 4096), [0, 0, -0.25, -0.5, -1, -1])
 
 
-def test_rewards_combine_by_weight_without_those_that_abstain():
-    rewards = np.array([[[1.0, NAN, NAN, 2.0]], [[3.0, 4.0, NAN, NAN]]])
+def test_rewards_combine_by_weight_without_those_that_abstain(array):
+    rewards = array([[[1.0, NAN, NAN, 2.0]], [[3.0, 4.0, NAN, NAN]]])
     failed = np.array([[[False] * 4], [[False, False, False, True]]])
-    combined = combine_rewards(rewards, failed, np.array([1.0, 0.5]))
-    np.testing.assert_allclose(combined, [[2.5, 2.0, NAN, NAN]])
+    combined = combine_rewards(rewards, failed, array([1.0, 0.5]))
+    equal(combined, [[2.5, 2.0, NAN, NAN]])
 
 
-def test_normalising_each_reward_first_keeps_a_large_one_from_hiding_a_small_one():
+def test_normalising_each_reward_first_keeps_a_large_one_from_hiding_a_small_one(array):
     # Each is +-1 after normalisation with ddof 0, whatever its scale.
-    rewards = np.array([[[100.0, -100.0]], [[0.0, 1.0]]])
+    rewards = array([[[100.0, -100.0]], [[0.0, 1.0]]])
     combined = combine_rewards(
-        rewards, np.zeros_like(rewards, dtype=bool), np.array([1.0, 2.0]), "normalize_each", ddof=0, eps=1e-12
+        rewards, np.zeros_like(rewards, dtype=bool), array([1.0, 2.0]), "normalize_each", ddof=0, eps=1e-12
     )
-    np.testing.assert_allclose(combined, [[1 - 2, -1 + 2]])
+    equal(combined, [[1 - 2, -1 + 2]])
 
 
-def test_normalising_the_sum_is_over_the_batch():
-    rewards = np.array([[[0.0, 2.0], [4.0, 6.0]]])
+def test_normalising_the_sum_is_over_the_batch(array):
+    rewards = array([[[0.0, 2.0], [4.0, 6.0]]])
     combined = combine_rewards(
-        rewards, np.zeros_like(rewards, dtype=bool), np.ones(1), "normalize_sum", ddof=0, eps=1e-12
+        rewards, np.zeros_like(rewards, dtype=bool), array([1.0]), "normalize_sum", ddof=0, eps=1e-12
     )
-    np.testing.assert_allclose(combined, np.array([[-3, -1], [1, 3]]) / np.sqrt(5))
+    equal(combined, np.array([[-3, -1], [1, 3]]) / np.sqrt(5))
 
 
 @pytest.mark.parametrize(
@@ -214,11 +220,10 @@ def test_a_group_has_signal_when_its_scored_rewards_differ(rewards, expected):
     assert has_signal(np.array(rewards, dtype=np.float32)) is expected
 
 
-@DTYPES
-def test_kl_estimators_in_the_reward_by_hand(dtype):
+def test_kl_estimators_in_the_reward_by_hand(array):
     # Policy 1/2, reference 1/4: log-ratio ln 2; r = 1/2, so k3 = 1/2 - 1 + ln 2.
-    logprobs, ref_logprobs = np.log(np.array([0.5], dtype=dtype)), np.log(np.array([0.25], dtype=dtype))
-    tolerance = {"rtol": 1e-6 if dtype == np.float32 else 1e-14}
+    logprobs, ref_logprobs = np.log(array([0.5])), np.log(array([0.25]))
+    tolerance = {"rtol": 1e-6 if logprobs.dtype == np.float32 else 1e-14}
     np.testing.assert_allclose(kl_penalty("k1", logprobs, ref_logprobs), [0.6931471805599453], **tolerance)
     np.testing.assert_allclose(kl_penalty("k2", logprobs, ref_logprobs), [0.2402265069591007], **tolerance)
     np.testing.assert_allclose(kl_penalty("k3", logprobs, ref_logprobs), [0.1931471805599453], **tolerance)

@@ -9,6 +9,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from rlflow.algorithms.batch import segment_mean
 from rlflow.algorithms.router_losses import balance_loss, one_hot_choices, z_loss
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 LENGTHS = [5, 1, 9]
 IDS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
 
@@ -28,9 +29,10 @@ def balance_of(scores: torch.Tensor, chosen: torch.Tensor, sequence_ids: torch.T
     return balance_loss(*means, num_chosen=chosen.shape[1])
 
 
-def test_balance_by_hand():
+@DTYPES
+def test_balance_by_hand(dtype):
     # Two tokens, three experts, one chosen: f = (3/1)(1/2, 1/2, 0), P = (0.4, 0.4, 0.2).
-    scores = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2]])
+    scores = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2]], dtype=dtype)
     chosen = torch.tensor([[0], [1]])
     assert balance_of(scores, chosen, torch.zeros(2, dtype=torch.long)).tolist() == pytest.approx([1.2])
 
@@ -60,8 +62,9 @@ def test_the_gradient_of_the_balance_is_the_load_of_each_expert():
     assert not scores.grad[IDS < 2].any()
 
 
-def test_z_by_hand():
-    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [1.0, 1.0]])
+@DTYPES
+def test_z_by_hand(dtype):
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [1.0, 1.0]], dtype=dtype)
     assert z_loss(logits).tolist() == pytest.approx([math.log(2) ** 2, math.log(4) ** 2, (1 + math.log(2)) ** 2])
 
 
