@@ -37,7 +37,7 @@ def equal(actual: torch.Tensor, expected: float) -> None:
 
 
 def tokens_of(vector, lengths=(2,), **fields) -> TensorBatch:
-    """Sequences of loss tokens only, each of weight 1/2 unless others are given. Logprobs are given as probabilities."""
+    """Sequences of loss tokens only, each of weight 1/2 unless others are given. Logprobs come as probabilities."""
     size, number = sum(lengths), len(lengths)
     plain = {"advantages", "loss_weights", "old_values", "returns", "labels", "margins"}
     given = {name: vector(v) if name in plain else vector(v).log() for name, v in fields.items()}
