@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,35 +21,64 @@ from rlflow.types import Denominators, Sample
 VOCABULARY = 60
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {},
+    "pretrain": {},
     "grpo": {"correction": {"old_policy": "trainer", "mode": "truncate"}, "loss": {"entropy_coef": 0.01}},
     "dr_grpo": {},
     "dapo": {},
     "gspo": {},
     "gspo_token": {},
+    "ppo": {},
+    "critic": {},
     "rloo": {},
+    "reinforce++": {},
+    "reinforce++_baseline": {},
     "cispo": {},
     "sapo": {},
     "dpo": {"preference": {"sft_coef": 0.5}},
+    "cpo": {},
     "simpo": {},
     "orpo": {},
     "kto": {},
     "reward_model": {"preference": {"center_coef": 0.01}},
-    "critic": {},
     "sft, experts": {},
     "grpo, experts": {},
     "reward_model, experts": {},
 }
 """Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers."""
 ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
-MAX_TOKENS = (16, 48, 4096)
+NUM_SAMPLES = {"full": 10, "lone": 4}
+"""Of a batch. Of a lone one only the first has loss tokens, or the first two are its only pair: of two or three ranks
+all but one have no loss token at all."""
+MAX_TOKENS = {"full": (16, 48, 4096), "lone": (16, 4096)}
 """Of a micro-batch: nearly one sequence each, a few, and all of a rank's."""
 SPLITS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
 """Ranks, and how many of them share each micro-batch's tokens."""
+WHOLE = (1, 1, 4096)
 
 
-def splits_of(name: str) -> tuple[tuple[int, int], ...]:
-    """Those of SPLITS that the objective has: ranks that share tokens take no losses on routers."""
-    return tuple(split for split in SPLITS if split[1] == 1) if name.endswith(", experts") else SPLITS
+class Case(NamedTuple):
+    """One way to compute the gradient of a batch."""
+
+    name: str
+    batch: str
+    world_size: int
+    share: int
+    max_tokens: int
+
+    @property
+    def file(self) -> str:
+        return "-".join(map(str, self)) + ".safetensors"
+
+
+def cases_of(name: str) -> list[Case]:
+    """Ranks that share tokens take no losses on routers."""
+    splits = [split for split in SPLITS if split[1] == 1 or not name.endswith(", experts")]
+    return [
+        Case(name, batch, *split, max_tokens)
+        for batch, sizes in MAX_TOKENS.items()
+        for split in splits
+        for max_tokens in sizes
+    ]
 
 
 def algorithm_of(name: str) -> AlgorithmBlock:
@@ -59,8 +89,9 @@ def algorithm_of(name: str) -> AlgorithmBlock:
     return AlgorithmBlock.model_validate(given)
 
 
-def batch_of(name: str, model: Any, num_samples: int = 10) -> tuple[list[Sample], Denominators, int]:
-    """Samples of unequal lengths, one of them without a loss token unless they are pairs.
+@cache
+def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominators, int]:
+    """Samples of unequal lengths, of a full batch one without a loss token unless they are pairs.
 
     Old and reference logprobs lie near those of ``model``, a transformers model, so that ratios are as in training.
     """
@@ -69,11 +100,11 @@ def batch_of(name: str, model: Any, num_samples: int = 10) -> tuple[list[Sample]
     family = ALGORITHMS[algorithm.name].family
     paired = ALGORITHMS[algorithm.name].objective in ("preference", "reward_model")
     samples = []
-    for i in range(num_samples):
+    for i in range(2 if paired and kind == "lone" else NUM_SAMPLES[kind]):
         length = int(generator.integers(4, 24))
         token_ids = generator.integers(2, VOCABULARY, length).astype(np.int32)
         mask = np.arange(length) >= 2
-        if i == 3 and not paired:
+        if not paired and (i > 0 if kind == "lone" else i == 3):
             mask[:] = False
         own = logprobs_of(model, token_ids)
         old, *near = [(own + 0.1 * generator.standard_normal(length)).astype(np.float32) for _ in range(3)]
@@ -114,27 +145,26 @@ def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], logprobs.gather(1, tokens[1:, None]).squeeze(1).numpy()]).astype(np.float32)
 
 
-def trainer_of(name: str, model: Path, rank: int, world_size: int, share: int = 1) -> Any:
+def trainer_of(kind: str, model: Path, router: RouterBlock, rank: int, world_size: int, share: int) -> Any:
     """share: Ranks that share each micro-batch's tokens."""
     from actors.policy_trainer import PolicyTrainer
     from actors.reward_trainer import RewardTrainer
     from actors.value_trainer import ValueTrainer
 
-    cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(name.removesuffix(", experts"), PolicyTrainer)
+    cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(kind, PolicyTrainer)
     block = TrainerBlock(workers=world_size, sequence_parallel=share, max_grad_norm=1e9)
-    router = ROUTER if name.endswith(", experts") else RouterBlock()
     start = ModelBlock(path=str(model), router=router)
     return cls(start, block, rank=rank, world_size=world_size, num_threads=1, seed=0)
 
 
-def gradients(trainer: Any, name: str, model: Any, max_tokens: int) -> dict[str, torch.Tensor]:
-    """Whole gradients by parameter, of one batch in micro-batches of at most ``max_tokens``."""
+def gradients(trainer: Any, case: Case, model: Any) -> dict[str, torch.Tensor]:
+    """Whole gradients by parameter, and metrics."""
     from torch.distributed.tensor import DTensor
 
-    samples, denominators, unit_size = batch_of(name, model)
-    share = trainer.trainer.sequence_parallel
-    batches = pack(samples, max_tokens=max_tokens, num_ranks=trainer.world_size // share, unit_size=unit_size)
-    metrics = trainer.forward_backward(batches[trainer.rank // share], algorithm_of(name), denominators)
+    samples, denominators, unit_size = batch_of(case.name, case.batch, model)
+    share, num_ranks = case.share, case.world_size // case.share
+    batches = pack(samples, max_tokens=case.max_tokens, num_ranks=num_ranks, unit_size=unit_size)
+    metrics = trainer.forward_backward(batches[trainer.rank // share], algorithm_of(case.name), denominators)
     found = {}
     for key, parameter in trainer.module.named_parameters():
         gradient = parameter.grad
@@ -154,19 +184,23 @@ def main(rank: int, world_size: int, address: str, dense: Path, mixture: Path, o
 
     torch.set_num_threads(1)
     starts = {path: AutoModelForCausalLM.from_pretrained(path) for path in (dense, mixture)}
-    runs = [(name, share) for name in OBJECTIVES for ranks, share in splits_of(name) if ranks == world_size]
-    for number, (name, share) in enumerate(runs):
-        model = mixture if name.endswith(", experts") else dense
-        trainer = trainer_of(name, model, rank, world_size, share)
-        trainer.setup(address if world_size > 1 and number == 0 else None)
-        if name.startswith(("reward_model", "critic")):
-            # A head of zeros gives the layers below it no gradient at all.
-            with torch.no_grad():
-                trainer.module.model.score.weight.fill_(0.05)
-        for max_tokens in MAX_TOKENS:
-            whole = gradients(trainer, name, starts[model], max_tokens)
-            if rank == 0:
-                save_file(whole, output / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
+    trainers: dict[tuple[str, Path, int], Any] = {}
+    for case in (case for name in OBJECTIVES for case in cases_of(name) if case.world_size == world_size):
+        row, _, experts = case.name.partition(", ")
+        kind = row if row in ("reward_model", "critic") else "policy"
+        model, router = (mixture, ROUTER) if experts else (dense, RouterBlock())
+        key = (kind, model, case.share)
+        if key not in trainers:
+            trainer = trainer_of(kind, model, router, rank, world_size, case.share)
+            trainer.setup(address if world_size > 1 and not trainers else None)
+            if kind != "policy":
+                # A head of zeros gives the layers below it no gradient at all.
+                with torch.no_grad():
+                    trainer.module.model.score.weight.fill_(0.05)
+            trainers[key] = trainer
+        whole = gradients(trainers[key], case, starts[model])
+        if rank == 0:
+            save_file(whole, output / case.file)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import os
 import socket
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
-from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS, splits_of
+from gradient_splits import NUM_SAMPLES, OBJECTIVES, SPLITS, WHOLE, Case, cases_of
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,14 +45,15 @@ def directory(tiny_model_dir, tiny_moe_dir, tmp_path_factory):
     return output
 
 
+@pytest.mark.parametrize("batch", NUM_SAMPLES)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, name):
-    whole = load_file(directory / f"{name}-1-1-{MAX_TOKENS[-1]}.safetensors")
+def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, name, batch):
+    whole = load_file(directory / Case(name, batch, *WHOLE).file)
     norm = sum(float(value.double().square().sum()) for key, value in whole.items() if key != "metrics") ** 0.5
     assert norm > 1e-3
-    for (world_size, share), max_tokens in product(splits_of(name), MAX_TOKENS):
-        split = load_file(directory / f"{name}-{world_size}-{share}-{max_tokens}.safetensors")
+    for case in (case for case in cases_of(name) if case.batch == batch):
+        split = load_file(directory / case.file)
         assert split.keys() == whole.keys()
         parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]
-        assert float(sum(parts)) ** 0.5 < 1e-6 * norm, (world_size, share, max_tokens)
+        assert float(sum(parts)) ** 0.5 < 1e-6 * norm, case
         assert split["metrics"].tolist() == pytest.approx(whole["metrics"].tolist(), rel=1e-5, abs=1e-6)
