@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_ranks import Run, launch
 from engine_scenarios import (
     CPU,
     LEARNING_RATES,
     RESUMED,
     RESUMED_ALONE,
     SCENARIOS,
-    Run,
     Scenario,
     fsdp,
-    launch,
     loss_of,
     micro_batches,
     new_module,
     pairs,
+    plain_gradient,
     plain_run,
     scenarios,
     trainer_block,
@@ -103,6 +103,20 @@ class TestOnSeveralRanks:
         assert answer["losses"] == pytest.approx(losses, abs=tolerance)
         assert answer["norms"] == pytest.approx(norms, rel=tolerance)
         assert_close(load_file(directory / name / f"weights-of-{world}.safetensors"), weights, tolerance)
+
+    @pytest.mark.parametrize(("world", "name"), TRAINED)
+    def test_every_gradient_is_plain_torchs(self, answers, directory, world, name):
+        """Read out of the optimizer's first moment, which is a known share of it after the first step."""
+        expected = plain_gradient(SCENARIOS[name])
+        muon = {key for key, p in expected.items() if name == "fsdp, Muon" and ".layers." in key and p.ndim == 2}
+        shares = {key: ("momentum_buffer", 0.05) if key in muon else ("exp_avg", 0.1) for key in expected}
+        got = {key: torch.full((p.numel(),), float("nan")) for key, p in expected.items()}
+        wanted = {f"{shares[key][0]}/{key}": Shard(got[key], 0, tuple(p.shape)) for key, p in expected.items()}
+        sharded_state.load(directory / name / f"first-of-{world}", wanted)
+        gradients = {key: (got[key] / shares[key][1]).view_as(p) for key, p in expected.items()}
+        norm = torch.stack([p.norm() for p in expected.values()]).norm()
+        apart = torch.stack([(gradients[key] - p).norm() for key, p in expected.items()]).norm()
+        assert apart < SCENARIOS[name].tolerance * norm
 
     @pytest.mark.parametrize(("world", "name"), TRAINED)
     def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(self, answers, world, name):
