@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlflow.recipe import AdapterBlock, ModelBlock
@@ -48,7 +49,8 @@ def load_adapted(
     assert adapter is not None and block.path is not None
     dtype = getattr(torch, block.dtype)
     if adapter.quantize == "nf4":
-        options["quantization_config"] = _four_bits(dtype)
+        check_four_bits()
+        options["quantization_config"] = four_bits(dtype)
     model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
     model.to(device)  # pyright: ignore[reportArgumentType]
     inject(model, block, seed=seed, keep_start=keep_start)
@@ -138,6 +140,27 @@ def largest_rank(model: PreTrainedModel) -> int:
     return max(layer.r[TRAINED] for layer in adapter_layers(model))
 
 
+def check_four_bits() -> None:
+    """
+    Raises:
+        ValueError: bitsandbytes or a GPU is missing. On a CPU it works, many times slower than without.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("model.adapter.quantize: nf4 needs bitsandbytes: pip install bitsandbytes, or set none")
+    if not torch.cuda.is_available():
+        raise ValueError("model.adapter.quantize: nf4 needs a GPU, and there is none here: set none")
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """https://huggingface.co/docs/bitsandbytes: NF4 with doubly quantized scales, as in arXiv 2305.14314."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def _config_of(adapter: AdapterBlock) -> LoraConfig:
     targets = adapter.target_modules
     return LoraConfig(
@@ -216,21 +239,3 @@ def _in_file(name: str, adapter: str = TRAINED) -> str:
     shortened = name.replace(f".{adapter}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
     assert shortened != name, f"{name} is no parameter of adapter {adapter}"
     return shortened
-
-
-def _four_bits(dtype: torch.dtype) -> Any:
-    """https://huggingface.co/docs/bitsandbytes: NF4 with doubly quantized scales, as in arXiv 2305.14314."""
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("model.adapter.quantize: nf4 needs bitsandbytes: pip install bitsandbytes, or set none")
-    if not torch.cuda.is_available():
-        raise ValueError("model.adapter.quantize: nf4 needs a GPU, and there is none here: set none")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )

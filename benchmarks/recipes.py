@@ -94,10 +94,11 @@ def run(path: Path, engine: str, data: list[str], model: Path) -> str | None:
         if path.stem == "ppo_reward_model_hh_smollm2":
             # Whoever sets run.output_dir sets the reward model's path too.
             overrides += [f"stages.{stage}.run.steps={STEPS}" for stage in ("reward_model", "ppo")]
-            overrides += ["stages.ppo.evaluation=null"]
+            overrides += ["stages.ppo.evaluation=null", "stages.ppo.algorithm.critic.warmup_steps=0"]
             overrides += [f"stages.ppo.rewards.0.args.path={directory}/run/reward_model/final"]
         else:
             overrides += [f"run.steps={STEPS}", "run.epochs=null"]
+            overrides += ["algorithm.critic.warmup_steps=0"] if path.stem.startswith("ppo") else []
         command = [sys.executable, "-m", "rlflow", "run", str(path), f"run.output_dir={directory}/run", *overrides]
         started = time.perf_counter()
         try:

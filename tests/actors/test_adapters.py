@@ -20,6 +20,7 @@ from actors.train_engines.token_model import load_token_model
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OptimizerBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -240,11 +241,12 @@ def test_checkpointing_recomputes_an_adapter(tiny_model_dir: Path):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path):
+@pytest.mark.parametrize("gpus", [0.0, pytest.param(1.0, marks=[pytest.mark.gpu, NEEDS_GPU])], ids=["cpu", "gpu"])
+def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, gpus: float):
     pytest.importorskip("bitsandbytes")
-    trainer = trainer_of(tiny_model_dir, AdapterBlock(rank=4, quantize="nf4"), gpus_per_worker=1.0)
+    if not gpus:
+        monkeypatch.setattr(adapters, "check_four_bits", lambda: None)
+    trainer = trainer_of(tiny_model_dir, AdapterBlock(rank=4, quantize="nf4"), gpus_per_worker=gpus)
     w, a, b, _ = parts(trainer.module.model)
     assert (w.dtype, a.dtype, b.dtype) == (torch.uint8, torch.float32, torch.float32)
     before, packed = trainer.logprobs([micro_batch(5)])[0], w.clone()
