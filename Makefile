@@ -14,11 +14,19 @@ test: setup
 test-gpu: setup
 	.venv/bin/python -m pytest -m gpu $(TESTS)
 
-# Every row against implementations that are not ours: docs/algorithms.md, "What each row is checked against".
-oracles: setup
-	.venv/bin/python -m pytest -v tests/rlflow/algorithms/test_trl_policy_oracles.py \
-		tests/rlflow/algorithms/test_trl_preference_oracles.py \
-		tests/rlflow/algorithms/test_gradients_against_finite_differences.py
+# Every row against implementations that are not ours, and against numbers worked out by hand: docs/algorithms.md, "What
+# each row is checked against".
+ORACLES := $(addprefix tests/rlflow/algorithms/test_, trl_policy_oracles.py trl_preference_oracles.py \
+	torchrl_oracles.py gradients_against_finite_differences.py advantages.py policy_losses.py preference_losses.py \
+	reductions.py objectives_by_hand.py objectives.py aot.py)
+
+oracles: .venv/oracles/.complete
+	PYTHONPATH=.venv/oracles .venv/bin/python -m pytest -v $(ORACLES)
+
+.venv/oracles/.complete: requirements/oracles.txt | setup
+	rm -rf .venv/oracles
+	.venv/bin/python -m pip install --quiet --no-deps --target .venv/oracles -r requirements/oracles.txt
+	touch $@
 
 lint: setup
 	.venv/bin/ruff check

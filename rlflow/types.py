@@ -162,7 +162,8 @@ class Sample:
     """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
     margin: float = 0.0
     """What the loss compares the sequence or its pair with. Reward modelling: by how much the chosen one should win;
-    aot: by how much the reference of equal rank exceeds the pair's own; kto: the batch's KL."""
+    aot: by how much the reference of equal rank exceeds the pair's own; aot_unpaired: the other side's score of equal
+    rank; kto: the batch's KL."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from rlflow.algorithms.batch import segment_mean, segment_sum
-from rlflow.algorithms.kl import LOG_RATIO_BOUND
+from rlflow.algorithms.kl_reward import LOG_RATIO_BOUND
 
 
 def _per_token(log_weight: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-LOG_RATIO_BOUND = 20.0
-"""Log-ratios are cut to +-20 before they are exponentiated: beyond, float32 gradients are noise or infinite."""
+from rlflow.algorithms.kl_reward import LOG_RATIO_BOUND
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+LOG_RATIO_BOUND = 20.0
+"""Log-ratios are cut to +-20 before they are exponentiated: beyond, float32 gradients are noise or infinite."""
+
 
 def kl_penalty(estimator: str, logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
-    """Schulman's estimators of KL(policy || reference) at each sampled token; the numpy twin of kl.kl_estimate.
+    """Schulman's estimators of KL(policy || reference) at each sampled token; the numpy twin of ``kl.KL_ESTIMATORS``.
 
     Args:
         estimator: k1, k2 or k3.
@@ -22,6 +25,7 @@ def kl_penalty(estimator: str, logprobs: np.ndarray, ref_logprobs: np.ndarray) -
     if estimator == "k2":
         return 0.5 * log_ratio**2
     assert estimator == "k3", estimator
+    log_ratio = np.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return np.expm1(-log_ratio) + log_ratio
 
 

@@ -41,13 +41,14 @@ PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor,
     "nca_pair": lambda c, r, _, b: preference_losses.nca_pair(c, r, b.beta),
     "bco_pair": lambda c, r, _, b: preference_losses.bco_pair(c, r, b.beta),
     "sppo": lambda c, r, _, b: preference_losses.sppo(c, r, b.beta),
-    "aot": lambda c, r, matched, b: preference_losses.aot(c, r, matched, b.beta, b.label_smoothing),
+    "aot": lambda c, r, m, b: preference_losses.aot(c, r, m[0], b.beta, b.label_smoothing),
+    "aot_unpaired": lambda c, r, m, b: preference_losses.aot_unpaired(c, r, m[0], m[1], b.beta, b.label_smoothing),
     "apo_zero": lambda c, r, _, b: preference_losses.apo_zero(c, r, b.beta),
     "apo_down": lambda c, r, _, b: preference_losses.apo_down(c, r, b.beta),
     "discopop": lambda c, r, _, b: preference_losses.discopop(c, r, b.beta),
     "orpo": lambda c, r, _, b: preference_losses.orpo(c, r, b.beta),
 }
-"""``preference.loss`` -> function of chosen, rejected scores and margins [B] and the block's numbers."""
+"""``preference.loss`` -> function of chosen and rejected scores [B], margins [2, B] and the block's numbers."""
 
 
 def objective_of(algorithm: AlgorithmBlock) -> Objective:
@@ -140,7 +141,8 @@ def preference_objective(
     scores = reduce(_log_ratios(logprobs, tokens, block), tokens.sequence_ids, tokens.num_sequences)
     chosen, rejected = scores[batch.labels > 0], scores[batch.labels < 0]
     assert len(chosen) == len(rejected), "pairs must stay together in a micro-batch"
-    losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, batch.margins[batch.labels > 0], block)
+    margins = torch.stack([batch.margins[batch.labels > 0], batch.margins[batch.labels < 0]])
+    losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, margins, block)
     loss = losses.sum() / max(1, denominators.num_groups)
     metrics = {"loss/preference": loss.detach()}
     if block.sft_coef:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rlflow.algorithms.batch import segment_mean, segment_sum
-from rlflow.algorithms.kl import LOG_RATIO_BOUND
+from rlflow.algorithms.kl_reward import LOG_RATIO_BOUND
 
 
 def token_ratio(log_ratio: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:

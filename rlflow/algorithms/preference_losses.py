@@ -77,6 +77,29 @@ def aot(
     return sigmoid(chosen - rejected, matched, beta, label_smoothing)
 
 
+def aot_unpaired(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    rejected_of_rank: torch.Tensor,
+    chosen_of_rank: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """DPO's loss of the chosen and the rejected answers of equal rank (arXiv 2406.05882, unpaired).
+
+    Each answer meets its partner as a number, because that one may be in another micro-batch. A comparison is thus
+    made twice, once with either side's gradient: half of the values' sum, and all of the gradients'.
+
+    Args:
+        chosen, rejected: [B].
+        rejected_of_rank: [B], the rejected score of each chosen answer's rank (preference_targets.aot_partners).
+        chosen_of_rank: [B], the chosen score of each rejected answer's rank.
+    """
+    of_chosen = sigmoid(chosen, rejected_of_rank, beta, label_smoothing)
+    twice = of_chosen + sigmoid(chosen_of_rank, rejected, beta, label_smoothing)
+    return twice - 0.5 * twice.detach()
+
+
 def apo_zero(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
     """1 - sigmoid(r_w) + sigmoid(r_l): chosen up, rejected down (arXiv 2408.06266, eq. 7)."""
     return 1.0 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)

@@ -28,6 +28,23 @@ def aot_margins(log_ratios: np.ndarray, ref_log_ratios: np.ndarray) -> np.ndarra
     Returns:
         float [B]: by how much the reference's log-ratio of a pair's rank exceeds the pair's own. 0 makes AOT DPO.
     """
-    matched = np.empty_like(ref_log_ratios)
-    matched[np.argsort(log_ratios, kind="stable")] = np.sort(ref_log_ratios)
-    return matched - ref_log_ratios
+    return _of_equal_rank(log_ratios, ref_log_ratios) - ref_log_ratios
+
+
+def aot_partners(chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AOT unpaired compares sorted chosen with sorted rejected answers (arXiv 2406.05882): each with that of its rank.
+
+    Args:
+        chosen, rejected: float [B], scores.
+
+    Returns:
+        float [B] each: a rejected answer's score for every chosen one, and a chosen answer's for every rejected one.
+    """
+    return _of_equal_rank(chosen, rejected), _of_equal_rank(rejected, chosen)
+
+
+def _of_equal_rank(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[B]: for each value, the one of ``others`` [B] that has its rank."""
+    matched = np.empty_like(others)
+    matched[np.argsort(values, kind="stable")] = np.sort(others)
+    return matched

@@ -2,7 +2,8 @@
 
                  rows ------> units ------> with reference logprobs ------> samples with margins and weights
 sft, pretrain    example      (example)                                     weights by the reduction
-dpo and kin      pair         (chosen, rejected)                            aot: margins from a forward pass
+dpo and kin      pair         (chosen, rejected)                            aot, aot_unpaired: margins from a
+                                                                            forward pass
 reward_model     pair         (chosen, rejected)                            margins from the data
 kto              judged       (answer, another's answer to its prompt)      margin = the batch's KL, the second
                                                                             sample is not trained
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.algorithms.preference_targets import aot_margins, kto_kl
+from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 from rlflow.algorithms.reductions import preference_weights
+from rlflow.data.errors import Rows
 from rlflow.data.examples import Example, load_examples
 from rlflow.data.preferences import Labelled, load_labelled, load_pairs
 from rlflow.driver import learner
@@ -29,21 +31,25 @@ from rlflow.types import Denominators, Sample
 Unit = tuple[Sample, ...]
 
 
-def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any) -> list[Unit]:
-    """The rows of ``data.train`` as the recipe's algorithm wants them.
+def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any) -> Rows[Unit]:
+    """The rows of ``data.train`` as the recipe's algorithm wants them; ``skipped`` names those that were left out.
 
     Raises:
         DataError: The rows cannot be used; which, and why.
     """
     seed = recipe.run.seed
     if recipe.family == "sft":
-        return [(_sample(example),) for example in load_examples(data, tokenizer, seed)]
+        examples = load_examples(data, tokenizer, seed)
+        return Rows([(_sample(example),) for example in examples], examples.skipped)
     if recipe.algorithm.name == "kto":
-        return judged_units(load_labelled(data, tokenizer, seed), data.max_tokens)
-    return [
+        labelled = load_labelled(data, tokenizer, seed)
+        return Rows(judged_units(labelled, data.max_tokens), labelled.skipped)
+    pairs = load_pairs(data, tokenizer, seed)
+    units = [
         (_sample(pair.chosen, label=1.0, margin=pair.margin), _sample(pair.rejected, label=-1.0, margin=pair.margin))
-        for pair in load_pairs(data, tokenizer, seed)
+        for pair in pairs
     ]
+    return Rows(units, pairs.skipped)
 
 
 def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
@@ -87,7 +93,7 @@ def make_batch(stage: Stage, units: Sequence[Unit]) -> tuple[list[Sample], Denom
     samples = [sample for unit in units for sample in unit]
     if not stage.recipe.is_paired:
         return weigh(samples, 1, algorithm, max_tokens)
-    if algorithm.preference.loss == "aot" and algorithm.name != "reward_model":
+    if algorithm.preference.loss in ("aot", "aot_unpaired"):
         samples = _with_aot_margins(stage, samples)
     counts = np.array([int(sample.loss_mask.sum()) for sample in samples])
     labels = np.array([sample.label for sample in samples])
@@ -110,14 +116,18 @@ def _mismatched_kl(stage: Stage, samples: Sequence[Sample]) -> float:
 
 
 def _with_aot_margins(stage: Stage, samples: Sequence[Sample]) -> list[Sample]:
-    """Margins of pairs, from the policy's and the reference's log-ratios of the whole batch."""
+    """Margins by rank, from the policy's and the reference's logprobs of the whole batch."""
     scores = _sums(samples, learner.trainer_logprobs(stage, samples))
     references = _sums(samples, [_reference(sample) for sample in samples])
     if stage.algorithm.preference.length_normalized:
-        lengths = np.array([sample.loss_mask.sum() for sample in samples])
+        lengths = np.array([max(1, sample.loss_mask.sum()) for sample in samples])
         scores, references = scores / lengths, references / lengths
-    margins = aot_margins(scores[::2] - scores[1::2], references[::2] - references[1::2])
-    return [replace(sample, margin=float(margins[i // 2])) for i, sample in enumerate(samples)]
+    if stage.algorithm.preference.loss == "aot":
+        margins = np.repeat(aot_margins(scores[::2] - scores[1::2], references[::2] - references[1::2]), 2)
+    else:
+        ratios = scores - references
+        margins = np.stack(aot_partners(ratios[::2], ratios[1::2]), axis=1).ravel()
+    return [replace(sample, margin=float(margin)) for sample, margin in zip(samples, margins, strict=True)]
 
 
 def _sums(samples: Sequence[Sample], logprobs: Sequence[np.ndarray]) -> np.ndarray:

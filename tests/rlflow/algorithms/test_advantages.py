@@ -154,6 +154,15 @@ def test_reinforce_plus_plus_subtracts_from_a_token_the_penalties_from_it_on(arr
     equal(whitened[0], np.array([-4, -1, 5]) / 3 / np.sqrt(7 / 3 + 1e-8))
 
 
+def test_what_follows_a_token_is_discounted(array):
+    # Token rewards -1, -2, 5 - 4 = 1; gamma 1/2: 1; -2 + 1/2 = -1.5; -1 - 0.75 = -1.75.
+    penalties = [array([1.0, 2.0, 4.0]), array([0.0])]
+    advantages, returns = token_advantages(array([[5.0, 2.0]]), penalties, block(estimator="return", gamma=0.5))
+    equal(advantages[0], [-1.75, -1.5, 1])
+    equal(advantages[1], [2])
+    equal(returns[0], advantages[0])
+
+
 def test_ppo_places_the_reward_on_the_last_token_and_the_penalty_on_each(array):
     # Token rewards -0.5, 2 - 1 = 1; values 1, 3; gamma 1, lambda 1/2: deltas -0.5 + 3 - 1 = 1.5, 1 - 3 = -2.
     advantages, returns = token_advantages(
@@ -227,6 +236,11 @@ def test_kl_estimators_in_the_reward_by_hand(array):
     np.testing.assert_allclose(kl_penalty("k1", logprobs, ref_logprobs), [0.6931471805599453], **tolerance)
     np.testing.assert_allclose(kl_penalty("k2", logprobs, ref_logprobs), [0.2402265069591007], **tolerance)
     np.testing.assert_allclose(kl_penalty("k3", logprobs, ref_logprobs), [0.1931471805599453], **tolerance)
+
+
+def test_k3_in_the_reward_is_finite_far_from_the_reference_as_it_is_in_the_loss():
+    far, near = np.array([-800.0, -0.1]), np.array([-0.1, -800.0])
+    np.testing.assert_allclose(kl_penalty("k3", far, near), [np.expm1(20.0) - 20, np.expm1(-20.0) + 20])
 
 
 def test_the_adaptive_coefficient_moves_towards_the_target_by_a_bounded_share():

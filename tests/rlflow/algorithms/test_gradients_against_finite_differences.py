@@ -1,11 +1,13 @@
 """torch.autograd.gradcheck in float64, at points away from the kinks of the clips."""
 
+import numpy as np
 import pytest
 import torch
 
 from rlflow.algorithms import policy_losses, preference_losses
 from rlflow.algorithms.batch import segment_mean, segment_sum
 from rlflow.algorithms.kl import k1, k2, k3, unbiased
+from rlflow.algorithms.preference_targets import aot_partners
 from rlflow.algorithms.value_losses import value_loss
 
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, -0.7, 1.3], dtype=torch.float64)
@@ -74,6 +76,30 @@ def test_preference_losses(name, numbers):
     chosen, rejected = point(5, scale=0.2), point(6, scale=0.2)
     function = getattr(preference_losses, name)
     assert torch.autograd.gradcheck(lambda w, r: function(w, r, 0.4, **numbers), (chosen, rejected))
+
+
+def test_aot_against_given_references():
+    margins = ADVANTAGES
+    assert torch.autograd.gradcheck(
+        lambda w, r: preference_losses.aot(w, r, margins, 0.4, 0.1), (point(5, scale=0.2), point(6, scale=0.2))
+    )
+
+
+def test_aot_unpaired_against_differences_of_the_whole_batchs_loss():
+    # Its value has half of each comparison's two gradients: differences are of the sorted batch instead.
+    scores = torch.cat([point(5), point(6)]).detach()
+
+    def of_batch(values):
+        chosen, rejected = (x.sort().values for x in values.chunk(2))
+        return float(preference_losses.sigmoid(chosen, rejected, 0.4, 0.1).sum())
+
+    moves = 1e-6 * torch.eye(len(scores), dtype=torch.float64)
+    expected = [(of_batch(scores + move) - of_batch(scores - move)) / 2e-6 for move in moves]
+    scores.requires_grad_()
+    partners = aot_partners(*(x.detach().numpy() for x in scores.chunk(2)))
+    loss = preference_losses.aot_unpaired(*scores.chunk(2), *map(torch.tensor, partners), 0.4, 0.1).sum()
+    assert float(loss.detach()) == pytest.approx(of_batch(scores.detach()), rel=1e-12)
+    np.testing.assert_allclose(torch.autograd.grad(loss, scores)[0], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_unpaired_and_reward_model_losses():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlflow.algorithms import preference_losses as losses
-from rlflow.algorithms.preference_targets import aot_margins, kto_kl
+from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 
 LN2, LN3 = math.log(2.0), math.log(3.0)
 RIGHT = math.log(4 / 3)
@@ -88,6 +88,36 @@ def test_aot_with_equal_order_is_dpo_and_else_compares_by_rank(vector):
     np.testing.assert_allclose(aot_margins(own, vector([9.0, 0.0, 5.0]).numpy()), 0.0)
     # Log-ratio 3 against its own reference's 2; with the margin 1 nothing is left: ln 2.
     equal(losses.aot(vector([3.0]), vector([2.0]), vector([1.0]), 0.7), [LN2])
+
+
+def test_aot_unpaired_compares_the_answers_of_equal_rank(vector):
+    # Chosen 2 ln 3 and 0 against rejected -ln 3 and 3 ln 3: by rank 0 + ln 3 is right, 2 ln 3 - 3 ln 3 wrong.
+    chosen, rejected = vector([2 * LN3, 0.0]), vector([-LN3, 3 * LN3])
+    partners = aot_partners(chosen.numpy(), rejected.numpy())
+    equal(torch.tensor(partners[0]), [3 * LN3, -LN3])
+    equal(torch.tensor(partners[1]), [0.0, 2 * LN3])
+    c, r = chosen.requires_grad_(), rejected.requires_grad_()
+    loss = losses.aot_unpaired(c, r, *map(torch.tensor, partners), 1.0)
+    equal(loss.detach(), [(WRONG + RIGHT) / 2] * 2)
+    # Each answer is pushed by its own comparison: sigmoid(ln 3) = 3/4 where it is wrong, 1/4 where it is right.
+    loss.sum().backward()
+    equal(c.grad, [-0.75, -0.25])
+    equal(r.grad, [0.25, 0.75])
+
+
+def test_aot_unpaired_with_smoothing_and_pairs_of_equal_ranks_is_dpo(vector):
+    chosen, rejected = vector([LN3, 2 * LN3]), vector([0.0, 3 * LN3])
+    partners = map(torch.tensor, aot_partners(chosen.numpy(), rejected.numpy()))
+    loss = losses.aot_unpaired(chosen, rejected, *partners, 1.0, 0.25)
+    equal(loss, [0.75 * RIGHT + 0.25 * WRONG, 0.75 * WRONG + 0.25 * RIGHT])
+    equal(loss, losses.sigmoid(chosen, rejected, 1.0, 0.25).tolist())
+
+
+def test_discopop_mixes_at_the_papers_temperature(vector):
+    # beta 1, z = 0.05 ln 3: the mix is sigmoid(ln 3) = 3/4.
+    loss = losses.discopop(vector([0.05 * LN3]), vector([0.0]), 1.0)
+    power = 3.0**-0.05
+    equal(loss, [0.25 * math.log(1 + power) + 0.75 * power])
 
 
 def test_kto_by_hand(vector):

@@ -1,6 +1,6 @@
 """TRL's GRPO and RLOO trainers on a tiny random model, as oracles of advantages and online losses.
 
-Not compared: luspo and vespo, which the table does not have; entropy bonuses other than with a token mean (TRL's is
+Not compared: vespo, which the table does not have; entropy bonuses other than with a token mean (TRL's is
 always one, ours reduces like the policy loss); the KL's importance weight at sequence level (TRL takes the sequence's
 ratio, ours is the token's, as in arXiv 2512.02556).
 """
@@ -153,6 +153,34 @@ def test_clipped_losses_agree_with_trl_by_loss_type_and_level(grpo, inputs, thei
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("row", ["gspo", "gspo_token"])
+def test_both_gspos_agree_with_trl_when_a_sequence_has_one_advantage(grpo, inputs, row, beta):
+    # arXiv 2507.18071, section 4.3: the token variant then has GSPO's value and gradient.
+    trainer, configure = grpo
+    configure(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04)
+    configure(beta=beta, use_bias_correction_kl=False)
+    block = algorithm(row, loss={"clip_low": 0.03, "clip_high": 0.04}, kl={"coef": beta})
+    actual, metrics = our_loss(trainer.model, inputs, block)
+    assert metrics["clip/low_fraction"] > 0 and metrics["clip/high_fraction"] > 0
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("row", ["gspo", "gspo_token"])
+def test_gspo_over_a_fixed_length_is_trls_luspo_divided_by_that_length(grpo, inputs, row, beta):
+    # LUSPO (arXiv 2602.05261) multiplies GSPO's loss of a sequence by its length.
+    trainer, configure = grpo
+    configure(loss_type="luspo", importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04)
+    configure(beta=beta, use_bias_correction_kl=False)
+    narrow = {"clip_low": 0.03, "clip_high": 0.04}
+    block = algorithm(row, loss={"reduction": "fixed_length", **narrow}, kl={"coef": beta})
+    actual, metrics = our_loss(trainer.model, inputs, block)
+    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    expected = trainer.compute_loss(trainer.model, inputs)
+    assert_same_loss_and_gradient(actual * MAX_NEW_TOKENS, expected, trainer.model)
+
+
 def test_the_unbiased_kl_agrees_with_trl(grpo, inputs):
     trainer, configure = grpo
     configure(beta=0.1, use_bias_correction_kl=True)
@@ -208,7 +236,8 @@ def test_the_engine_correction_multiplies_as_trls_does(grpo, inputs, mode, level
     ratio = ratio.clamp(max=high) if mode == "truncate" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
     configure(use_vllm=True, vllm_importance_sampling_correction=True, beta=0.1, use_bias_correction_kl=False)
     expected = trainer.compute_loss(trainer.model, inputs | {"importance_sampling_ratio": ratio})
-    correction = {"old_policy": "trainer", "mode": mode, "level": level, "low": low, "high": high}
+    correction = {"old_policy": "trainer", "mode": mode, "level": level, "high": high}
+    correction |= {"low": low} if mode == "mask" else {}
     block = algorithm("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction=correction)
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["correction/bounded_fraction"] > 0

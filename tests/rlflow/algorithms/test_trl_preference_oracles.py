@@ -30,7 +30,7 @@ from rlflow.algorithms.objectives import (
     reward_model_objective,
     sft_objective,
 )
-from rlflow.algorithms.preference_targets import aot_margins, kto_kl
+from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 from rlflow.algorithms.reductions import preference_weights
 from rlflow.types import Denominators
 
@@ -67,15 +67,26 @@ def our_dpo_loss(trainer, batch, **preference):
     labels = torch.tensor([1.0, -1.0]).repeat(len(ids) // 2)
     counts = mask.sum(1).numpy()
     weights, denominators = preference_weights("token", counts, labels.numpy(), 1)
-    margins = None
-    if preference["loss"] == "aot":
-        sums = [(x.detach() * mask.flatten()).reshape(mask.shape).sum(1).numpy() for x in (ours, ref)]
-        margins = torch.tensor(aot_margins(*(x[0::2] - x[1::2] for x in sums))).repeat_interleave(2)
-        assert margins.any(), "the test needs a reference of another order"
+    sums = [(x.detach() * mask.flatten()).reshape(mask.shape).sum(1).numpy() for x in (ours, ref)]
+    margins = margins_by_rank(preference["loss"], *sums)
     tensors = tensor_batch(
         mask, torch.tensor(weights, dtype=torch.float32), labels=labels, margins=margins, ref_logprobs=ref
     )
     return preference_objective(ours, None, tensors, algorithm("dpo", preference=preference), denominators)[0]
+
+
+def margins_by_rank(loss: str, scores: np.ndarray, references: np.ndarray) -> torch.Tensor | None:
+    """What the driver computes of the whole batch."""
+    if loss == "aot":
+        margins = aot_margins(scores[0::2] - scores[1::2], references[0::2] - references[1::2])
+        assert margins.any(), "the test needs a reference of another order"
+        return torch.tensor(margins).repeat_interleave(2)
+    if loss == "aot_unpaired":
+        ratios = scores - references
+        rejected, chosen = aot_partners(ratios[0::2], ratios[1::2])
+        assert (rejected != ratios[1::2]).any(), "the test needs pairs of unequal ranks"
+        return torch.tensor(np.stack([rejected, chosen], axis=1).ravel())
+    return None
 
 
 def adjacent(stacked: torch.Tensor) -> torch.Tensor:
@@ -99,6 +110,8 @@ def adjacent(stacked: torch.Tensor) -> torch.Tensor:
         ("sppo_hard", {"loss": "sppo"}, 0.0),
         ("aot", {"loss": "aot"}, 0.0),
         ("aot", {"loss": "aot"}, 0.1),
+        ("aot_unpaired", {"loss": "aot_unpaired"}, 0.0),
+        ("aot_unpaired", {"loss": "aot_unpaired"}, 0.1),
         ("apo_zero", {"loss": "apo_zero"}, 0.0),
         ("apo_down", {"loss": "apo_down"}, 0.0),
         ("discopop", {"loss": "discopop"}, 0.0),
@@ -191,8 +204,11 @@ def test_reward_modelling_agrees_with_trl(tmp_path, center, margins):
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 
-def test_sft_agrees_with_trl(tmp_path):
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_cross_entropy_agrees_with_trl_on_completions_and_on_plain_text(tmp_path, name):
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+    if name == "pretrain":
+        rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
     args = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=len(rows), max_length=None, **CPU)
     trainer = SFTTrainer(
         model=causal_model(0), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
@@ -200,12 +216,14 @@ def test_sft_agrees_with_trl(tmp_path):
     batch = first_batch(trainer)
     expected = trainer.compute_loss(trainer.model, dict(batch))
     mask = batch["labels"] != -100
+    # Nothing precedes the first token.
+    mask[:, 0] = False
     attention = batch["input_ids"].ne(0).long() if "attention_mask" not in batch else batch["attention_mask"]
     ours, _ = logprobs(trainer.model, batch["input_ids"], attention)
     num_tokens = int(mask.sum())
     tensors = tensor_batch(mask, torch.full((len(rows),), 1.0 / num_tokens))
     denominators = Denominators(num_tokens, len(rows), len(rows))
-    actual, _ = sft_objective(ours, None, tensors, algorithm("sft"), denominators)
+    actual, _ = sft_objective(ours, None, tensors, algorithm(name), denominators)
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 

@@ -27,7 +27,7 @@ def algorithm(name: str, **changes) -> AlgorithmBlock:
 def preference_block(loss: str) -> dict[str, object]:
     """The preference block of a loss, with the options it has."""
     fields: dict[str, object] = {"loss": loss}
-    if loss in ("sigmoid", "robust", "aot", "exo_pair"):
+    if loss in ("sigmoid", "robust", "aot", "aot_unpaired", "exo_pair"):
         fields["label_smoothing"] = 0.1
     if loss == "orpo":
         fields |= {"length_normalized": True, "reference_free": True}
