@@ -114,7 +114,8 @@ def roles(recipe: Recipe) -> list[Role]:
     found = [Role("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker)]
     if recipe.needs_rollouts:
         found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
-        found.append(Role("rewards", recipe.reward_server.workers, recipe.reward_server.cpus_per_worker, 0.0))
+        server = recipe.reward_server
+        found.append(Role("rewards", server.workers, server.cpus_per_worker, server.gpus_per_worker))
     if recipe.needs_critic:
         critic = recipe.algorithm.critic
         found.append(Role("critic", critic.workers, critic.cpus_per_worker, critic.gpus_per_worker))
@@ -128,7 +129,7 @@ def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
     row = ALGORITHMS[algorithm.name]
     neutral = {option.key: option.value for option in options(AlgorithmBlock.model_construct(name=algorithm.name))}
     for option in options(algorithm):
-        default = _at(row.defaults, option.key, neutral[option.key])
+        default = row.value(option.key, neutral[option.key])
         if option.value != default:
             yield Setting(option.key, option.value, f"recipe ({algorithm.name}: {shown(default)})")
         elif option.value != neutral[option.key]:
@@ -294,9 +295,7 @@ def _oddities(plan: Plan) -> Iterator[str]:
     updates, prompts = recipe.algorithm.groups.updates_per_step, recipe.data.prompts_per_step
     if recipe.family == "online" and prompts == updates:
         yield "one prompt an update: gradients will be noisy; raise data.prompts_per_step, or lower updates_per_step"
-    total = (recipe.run.steps or 0) * plan.updates_per_step
-    if total and recipe.trainer.warmup_steps >= total:
-        yield f"the learning rate never reaches its peak: {recipe.trainer.warmup_steps} warm-up steps of {total}"
+    yield from _idle_policy(recipe)
     if isinstance(plan.shape, str):
         yield f"memory is not estimated: {plan.shape}"
     elif plan.shape.max_positions and actor_memory.longest_sequence(recipe) > plan.shape.max_positions:
@@ -306,14 +305,16 @@ def _oddities(plan: Plan) -> Iterator[str]:
         )
 
 
-def _at(defaults: Mapping[str, Any], key: str, otherwise: Any) -> Any:
-    """The value at a dotted key of nested mappings."""
-    value: Any = defaults
-    for part in key.split("."):
-        if part not in value:
-            return otherwise
-        value = value[part]
-    return value
+def _idle_policy(recipe: Recipe) -> Iterator[str]:
+    """Steps that are over before the policy is trained, or trained at its full rate."""
+    steps, warmup = recipe.run.steps, recipe.trainer.warmup_steps
+    if steps is None:
+        return
+    for_critic = recipe.algorithm.critic.warmup_steps if recipe.needs_critic else 0
+    if for_critic >= steps:
+        yield f"the policy is never trained: algorithm.critic.warmup_steps is {for_critic} of {steps} steps"
+    elif warmup >= steps - for_critic:
+        yield f"the learning rate never reaches its peak: {warmup} warm-up steps of {steps - for_critic}"
 
 
 def gib(size: int) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +26,10 @@ _UNSUPPORTED = {
 }
 """PEFT's options that train more than A, B and lengths of rows, and the value that means no."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_COMMON_NAME = re.compile(
+    r"final|merged|latest|best|last|model|initial_model|(checkpoints?|(global_)?step|epoch)[-_]?\d*"
+)
+"""Of the directories that runs leave, ours and others'; a stage is often called as its algorithm."""
 
 
 def is_adapter(directory: Path) -> bool:
@@ -70,7 +77,7 @@ def adapter_problem(directory: Path, model: str) -> str | None:
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         return f"{directory} was made with init_lora_weights: {start}, which changes the base: convert it with PEFT"
     base = base_of(config)
-    if base and not _same_model(base, model):
+    if base and not same_model(base, model):
         return (
             f"{directory} is an adapter of {base}, and model.path is {model}: set model.path to that, or, where both "
             f"are the same model, correct base_model_name_or_path in {CONFIG}"
@@ -94,9 +101,19 @@ def unmatched_targets(targets: Collection[str], linear: Collection[str]) -> Iter
             yield f"no linear layer beside the head is called {target} ({remedy}They are called {', '.join(ends[:12])})"
 
 
-def _same_model(one: str, other: str) -> bool:
-    """By where they are; a hub id and a directory, or a directory of another machine, by the last part of the name."""
+def same_model(one: str, other: str) -> bool:
+    """By where they are; a hub id and a directory, or a directory of another machine, by the last part of the name that
+    tells models apart, and what follows it: ``runs/a/final`` is not ``runs/b/final``."""
     paths = Path(one), Path(other)
     if all(path.is_dir() for path in paths):
         return paths[0].resolve() == paths[1].resolve()
-    return paths[0].name.lower() == paths[1].name.lower()
+    names = [[part.lower() for part in reversed(path.parts)] for path in paths]
+    for mine, theirs in zip_longest(*names):
+        if mine != theirs or not _says_little(mine):
+            return mine == theirs
+    return True
+
+
+def _says_little(name: str) -> bool:
+    """Whether directories of many models are called so."""
+    return name in ALGORITHMS or _COMMON_NAME.fullmatch(name) is not None

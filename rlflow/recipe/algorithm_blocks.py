@@ -19,6 +19,7 @@ from rlflow.recipe.block import (
 )
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import did_you_mean
+from rlflow.recipe.used_options import unused_options
 
 
 class AdvantageBlock(Block):
@@ -60,10 +61,6 @@ class PolicyLossBlock(Block):
     sapo_tau_negative: PositiveFloat = 1.05
     """SAPO's gate temperature for negative advantages."""
 
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.dual_clip is not None and self.kind != "clip":
-            yield Conflict(("dual_clip", "kind"), f"bounds the clipped objective, and kind is {self.kind}: remove it")
-
 
 class KLBlock(Block):
     coef: NonNegativeFloat = 0.0
@@ -81,10 +78,8 @@ class KLBlock(Block):
     """Samples over which the adaptive coefficient moves."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.target is not None and not self.coef:
-            yield Conflict(("target", "coef"), "adapts a coefficient that is 0: give coef, where it starts")
-        if self.unbiased_gradient and (self.estimator == "k2" or self.placement == "reward"):
-            reason = "weights k1 or k3 in the loss (k2's gradient needs no weight, a reward has none): remove it"
+        if self.unbiased_gradient and self.estimator == "k2":
+            reason = "weights k1 or k3 (k2's gradient needs no weight): remove it"
             yield Conflict(("unbiased_gradient", "estimator"), reason)
 
 
@@ -133,7 +128,7 @@ class GroupBlock(Block):
 
 class CriticBlock(Block):
     learning_rate: PositiveFloat = 1e-5
-    """Of the value model."""
+    """Of the value model, in every step: trainer.schedule and trainer.warmup_steps are the policy's."""
     clip: PositiveFloat | None = 0.2
     """Value clipping range (arXiv 1707.06347's implementation; 2005.12729)."""
     path: str | None = None
@@ -159,6 +154,7 @@ class PreferenceBlock(Block):
         "bco_pair",
         "sppo",
         "aot",
+        "aot_unpaired",
         "apo_zero",
         "apo_down",
         "discopop",
@@ -168,7 +164,7 @@ class PreferenceBlock(Block):
     beta: PositiveFloat = 0.1
     """Temperature of the implicit reward."""
     label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
-    """Probability that a label is flipped (sigmoid, robust, aot), or exo_pair's epsilon."""
+    """Probability that a label is flipped (sigmoid, robust, aot, aot_unpaired), or exo_pair's epsilon."""
     sft_coef: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the chosen answers, averaged as loss.reduction says."""
     reference_free: bool = False
@@ -187,14 +183,9 @@ class PreferenceBlock(Block):
     def conflicts(self) -> Iterator[Conflict]:
         if self.loss == "exo_pair" and not self.label_smoothing:
             yield Conflict(("loss", "label_smoothing"), "exo_pair takes the logarithm of label_smoothing: set 1.0e-3")
-        elif self.label_smoothing and self.loss not in ("sigmoid", "robust", "aot", "exo_pair"):
-            reason = f"is of sigmoid, robust, aot and exo_pair, and loss is {self.loss}: remove it"
-            yield Conflict(("label_smoothing", "loss"), reason)
         if self.loss == "orpo" and not (self.reference_free and self.length_normalized):
             reason = "orpo takes odds of mean logprobs: set reference_free and length_normalized, or use the row orpo"
             yield Conflict(("loss", "reference_free"), reason)
-        if self.gamma and self.loss != "sigmoid":
-            yield Conflict(("gamma", "loss"), f"is the target margin of sigmoid, and loss is {self.loss}: remove it")
 
 
 class AlgorithmBlock(Block):
@@ -225,17 +216,21 @@ class AlgorithmBlock(Block):
             raise ValueError(f"{name} is no algorithm ({remedy} `rlflow algorithms` lists them)")
         return name
 
-    def conflicts(self) -> Iterator[Conflict]:
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model scores what is trained."""
         row = ALGORITHMS[self.name]
-        if row.objective != "preference" and self.preference.loss != "sigmoid":
-            reason = f"is of the pairwise rows, and {self.name} has its own loss: remove it"
-            yield Conflict(("preference.loss", "name"), reason)
-        if self.advantage.estimator != "gae" and self.critic != CriticBlock():
-            reason = f"is of gae, and the estimator is {self.advantage.estimator}: remove it, or use ppo"
-            yield Conflict(("critic", "advantage.estimator"), reason)
-        if row.family != "online" and (self.groups.updates_per_step, self.groups.epochs_per_step) != (1, 1):
-            reason = f"split rollout batches, and {self.name} has none: lower data.prompts_per_step instead"
-            yield Conflict(("groups.updates_per_step", "name"), reason)
+        if row.family == "preference":
+            return row.objective != "reward_model" and not self.preference.reference_free
+        return row.family == "online" and self.kl.coef > 0
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a value model learns beside the policy."""
+        return ALGORITHMS[self.name].family == "online" and self.advantage.estimator == "gae"
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from unused_options(self)
         yield from self._group_conflicts()
 
     def _group_conflicts(self) -> Iterator[Conflict]:
@@ -247,6 +242,12 @@ class AlgorithmBlock(Block):
                 "more, or advantage.estimator: batch_mean"
             )
             yield Conflict(("group_size", "advantage.estimator"), reason)
-        elif self.advantage.scale == "group_std":
+        elif self.advantage.scale == "group_std" and self.advantage.estimator == "batch_mean":
             reason = "1 completion has no standard deviation: set group_size to 2 or more, or advantage.scale: none"
             yield Conflict(("group_size", "advantage.scale"), reason)
+        if self.groups.reward_scaling == "normalize_each":
+            reason = "1 completion normalised is 0: set group_size to 2 or more, or groups.reward_scaling: sum"
+            yield Conflict(("groups.reward_scaling", "group_size"), reason)
+        if self.groups.require_signal:
+            reason = "no group of 1 completion has rewards that differ: set group_size to 2 or more"
+            yield Conflict(("groups.require_signal", "group_size"), reason)

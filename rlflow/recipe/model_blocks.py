@@ -75,7 +75,7 @@ class ModelBlock(Block):
     revision: str | None = None
     """Of the hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in trainer and engine; an adapter's own are float32."""
+    """Of what computes, is synced and exported. Weights that are trained, and adapters, are kept in float32."""
     architecture: dict[str, Any] | None = None
     """Fields of a transformers config, with `model_type`: the policy starts from random weights."""
     characters: str | None = None
@@ -83,7 +83,7 @@ class ModelBlock(Block):
     chat_template: str | None = None
     """A Jinja template, or a file that holds one; overrides the tokenizer's."""
     trust_remote_code: bool = False
-    """Run code that the model repository brings."""
+    """Run code that the repositories of the policy, `reference.path` and `algorithm.critic.path` bring."""
     adapter: AdapterBlock | None = None
     """Train an adapter and leave the model as it is."""
     router: RouterBlock = RouterBlock()

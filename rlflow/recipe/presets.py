@@ -23,6 +23,15 @@ class AlgorithmRow:
     defaults: dict[str, Any] = field(default_factory=dict)
     """Recipe keys under ``algorithm`` that differ from the schema's neutral defaults."""
 
+    def value(self, key: str, otherwise: Any) -> Any:
+        """The row's default of a dotted key; ``otherwise`` where it has none of its own."""
+        value: Any = self.defaults
+        for part in key.split("."):
+            if part not in value:
+                return otherwise
+            value = value[part]
+        return value
+
 
 _GROUP_STD = {"estimator": "group_mean", "scale": "group_std", "ddof": 1}
 

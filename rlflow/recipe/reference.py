@@ -31,7 +31,8 @@ them at once. Beside the blocks below, a file may have:
 
 On the command line, `trainer.learning_rate=2e-6` sets a key, `rewards.0.weight=2` reaches into a list, and
 `stages.sft.run.steps=50` sets it for one stage. Relative paths are looked up from the current directory, then from the
-file that names them. Defaults of `algorithm` are those of the named row where it has them: `rlflow algorithms NAME`.
+file that names them. Defaults of `algorithm` are those of the named row where it has them: `rlflow algorithms NAME`. An
+option of `algorithm` that would have no effect, in this row or beside the others that are set, stays at its default.
 """
 
 

@@ -126,6 +126,8 @@ class RewardServerBlock(Block):
     """What one child may allocate, all its functions together; reward_model holds its weights in float32."""
     cpus_per_worker: NonNegativeFloat = 0.0
     """Ray CPUs each reserves."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Ray GPUs each reserves, where its children hold their reward models; without, they are on the CPU."""
     max_error_fraction: Fraction = 0.5
     """The run stops when more of a step's rollouts than this are unscored because a function failed."""
 
@@ -275,9 +277,7 @@ class Recipe(Block):
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen model scores what is trained."""
-        if self.family == "preference":
-            return self.algorithm.name != "reward_model" and not self.algorithm.preference.reference_free
-        return self.family == "online" and self.algorithm.kl.coef > 0
+        return self.algorithm.needs_reference
 
     @property
     def places_reference(self) -> bool:
@@ -287,7 +287,7 @@ class Recipe(Block):
     @property
     def needs_critic(self) -> bool:
         """Whether a value model learns beside the policy."""
-        return self.family == "online" and self.algorithm.advantage.estimator == "gae"
+        return self.algorithm.needs_critic
 
     @property
     def is_paired(self) -> bool:

@@ -32,7 +32,8 @@ class FsdpBlock(Block):
     offload: bool = False
     """Keep weights, gradients and moments in the host's memory, and step there."""
     mixed_precision: bool = False
-    """Compute in bfloat16; weights and sums over ranks stay float32."""
+    """Compute in bfloat16; weights and sums over ranks stay float32. So is a bfloat16 model trained without this, but
+    for adapters, and its rollouts, reference and exports are bfloat16 too."""
     replicas: PositiveInt = 1
     """Hybrid sharding: so many copies of the weights, each sharded over workers / replicas ranks."""
 
@@ -102,6 +103,8 @@ class TrainerBlock(Block):
             yield Conflict(
                 ("sequence_parallel", "workers"), _undivided(self.sequence_parallel, "workers", self.workers)
             )
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            yield Conflict(("gpus_per_worker", "workers"), _shared_gpu("", self.workers, self.gpus_per_worker))
         kind = self.optimizer.kind
         if kind != "adamw" and self.engine == "deepspeed":
             reason = f"ZeRO cuts weights into flat pieces, which {kind} cannot step: set engine: fsdp, or kind: adamw"
@@ -117,11 +120,11 @@ def trainer_conflicts(trainer: TrainerBlock, model: ModelBlock, critic: CriticBl
     """What does not go together with the model, or with the critic where there is one."""
     dtype = model.dtype
     if trainer.fsdp.mixed_precision and dtype != "float32":
-        reason = f"keeps weights in float32, and they are {dtype}: set model.dtype: float32"
+        reason = f"keeps weights in float32, and they are {dtype}: remove it, or set model.dtype: float32"
         yield Conflict(("trainer.fsdp.mixed_precision", "model.dtype"), reason)
-    if trainer.engine == "deepspeed" and dtype == "float16":
-        reason = "deepspeed trains bfloat16 and float32 here: set model.dtype, or engine: fsdp"
-        yield Conflict(("trainer.engine", "model.dtype"), reason)
+    if dtype == "float16":
+        reason = "float16 is not trained here, small gradients would be 0 in it (no loss scaling): set bfloat16"
+        yield Conflict(("model.dtype",), reason)
     if model.liger and not trainer.gpus_per_worker:
         reason = "are kernels for GPUs: set trainer.gpus_per_worker, or liger: false"
         yield Conflict(("model.liger", "trainer.gpus_per_worker"), reason)
@@ -131,12 +134,20 @@ def trainer_conflicts(trainer: TrainerBlock, model: ModelBlock, critic: CriticBl
     if critic is not None and critic.workers % trainer.fsdp.replicas:
         reason = f"{trainer.fsdp.replicas} does not divide algorithm.critic.workers ({critic.workers}), sharded as well"
         yield Conflict(("trainer.fsdp.replicas", "algorithm.critic.workers"), reason)
+    if critic is not None and critic.workers > 1 and 0 < critic.gpus_per_worker < 1:
+        reason = _shared_gpu("algorithm.critic.", critic.workers, critic.gpus_per_worker)
+        yield Conflict(("algorithm.critic.gpus_per_worker", "algorithm.critic.workers"), reason)
     if critic is not None and critic.workers % trainer.sequence_parallel:
         reason = _undivided(trainer.sequence_parallel, "algorithm.critic.workers", critic.workers)
         yield Conflict(("trainer.sequence_parallel", "algorithm.critic.workers"), reason)
     if critic is not None and trainer.optimizer.kind == "adamw_8bit" and not critic.gpus_per_worker:
         reason = "steps the critic too, on GPUs: set algorithm.critic.gpus_per_worker, or kind: adamw"
         yield Conflict(("trainer.optimizer.kind", "algorithm.critic.gpus_per_worker"), reason)
+
+
+def _shared_gpu(block: str, workers: int, gpus: float) -> str:
+    remedy = f"set {block}gpus_per_worker: 1, or {block}workers: 1"
+    return f"{workers} ranks with {gpus:g} of a GPU would share one, which NCCL refuses (Duplicate GPU): {remedy}"
 
 
 def _undivided(sequence_parallel: int, key: str, workers: int) -> str:

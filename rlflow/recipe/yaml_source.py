@@ -141,6 +141,11 @@ def dump(data: Mapping[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def dump_value(value: Any) -> str:
+    """One value as it stands behind its key."""
+    return dump({"v": value}).removeprefix("v:").strip()
+
+
 @dataclass(slots=True)
 class _Walker:
     """Turns nodes into values and notes where each stands."""

@@ -174,10 +174,22 @@ def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.Captu
 
 def test_algorithms_lists_the_table_with_its_sources(capsys: pytest.CaptureFixture):
     assert main(["algorithms"]) == 0
-    text = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    text = " ".join(" ".join(lines).split())
     for name, row in ALGORITHMS.items():
-        assert name in text
-        assert row.source in text
+        assert f"{name} {row.summary} ({row.source})" in text
+
+
+def test_algorithms_shows_the_columns_of_every_row(capsys: pytest.CaptureFixture):
+    assert main(["algorithms"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "grpo group_mean/group_std token 0.2/0.2 clip, sequence k3 loss 0.04 ref" in lines
+    assert "gspo_token group_mean/group_std sequence_token 3e-4/4e-4 clip, sequence" in lines
+    assert "ppo gae, whitened token 0.2/0.2 clip, token k1 reward 0.02 ref, critic" in lines
+    assert "sapo group_mean/group_std token tau 1/1.05 sapo, sequence" in lines
+    assert "cpo sigmoid token beta 0.1, sft_coef 1" in lines
+    assert "kto kto beta 0.1, desirable_weight 1, undesirable_weight 1 ref" in lines
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -191,6 +203,19 @@ def test_a_row_marks_what_it_sets_and_says_what_each_option_means(capsys: pytest
     text = capsys.readouterr().out
     assert "* kl.coef: 0.04\n      Weight of the KL to the reference; 0 needs no reference." in text
     assert "  loss.clip_low: 0.2\n" in text
+
+
+def test_a_row_shows_the_options_that_it_uses_and_says_what_brings_in_others(capsys: pytest.CaptureFixture):
+    assert main(["algorithms", "dpo"]) == 0
+    text = capsys.readouterr().out
+    assert "  preference.beta: 0.1\n" in text
+    assert "  preference.sft_coef: loss.reduction" in text
+    for foreign in ("kl.coef", "group_size", "preference.center_coef", "critic."):
+        assert foreign not in text
+    assert main(["algorithms", "grpo"]) == 0
+    text = capsys.readouterr().out
+    assert "  loss.kind sapo: loss.sapo_tau_positive, loss.sapo_tau_negative\n" in text
+    assert "  loss.sapo_tau_positive: " not in text
 
 
 def test_an_unknown_algorithm_names_the_nearest(capsys: pytest.CaptureFixture):

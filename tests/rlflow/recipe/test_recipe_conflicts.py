@@ -23,9 +23,9 @@ def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
         ("sft", "run: {steps: 1, stop_at_score: 0.5}", "nothing decides what passes"),
         ("dpo, preference: {loss: ipo, label_smoothing: 0.1}", "run: {steps: 1}", "label_smoothing"),
         ("dpo, preference: {loss: orpo}", "run: {steps: 1}", "use the row orpo"),
-        ("kto, preference: {loss: ipo}", "run: {steps: 1}", "kto has its own loss"),
+        ("kto, preference: {loss: ipo}", "run: {steps: 1}", "kto has no use for it: remove it, or set it to sigmoid"),
         ("sft, critic: {clip: 0.1}", "run: {steps: 1}", "critic"),
-        ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has none"),
+        ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has no use for it: remove it, or set it to 1"),
         ("ppo, kl: {target: 1.0, horizon: 4}", "run: {steps: 1}\nrewards: [{name: exact_match}]", "would jump"),
         ("grpo", "run: {steps: 1}\nrewards: [{name: exact_match}]\nrollout: {top_p: 0.9}", "old_policy: trainer"),
         (
@@ -60,3 +60,25 @@ def test_losses_on_routers_need_whole_sequences(tmp_path: Path):
     lines = ("algorithm: {name: sft}", "run: {steps: 1}", "trainer: {workers: 2, sequence_parallel: 2}")
     said = problems_of(tmp_path, *lines, model="{path: a/b, router: {z_coef: 0.1}}")
     assert "model.router: weighs whole sequences, and ranks would have slices of them" in said
+
+
+@pytest.mark.parametrize("trainer", ["{}", "{engine: deepspeed}", "{fsdp: {offload: true}}"])
+def test_float16_is_trained_by_no_engine(tmp_path: Path, trainer: str):
+    lines = ("algorithm: {name: sft}", "run: {steps: 1}", f"trainer: {trainer}")
+    said = problems_of(tmp_path, *lines, model="{path: a/b, dtype: float16}")
+    assert "recipe.yaml:1: model.dtype: float16 is not trained here" in said
+    assert said.endswith("set bfloat16")
+
+
+def test_several_ranks_do_not_share_a_gpu(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    lines = ("algorithm: {name: ppo}", "run: {steps: 1}", "rewards: [{name: exact_match}]")
+    policy = problems_of(tmp_path, *lines, "trainer: {workers: 2, gpus_per_worker: 0.5}")
+    assert "trainer.gpus_per_worker: 2 ranks with 0.5 of a GPU would share one" in policy
+    assert policy.endswith("set gpus_per_worker: 1, or workers: 1")
+    critic = problems_of(tmp_path, "algorithm: {name: ppo, critic: {workers: 2, gpus_per_worker: 0.25}}", *lines[1:])
+    assert critic.endswith("set algorithm.critic.gpus_per_worker: 1, or algorithm.critic.workers: 1")
+    # One rank may share its GPU with another role, and ranks on CPUs have none to share.
+    problems_of(tmp_path, *lines, "trainer: {workers: 2, gpus_per_worker: 0.5}")
+    assert load_recipe(path, ["trainer.workers=1"])
+    assert load_recipe(path, ["trainer.gpus_per_worker=0"])
