@@ -47,11 +47,11 @@ class Rows(list[T]):
         self.skipped: list[BadRow] = list(skipped)
 
 
-def listing(lines: Sequence[object]) -> str:
+def listing(lines: Sequence[object], most: int = LISTED) -> str:
     """The first few, a line each, and how many more there are."""
-    shown = [f"\n  {line}" for line in lines[:LISTED]]
-    if len(lines) > LISTED:
-        shown.append(f"\n  and {len(lines) - LISTED} more")
+    shown = [f"\n  {line}" for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"\n  and {len(lines) - most} more")
     return "".join(shown)
 
 

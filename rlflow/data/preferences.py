@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlflow.data.chat import Chat, Rendered
-from rlflow.data.errors import DataError, RowError, Rows
+from rlflow.data.errors import DataError, RowError, Rows, listing
 from rlflow.data.examples import Example, encode_rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.records import load_records
@@ -41,17 +43,26 @@ class Labelled:
 def load_pairs(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Pair]:
     """The preference pairs of ``data.train``.
 
-    A pair of which either side is overlong is overlong.
+    A pair of which either side is overlong is overlong. One whose sides are the same tokens once they are rendered and
+    cut teaches nothing and is left out.
 
     Raises:
         DataError: a source or too many of its rows cannot be used (no rejected answer, the same as the chosen one, or
-            one to another prompt), or rows are overlong and must not be.
+            one to another prompt), rows are overlong and must not be, or no pair is left.
     """
     chat = Chat(tokenizer)
     rows = load_records(data.train, seed, lambda record: _render_pair(record, data, chat))
     encoded = encode_rows(rows, lambda value: value[:2], data, chat)
-    pairs = [Pair(row.id, chosen, rejected, margin=row.value[2]) for row, (chosen, rejected) in encoded]
-    return Rows(pairs, encoded.skipped)
+    pairs: Rows[Pair] = Rows(skipped=encoded.skipped)
+    for row, (chosen, rejected) in encoded:
+        if np.array_equal(chosen.token_ids, rejected.token_ids):
+            reason = f"the chosen and the rejected answer are identical in their {len(chosen.token_ids):,} tokens"
+            pairs.skipped.append(row.bad(reason))
+        else:
+            pairs.append(Pair(row.id, chosen, rejected, margin=row.value[2]))
+    if not pairs:
+        raise DataError(f"no pair is left:{listing(pairs.skipped)}\nRaise data.max_tokens, or give other pairs.")
+    return pairs
 
 
 def load_labelled(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Labelled]:

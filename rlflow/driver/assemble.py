@@ -47,7 +47,8 @@ def build_groups(
     weights = np.array([block.weight for block in rewards])
     scaling = algorithm.groups.reward_scaling
     # What is normalised over the batch waits until all of it is there.
-    combined = combine_rewards(by_function, failed, weights, "sum" if scaling == "normalize_sum" else scaling)
+    now = "sum" if scaling == "normalize_sum" else scaling
+    combined = combine_rewards(by_function, failed, weights, now, algorithm.advantage.ddof, algorithm.advantage.eps)
     groups = []
     for p, (epoch, prompt) in enumerate(chunk.items):
         rollouts = []
@@ -74,7 +75,10 @@ def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens:
     rewards = np.stack([group.rewards for group in groups]).astype(np.float64)
     block = algorithm.groups
     if block.reward_scaling == "normalize_sum":
-        rewards = combine_rewards(rewards[None], np.isnan(rewards)[None], np.ones(1), "normalize_sum")
+        advantage, none_failed = algorithm.advantage, np.zeros((1, *rewards.shape), dtype=bool)
+        rewards = combine_rewards(
+            rewards[None], none_failed, np.ones(1), "normalize_sum", advantage.ddof, advantage.eps
+        )
     if block.overlong_buffer:
         lengths = np.array([[len(r.token_ids) for r in group.rollouts] for group in groups])
         punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)

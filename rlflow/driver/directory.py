@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.memory import UnknownShape, read_shape
-from rlflow.recipe import ModelBlock, Recipe, dump_recipe
-from rlflow.recipe.adapter_files import CONFIG
+from rlflow.recipe import AdapterBlock, ModelBlock, Recipe, dump_recipe
+from rlflow.recipe.adapter_files import CONFIG, same_model
+from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +90,58 @@ def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
 
 
 def _require_same_model(model: ModelBlock, directory: Path) -> None:
-    """As far as configs tell: a model that was moved is the same, and one that nobody has may be.
+    """As far as configs and names tell: a model that was moved is the same, and one that nobody has may be.
+
+    A whole model's checkpoints replace its weights; an adapter's are of use on the base they were trained on alone.
 
     Raises:
-        DataError: It has another shape than the one whose checkpoints are in ``directory``.
+        DataError: It is another than the one whose checkpoints are in ``directory``.
     """
     written = directory / "recipe.yaml"
     if not (written.exists() and (directory / "checkpoints").exists()):
         return
     before = ModelBlock.model_validate(yaml.safe_load(written.read_text())["model"])
-    try:
-        is_other = before != model and read_shape(before) != read_shape(model)
-    except UnknownShape:
-        return
-    if is_other or (before.adapter is None) != (model.adapter is None):
+    remedy = "set the model block back, or choose another run.output_dir"
+    if (before.adapter is None) != (model.adapter is None) or _has_other_shape(before, model):
         raise DataError(
-            f"{directory} has checkpoints of {_named(before)}, and the recipe trains {_named(model)}: set the model "
-            "block back, or choose another run.output_dir"
+            f"{directory} has checkpoints of {_named(before)}, and the recipe trains {_named(model)}: {remedy}"
         )
+    if changed := list(_changes_of_adapter(before, model)):
+        raise DataError(f"{directory} has checkpoints of an adapter with another {'; '.join(changed)}: {remedy}")
+
+
+def _has_other_shape(before: ModelBlock, now: ModelBlock) -> bool:
+    try:
+        return before != now and read_shape(before) != read_shape(now)
+    except UnknownShape:
+        return False
+
+
+def _changes_of_adapter(before: ModelBlock, now: ModelBlock) -> Iterator[str]:
+    """What checkpoints of an adapter take for granted, where it is no longer so: key, value then, value now."""
+    adapters = before.adapter, now.adapter
+    if adapters[0] is None or adapters[1] is None:
+        return
+    then, today = _fixed(adapters[0]), _fixed(adapters[1])
+    for key, one, other in (
+        ("model.path", before.path, now.path),
+        ("model.adapter.path", adapters[0].path, adapters[1].path),
+    ):
+        if one != other and not (one and other and same_model(one, other)):
+            yield f"{key} (was {one}, is {other})"
+    is_local = now.path is not None and Path(now.path).is_dir()
+    if before.revision != now.revision and not is_local:
+        yield f"model.revision (was {before.revision}, is {now.revision})"
+    for key, value in then.items():
+        if value != today[key]:
+            yield f"model.adapter.{key} (was {value}, is {today[key]})"
+
+
+def _fixed(adapter: AdapterBlock) -> dict[str, Any]:
+    """What an adapter keeps for life; where it goes on from another, that has it."""
+    values = {key: getattr(adapter, key) for key in OF_THE_ADAPTER}
+    targets = values["target_modules"]
+    return values | {"target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
 def _named(model: ModelBlock) -> str:

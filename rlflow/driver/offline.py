@@ -1,13 +1,16 @@
 """The offline loop: SFT, preference losses, reward models. The trainer verbs and the batching of the online loop.
 
-data/sampler --units--> add_reference (a row's first time) --> make_batch --> batching --> PolicyTrainer xR
-                               ^                                                            or RewardTrainer xR
+data/sampler --units--> with_reference --> make_batch --> batching --> PolicyTrainer xR
+                               ^                                       or RewardTrainer xR
                         ReferenceModel xR
 
 verb             waits for                                    consumes -> produces
-add_reference    the reference actors, for rows new to them   units -> units with ref_logprobs
-make_batch       a forward pass (kto, aot), else nothing      units -> samples with margins, weights; counts
+with_reference   the reference, unless it was precomputed     units -> units with ref_logprobs
+make_batch       a forward pass (kto, aot*), else nothing     units -> samples with margins, weights; counts
 update           every trainer rank                           samples -> metrics
+
+``reference.precompute`` scores every row once, before the first step, of a resumed run too; otherwise a row is scored
+whenever it is drawn.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, res
         if step % stage.recipe.run.log_rollouts_every == 0:
             path = stage.directory / "rollouts" / f"step_{step + 1:06d}.parquet"
             write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
-        if stage.end_step(stats, pipeline.state(step + 1), last=step + 1 == num_steps):
+        if stage.end_step(stats, pipeline.state(), last=step + 1 == num_steps):
             break
 
 

@@ -146,57 +146,62 @@ class RolloutPipeline:
         self.build_groups = build_groups
         self.ledger = Ledger()
         self._next = 0
+        self._drawn: dict[int, list[tuple[int, int]]] = {}
+        """Of steps that are not yet trained: the (epoch, row) of what was drawn for them first."""
         self._chunks: dict[int, list[Chunk]] = {}
-        self._cursors: dict[int, dict] = {}
 
     def fill(self, step: int) -> None:
         """Issues the prompts of every step up to ``step + max_staleness``."""
         while self._next <= min(step + self.stage.recipe.run.max_staleness, self.num_steps - 1):
-            self._cursors[self._next] = self.sampler.state()
-            self._chunks[self._next] = self._issue(self.stage.recipe.data.prompts_per_step)
+            if self._next not in self._drawn:
+                self._drawn[self._next] = self.sampler.take(self.stage.recipe.data.prompts_per_step)
+            self._chunks[self._next] = self._issue(self._drawn[self._next])
             self._next += 1
 
     def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of ``step``, whole and scored, and the metrics of making them.
 
         Groups without signal are replaced when the algorithm asks for it: new prompts take their place, at most
-        ``max_resamples`` times, and every group that has signal is kept.
+        ``max_resamples`` times, and every group that has signal is kept. Where that is not enough, the first ones
+        without fill up; all are in the order in which they were drawn.
         """
         block = self.stage.recipe.algorithm.groups
         wanted = self.stage.recipe.data.prompts_per_step
-        kept: list[Group] = []
-        spare: list[Group] = []
+        groups: list[Group] = []
+        is_kept: list[bool] = []
+        missing = wanted
         timing = RolloutTiming()
         chunks = self._chunks.pop(step)
         for attempt in range(block.max_resamples + 1):
             timing.next_round()
             for chunk in collect(self.stage, chunks):
                 timing.add(chunk)
-                for group in self.build_groups(chunk):
-                    (kept if not block.require_signal or has_signal(group.rewards) else spare).append(group)
-            missing = wanted - len(kept)
+                groups += self.build_groups(chunk)
+            is_kept = [not block.require_signal or has_signal(group.rewards) for group in groups]
+            missing = wanted - sum(is_kept)
             if not missing or attempt == block.max_resamples:
                 break
-            chunks = self._issue(missing)
+            chunks = self._issue(self.sampler.take(missing))
         require_few_errors(timing, self.stage.recipe.reward_server.max_error_fraction)
-        num_resampled = len(kept) + len(spare) - wanted
-        groups = kept + spare[: wanted - len(kept)]
-        self.ledger.trained += len(groups)
-        self.ledger.filtered += num_resampled
-        self._cursors.pop(step)
-        return groups, timing.metrics() | self.ledger.metrics() | {"group/resampled": float(num_resampled)}
+        left_out = set(np.flatnonzero(~np.array(is_kept))[missing:])
+        trained = [group for index, group in enumerate(groups) if index not in left_out]
+        self.ledger.trained += len(trained)
+        self.ledger.filtered += len(left_out)
+        del self._drawn[step]
+        return trained, timing.metrics() | self.ledger.metrics() | {"group/resampled": float(len(left_out))}
 
-    def state(self, step: int) -> dict:
-        """Where a run resumed at ``step`` starts: what was issued for it and later is issued again."""
-        return {"sampler": self._cursors.get(step, self.sampler.state())}
+    def state(self) -> dict:
+        """What a resumed run needs: what was drawn and not yet trained is generated again."""
+        return {"sampler": self.sampler.state(), "drawn": list(self._drawn.items())}
 
     def restore(self, step: int, state: dict) -> None:
         self._next = step
         self.sampler.restore(state["sampler"])
+        self._drawn = {of_step: [(epoch, row) for epoch, row in rows] for of_step, rows in state.get("drawn", [])}
 
-    def _issue(self, num_prompts: int) -> list[Chunk]:
-        self.ledger.issued += num_prompts
-        items = [(epoch, self.prompts[index]) for epoch, index in self.sampler.take(num_prompts)]
+    def _issue(self, rows: Sequence[tuple[int, int]]) -> list[Chunk]:
+        self.ledger.issued += len(rows)
+        items = [(epoch, self.prompts[row]) for epoch, row in rows]
         recipe = self.stage.recipe
         return generate_and_score(self.stage, items, recipe.algorithm.group_size, self.params, recipe.rewards)
 

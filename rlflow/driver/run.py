@@ -23,7 +23,7 @@ import ray
 
 from actors.reward_server import RewardServer
 from actors.trainer import Trainer
-from rlflow.data.errors import DataError
+from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
 from rlflow.data.tokenizer import load_tokenizer
@@ -111,13 +111,17 @@ def _placing(recipe: Recipe, model: ModelBlock, directory: Path, ray_started: Fu
                 placing.result(timeout=0).close()
 
 
-def _train(stage: Stage, rows: list, held_out: list, *, resume: bool) -> None:
+def _train(stage: Stage, rows: Rows, held_out: Rows, *, resume: bool) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
     recipe, clock = stage.recipe, stage.clock
     steps = num_steps(recipe, len(rows))
     stage.tracker = tracker = make_tracker(recipe, stage.directory, total_steps=steps)
     clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
     try:
+        for name, loaded in (("data.train", rows), ("evaluation.data", held_out)):
+            if loaded.skipped:
+                of_all = len(loaded) + len(loaded.skipped)
+                tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
         stage.evaluator = _evaluator(stage, held_out)
         with clock("startup_actors"):
             _wait_ready(stage.actors, recipe)
@@ -133,7 +137,7 @@ def _train(stage: Stage, rows: list, held_out: list, *, resume: bool) -> None:
         tracker.close()
 
 
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list]:
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
     data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
     if recipe.family == "online":
@@ -141,13 +145,13 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[list, list]:
     else:
         rows = load_units(recipe, data, tokenizer)
     if evaluation is None:
-        return rows, []
+        return rows, Rows()
     if recipe.evaluation_reward is not None:
         return rows, load_prompts(evaluation.data, data, tokenizer, seed)
     return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
 
 
-def _evaluator(stage: Stage, held_out: list) -> Evaluator | None:
+def _evaluator(stage: Stage, held_out: Rows) -> Evaluator | None:
     block = stage.recipe.evaluation
     if block is None:
         return None

@@ -86,6 +86,17 @@ def test_a_pair_is_as_long_as_its_longer_side(make_data, tokenizer):
     assert len(cut.rejected.token_ids) == 60 and texts(tokenizer, cut.chosen)[1] == "Hello<|im_end|>"
 
 
+def test_a_pair_that_is_cut_to_the_same_tokens_is_left_out(make_data, tokenizer):
+    same = ROW | {"chosen": "x" * 100 + "a", "rejected": "x" * 100 + "b"}
+    pairs = load_pairs(make_data([ROW, same], max_tokens=60, overlong="truncate"), tokenizer, 0)
+    assert [pair.id for pair in pairs] == ["rows:1"]
+    assert [str(bad).partition("row ")[2] for bad in pairs.skipped] == [
+        "2: the chosen and the rejected answer are identical in their 60 tokens"
+    ]
+    with pytest.raises(DataError, match=r"no pair is left:\n.*row 1: the chosen.*identical"):
+        load_pairs(make_data([same], max_tokens=60, overlong="truncate"), tokenizer, 0)
+
+
 def test_a_labelled_answer_trains_its_last_turn(make_data, tokenizer):
     rows = [
         {"messages": [HI, HELLO, WHY, HELLO], "label": True},

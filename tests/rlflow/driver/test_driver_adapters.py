@@ -195,14 +195,21 @@ def test_a_stage_goes_on_from_an_adapter_and_measures_from_there(run: Run):
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "engine",
-    [{}, {"model.dtype": "bfloat16"}, {"trainer.engine": "deepspeed", "trainer.deepspeed.stage": 3}],
-    ids=["fsdp", "fsdp-bfloat16", "ZeRO-3"],
+    [
+        {},
+        {"model.dtype": "bfloat16"},
+        {"trainer.engine": "deepspeed", "trainer.deepspeed.stage": 3},
+        {"model.dtype": "bfloat16", "trainer.engine": "deepspeed", "trainer.deepspeed.stage": 1},
+        {"model.dtype": "bfloat16", "trainer.engine": "deepspeed", "trainer.deepspeed.stage": 3},
+    ],
+    ids=["fsdp", "fsdp-bfloat16", "ZeRO-3", "ZeRO-1-bfloat16", "ZeRO-3-bfloat16"],
 )
 def test_two_ranks_train_the_adapter_that_one_trains(run_in_actors: Run, engine: dict[str, Any]):
     given = {"model.adapter.kind": "dora", "model.adapter.lora_plus_ratio": 4.0, **engine}
     one, two = run_in_actors("dpo", "one", **given), run_in_actors("dpo", "two", **given, **{"trainer.workers": 2})
     a, b = adapter_of(one), adapter_of(two)
     assert a.keys() == b.keys()
+    assert {values.dtype for values in [*a.values(), *b.values()]} == {torch.float32}
     if "model.dtype" in engine:
         # Rounding in 16 bits depends on how sequences are packed, and Adam's first steps are as long for any gradient.
         one_b, two_b = (torch.cat([of[key].flatten() for key in sorted(of) if ".lora_B." in key]) for of in (a, b))

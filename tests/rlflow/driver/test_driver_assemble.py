@@ -106,3 +106,11 @@ def test_the_kl_of_a_sequence_is_summed_over_its_trained_tokens():
     batch = assemble.assemble([group(rollout([20, EOS], 1.0), rollout([EOS], float("nan")))], algorithm(), 8)
     samples = [replace(s, ref_logprobs=np.full(len(s.token_ids), -3.0, np.float32)) for s in batch.samples]
     assert assemble.kl_of_sequences(samples) == pytest.approx((-1 + 3) + (-2 + 3))
+
+
+@pytest.mark.parametrize(("ddof", "expected"), [(0, 1.0), (1, 0.5**0.5)])
+def test_rewards_are_normalised_over_the_batch_with_the_recipes_ddof(ddof, expected):
+    # 1 and 3: deviations of 1; variance 1 with ddof 0, 2 with ddof 1.
+    block = algorithm(groups={"reward_scaling": "normalize_sum"}, advantage={"ddof": ddof, "eps": 1e-9})
+    batch = assemble.assemble([group(rollout([EOS], 1.0), rollout([EOS], 3.0))], block, 8)
+    np.testing.assert_allclose(batch.rewards, [[-expected, expected]], rtol=1e-6)

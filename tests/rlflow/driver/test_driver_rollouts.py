@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import rlflow
+from rlflow import checkpoint
 from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
 
@@ -41,7 +42,9 @@ def scripted(prompts, completions, kind, **columns):
 def run(monkeypatch, tmp_path, tiny_model_dir):
     use_local_actors(monkeypatch)
 
-    def run(kinds: list[str], resamples: int, **overrides) -> tuple[list[dict], list[list], list[dict]]:
+    def run(
+        kinds: list[str], resamples: int, resume: bool = False, **overrides
+    ) -> tuple[list[dict], list[list], list[dict]]:
         """Metrics and trained rollouts of each step, and every group that was scored."""
         rows, plugin, out = tmp_path / "rows.jsonl", tmp_path / "rewards.py", tmp_path / "out"
         plugin.write_text(PLUGIN)
@@ -50,7 +53,7 @@ def run(monkeypatch, tmp_path, tiny_model_dir):
         recipe = tmp_path / "recipe.yaml"
         given = {"out": out, "model": tiny_model_dir, "rows": rows, "plugin": plugin, "resamples": resamples}
         recipe.write_text(RECIPE.format(**given))
-        rlflow.run(recipe, overrides=overrides)
+        rlflow.run(recipe, overrides=overrides, resume=resume)
         metrics = read_lines(out / "metrics.jsonl")[1:]
         trained = [read_rollouts(path) for path in sorted((out / "rollouts").glob("*.parquet"))]
         return metrics, trained, read_lines(tmp_path / "scored.jsonl")
@@ -88,6 +91,30 @@ def test_replacing_is_bounded_and_the_step_is_trained_with_what_there_is(run):
     assert len(scored) == 4 * 9
     assert [len(step) for step in trained] == [6] * 4
     assert all(rollout.advantage == 0 for step in trained for rollout in step)
+
+
+def test_with_too_few_groups_of_signal_those_without_fill_up_in_the_order_drawn(run):
+    """So that each of a step's updates gets its share of both."""
+    _, trained, _ = run(["dull", "lively", "dull", "lively", "dull", "dull", "dull"], 1, **{"data.shuffle": False})
+    assert [rollout.prompt for rollout in trained[0]][::2] == ["Say 0.", "Say 1.", "Say 3."]
+
+
+def test_a_resumed_run_trains_the_prompts_of_one_never_stopped(run, tmp_path):
+    """Those in flight at a checkpoint, and none a second time that had taken another's place."""
+    kinds = ["lively", "dull", "dull", "lively", "lively", "lively"] * 4
+    overrides = {"data.shuffle": False, "run.max_staleness": 1, "run.save_every": 1, "run.keep_checkpoints": 5}
+    _, whole, _ = run(kinds, 5, **overrides)
+    out = tmp_path / "out"
+    for path in out.glob("rollouts/*.parquet"):
+        path.unlink()
+    for step in (2, 3, 4):
+        (out / "checkpoints" / f"step_{step:06d}").rename(tmp_path / f"step_{step}")
+    (out / "final").rename(tmp_path / "final")
+    checkpoint.link(out / "checkpoints", "latest", out / "checkpoints" / "step_000001")
+    _, resumed, _ = run(kinds, 5, resume=True, **overrides)
+    prompts = [[rollout.prompt for rollout in step] for step in whole]
+    assert prompts[0][::2] == ["Say 0.", "Say 6.", "Say 9."]
+    assert [[rollout.prompt for rollout in step] for step in resumed] == prompts[1:]
 
 
 def test_a_group_that_was_kept_waits_for_those_that_are_replaced(run):

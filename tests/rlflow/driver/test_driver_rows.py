@@ -99,6 +99,13 @@ def test_dpo_starts_at_log_two_and_raises_the_margin(ray_session, run_offline):
     assert lines[-1]["eval/heldout/preference/accuracy"] == 1.0
 
 
+def test_rows_that_are_left_out_are_told(local, run_offline, capsys):
+    long = {"prompt": "Say much.", "completion": "much " * 40}
+    overrides = {"tracking": ["console"], "data.overlong": "drop", "run.steps": 1, "evaluation": None}
+    run_offline("sft", [{"prompt": "Say hi.", "completion": "hi"}] * 4 + [long], **overrides)
+    assert "data.train: 1 of 5 rows left out:" in capsys.readouterr().out
+
+
 def test_reference_logprobs_computed_before_the_run_or_on_the_way_give_the_same_run(local, run_offline):
     on_the_way = run_offline("dpo", pairs(), "on_the_way")
     before = run_offline("dpo", pairs(), "before", **{"reference.precompute": True})
@@ -147,9 +154,9 @@ def test_kto_starts_at_a_half_and_separates_the_labels(local, run_offline):
     assert lines[1]["kto/desirable_fraction"] in (0.5, 0.75, 1.0)
 
 
-@pytest.mark.ray
-def test_aot_starts_at_log_two_whatever_the_batch(ray_session, run_offline):
-    lines = metrics_of(run_offline("dpo", pairs(), **{"algorithm.preference.loss": "aot"}))
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_aot_starts_at_log_two_whatever_the_batch(local, run_offline, loss):
+    lines = metrics_of(run_offline("dpo", pairs(), **{"algorithm.preference.loss": loss}))
     assert lines[1]["loss/total"] == pytest.approx(0.693147, abs=1e-5)
     assert lines[-1]["eval/heldout/preference/margin"] > 0.1
 
