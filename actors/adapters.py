@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from actors.pretrained import load_whole
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
 
@@ -43,7 +44,8 @@ def load_adapted(
         options: Of from_pretrained.
 
     Raises:
-        ValueError: Nothing here to adapt, an adapter of another model, or bitsandbytes is missing; each with a remedy.
+        ValueError: Nothing here to adapt, an adapter of another model, a checkpoint that lacks weights, or bitsandbytes
+            is missing; each with a remedy.
     """
     adapter = block.adapter
     assert adapter is not None and block.path is not None
@@ -51,7 +53,7 @@ def load_adapted(
     if adapter.quantize == "nf4":
         check_four_bits()
         options["quantization_config"] = four_bits(dtype)
-    model = AutoModelForCausalLM.from_pretrained(block.path, revision=block.revision, dtype=dtype, **options)
+    model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
     model.to(device)  # pyright: ignore[reportArgumentType]
     inject(model, block, seed=seed, keep_start=keep_start)
     return model
@@ -125,7 +127,7 @@ def write(directory: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, 
     config = deepcopy(config_of(model))
     config.inference_mode = True
     if config.target_modules is not None and not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
+        config.target_modules = _short_names(config.target_modules, model)  # pyright: ignore[reportAttributeAccessIssue]
     config.save_pretrained(str(directory))
     values = {f"base_model.model.{_in_file(name)}": tensor.cpu().contiguous() for name, tensor in tensors}
     save_file(values, directory / WEIGHTS, metadata={"format": "pt"})
@@ -232,6 +234,18 @@ def _fill(model: nn.Module, adapter: str, values: dict[str, torch.Tensor], direc
             raise ValueError(f"model.adapter.path: {directory} is of another model: {name} has shape {shapes}")
         if not parameter.is_meta:
             parameter.data = values[name].to(device=parameter.device, dtype=torch.float32, copy=True)
+
+
+def _short_names(targets: Iterable[str], model: nn.Module) -> list[str]:
+    """The last parts of the names, where they mean the layers that have an adapter and no others.
+
+    PEFT makes a list of whole names of all-linear; a deeper model has layers of these names as well, and others that
+    would be left as they are.
+    """
+    ends = {name.rpartition(".")[2] for name in targets}
+    names = {name: isinstance(module, lora.LoraLayer) for name, module in model.named_modules()}
+    mean_the_same = all(is_adapted == (name.rpartition(".")[2] in ends) for name, is_adapted in names.items())
+    return sorted(ends if mean_the_same else targets)
 
 
 def _in_file(name: str, adapter: str = TRAINED) -> str:

@@ -69,7 +69,7 @@ class Trainer:
         """``host:port`` on which rank 0's process group can listen."""
         with socket.socket() as free:
             free.bind(("", 0))
-            return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
+            return f"{_own_address()}:{free.getsockname()[1]}"
 
     def setup(self, address: str | None) -> float:
         """Loads the model, joins the other ranks. Returns seconds.
@@ -180,16 +180,23 @@ class Trainer:
         """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the rest of ``final/``."""
         from actors.model_files import save_generation_config, save_model
 
-        weights = dict(self.engine.full_weights(trained_only=self.block.adapter is not None))
+        # Whole tensors one by one: only rank 0 keeps them, in its host's memory.
+        weights = {
+            name: tensor.cpu()
+            for name, tensor in self.engine.full_weights(trained_only=self.block.adapter is not None)
+            if self.rank == 0
+        }
+        if self.rank != 0:
+            return
         model = self.module.model
-        if self.rank == 0 and self.block.adapter is not None:
+        if self.block.adapter is not None:
             from actors import adapters
 
             adapters.write(directory, model, weights.items())
             save_generation_config(model, directory)
-        elif self.rank == 0:
+        else:
             model.config._attn_implementation = "sdpa"
-            save_model(model, directory, {name: tensor.cpu() for name, tensor in weights.items()})
+            save_model(model, directory, weights)
 
     def _shape(self) -> ModelShape | None:
         """None where the config has not the common fields."""
@@ -227,6 +234,13 @@ class Trainer:
     def _router_load(self) -> dict[str, float]:
         load = {} if self.routers is None else self.routers.load(self.world_size)
         return {self.moe_prefix + name: value for name, value in load.items()}
+
+
+def _own_address() -> str:
+    """Of this machine, as Ray's other nodes know it: its name may stand for 127.0.1.1 here."""
+    import ray
+
+    return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname(socket.gethostname())
 
 
 def combine(totals: dict[str, float], name: str, value: float) -> None:

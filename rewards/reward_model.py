@@ -123,13 +123,13 @@ def _load_model(path: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from actors.pretrained import load_whole
+
     try:
         config = AutoConfig.from_pretrained(path)
         if problem := score_head_problem(config.to_dict()):
             raise RewardError(f"reward_model: {path} {problem}")
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
+        model: Any = load_whole(AutoModelForSequenceClassification, path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         if isinstance(error, RewardError) or _is_out_of_memory(error):
             raise
@@ -138,8 +138,6 @@ def _load_model(path: str) -> Any:
             f"reward_model: {path} cannot be loaded ({cause}): give a directory that save_pretrained wrote, or a hub "
             "id that this machine can reach"
         ) from error
-    if missing := sorted(loading["missing_keys"]):
-        raise RewardError(f"reward_model: {path} lacks the weights {', '.join(missing[:3])}: export it again")
     model.config.use_cache = False
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

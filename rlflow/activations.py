@@ -31,23 +31,27 @@ INPUTS = {
 """Linear layer -> the tensor that it reads."""
 
 
-def kept(shape: ModelShape, size: int, targets: Collection[str] | None = None, rank: int = 0) -> int:
+def kept(
+    shape: ModelShape, size: int, targets: Collection[str] | None = None, rank: int = 0, of_adapter: int = FLOAT32
+) -> int:
     """Of one layer, for its backward pass.
 
     Args:
         size: Bytes of an element of the model's dtype.
         targets: Names of the linear layers with an adapter, where only adapters are trained; None where all is.
         rank: Of the adapters.
+        of_adapter: Bytes of an element that they compute with.
     """
     trained = size if targets is None else 0
     norms = 2 * _norm(shape, size, trained)
+    inputs = _inputs(shape, size, targets, rank, of_adapter)
     # Queries, keys and values as attention read them, what it wrote, and a float32 normalizer a head.
     attention = size * (2 * shape.query_width + 2 * shape.key_width) + FLOAT32 * shape.heads
     if shape.has_qk_norms:
         widths = shape.query_width + shape.key_width
         heads = shape.heads + shape.heads * shape.key_width // shape.query_width
         attention += FLOAT32 * (widths + heads) + trained * widths
-    return norms + attention + size * _mlp_factor(shape) * shape.mlp_width + _inputs(shape, size, targets, rank)
+    return norms + attention + size * _mlp_factor(shape) * shape.mlp_width + inputs
 
 
 def layer_backward(shape: ModelShape, size: int) -> int:
@@ -89,12 +93,12 @@ def _mlp_factor(shape: ModelShape) -> int:
     return 4 if shape.activation in COMPOSED_GELU else 0 if shape.activation == "relu" else 1
 
 
-def _inputs(shape: ModelShape, size: int, targets: Collection[str] | None, rank: int) -> int:
-    """What linear layers read. Adapters compute in float32: in 16 bits each casts a copy of its own."""
+def _inputs(shape: ModelShape, size: int, targets: Collection[str] | None, rank: int, of_adapter: int) -> int:
+    """What linear layers read. An adapter that computes in another dtype casts a copy of its own."""
     widths = {"attention": shape.hidden, "output": shape.query_width, "mlp": shape.hidden, "down": shape.mlp_width}
     if targets is None:
         return size * sum(widths.values())
     read = [INPUTS.get(name, "attention") for name in targets]
-    if size == FLOAT32:
+    if size == of_adapter:
         read = sorted(set(read))
-    return FLOAT32 * (sum(widths[name] for name in read) + rank * len(targets))
+    return of_adapter * (sum(widths[name] for name in read) + rank * len(targets))

@@ -17,7 +17,7 @@ import math
 from dataclasses import replace
 
 from rlflow import activations
-from rlflow.memory import DTYPE_BYTES, ModelShape, state_bytes, weight_bytes
+from rlflow.memory import DTYPE_BYTES, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
 from rlflow.recipe import Recipe
 
 Parts = dict[str, int]
@@ -31,6 +31,10 @@ REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
 LOGITS_ELEMENTS = 1 << 25
 """Trainer and reference score tokens in chunks of this many logits, in float32: token_model._CHUNK_ELEMENTS."""
+BUCKET_ELEMENTS = 100_000_000
+"""Of ZeRO's buffer of gradients, where there are as many parameters: deepspeed_engine._config."""
+SUMMED_ELEMENTS = 500_000_000
+"""Of gradients that ZeRO 1 sums at a time in bfloat16: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE."""
 SCORING, SCORING_BACKWARD, SCORING_ENTROPY = 2, 3, 5
 """Arrays of a chunk's size alive at once: in a forward pass, in a backward pass, and with an entropy bonus."""
 SAMPLING = 6
@@ -41,7 +45,8 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the trainer."""
     trainer = recipe.trainer
     state = state_bytes(recipe, shape, trainer.workers, bool(trainer.gpus_per_worker))
-    moments = _step(recipe, shape, state, trainer.workers, scores=recipe.algorithm.name != "reward_model")
+    scores = recipe.algorithm.name != "reward_model"
+    moments = _step(recipe, shape, state, trainer.workers, scores=scores, on_gpu=bool(trainer.gpus_per_worker))
     if recipe.needs_rollouts and not trainer.gpus_per_worker:
         moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})
     return _largest(moments)
@@ -51,7 +56,7 @@ def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the critic: a trainer of all weights, without logits."""
     critic = recipe.algorithm.critic
     state = state_bytes(recipe, replace(shape, adapter=None), critic.workers, bool(critic.gpus_per_worker))
-    return _largest(_step(recipe, shape, state, critic.workers, scores=False))
+    return _largest(_step(recipe, shape, state, critic.workers, scores=False, on_gpu=bool(critic.gpus_per_worker)))
 
 
 def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
@@ -127,16 +132,21 @@ def sequences_per_step(recipe: Recipe) -> int:
     return recipe.data.prompts_per_step * (2 if recipe.is_paired else 1)
 
 
-def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores: bool) -> list[Parts]:
+def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores: bool, on_gpu: bool) -> list[Parts]:
     """The moments of forward and backward passes.
 
     Gradients wait only where an update has several micro-batches: before the first one there are none.
     """
-    size, layers, share = DTYPE_BYTES[recipe.model.dtype], shape.layers, recipe.trainer.sequence_parallel
+    size, layers, share = computed_bytes(recipe), shape.layers, recipe.trainer.sequence_parallel
     tokens = math.ceil(micro_batch_tokens(recipe) / share)
     trains_all = shape.adapter is None or not scores
     targets = None if trains_all else shape.adapter_targets
-    layer = activations.kept(shape, size, targets, shape.adapter_rank)
+    # Mixed precision computes in 16 bits in adapters as well.
+    of_adapter = size if recipe.trainer.fsdp.mixed_precision else activations.FLOAT32
+    layer = activations.kept(shape, size, targets, shape.adapter_rank, of_adapter)
+    if on_gpu and size == activations.FLOAT32:
+        # There attention reads a key and a value for each query.
+        layer += 2 * size * (shape.query_width - shape.key_width)
     if recipe.trainer.gradient_checkpointing:
         kept = layers * shape.hidden * size
         # In float32 the input that was kept is the tensor that the first norm keeps.
@@ -144,8 +154,10 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     else:
         kept, again = layers * layer, 0
     head = shape.head_parameters * size if trains_all and scores else 0
-    gathered = _gathered_bytes(recipe, shape, ranks)
-    begun = {**state, **gathered}
+    state = {**state, **_bucket_bytes(recipe, shape)}
+    gathered = _gathered_bytes(recipe, shape, ranks, 2)
+    waits = 2 if recipe.trainer.fsdp.reshard_after_forward else layers
+    begun = {**state, **_gathered_bytes(recipe, shape, ranks, waits)}
     if _micro_batches(recipe, ranks // share) == 1:
         begun["gradients"] = 0
     at_scoring = tokens * (kept + activations.final_norm(shape, size, is_trained=trains_all))
@@ -153,7 +165,9 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     scoring = _scoring_bytes(recipe, shape, tokens, head) if scores else 0
     # The gradient of tied embeddings waits for its second half, that of the lookup, until the end.
     waiting = head if shape.is_tied else 0
-    at_end = head + waiting + (gathered["gathered"] if gathered else 0)
+    # Gradients of what is whole, on their way into the sum over ranks, which is of float32 in mixed precision.
+    widened = activations.FLOAT32 // size if is_mixed(recipe, shape) else 1
+    at_end = head + waiting + widened * sum(gathered.values())
     return [
         {**begun, "activations": at_scoring, "logits": scoring},
         {**begun, "activations": at_last_layer, "logits": waiting},
@@ -161,20 +175,34 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     ]
 
 
-def _gathered_bytes(recipe: Recipe, shape: ModelShape, ranks: int) -> Parts:
-    """What a rank holds whole of weights that it owns a part of, or that are elsewhere: embeddings and head all along,
-    and two layers."""
+def _gathered_bytes(recipe: Recipe, shape: ModelShape, ranks: int, layers: int) -> Parts:
+    """What a rank holds whole, as it computes with it, of weights that it owns a part of, or that are elsewhere or in
+    another dtype: embeddings and head all along, and so many layers. FSDP2 copies them on one rank too."""
     trainer = recipe.trainer
-    on_gpu = bool(trainer.gpus_per_worker)
     if trainer.engine == "deepspeed":
-        is_away = on_gpu and trainer.deepspeed.offload == "all"
+        is_away = bool(trainer.gpus_per_worker) and trainer.deepspeed.offload == "all"
         is_gathered = trainer.deepspeed.stage == 3 and (ranks > 1 or is_away)
     else:
-        is_gathered = ranks > trainer.fsdp.replicas or (on_gpu and trainer.fsdp.offload)
+        is_gathered = ranks > 1 or trainer.fsdp.offload or is_mixed(recipe, shape)
     if not is_gathered:
         return {}
     heads = (1 if shape.is_tied else 2) * shape.head_parameters
-    return {"gathered": DTYPE_BYTES[recipe.model.dtype] * (heads + 2 * shape.layer_parameters)}
+    return {"gathered": computed_bytes(recipe) * (heads + layers * shape.layer_parameters)}
+
+
+def _bucket_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
+    """ZeRO's buffer in which gradients wait to be summed over ranks, in float32.
+
+    Stages 1 and 2 make it in each backward pass, stage 3 has it all along.
+    In bfloat16 stage 1 has a copy of what it sums instead, and stage 2 one beside a buffer of bfloat16. Weights are
+    gathered in place.
+    """
+    stage, dtype = recipe.trainer.deepspeed.stage, recipe.model.dtype
+    if recipe.trainer.engine != "deepspeed":
+        return {}
+    size = activations.FLOAT32 + (2 if stage == 2 and dtype == "bfloat16" else 0)
+    most = SUMMED_ELEMENTS if stage == 1 and dtype == "bfloat16" else BUCKET_ELEMENTS
+    return {"bucket": size * (min(shape.parameters + (shape.adapter or 0), most) // 2 * 2)}
 
 
 def _scoring_bytes(recipe: Recipe, shape: ModelShape, tokens: int, head: int) -> int:

@@ -23,24 +23,24 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """CPUs, memory (the container's limit where there is one) and NVIDIA GPUs."""
+    """CPUs, memory (the container's limit where there is one) and NVIDIA GPUs; under WSL only nvidia-smi knows them."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdecimal():
         total = min(total, int(text))
-    gpus = Path("/proc/driver/nvidia/gpus")
-    count = len(list(gpus.iterdir())) if gpus.exists() else 0
-    return Machine(os.cpu_count() or 1, total, count, _least_gpu_memory() if count else 0)
+    gpus, sizes = Path("/proc/driver/nvidia/gpus"), _gpu_memories()
+    count = len(list(gpus.iterdir())) if gpus.exists() else len(sizes)
+    return Machine(os.cpu_count() or 1, total, count, min(sizes, default=0))
 
 
-def _least_gpu_memory() -> int:
-    """Bytes of the smallest GPU, as nvidia-smi says; 0 where it is missing or says nothing."""
+def _gpu_memories() -> list[int]:
+    """Bytes of each GPU, as nvidia-smi says; none where it is missing or says nothing."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return 0
+        return []
     try:
         query = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         said = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
     except subprocess.TimeoutExpired:
-        return 0
-    return min((int(line) * _MIB for line in said.split() if line.isdecimal()), default=0)
+        return []
+    return [int(line) * _MIB for line in said.split() if line.isdecimal()]

@@ -270,12 +270,12 @@ def _described(adapter: AdapterBlock) -> AdapterBlock:
 
 
 def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> dict[str, int]:
-    """Weights, gradients and Adam's moments of one rank, as the engine shards them; those of an adapter are float32.
+    """Weights, gradients and Adam's moments of one rank, as the engine shards them. What is trained is float32.
 
     What it offloads from a GPU is one sum, HOST_PART; on a CPU there is nowhere to offload to.
     """
-    trainer, size = recipe.trainer, DTYPE_BYTES[recipe.model.dtype]
-    trained, trained_size = (shape.parameters, size) if shape.adapter is None else (shape.adapter, 4)
+    trainer = recipe.trainer
+    trained = shape.parameters if shape.adapter is None else shape.adapter
     held = weight_bytes(recipe, shape.parameters, shape.adapter)
     if trainer.engine == "deepspeed":
         stage, offload = trainer.deepspeed.stage, trainer.deepspeed.offload
@@ -288,13 +288,15 @@ def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> 
         }
         away = {"none": (), "optimizer": ("gradients", "optimizer"), "all": tuple(parts)}[offload]
     else:
+        if shape.adapter is None:
+            held = trained * 4
         shards = max(1, ranks // trainer.fsdp.replicas)
         share = math.ceil(trained / shards)
-        moment = 1 if trainer.optimizer.kind == "adamw_8bit" else trained_size
+        moment = 1 if trainer.optimizer.kind == "adamw_8bit" else 4
         by_muon = _muon_parameters(shape) if trainer.optimizer.kind == "muon" else 0
         parts = {
             "weights": math.ceil(held / shards),
-            "gradients": share * trained_size,
+            "gradients": share * 4,
             "optimizer": (2 * share - by_muon // shards) * moment,
         }
         away = tuple(parts) if trainer.fsdp.offload else ()
@@ -302,6 +304,18 @@ def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> 
         return parts
     kept = {name: count for name, count in parts.items() if name not in away}
     return {**kept, HOST_PART: sum(parts[name] for name in away)}
+
+
+def computed_bytes(recipe: Recipe) -> int:
+    """Of an element of what trainers compute: of activations, and of weights that are whole for a moment."""
+    return DTYPE_BYTES["bfloat16" if recipe.trainer.fsdp.mixed_precision else recipe.model.dtype]
+
+
+def is_mixed(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether FSDP2 keeps weights in float32 and computes in bfloat16, as of any bfloat16 model trained whole."""
+    trainer = recipe.trainer
+    is_half = recipe.model.dtype == "bfloat16" and shape.adapter is None
+    return trainer.engine == "fsdp" and (trainer.fsdp.mixed_precision or is_half)
 
 
 def _muon_parameters(shape: ModelShape) -> int:

@@ -81,6 +81,7 @@ def start_ray(recipes: Sequence[Recipe]) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # As Ray does by itself from 2.60 on; before, it warns that it will. `environment` hides what was not reserved.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
@@ -107,6 +108,7 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
     groups: dict[str, ActorGroup] = {}
+    has_gpus = "GPU" in ray.cluster_resources()
     with ExitStack() as undo:
         undo.callback(remove_placement_group, group)
         bundle = 0
@@ -118,8 +120,8 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
                 cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
                 place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
                 options: dict[str, Any] = {"num_cpus": role.cpus, "num_gpus": role.gpus}
-                if role.name in _TRAINERS and not role.gpus:
-                    options["runtime_env"] = {"env_vars": allocator_environment()}
+                if variables := environment(role, has_gpus=has_gpus):
+                    options["runtime_env"] = {"env_vars": variables}
                 options["scheduling_strategy"] = place_at
                 groups[role.name].handles.append(ray.remote(cls).options(**options).remote(**arguments))
                 bundle += 1
@@ -136,6 +138,18 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     return actors
 
 
+def environment(role: Role, *, has_gpus: bool) -> dict[str, str]:
+    """Of an actor's process, and of its children.
+
+    Ray shows all GPUs of a node to an actor that reserved none. Where the cluster has none there is nothing to hide,
+    and actors without an environment of their own start sooner, in processes that wait for them.
+    """
+    if role.gpus:
+        return {}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if has_gpus else {}
+    return {**hidden, **(allocator_environment() if role.name in _TRAINERS else {})}
+
+
 def _constructor(
     role: Role, rank: int, recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
 ) -> tuple[type, dict[str, Any]]:
@@ -149,7 +163,7 @@ def _constructor(
             path = recipe.algorithm.critic.path
             # A critic is trained whole, also where the policy is an adapter.
             whole = model.model_copy(update={"adapter": None})
-            start = whole if path is None else ModelBlock(path=path, dtype=model.dtype)
+            start = whole if path is None else _other_model(path, model)
             # The device follows the critic's own GPUs.
             block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})
             return ValueTrainer, _trainer_arguments(start, block, role, rank, seed)
@@ -170,10 +184,15 @@ def _constructor(
             return RewardServer, {"rewards": recipe.scoring, **sizes}
         case _:
             path = recipe.reference.path
-            frozen = model if path is None else ModelBlock(path=path, dtype=model.dtype)
+            frozen = model if path is None else _other_model(path, model)
             # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
             frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
             return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
+
+
+def _other_model(path: str, model: ModelBlock) -> ModelBlock:
+    """One of the recipe's models beside the policy: loaded as that is, as far as it is about the recipe."""
+    return ModelBlock(path=path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
 
 
 def _trainer_arguments(model: ModelBlock, block: TrainerBlock, role: Role, rank: int, seed: int) -> dict[str, Any]:

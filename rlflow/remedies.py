@@ -69,6 +69,9 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "trainer.tokens_per_micro_batch", budget
     if recipe.model.dtype == "float32":
         yield "model.dtype", "bfloat16"
+        yield "trainer.fsdp.mixed_precision", True
+    if not trainer.fsdp.reshard_after_forward:
+        yield "trainer.fsdp.reshard_after_forward", True
     if recipe.model.adapter is None:
         yield "model.adapter", {"kind": "lora"}
     if trainer.gpus_per_worker:

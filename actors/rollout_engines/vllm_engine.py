@@ -262,6 +262,11 @@ def _keep_weights_as_loaded() -> None:
 
 
 def _cuda_options(gpu_memory_fraction: float, tensor_parallel_size: int) -> dict[str, Any]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        raise ValueError(
+            "rollout.engine is vllm, which runs on GPUs as it is installed here, and the worker reserves none: "
+            "set rollout.gpus_per_worker: 1, or rollout.engine: torch"
+        )
     return {
         "gpu_memory_utilization": gpu_memory_fraction,
         "tensor_parallel_size": tensor_parallel_size,

@@ -198,7 +198,8 @@ def _config(module: nn.Module, trainer: TrainerBlock) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
     }
-    if next(module.parameters()).dtype == torch.bfloat16:
+    # Of what is trained: told bfloat16, DeepSpeed would cast an adapter in float32 too.
+    if next(parameter for _, parameter in trainable(module)).dtype == torch.bfloat16:
         # Without immediate_grad_update, stage 1 adds a micro-batch's gradient again for each one after it.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -122,7 +122,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def save_with_random_state(directory: Path, rank: int, world_size: int, shards: dict[str, Shard]) -> None:
     """Writes this rank's file."""
     states = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    # Asking for it would make a trainer on CPUs take memory of a GPU.
+    if torch.cuda.is_initialized():
         states["rng/cuda"] = torch.cuda.get_rng_state()
     random = {name: sharded_state.shard_of(state) for name, state in states.items()}
     sharded_state.save(directory, rank, world_size, {**shards, **random})
@@ -134,6 +135,6 @@ def load_with_random_state(directory: Path, rank: int, shards: dict[str, Shard])
     state = sharded_state.read_own(directory, rank, "rng/cpu")
     if state is not None:
         torch.set_rng_state(state)
-    state = sharded_state.read_own(directory, rank, "rng/cuda") if torch.cuda.is_available() else None
+    state = sharded_state.read_own(directory, rank, "rng/cuda") if torch.cuda.is_initialized() else None
     if state is not None:
         torch.cuda.set_rng_state(state)

@@ -114,6 +114,8 @@ class PackedLayout:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
         """Padded rows read an extra all-zero token."""
+        if _repeats_heads(query):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         buckets, where = self.padded
@@ -126,6 +128,13 @@ class PackedLayout:
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[where]
+
+
+def _repeats_heads(query: torch.Tensor) -> bool:
+    """Whether keys and values must be as many as queries. On a GPU torch takes fewer in FlashAttention, which is of 16
+    bits and without a mask, and otherwise in the kernel that writes out [sequences, heads, length, length]; what saves
+    memory in float32 takes as many."""
+    return query.is_cuda
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:

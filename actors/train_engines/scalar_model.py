@@ -9,12 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from actors.pretrained import load_whole
 from actors.train_engines import packed_attention
 from actors.train_engines.packed_attention import PackedLayout
 from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
+
+_HEAD = "score"
+"""Transformers' name of a classifier's last layer."""
 
 
 class ScalarModel(nn.Module):
@@ -40,7 +44,7 @@ class ScalarModel(nn.Module):
         rows, size = (torch.arange(len(at), device=device), len(at)) if scores else (at + 1, len(token_ids))
         held = layout.held(at)
         # Batches without a loss token must still reach every parameter, or ranks fall out of step.
-        zeros = torch.zeros(size, dtype=torch.float32, device=device) + 0.0 * hidden.sum().float()
+        zeros = torch.zeros(size, dtype=torch.float32, device=device) + 0.0 * hidden.sum(dtype=torch.float32)
         return layout.summed(zeros.index_put((rows[held],), self._head(hidden[at[held] - layout.first])))
 
     def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
@@ -54,7 +58,7 @@ class ScalarModel(nn.Module):
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, H] -> [M]."""
-        score = self.model.get_submodule("score")
+        score = self.model.get_submodule(_HEAD)
         return score(hidden).squeeze(-1).float()
 
 
@@ -64,7 +68,8 @@ def load_scalar_model(
     """Loads a sequence classifier with one label, or puts a head that answers 0 on a language model.
 
     Raises:
-        ValueError: The model has a head of several labels, or transformers has no classifier of its architecture.
+        ValueError: The checkpoint lacks weights or has a head of several labels, or transformers has no classifier of
+            its architecture.
     """
     assert block.path is not None
     options: dict[str, Any] = {
@@ -81,15 +86,15 @@ def load_scalar_model(
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config, **options)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            block.path, config=config, revision=block.revision, **options
-        )
-    head = model.get_submodule("score")
+        new = None if is_classifier else _HEAD
+        options |= {"config": config, "revision": block.revision}
+        model = load_whole(AutoModelForSequenceClassification, block.path, new=new, **options)
+    head = model.get_submodule(_HEAD)
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: its head is no linear layer called score; not supported")
+        raise ValueError(f"{type(model).__name__}: its head is no linear layer called {_HEAD}; not supported")
     if not is_classifier:
         nn.init.zeros_(head.weight)
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)
     return ScalarModel(model)

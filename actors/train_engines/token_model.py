@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from actors.pretrained import load_whole
 from actors.train_engines import liger, packed_attention
 from actors.train_engines.packed_attention import PackedLayout
 from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
@@ -70,7 +71,8 @@ class TokenModel(nn.Module):
         rows = wanted.nonzero().squeeze(1)
         rows = rows[layout.held(rows - 1)]
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
-        zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) + 0.0 * hidden.sum().float()
+        zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device)
+        zeros = zeros + 0.0 * hidden.sum(dtype=torch.float32)
         columns = self._score_all(hidden[rows - 1 - layout.first], token_ids[rows], temperature, entropies)
         logprobs = layout.summed(zeros.index_put((rows,), columns[0]))
         if entropies == "none":
@@ -165,8 +167,8 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
 
     Raises:
-        ValueError: The architecture computes its logits in a way that TokenModel does not (checked on a short text), or
-            the recipe's adapter or Liger's kernels do not fit it.
+        ValueError: The checkpoint lacks weights, the architecture computes its logits in a way that TokenModel does not
+            (checked on a short text), or the recipe's adapter or Liger's kernels do not fit it.
     """
     assert block.path is not None
     dtype = getattr(torch, block.dtype)
@@ -185,11 +187,7 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
         model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
-        options |= {"revision": block.revision, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(block.path, dtype=dtype, **options)
-        model, loading = loaded
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{block.path} is no {type(model).__name__}: it lacks {', '.join(missing[:3])}")
+        model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
     model.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)

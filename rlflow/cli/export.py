@@ -13,7 +13,7 @@ from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
-from rlflow.recipe.adapter_files import WEIGHTS, base_of, is_adapter, read_config
+from rlflow.recipe.adapter_files import CONFIG, WEIGHTS, base_of, is_adapter, read_config, same_model
 from rlflow.tracking.history import HistoryError
 from rlflow.tracking.model_card import write_card
 
@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--merge", action="store_true", help="write a plain model: base plus adapter")
     parser.add_argument("--base", metavar="PATH", help="the base model, when it is no longer where the run found it")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the base model's files bring")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -68,7 +69,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if target is not None:
         repository = open_repository(target, source, private=arguments.private, revision=arguments.revision)
     if arguments.merge:
-        _publish(output, lambda directory: _merge(source, directory, arguments.base, arguments.dtype))
+        _publish(output, lambda directory: _merge(source, directory, arguments))
     elif output is not None:
         _publish(output, lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True))
     if output is not None:
@@ -96,10 +97,12 @@ def _source(arguments: argparse.Namespace) -> Path:
         stages = sorted(str(path.parent) for path in directory.glob("*/final"))
         remedy = f"name one of its stages: {', '.join(stages)}" if stages else "name a finished run, or its final/"
         raise DataError(f"{source} holds no model and no adapter: {remedy}")
-    if is_adapter(source):
-        _base_of(source)
     if arguments.merge and not is_adapter(source):
         raise DataError(f"{source} holds no adapter to merge: leave out --merge to copy a model")
+    if is_adapter(source):
+        base = _base_of(source)
+        if arguments.merge:
+            _check_merge(source, base, arguments.base)
     if output is None and (arguments.merge or arguments.push is None):
         raise DataError(
             "name OUTPUT, a new directory" + (" for the merged model" if arguments.merge else ", or --push")
@@ -120,6 +123,23 @@ def _base_of(adapter: Path) -> str | None:
         return base_of(read_config(adapter))
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _check_merge(source: Path, base: str | None, given: str | None) -> None:
+    """As far as names tell.
+
+    Raises:
+        DataError: There is nothing to merge, or it is to be merged into another model than it was trained on.
+    """
+    if base is None and given is None:
+        raise DataError(f"{source} does not say which model it is an adapter of: give --base")
+    if base is not None and given is not None and not same_model(base, given):
+        raise DataError(
+            f"{source} is an adapter of {base}, and --base is {given}. Give the model it was trained on, or, where "
+            f"they are the same, correct base_model_name_or_path in {CONFIG}"
+        )
+    if not (source / WEIGHTS).exists():
+        raise DataError(f"{source} has no {WEIGHTS}: fetch it, or save the adapter as safetensors")
 
 
 def _warn_of_local_base(directory: Path) -> None:
@@ -146,32 +166,27 @@ def _publish(output: Path, write: Callable[[Path], Any]) -> None:
     temporary.rename(output)
 
 
-def _merge(source: Path, directory: Path, base: str | None, dtype: str | None) -> None:
+def _merge(source: Path, directory: Path, arguments: argparse.Namespace) -> None:
     """
     Raises:
         DataError: The base model is not there, or not the one the adapter was trained on.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from actors.model_files import save_model
 
+    config, options = read_config(source), {"trust_remote_code": arguments.trust_remote_code}
+    path = arguments.base or base_of(config)
+    assert path is not None
+    if arguments.base is None:
+        options["revision"] = config.get("revision")
     try:
-        path = base or _base_of(source)
-        if path is None:
-            raise DataError(f"{source} does not say which model it is an adapter of: give --base")
-        if not (source / WEIGHTS).exists():
-            raise DataError(f"{source} has no {WEIGHTS}")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        stored = model.dtype
-        adapted = PeftModel.from_pretrained(model.float(), str(source))
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        model, stored = _with_adapter(source, path, **options)
+        merged = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{source} cannot be merged: {error}\nGive the model it was trained on with --base") from error
-    save_model(merged.to(stored if dtype is None else getattr(torch, dtype)), directory)
+        remedy = "Give the model it was trained on with --base"
+        raise DataError(f"{source} cannot be merged into {path}: {error}\n{remedy}") from error
+    save_model(merged.to(stored if arguments.dtype is None else getattr(torch, arguments.dtype)), directory)
     for pattern in _KEPT:
         for file in source.glob(pattern):
             shutil.copy(file, directory)
@@ -179,3 +194,30 @@ def _merge(source: Path, directory: Path, base: str | None, dtype: str | None) -
         write_card(directory, source.parent)
     except HistoryError as error:
         print(f"note: the merged model has no model card: {error}", file=sys.stderr)
+
+
+def _with_adapter(source: Path, base: str, **options: Any) -> tuple[Any, Any]:
+    """The base model in float32 with the adapter, and the dtype that the base is stored in.
+
+    Raises:
+        ValueError: The adapter has weights for what the base has not, or lacks some; PEFT itself only warns.
+    """
+    import warnings
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from actors.pretrained import load_whole
+
+    model = load_whole(AutoModelForCausalLM, base, dtype="auto", **options)
+    stored = model.dtype
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model.float(), str(source))
+    # The same weights once more: this way PEFT says which found no place.
+    filled = adapted.load_adapter(str(source), "default")
+    if strange := sorted({*filled.missing_keys, *filled.unexpected_keys}):
+        where = "the adapter lacks" if strange[0] in filled.missing_keys else "the model has no place for"
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise ValueError(f"{where} {strange[0].removeprefix('base_model.model.')}{more}")
+    return adapted, stored

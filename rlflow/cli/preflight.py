@@ -16,6 +16,8 @@ from rewards.reward_model import score_head_problem
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
+from rlflow.machine import this_machine
+from rlflow.plan import roles
 from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, load_located
@@ -32,18 +34,21 @@ Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
 
 
-def load_checked(path: str | Path, overrides: Overrides = ()) -> list[Recipe]:
+def load_checked(path: str | Path, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
     """``load_recipe``, and everything that the recipe names exists.
+
+    Args:
+        alone: It will run on this machine: the GPUs that it asks for must exist as well.
 
     Raises:
         RecipeError: All of what is wrong.
     """
     located = load_located(path, overrides)
-    check(located)
+    check(located, alone=alone)
     return [stage.recipe for stage in located]
 
 
-def check(stages: Sequence[LocatedRecipe]) -> None:
+def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
     """Looks for every file, function and name of the stages. A model that an earlier stage will write may be missing.
 
     Raises:
@@ -54,6 +59,7 @@ def check(stages: Sequence[LocatedRecipe]) -> None:
     for stage in stages:
         for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
+        problems += [stage.problem(key, message) for key, message in (_in_gpus(stage.recipe) if alone else ())]
         to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
     if problems:
         raise RecipeError(problems)
@@ -147,6 +153,21 @@ def _in_router(recipe: Recipe) -> Found:
             return
     if not str(config.get("model_type")).endswith("_moe") and not _EXPERTS & config.get("text_config", config).keys():
         yield "model.router", "is of mixtures of experts, and the model has no experts: remove it"
+
+
+def _in_gpus(recipe: Recipe) -> Found:
+    """Of this machine. An adapter in 4 bits is named alone: other keys cannot be 0 before it is gone."""
+    asking = [role for role in roles(recipe) if role.gpus]
+    if not asking or this_machine().gpus:
+        return
+    remedy = "or set RAY_ADDRESS to join a cluster that has some"
+    adapter = recipe.model.adapter
+    if adapter is not None and adapter.quantize == "nf4":
+        yield "model.adapter.quantize", f"nf4 needs a GPU, and there is none here: set quantize: none, {remedy}"
+        return
+    for role in asking:
+        block = {"rewards": "reward_server", "critic": "algorithm.critic"}.get(role.name, role.name)
+        yield f"{block}.gpus_per_worker", f"asks for GPUs, and there are none here: set 0, {remedy}"
 
 
 def _in_source(key: str, source: SourceBlock) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    recipes = load_checked(arguments.recipe, arguments.overrides)
+    recipes = load_checked(arguments.recipe, arguments.overrides, alone=not os.environ.get("RAY_ADDRESS"))
     run(recipes, resume=arguments.resume, seconds_before=process_age_s())
     return 0
 

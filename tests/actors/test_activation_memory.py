@@ -118,6 +118,23 @@ def test_a_layer_with_an_adapter_keeps_what_is_counted_to_the_byte(name: str, ta
     assert kept_bytes(three) - kept_bytes(two) == TOKENS * counted
 
 
+def test_an_adapter_that_computes_in_the_models_dtype_casts_no_copies():
+    """Of mixed precision."""
+    adapter = AdapterBlock(rank=2)
+    (two, shape), (three, _) = (build("llama", layers, torch.bfloat16, adapter) for layers in (2, 3))
+    counted = activations.kept(shape, 2, shape.adapter_targets, shape.adapter_rank, of_adapter=2)
+    assert kept_bytes(three.bfloat16()) - kept_bytes(two.bfloat16()) == TOKENS * counted
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_repeated_keys_and_values_are_kept_as_wide_as_queries(name: str, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU in float32."""
+    monkeypatch.setattr(packed_attention, "_repeats_heads", lambda query: True)
+    (two, shape), (three, _) = build(name, 2, torch.float32), build(name, 3, torch.float32)
+    repeated = 2 * 4 * (shape.query_width - shape.key_width)
+    assert kept_bytes(three) - kept_bytes(two) == TOKENS * (activations.kept(shape, 4) + repeated)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_a_forward_pass_without_gradient_holds_what_is_counted(name: str):
     module, shape = build(name, 2, torch.float32)

@@ -254,3 +254,14 @@ def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypa
     assert np.abs(trainer.logprobs([micro_batch(5)])[0] - before).max() > 1e-3
     np.testing.assert_array_equal(trainer.reference_logprobs([micro_batch(5)])[0], before)
     assert torch.equal(parts(trainer.module.model)[0], packed)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["up_proj", "q_proj"], ["model.layers.1.mlp.up_proj"]], ids=str)
+def test_an_adapters_config_names_layers_by_their_ends_where_it_may(tiny_model_dir: Path, tmp_path: Path, targets: Any):
+    model = adapted(tiny_model_dir, target_modules=targets)
+    adapters.write(tmp_path, model, adapters.adapter_parameters(model).items())
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert written == (every if targets == "all-linear" else sorted(targets))
+    again = adapted(tiny_model_dir, rank=16, alpha=32, path=str(tmp_path))
+    assert adapters.adapter_parameters(again).keys() == adapters.adapter_parameters(model).keys()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import rlflow
+from rlflow.recipe import ModelBlock, TrainerBlock
 from tests.local_actors import use_local_actors
 
 TOKENS = [5, 11, 7, 3, 19, 23, 42]
@@ -77,6 +79,29 @@ def test_final_is_the_trained_model_with_its_tokenizer(final, start):
 def test_final_has_the_names_and_shapes_of_the_checkpoint_it_started_from(final, start):
     stored, before = (load_file(path / "model.safetensors") for path in (final, start))
     assert {name: tensor.shape for name, tensor in stored.items()} == {name: t.shape for name, t in before.items()}
+
+
+def test_a_rank_that_writes_nothing_holds_no_more_than_two_weights_while_it_takes_part(tmp_path):
+    import torch
+
+    from actors.policy_trainer import PolicyTrainer
+
+    alive, most = WeakSet(), 0
+
+    class Engine:
+        def full_weights(self, *, trained_only: bool):
+            nonlocal most
+            for layer in range(20):
+                # Not a local variable, which would keep it.
+                yield f"layers.{layer}", (gathered := [torch.ones(4)])[0]
+                alive.add(gathered.pop())
+                most = max(most, len(alive))
+
+    trainer = PolicyTrainer(ModelBlock(), TrainerBlock(), rank=1, world_size=2, num_threads=1, seed=0)
+    trainer.engine = Engine()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.export(tmp_path)
+    assert 1 <= most <= 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -76,6 +76,22 @@ def test_bins_are_close_to_the_bound_and_loads_are_balanced():
     assert sum(len(rank) for rank in batches) <= 1.1 * lengths.sum() / 8192 + 4
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("attention_cost", [0.0, 1 / 7780], ids=["tokens", "costs"])
+@pytest.mark.parametrize(
+    ("mean", "spread", "least", "most"), [(5.2, 0.35, 60, 500), (5.0, 0.8, 2, 4000)], ids=["like GSM8K", "lognormal"]
+)
+@pytest.mark.parametrize("number", [64, 256, 2048])
+def test_at_most_a_hundredth_of_what_is_trained_is_no_real_token(
+    number, mean, spread, least, most, attention_cost, num_ranks
+):
+    """Lengths as in benchmarks/packing.py: what ranks get, filler included, over the tokens of the samples."""
+    lengths = np.clip(np.random.default_rng(3).lognormal(mean, spread, size=number), least, most).astype(int)
+    batches = pack([sample(n) for n in lengths], max_tokens=8192, num_ranks=num_ranks, attention_cost=attention_cost)
+    trained = sum(len(batch.token_ids) for of_rank in batches for batch in of_rank)
+    assert lengths.sum() <= trained <= 1.01 * lengths.sum()
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_ranks_get_equal_costs_where_attention_makes_long_sequences_slow(num_ranks):
     lengths = np.clip(np.random.default_rng(2).lognormal(5, 0.8, size=256), 2, 4000).astype(int)

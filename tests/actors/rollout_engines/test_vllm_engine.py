@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
+from actors.rollout_engines import vllm_engine
 from actors.rollout_engines.vllm_engine import VllmEngine
 from rlflow.types import Completion, GenerationRequest, SamplingParams
 
@@ -108,6 +109,14 @@ def test_tensor_parallelism_needs_gpus(tiny_model_dir: Path) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*CPU"):
         start(tiny_model_dir, tensor_parallel_size=2)
+
+
+def test_a_vllm_for_gpus_is_refused_in_a_worker_that_reserves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match=r"set rollout\.gpus_per_worker: 1, or rollout\.engine: torch"):
+        vllm_engine._cuda_options(0.5, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert vllm_engine._cuda_options(0.5, 1)["gpu_memory_utilization"] == 0.5
 
 
 @pytest.mark.slow

@@ -87,6 +87,43 @@ def test_the_kernel_is_asked_for_the_same(window, monkeypatch):
     torch.testing.assert_close(layout.attend(q, k, v, 0.3, window), expected)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_repeated_keys_and_values_give_the_same_and_the_same_gradients(window, monkeypatch):
+    """As on a GPU, where torch's kernel that saves memory takes no fewer of them than queries."""
+    inputs = [x.requires_grad_() for x in (heads(4, 0), heads(2, 1), heads(2, 2))]
+    weight = heads(4, 3)
+    layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))
+    grouped = layout.attend(*inputs, None, window)
+    of_grouped = torch.autograd.grad((grouped * weight).sum(), inputs)
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(packed_attention, "_repeats_heads", lambda query: True)
+    repeated = layout.attend(*inputs, None, window)
+    of_repeated = torch.autograd.grad((repeated * weight).sum(), inputs)
+    assert set(seen) == {(4, 4, 4, False)}
+    for ours, theirs in zip((repeated, *of_repeated), (grouped, *of_grouped), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_float32_never_writes_out_all_pairs_of_tokens():
+    device, length = torch.device("cuda"), 4096
+    layout = PackedLayout(np.array([0, length]), device)
+    shapes = ((8, 64), (2, 64), (2, 64))
+    inputs = [torch.randn(length, *shape, device=device, requires_grad=True) for shape in shapes]
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    layout.attend(*inputs, None, None).sum().backward()
+    # All pairs of one head's tokens would be 64 MiB, those of eight heads half a GiB.
+    assert torch.cuda.max_memory_allocated(device) - before < 200 * 2**20
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -69,11 +69,11 @@ def test_the_gradient_of_packed_sequences_is_that_of_transformers_padded_batch(p
     taken = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
     padded = (taken[mask[:, 1:] == 1] * weights[wanted]).sum()
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
-    gradients = (
-        torch.autograd.grad(loss, list(model.parameters())) for loss, model in ((packed, ours), (padded, theirs))
+    one, other = (
+        torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+        for loss, model in ((packed, ours), (padded, theirs))
     )
-    for one, other in zip(*gradients, strict=True):
-        assert (one - other).norm() < 2e-6 * other.norm()
+    assert (one - other).norm() < 1e-6 * other.norm()
 
 
 def test_a_change_in_one_sequence_is_seen_by_no_other_of_a_whole_model(pair):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from actors import adapters
 from rlflow.cli.main import main
@@ -64,6 +65,75 @@ def test_without_merge_the_directory_is_copied(tiny_model_dir: Path, tmp_path: P
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         path.name: path.read_bytes() for path in (run / "final").iterdir()
     }
+
+
+def other_base(directory: Path, base: Path, **changes: Any) -> Path:
+    """A model of another size, under the name of the adapter's own: names do not tell them apart."""
+    path = directory / base.name
+    config = AutoConfig.from_pretrained(base, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "no place for model.layers.1."),
+        ({"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]}, "the adapter lacks model.layers.2."),
+        ({"intermediate_size": 80}, "size mismatch"),
+    ],
+    ids=str,
+)
+def test_an_adapter_is_merged_into_no_other_model(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict, says: str, capsys: pytest.CaptureFixture
+):
+    run = write_run(tmp_path / "run", tiny_model_dir)
+    wrong = other_base(tmp_path / "other", tiny_model_dir, **changes)
+    config = run / "final" / "adapter_config.json"
+    # The base is no longer where it was.
+    config.write_text(config.read_text().replace(str(tiny_model_dir), f"/gone/{tiny_model_dir.name}"))
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", "--base", str(wrong)]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot be merged into {wrong}: " in said
+    assert says in said
+    assert "Give the model it was trained on with --base" in said
+    assert not (tmp_path / "merged").exists()
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", "--base", str(tiny_model_dir)]) == 0
+
+
+def test_a_base_of_another_name_is_refused_before_anything_is_loaded(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = write_run(tmp_path / "run", tiny_model_dir)
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", "--base", "org/else"]) == 2
+    assert f"is an adapter of {tiny_model_dir}, and --base is org/else. Give the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {"revision": "v2", "trust_remote_code": False}),
+        (["--trust-remote-code"], {"revision": "v2", "trust_remote_code": True}),
+        (["--base", "other/base"], {"trust_remote_code": False}),
+    ],
+    ids=str,
+)
+def test_the_base_is_of_the_revision_it_was_trained_on(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], options: dict
+):
+    run = write_run(tmp_path / "run", tiny_model_dir)
+    config = run / "final" / "adapter_config.json"
+    given = {"base_model_name_or_path": "org/base", "revision": "v2"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | given))
+    asked = {}
+
+    def load(auto_class: Any, path: str, **options: Any) -> Any:
+        asked.update(options, path=path)
+        return auto_class.from_pretrained(tiny_model_dir)
+
+    monkeypatch.setattr("actors.pretrained.load_whole", load)
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", *arguments]) == 0
+    assert asked == {"path": arguments[1] if "--base" in arguments else "org/base", "dtype": "auto", **options}
 
 
 def test_what_cannot_be_exported_says_what_to_do(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

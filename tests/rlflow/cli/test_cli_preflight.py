@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rlflow.cli import preflight, run
 from rlflow.cli.preflight import load_checked
+from rlflow.machine import Machine
 from rlflow.recipe import RecipeError
 
 RECIPE = """\
@@ -186,3 +188,48 @@ def test_losses_on_routers_go_with_experts_and_with_models_of_which_nothing_is_k
     (recipe_file.parent / "model" / "config.json").write_text('{"num_local_experts": 8}')
     assert load_checked(recipe_file, ["model.router.balance_coef=0.1"])
     assert load_checked(recipe_file, ["model.router.balance_coef=0.1", "model.path=org/model"])
+
+
+FOUR_BITS = ["model.adapter={quantize: nf4}", "rollout={engine: torch, gpus_per_worker: 0.5}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "says"),
+    [
+        ([], ["trainer.gpus_per_worker"], "asks for GPUs, and there are none here: set 0, or set RAY_ADDRESS"),
+        (FOUR_BITS, ["model.adapter.quantize"], "nf4 needs a GPU, and there is none here: set quantize: none"),
+        (
+            ["reward_server.gpus_per_worker=1", "reference.gpus_per_worker=1"],
+            ["trainer.gpus_per_worker", "reward_server.gpus_per_worker", "reference.gpus_per_worker"],
+            "asks for GPUs",
+        ),
+        (
+            ["trainer.gpus_per_worker=0", "algorithm={name: ppo, critic: {gpus_per_worker: 1}}"],
+            ["algorithm.critic.gpus_per_worker"],
+            "asks for GPUs",
+        ),
+    ],
+)
+def test_gpus_that_a_run_on_this_machine_would_wait_for_are_missed_at_once(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], keys: list[str], says: str
+):
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(cpus=1, memory=1, gpus=0))
+    given = ["trainer.gpus_per_worker=1", *overrides]
+    with pytest.raises(RecipeError) as raised:
+        load_checked(recipe_file, given, alone=True)
+    assert [problem.key for problem in raised.value.problems] == keys
+    assert all(says in str(problem) for problem in raised.value.problems)
+    # A cluster may have them, as may another machine, of which `rlflow plan` says what it needs.
+    assert load_checked(recipe_file, given)
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(cpus=1, memory=1, gpus=1))
+    assert load_checked(recipe_file, given, alone=True)
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+def test_a_run_that_joins_a_cluster_may_ask_for_gpus(monkeypatch: pytest.MonkeyPatch, address: str):
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(run, "load_checked", lambda path, overrides, alone: asked.append(alone))
+    monkeypatch.setattr(run, "run", lambda recipes, resume, seconds_before: None)
+    run.execute(run.make_parser().parse_args(["recipe.yaml"]))
+    assert asked == [not address]

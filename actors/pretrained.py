@@ -1,0 +1,62 @@
+"""Models of checkpoints, and of whole checkpoints alone: transformers fills what is missing with random numbers, leaves
+out what it has no place for, and says both in its log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained``.
+
+    Args:
+        new: A module that the checkpoint may lack: it starts from random weights.
+
+    Raises:
+        ValueError: The checkpoint has not the weights of the model that its config.json describes; with a remedy.
+    """
+    loaded: Any = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, loading = loaded
+    missing = [name for name in loading["missing_keys"] if new is None or not name.startswith(f"{new}.")]
+    problems = []
+    if missing:
+        problems.append(f"it lacks {_named(missing)}")
+    if unused := [name for name in loading["unexpected_keys"] if _belongs(name, model)]:
+        problems.append(f"it has {_named(unused)}, which that leaves out")
+    for name, stored, wanted in sorted(loading["mismatched_keys"])[:1]:
+        problems.append(f"its {name} has shape {list(stored)}, and config.json says {list(wanted)}")
+    if problems:
+        raise ValueError(
+            f"{path} is no {type(model).__name__}: {'; '.join(problems)}. Name a model whose weights are those of its "
+            "config.json, or fetch it again"
+        )
+    return model
+
+
+def _belongs(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight that the model has no place for is one of what it computes: a bias of its linear layers, a norm
+    within its decoder layers. Heads, vision towers and layers beyond its own are not, nor are buffers."""
+    prefix = model.base_model_prefix
+    # Names are those of the file, which may be of the model without its head.
+    return any(_is_part(candidate, model) for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
+
+
+def _is_part(name: str, model: nn.Module) -> bool:
+    module, path = model, name.split(".")
+    for depth, part in enumerate(path[:-1]):
+        child = module._modules.get(part)
+        if child is None:
+            # Within a layer, whose name has a number.
+            return path[-1] in ("weight", "bias") and any(step.isdigit() for step in path[:depth])
+        module = child
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _named(names: Iterable[str], shown: int = 3) -> str:
+    ordered: Sequence[str] = sorted(names)
+    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return ", ".join(ordered[:shown]) + more

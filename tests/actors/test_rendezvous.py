@@ -1,0 +1,24 @@
+"""Where ranks meet: at an address that other nodes can reach."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import ray
+
+from actors.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def name_is_of_this_machine_only(monkeypatch: pytest.MonkeyPatch):
+    """As Debian's /etc/hosts has it."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+
+
+@pytest.mark.parametrize(("in_ray", "host"), [(True, "10.1.2.3"), (False, "127.0.1.1")])
+def test_ranks_meet_at_the_address_by_which_ray_knows_their_node(monkeypatch, in_ray, host):
+    monkeypatch.setattr(ray, "is_initialized", lambda: in_ray)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    address, _, port = Trainer.rendezvous(object.__new__(Trainer)).rpartition(":")
+    assert (address, 0 < int(port) < 2**16) == (host, True)

@@ -1,0 +1,60 @@
+"""What an actor's process is told of the machine that it runs on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from rlflow.placement import _constructor, environment
+from rlflow.plan import Role, roles
+from rlflow.recipe import load_recipe
+
+
+@pytest.mark.parametrize("name", ["trainer", "critic", "rollout", "rewards", "reference"])
+def test_a_role_that_reserves_no_gpu_sees_none(name):
+    assert environment(Role(name, workers=1, cpus=1.0, gpus=0.0), has_gpus=True)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("name", ["trainer", "rollout"])
+def test_which_gpus_a_role_sees_is_left_to_ray_where_it_reserves_some(name):
+    assert environment(Role(name, workers=1, cpus=1.0, gpus=0.5), has_gpus=True) == {}
+
+
+def test_nothing_is_hidden_where_there_are_no_gpus():
+    assert environment(Role("rollout", workers=1, cpus=1.0, gpus=0.0), has_gpus=False) == {}
+
+
+@pytest.mark.ray
+def test_an_actor_without_a_gpu_has_an_empty_list_of_them_and_so_have_its_children(ray_session):
+    import ray
+
+    def seen() -> list[str]:
+        child = os.popen("echo [$CUDA_VISIBLE_DEVICES]").read().strip()
+        return [os.environ["CUDA_VISIBLE_DEVICES"], child]
+
+    variables = environment(Role("rollout", workers=1, cpus=1.0, gpus=0.0), has_gpus=True)
+    task = ray.remote(seen).options(num_gpus=0, runtime_env={"env_vars": variables})
+    assert ray.get(task.remote(), timeout=60) == ["", "[]"]
+
+
+RECIPE = """
+algorithm: {name: ppo, critic: {path: org/critic}, kl: {coef: 0.1}}
+run: {output_dir: run, steps: 1}
+data: {train: {path: rows.jsonl}}
+rewards: [{name: math_accuracy}]
+model: {path: org/policy, dtype: bfloat16}
+reference: {path: org/reference}
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_recipe_that_trusts_its_models_code_trusts_that_of_critic_and_reference(tmp_path, trusted):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (recipe,) = load_recipe(tmp_path / "recipe.yaml", {"model.trust_remote_code": trusted})
+    arguments = {
+        role.name: _constructor(role, 0, recipe, recipe.model, tmp_path, max_model_len=8)[1] for role in roles(recipe)
+    }
+    for role, path in {"trainer": "org/policy", "critic": "org/critic", "reference": "org/reference"}.items():
+        block = arguments[role]["model"]
+        assert (block.path, block.dtype, block.trust_remote_code) == (path, "bfloat16", trusted)
