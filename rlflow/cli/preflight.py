@@ -158,7 +158,8 @@ def _in_router(recipe: Recipe) -> Found:
 def _in_gpus(recipe: Recipe) -> Found:
     """Of this machine. An adapter in 4 bits is named alone: other keys cannot be 0 before it is gone."""
     asking = [role for role in roles(recipe) if role.gpus]
-    if not asking or this_machine().gpus:
+    # What /dev/kfd stands for, AMD's GPUs, is not counted here: Ray will.
+    if not asking or this_machine().gpus or Path("/dev/kfd").exists():
         return
     remedy = "or set RAY_ADDRESS to join a cluster that has some"
     adapter = recipe.model.adapter

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,30 @@ def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRec
     document = _read_with_bases(path, problems, ())
     changes = parse_overrides(overrides, problems)
     located: list[LocatedRecipe] = []
+    found: dict[str | None, list[Problem]] = {}
     starts_from: dict[str, Any] = {}
     for stage in _split_stages(document, changes, problems):
         resolved = _resolve(stage, path, starts_from)
         if _block(resolved.data, "algorithm").get("name") != "reward_model":
             starts_from = _left_by(resolved.data)
-        recipe = validate(resolved, problems)
+        recipe = validate(resolved, found.setdefault(stage.name, []))
         if recipe is not None:
             located.append(LocatedRecipe(recipe, resolved))
+    problems += _of_stages(found)
     if problems:
         raise RecipeError(problems)
     return located
+
+
+def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> Iterator[Problem]:
+    """Where an override suits one stage and not another, the problem says how to set it in one."""
+    for stage, problems in found.items():
+        for problem in problems:
+            if problem.line is not None or all(problem in of_other for of_other in found.values()):
+                yield problem
+            else:
+                hint = f"(in stage {stage}; stages.<name>.{problem.key} is of one stage)"
+                yield replace(problem, message=f"{problem.message} {hint}")
 
 
 def dump_recipe(recipe: Recipe) -> str:

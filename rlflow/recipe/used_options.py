@@ -130,6 +130,9 @@ def unused_options(algorithm: AlgorithmBlock) -> Iterator[Conflict]:
         default = ALGORITHMS[name].value(option, neutral)
         if value in (default, neutral) or has_effect(algorithm, option):
             continue
+        # A coefficient of 0 that is to adapt is no ablation: it stays 0.
+        if option != "kl.target" and any(_is_switched_off(algorithm, when) for when in uses):
+            continue
         without = f"has no effect without {needed(name, option)}"
         why = without if can_have_effect(name, option) else f"{name} has no use for it"
         deciding = ("name" if when.key == OBJECTIVE else when.key for when in uses)
@@ -141,6 +144,15 @@ def _holds(algorithm: AlgorithmBlock, when: When) -> bool:
         return ALGORITHMS[algorithm.name].objective in when.values
     value, _ = _value_and_default(algorithm, when.key)
     return (value in when.values if when.values else bool(value)) and has_effect(algorithm, when.key)
+
+
+def _is_switched_off(algorithm: AlgorithmBlock, when: When) -> bool:
+    """Somebody set what decides to nothing, as for an ablation: what hangs on it may stay."""
+    if when.key == OBJECTIVE or not has_effect(algorithm, when.key):
+        return False
+    *blocks, field = when.key.split(".")
+    block = reduce(getattr, blocks, algorithm)
+    return field in block.model_fields_set and getattr(block, field) in (0, False, None, "none")
 
 
 def _value_and_default(algorithm: AlgorithmBlock, option: str) -> tuple[Any, Any]:

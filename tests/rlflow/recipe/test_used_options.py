@@ -138,6 +138,18 @@ def test_what_a_row_sets_by_itself_may_lose_its_effect(tmp_path: Path):
     assert load_recipe(write(tmp_path / "recipe.yaml", "gspo, loss: {kind: sapo}"))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "override"),
+    [
+        ("grpo, kl: {estimator: k1, placement: reward}", "algorithm.kl.coef=0"),
+        ("dapo, groups: {max_resamples: 5}", "algorithm.groups.require_signal=false"),
+        ("grpo, correction: {mode: mask, level: sequence, low: 0.1, high: 3.0}", "algorithm.correction.mode=none"),
+    ],
+)
+def test_what_is_switched_off_on_purpose_may_keep_its_options(algorithm: str, override: str, tmp_path: Path):
+    assert load_recipe(write(tmp_path / "recipe.yaml", algorithm), [override])
+
+
 def test_an_option_of_an_extended_recipe_is_reported_where_it_stands(tmp_path: Path):
     base = write(tmp_path / "base.yaml", "grpo, kl: {estimator: k1}")
     child = tmp_path / "child.yaml"
@@ -154,7 +166,10 @@ def test_an_option_for_all_stages_is_refused_in_one_that_has_no_use_for_it(tmp_p
     path.write_text(path.read_text() + "stages: [{name: a, algorithm: {name: sft}, rewards: []}, {name: b}]\n")
     assert [recipe.algorithm.kl.coef for recipe in load_recipe(path)] == [0.0, 0.1]
     (problem,) = problems_of(path, "algorithm.kl.coef=0.2")
-    assert problem == "command line: algorithm.kl.coef: sft has no use for it: remove it, or set it to 0.0"
+    assert problem == (
+        "command line: algorithm.kl.coef: sft has no use for it: remove it, or set it to 0.0 "
+        "(in stage a; stages.<name>.algorithm.kl.coef is of one stage)"
+    )
     assert load_recipe(path, ["stages.b.algorithm.kl.coef=0.2"])[1].algorithm.kl.coef == 0.2
 
 
