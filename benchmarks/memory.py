@@ -57,6 +57,10 @@ class Case:
     ranks: int = 1
 
 
+def zero(stage: int) -> tuple[str, ...]:
+    return "trainer.engine=deepspeed", f"trainer.deepspeed.stage={stage}"
+
+
 CHECKPOINTING = "trainer.gradient_checkpointing=true"
 LORA = "model.adapter={kind: lora, rank: 16}"
 SHORT = ("data.max_prompt_tokens=448", "rollout.max_new_tokens=64", "rollout.max_num_seqs=16")
@@ -66,6 +70,11 @@ CASES = {
     "smollm2-lora": Case("trainer", "smollm2", 2048, (LORA,)),
     "smollm2-bfloat16": Case("trainer", "smollm2", 1024, ("model.dtype=bfloat16",)),
     "smollm2-2-ranks": Case("trainer", "smollm2", 1024, (CHECKPOINTING,), ranks=2),
+    "smollm2-mixed-2-ranks": Case("trainer", "smollm2", 1024, ("trainer.fsdp.mixed_precision=true",), ranks=2),
+    "smollm2-kept-2-ranks": Case("trainer", "smollm2", 1024, ("trainer.fsdp.reshard_after_forward=false",), ranks=2),
+    "smollm2-zero-1-bfloat16": Case("trainer", "smollm2", 1024, (*zero(1), "model.dtype=bfloat16")),
+    "smollm2-zero-2": Case("trainer", "smollm2", 1024, zero(2)),
+    "smollm2-zero-3-2-ranks": Case("trainer", "smollm2", 1024, zero(3), ranks=2),
     "qwen3": Case("trainer", "qwen3", 2048),
     "qwen3-checkpointing": Case("trainer", "qwen3", 2048, (CHECKPOINTING,)),
     "gpt2": Case("trainer", "gpt2", 2048),
