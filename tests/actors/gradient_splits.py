@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 """Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers."""
 ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
-NUM_SAMPLES = {"full": 10, "lone": 4}
+NUM_SAMPLES = {"full": 10, "odd": 9, "lone": 4}
 """Of a batch. Of a lone one only the first has loss tokens, or the first two are its only pair: of two or three ranks
 all but one have no loss token at all."""
 MAX_TOKENS = {"full": (16, 48, 4096), "lone": (16, 4096)}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gradient_splits import NUM_SAMPLES, OBJECTIVES, SPLITS, WHOLE, Case, cases_of
+from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS, WHOLE, Case, cases_of
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def directory(tiny_model_dir, tiny_moe_dir, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("batch", NUM_SAMPLES)
+@pytest.mark.parametrize("batch", MAX_TOKENS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, name, batch):
     whole = load_file(directory / Case(name, batch, *WHOLE).file)

@@ -134,7 +134,7 @@ def rank_main(rank: int, world_size: int, address: str, models: Path, output: Pa
     for name, setting in SETTINGS.items():
         start = AutoModelForCausalLM.from_pretrained(models / setting.model)
         # Nine, so that with four ranks the groups have unlike numbers of samples.
-        samples, denominators, _ = batch_of("grpo", start, num_samples=9)
+        samples, denominators, _ = batch_of("grpo", "odd", start)
         for share in [share for ranks, share in (*setting.splits, (1, 1)) if ranks == world_size]:
             trainer = trainer_of(setting, models, rank, world_size, share)
             trainer.setup(None)
