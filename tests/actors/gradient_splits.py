@@ -49,8 +49,8 @@ ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
 NUM_SAMPLES = {"full": 10, "odd": 9, "lone": 4}
 """Of a batch. Of a lone one only the first has loss tokens, or the first two are its only pair: of two or three ranks
 all but one have no loss token at all."""
-MAX_TOKENS = {"full": (16, 48, 4096), "lone": (16, 4096)}
-"""Of a micro-batch: nearly one sequence each, a few, and all of a rank's."""
+MAX_TOKENS = {"full": (30, 4096), "lone": (16, 4096)}
+"""Of a micro-batch: one sequence or two each, and all of a rank's."""
 SPLITS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
 """Ranks, and how many of them share each micro-batch's tokens."""
 WHOLE = (1, 1, 4096)

@@ -199,10 +199,9 @@ def test_a_stage_goes_on_from_an_adapter_and_measures_from_there(run: Run):
         {},
         {"model.dtype": "bfloat16"},
         {"trainer.engine": "deepspeed", "trainer.deepspeed.stage": 3},
-        {"model.dtype": "bfloat16", "trainer.engine": "deepspeed", "trainer.deepspeed.stage": 1},
         {"model.dtype": "bfloat16", "trainer.engine": "deepspeed", "trainer.deepspeed.stage": 3},
     ],
-    ids=["fsdp", "fsdp-bfloat16", "ZeRO-3", "ZeRO-1-bfloat16", "ZeRO-3-bfloat16"],
+    ids=["fsdp", "fsdp-bfloat16", "ZeRO-3", "ZeRO-3-bfloat16"],
 )
 def test_two_ranks_train_the_adapter_that_one_trains(run_in_actors: Run, engine: dict[str, Any]):
     given = {"model.adapter.kind": "dora", "model.adapter.lora_plus_ratio": 4.0, **engine}

@@ -137,9 +137,11 @@ def test_checkpoints_of_another_model_are_refused_before_anything_starts(local, 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["dpo", "kto", "reward_model"])
-def test_two_ranks_learn_what_one_learns(ray_session, run_offline, name):
+def test_two_ranks_learn_what_one_learns(ray_session, run_offline, monkeypatch, name):
     rows = judged() if name == "kto" else pairs()
-    one = metrics_of(run_offline(name, rows, "one"))
+    with monkeypatch.context() as here:
+        use_local_actors(here)
+        one = metrics_of(run_offline(name, rows, "one"))
     two = metrics_of(run_offline(name, rows, "two", **{"trainer.workers": 2}))
     for a, b in zip(one, two, strict=True):
         for key in a:
@@ -244,8 +246,10 @@ def test_the_critic_alone_learns_while_it_warms_up(local, run_ppo, tiny_model_di
 
 
 @pytest.mark.ray
-def test_two_critic_ranks_learn_what_one_learns(ray_session, run_ppo):
-    one = metrics_of(run_ppo("one", **{"run.steps": 2}))[1:]
+def test_two_critic_ranks_learn_what_one_learns(ray_session, run_ppo, monkeypatch):
+    with monkeypatch.context() as here:
+        use_local_actors(here)
+        one = metrics_of(run_ppo("one", **{"run.steps": 2}))[1:]
     two = metrics_of(run_ppo("two", **{"run.steps": 2, "algorithm.critic.workers": 2}))[1:]
     for a, b in zip(one, two, strict=True):
         for key in ("loss/value", "value/squared_error", "critic/grad_norm", "trainer/grad_norm"):
