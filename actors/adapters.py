@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actors.pretrained import load_whole
+from rlflow.actors.pretrained import load_whole
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
 

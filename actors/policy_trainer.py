@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.trainer import Objective, Trainer
+from rlflow.actors.trainer import Objective, Trainer
 from rlflow.recipe import ALGORITHMS, AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
-    from actors.train_engines.token_model import Entropies
+    from rlflow.actors.train_engines.token_model import Entropies
     from rlflow.algorithms.batch import TensorBatch
 
 
 class PolicyTrainer(Trainer):
     def load_module(self) -> Any:
-        from actors.train_engines.token_model import load_token_model
+        from rlflow.actors.train_engines.token_model import load_token_model
 
         return load_token_model(
             self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
@@ -46,13 +46,13 @@ class PolicyTrainer(Trainer):
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probabilities of the loss tokens under the current policy, float32 [N] for each micro-batch."""
-        from actors.train_engines.token_model import score
+        from rlflow.actors.train_engines.token_model import score
 
         return score(self.module, micro_batches, self.device, temperature)
 
     def reference_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
         """As ``logprobs``, of what an adapter's training started from: a ReferenceModel's numbers without its copy."""
-        from actors.adapters import as_reference
+        from rlflow.actors.adapters import as_reference
 
         with as_reference(self.module.model):
             return self.logprobs(micro_batches, temperature)

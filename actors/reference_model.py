@@ -15,7 +15,7 @@ class ReferenceModel:
     def __init__(self, model: ModelBlock, *, gpus: float, num_threads: int, seed: int) -> None:
         import torch
 
-        from actors.train_engines.token_model import load_token_model
+        from rlflow.actors.train_engines.token_model import load_token_model
 
         started = time.perf_counter()
         torch.set_num_threads(num_threads)
@@ -29,6 +29,6 @@ class ReferenceModel:
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probabilities of the loss tokens, float32 [N] for each micro-batch."""
-        from actors.train_engines.token_model import score
+        from rlflow.actors.train_engines.token_model import score
 
         return score(self.module, micro_batches, self.device, temperature)

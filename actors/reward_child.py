@@ -1,4 +1,4 @@
-"""The process in which reward functions run: ``python -m actors.reward_child <socket fd>``, started by RewardProcess.
+"""The process in which reward functions run, started by RewardProcess: ``python -m rlflow.actors.reward_child <fd>``.
 
 It reads a set-up, loads the functions, says that it is ready, then answers one call at a time on its main thread
 (math-verify keeps its time with SIGALRM). It talks over its own socket: standard output belongs to the functions.
@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.reward_wire import Request, Setup, frame, read_frame
-from rewards import RewardError, RewardFunction, load
+from rlflow.actors.reward_wire import Request, Setup, frame, read_frame
+from rlflow.rewards import RewardError, RewardFunction, load
 
 MAX_MESSAGE = 500
 PR_SET_PDEATHSIG = 1

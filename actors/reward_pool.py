@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from actors.reward_process import RewardProcess
-from rewards import RewardError
+from rlflow.actors.reward_process import RewardProcess
+from rlflow.rewards import RewardError
 
 START_TIMEOUT_S = 120.0
 """A child that has not loaded its functions by then is an error."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.reward_wire import frame, take_frames
+from rlflow.actors.reward_wire import frame, take_frames
 
 SECRET_NAME = re.compile(r"_KEY$|_TOKEN$|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"://[^/@\s]+@")
@@ -25,13 +25,13 @@ REAP_TIMEOUT_S = 5.0
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns an environment without secrets (by name, or a URL with a password) in which `rewards` can be imported."""
+    """Returns an environment without secrets (by name, or a URL with a password) in which `rlflow` can be imported."""
     kept = {
         name: value
         for name, value in environment.items()
         if not SECRET_NAME.search(name) and not SECRET_VALUE.search(value)
     }
-    packages = str(Path(__file__).resolve().parent.parent)
+    packages = str(Path(__file__).absolute().parents[2])
     inherited = kept["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in kept else []
     return kept | {"PYTHONPATH": os.pathsep.join([packages, *inherited]), "OMP_NUM_THREADS": "1"}
 
@@ -47,7 +47,7 @@ class RewardProcess:
         self._log, log_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "actors.reward_child", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "rlflow.actors.reward_child", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log_end,
                 stderr=log_end,

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from actors.reward_pool import START_TIMEOUT_S, Answer, Call, RewardPool
-from actors.reward_wire import Request, Setup
-from rewards import RewardError
+from rlflow.actors.reward_pool import START_TIMEOUT_S, Answer, Call, RewardPool
+from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
+from rlflow.rewards import RewardError
 from rlflow.types import Prompt, RolloutBatch, ScoreBatch
 
 MAX_ERRORS = 8

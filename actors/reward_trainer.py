@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from actors.trainer import Objective, Trainer
+from rlflow.actors.trainer import Objective, Trainer
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class RewardTrainer(Trainer):
     def load_module(self) -> Any:
-        from actors.train_engines.scalar_model import load_scalar_model
+        from rlflow.actors.train_engines.scalar_model import load_scalar_model
 
         module = load_scalar_model(
             self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from actors.weight_sync import WeightSnapshot
+    from rlflow.actors.weight_sync import WeightSnapshot
 
 
 class RolloutEngine(Protocol):
@@ -67,7 +67,7 @@ class RolloutWorker:
 
     def load_weights(self, snapshot: WeightSnapshot) -> float:
         """Takes new weights. Returns seconds."""
-        from actors.weight_sync import unpack_weights
+        from rlflow.actors.weight_sync import unpack_weights
 
         started = time.perf_counter()
         self.engine.load_weights(unpack_weights(snapshot))
@@ -119,7 +119,7 @@ def _make_engine(
         "adapted": None if model.adapter is None else model,
     }
     if name == "vllm":
-        from actors.rollout_engines.vllm_engine import VllmEngine
+        from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 
         return VllmEngine(
             model.path,
@@ -134,7 +134,7 @@ def _make_engine(
         )
     import torch
 
-    from actors.rollout_engines.torch_engine import TorchEngine
+    from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 
     torch.set_num_threads(num_threads)
     return TorchEngine(model.path, **common)

@@ -19,7 +19,7 @@ from rlflow.types import Denominators, MicroBatch
 if TYPE_CHECKING:
     import torch
 
-    from actors.weight_sync import WeightSnapshot
+    from rlflow.actors.weight_sync import WeightSnapshot
     from rlflow.algorithms.batch import TensorBatch
     from rlflow.memory import ModelShape
 
@@ -79,10 +79,10 @@ class Trainer:
         """
         import torch
 
-        from actors.host_memory import keep_freed_memory
-        from actors.train_engines.engine import init_process_group, make_engine
-        from actors.train_engines.routers import find_routers
-        from actors.train_engines.sequence_parallel import share_tokens
+        from rlflow.actors.host_memory import keep_freed_memory
+        from rlflow.actors.train_engines.engine import init_process_group, make_engine
+        from rlflow.actors.train_engines.routers import find_routers
+        from rlflow.actors.train_engines.sequence_parallel import share_tokens
 
         started = time.perf_counter()
         torch.set_num_threads(self.num_threads)
@@ -154,9 +154,9 @@ class Trainer:
 
     def weights(self, version: int) -> WeightSnapshot | None:
         """All ranks take part; rank 0 returns the snapshot: of an adapter alone where there is one."""
-        from actors.checkpoint_names import to_checkpoint
-        from actors.host_memory import release_freed_memory
-        from actors.weight_sync import pack_weights
+        from rlflow.actors.checkpoint_names import to_checkpoint
+        from rlflow.actors.host_memory import release_freed_memory
+        from rlflow.actors.weight_sync import pack_weights
 
         if not self.is_small:
             # Others may need it now, and a snapshot is too large for what lies between.
@@ -178,7 +178,7 @@ class Trainer:
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the rest of ``final/``."""
-        from actors.model_files import save_generation_config, save_model
+        from rlflow.actors.model_files import save_generation_config, save_model
 
         # Whole tensors one by one: only rank 0 keeps them, in its host's memory.
         weights = {
@@ -190,7 +190,7 @@ class Trainer:
             return
         model = self.module.model
         if self.block.adapter is not None:
-            from actors import adapters
+            from rlflow.actors import adapters
 
             adapters.write(directory, model, weights.items())
             save_generation_config(model, directory)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.trainer import Objective, Trainer
+from rlflow.actors.trainer import Objective, Trainer
 from rlflow.recipe import AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch
 
@@ -19,7 +19,7 @@ class ValueTrainer(Trainer):
     moe_prefix = "critic_"
 
     def load_module(self) -> Any:
-        from actors.train_engines.scalar_model import load_scalar_model
+        from rlflow.actors.train_engines.scalar_model import load_scalar_model
 
         return load_scalar_model(
             self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.host_memory import allocator_environment
+from rlflow.actors.host_memory import allocator_environment
 from rlflow.recipe import ModelBlock
 
 SEQUENCES, LENGTH, LAYERS = 16, 512, 4
@@ -32,7 +32,7 @@ def whole(model_dir: str, token_ids: np.ndarray) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from actors.train_engines.token_model import recompute_layers
+    from rlflow.actors.train_engines.token_model import recompute_layers
 
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     recompute_layers(model)
@@ -44,8 +44,8 @@ def chunks(model_dir: str, token_ids: np.ndarray) -> tuple[Any, Any]:
     """rlflow's. Returns the model and what makes its loss."""
     import torch
 
-    from actors.train_engines.packed_attention import PackedLayout
-    from actors.train_engines.token_model import load_token_model
+    from rlflow.actors.train_engines.packed_attention import PackedLayout
+    from rlflow.actors.train_engines.token_model import load_token_model
 
     cpu = torch.device("cpu")
     model = load_token_model(ModelBlock(path=model_dir), seed=0, device=cpu, checkpointing=True)

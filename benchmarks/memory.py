@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.host_memory import allocator_environment
+from rlflow.actors.host_memory import allocator_environment
 from rlflow.plan import make_plans
 from rlflow.recipe import Recipe, load_recipe
 from rlflow.types import Denominators, GenerationRequest, MicroBatch, Sample, SamplingParams
@@ -130,7 +130,7 @@ def batch_of(recipe: Recipe, sequences: int) -> MicroBatch:
 
 def train(recipe: Recipe, rank: int, address: str | None, peaks: Peaks) -> None:
     """Two steps: a short one makes the moments; in the other gradients are there when the largest micro-batch comes."""
-    from actors.policy_trainer import PolicyTrainer
+    from rlflow.actors.policy_trainer import PolicyTrainer
 
     world = {"rank": rank, "world_size": recipe.trainer.workers}
     trainer = PolicyTrainer(recipe.model, recipe.trainer, num_threads=1, seed=0, **world)
@@ -148,7 +148,7 @@ def train(recipe: Recipe, rank: int, address: str | None, peaks: Peaks) -> None:
 
 
 def refer(recipe: Recipe, peaks: Peaks) -> None:
-    from actors.reference_model import ReferenceModel
+    from rlflow.actors.reference_model import ReferenceModel
 
     model = ReferenceModel(recipe.model, gpus=0, num_threads=1, seed=0)
     peaks.mark("loading")
@@ -161,8 +161,8 @@ def generate(recipe: Recipe, peaks: Peaks) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from actors.rollout_worker import RolloutWorker
-    from actors.weight_sync import pack_weights
+    from rlflow.actors.rollout_worker import RolloutWorker
+    from rlflow.actors.weight_sync import pack_weights
 
     worker = RolloutWorker(
         recipe.model,

@@ -34,7 +34,7 @@ from unittest.mock import patch
 import yaml
 from sft_variants import BASE, VARIANTS, Report, Settings, log_of, run_rank
 
-from actors.host_memory import allocator_environment
+from rlflow.actors.host_memory import allocator_environment
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 600.0

@@ -111,8 +111,8 @@ def log_of(settings: Settings, name: str, rank: int) -> str:
 
 
 def train_rlflow(connection: Connection, name: str, settings: Settings, rank: int, address: str | None) -> None:
-    from actors.policy_trainer import PolicyTrainer
-    from actors.train_engines import token_model
+    from rlflow.actors.policy_trainer import PolicyTrainer
+    from rlflow.actors.train_engines import token_model
     from rlflow.batching import num_real_tokens, pack
     from rlflow.driver.assemble import weigh
     from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock

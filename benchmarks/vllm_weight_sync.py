@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.rollout_engines import vllm_engine
+from rlflow.actors.rollout_engines import vllm_engine
 from rlflow.types import GenerationRequest, SamplingParams
 
 STRATEGIES = {

@@ -7,6 +7,6 @@ lists; None abstains. It may be a coroutine function. Nothing here imports a rew
 
 from __future__ import annotations
 
-from rewards.resolving import REWARDS, RewardError, RewardFunction, load, resolve
+from rlflow.rewards.resolving import REWARDS, RewardError, RewardFunction, load, resolve
 
 __all__ = ["REWARDS", "RewardError", "RewardFunction", "load", "resolve"]

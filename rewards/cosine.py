@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.math_accuracy import math_accuracy
+from rlflow.rewards.math_accuracy import math_accuracy
 
 
 def cosine(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answers import last_boxed
+from rlflow.rewards.answers import last_boxed
 
 THINK_ANSWER = r"<think>.*?</think>\s*<answer>.*?</answer>"
 REACT = r"<think>.*?</think>\s*Action:.*?Action Input:.*?"

@@ -12,7 +12,7 @@ import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
-from rewards.answers import final_answer
+from rlflow.rewards.answers import final_answer
 
 MAX_ANSWER_CHARACTERS = 400
 MAX_NESTING = 40
@@ -38,8 +38,8 @@ def math_accuracy(
 ) -> list[float | None]:
     r"""1 where the final answer equals the reference, 0 where it does not, None where the reference is no mathematics.
 
-    What counts as a final answer is in `rewards.answers.final_answer`. Must run on the main thread of its process:
-    math-verify keeps its time with SIGALRM.
+    What counts as a final answer is in `rlflow.rewards.answers.final_answer`. Must run on the main thread of its
+    process: math-verify keeps its time with SIGALRM.
 
     Args:
         solution: References: a bare answer (``\frac{1}{3}``, ``1,234``), or a worked solution that ends in

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from rlflow.recipe import RewardBlock
 
 REWARDS = {
-    "math_accuracy": "rewards.math_accuracy:math_accuracy",
-    "exact_match": "rewards.exact_match:exact_match",
-    "last_number": "rewards.last_number:last_number",
-    "format": "rewards.formats:pattern_format",
-    "react_format": "rewards.formats:react_format",
-    "answer_format": "rewards.formats:answer_format",
-    "boxed_format": "rewards.formats:boxed_format",
-    "cosine": "rewards.cosine:cosine",
-    "repetition": "rewards.lengths:repetition",
-    "soft_overlong": "rewards.lengths:soft_overlong",
-    "reward_model": "rewards.reward_model:RewardModel",
+    "math_accuracy": "rlflow.rewards.math_accuracy:math_accuracy",
+    "exact_match": "rlflow.rewards.exact_match:exact_match",
+    "last_number": "rlflow.rewards.last_number:last_number",
+    "format": "rlflow.rewards.formats:pattern_format",
+    "react_format": "rlflow.rewards.formats:react_format",
+    "answer_format": "rlflow.rewards.formats:answer_format",
+    "boxed_format": "rlflow.rewards.formats:boxed_format",
+    "cosine": "rlflow.rewards.cosine:cosine",
+    "repetition": "rlflow.rewards.lengths:repetition",
+    "soft_overlong": "rlflow.rewards.lengths:soft_overlong",
+    "reward_model": "rlflow.rewards.reward_model:RewardModel",
 }
 """Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rewards.resolving import RewardError
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.memory import count_stored
 from rlflow.recipe import ModelBlock
+from rlflow.rewards.resolving import RewardError
 from rlflow.types import Message
 
 LIBRARIES_BYTES = 1 << 29
@@ -123,7 +123,7 @@ def _load_model(path: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from actors.pretrained import load_whole
+    from rlflow.actors.pretrained import load_whole
 
     try:
         config = AutoConfig.from_pretrained(path)

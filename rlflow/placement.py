@@ -18,15 +18,15 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.actor_group import ActorGroup, Pending
-from actors.host_memory import allocator_environment
-from actors.policy_trainer import PolicyTrainer
-from actors.reference_model import ReferenceModel
-from actors.reward_server import RewardServer
-from actors.reward_trainer import RewardTrainer
-from actors.rollout_worker import RolloutWorker
-from actors.trainer import Trainer
-from actors.value_trainer import ValueTrainer
+from rlflow.actors.actor_group import ActorGroup, Pending
+from rlflow.actors.host_memory import allocator_environment
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.reward_trainer import RewardTrainer
+from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.trainer import Trainer
+from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.driver.errors import RunError
 from rlflow.plan import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.reference_model import ReferenceModel
-from actors.reward_server import RewardServer
-from actors.rollout_worker import RolloutWorker
-from actors.trainer import Trainer
 from rlflow import placement
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.trainer import Trainer
 from rlflow.placement import Actors
 from rlflow.plan import roles
 from rlflow.recipe import ModelBlock, Recipe

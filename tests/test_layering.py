@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rlflow", "actors", "rewards")
+"""The last two are imported through links in the first, as rlflow.actors and rlflow.rewards."""
 
 LAYERS = (
     ("rlflow.types", "rlflow.recipe"),
@@ -29,7 +31,7 @@ LAYERS = (
         "rlflow.remedies",
         "rlflow.tracking",
     ),
-    ("actors", "rewards"),
+    ("rlflow.actors", "rlflow.rewards"),
     ("rlflow.driver", "rlflow.placement"),
     ("rlflow.__main__", "rlflow.cli", "rlflow"),
 )
@@ -53,7 +55,7 @@ WITHOUT_HEAVY_IMPORTS = {
     "rlflow.types": HEAVY,
     "rlflow.driver": HEAVY - {"ray"},
     "rlflow.placement": HEAVY - {"ray"},
-    "rewards": {"ray", "vllm"},
+    "rlflow.rewards": {"ray", "vllm"},
 }
 """What importing a package's modules may not load, itself or through what it imports: it starts at once then."""
 
@@ -66,6 +68,7 @@ def module_files() -> dict[str, Path]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if package == "rlflow" else ("rlflow", *parts)
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return files
 
@@ -104,6 +107,14 @@ def test_every_module_belongs_to_a_layer_and_imports_downward_only():
             if layer_of(imported) > layer_of(module):
                 upward.append(f"{path.relative_to(ROOT)}:{line}: {module} imports {imported}, which is above it")
     assert upward == []
+
+
+def test_nothing_imports_actors_or_rewards_but_through_rlflow():
+    # A second copy of a module under another name, or a user's own folder of that name, would be imported.
+    imports = re.compile(r"^\s*(?:from|import) (?:actors|rewards)\b", re.MULTILINE)
+    folders = ("rlflow", "actors", "rewards", "tests", "benchmarks", "recipes", "requirements")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert [str(path) for path in files if imports.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_the_front_door_is_the_only_module_of_rlflow_without_a_layer_of_its_own():

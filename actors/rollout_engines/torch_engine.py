@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
-from actors.checkpoint_names import to_model
+from rlflow.actors.checkpoint_names import to_model
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
@@ -39,7 +39,7 @@ class TorchEngine:
         self.max_num_seqs = max_num_seqs
         self.is_adapted = adapted is not None
         if adapted is not None:
-            from actors import adapters
+            from rlflow.actors import adapters
 
             options: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
             self.model: Any = adapters.load_adapted(adapted, seed=0, device=self.device, **options).eval()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors import adapters
+from rlflow.actors import adapters
 from rlflow.recipe import ModelBlock
 
 if TYPE_CHECKING:

@@ -21,15 +21,15 @@ import numpy as np
 import pydantic
 import torch
 
-from actors.checkpoint_names import to_checkpoint
-from actors.rollout_engines.vllm_experts import expert_options, pack_experts
+from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.rollout_engines.vllm_experts import expert_options, pack_experts
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     import vllm
 
-    from actors.rollout_engines.vllm_adapter import VllmAdapter
+    from rlflow.actors.rollout_engines.vllm_adapter import VllmAdapter
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM samples at this temperature when it is asked for less, other than 0."""
@@ -178,7 +178,7 @@ class VllmEngine:
 
 
 def _adapter_of(block: ModelBlock) -> VllmAdapter:
-    from actors.rollout_engines.vllm_adapter import VllmAdapter
+    from rlflow.actors.rollout_engines.vllm_adapter import VllmAdapter
 
     return VllmAdapter(block)
 

@@ -23,9 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
-from actors.train_engines.optimizers import decay_groups, fresh_moments, set_learning_rate, trainable, trained_rates
-from actors.train_engines.sharded_state import Shard, shard_of
+from rlflow.actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
+from rlflow.actors.train_engines.optimizers import (
+    decay_groups,
+    fresh_moments,
+    set_learning_rate,
+    trainable,
+    trained_rates,
+)
+from rlflow.actors.train_engines.sharded_state import Shard, shard_of
 from rlflow.recipe import TrainerBlock
 
 

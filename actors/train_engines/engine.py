@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from actors.train_engines import sharded_state
-from actors.train_engines.sharded_state import Shard
+from rlflow.actors.train_engines import sharded_state
+from rlflow.actors.train_engines.sharded_state import Shard
 from rlflow.recipe import TrainerBlock
 
 
@@ -71,12 +71,12 @@ def make_engine(
         ValueError: What it needs is not installed.
     """
     if trainer.engine == "deepspeed":
-        from actors.train_engines.deepspeed_engine import DeepSpeedEngine
+        from rlflow.actors.train_engines.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(
             module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0
         )
-    from actors.train_engines.fsdp_engine import FsdpEngine
+    from rlflow.actors.train_engines.fsdp_engine import FsdpEngine
 
     return FsdpEngine(module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0)
 

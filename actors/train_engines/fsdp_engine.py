@@ -12,14 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from actors.train_engines.engine import (
+from rlflow.actors.train_engines.engine import (
     decoder_layers,
     ensure_process_group,
     load_with_random_state,
     save_with_random_state,
 )
-from actors.train_engines.optimizers import Moments, make_optimizer, trainable
-from actors.train_engines.sharded_state import Shard, shard_of
+from rlflow.actors.train_engines.optimizers import Moments, make_optimizer, trainable
+from rlflow.actors.train_engines.sharded_state import Shard, shard_of
 from rlflow.recipe import FsdpBlock, TrainerBlock
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from actors.train_engines.engine import decoder_layers
-from actors.train_engines.sharded_state import local_of, shard_of
+from rlflow.actors.train_engines.engine import decoder_layers
+from rlflow.actors.train_engines.sharded_state import local_of, shard_of
 from rlflow.recipe import OptimizerBlock
 
 Moments = dict[str, torch.Tensor]

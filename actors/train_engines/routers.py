@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.router_losses import balance_loss, one_hot_choices, z_loss
 from rlflow.recipe import RouterBlock

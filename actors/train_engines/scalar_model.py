@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from actors.pretrained import load_whole
-from actors.train_engines import packed_attention
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
-from actors.train_engines.token_model import recompute_layers
+from rlflow.actors.pretrained import load_whole
+from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
+from rlflow.actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 

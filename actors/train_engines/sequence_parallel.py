@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.recipe.token_shares import heads_problem, sharing_problem
 
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from actors.pretrained import load_whole
-from actors.train_engines import liger, packed_attention
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.sequence_parallel import SequenceRanks, layout_of
+from rlflow.actors.pretrained import load_whole
+from rlflow.actors.train_engines import liger, packed_attention
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -182,7 +182,7 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
         config = AutoConfig.from_pretrained(block.path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     elif block.adapter is not None:
-        from actors import adapters
+        from rlflow.actors import adapters
 
         model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []

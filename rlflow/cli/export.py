@@ -173,7 +173,7 @@ def _merge(source: Path, directory: Path, arguments: argparse.Namespace) -> None
     """
     import torch
 
-    from actors.model_files import save_model
+    from rlflow.actors.model_files import save_model
 
     config, options = read_config(source), {"trust_remote_code": arguments.trust_remote_code}
     path = arguments.base or base_of(config)
@@ -207,7 +207,7 @@ def _with_adapter(source: Path, base: str, **options: Any) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from actors.pretrained import load_whole
+    from rlflow.actors.pretrained import load_whole
 
     model = load_whole(AutoModelForCausalLM, base, dtype="auto", **options)
     stored = model.dtype

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlflow.cli import algorithms, export, plan, report, run, submit
 from rlflow.cli.common import EXIT_CODES, Command
@@ -30,7 +28,6 @@ FAILED, WRONG_INPUT, STOPPED = 1, 2, 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code; a failure that nobody foresaw leaves with its traceback."""
     try:
-        check_packages()
         name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
         if name not in COMMANDS:
             make_parser().parse_args([name])
@@ -67,24 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the above")
     return parser
-
-
-def check_packages() -> None:
-    """The three packages must be of one installation, or one would silently run another's code.
-
-    Raises:
-        RunError: Which directory shadows which.
-    """
-    home = Path(__file__).resolve().parents[2]
-    for name in ("actors", "rewards"):
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
-        if origin is None or origin.parents[1] != home:
-            found = origin.parent if origin is not None else "nowhere"
-            raise RunError(
-                f"rlflow is imported from {home / 'rlflow'}, {name} from {found}: rename or remove what shadows it, "
-                "or run from another directory"
-            )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards import REWARDS
-from rewards.reward_model import score_head_problem
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
@@ -24,6 +22,8 @@ from rlflow.recipe.loading import LocatedRecipe, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.overrides import Overrides
 from rlflow.recipe.problems import did_you_mean, nearest
+from rlflow.rewards import REWARDS
+from rlflow.rewards.reward_model import score_head_problem
 
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """One of them is in the config of every mixture of experts."""

@@ -40,7 +40,7 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0)
         DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
         RunError: Anything else that went wrong.
     """
-    from actors.actor_group import ActorFailure
+    from rlflow.actors.actor_group import ActorFailure
     from rlflow.driver.run import run_recipes
 
     try:

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.actor_group import ActorGroup
-from actors.policy_trainer import PolicyTrainer
-from actors.reference_model import ReferenceModel
-from actors.trainer import Trainer, combine
-from actors.value_trainer import ValueTrainer
+from rlflow.actors.actor_group import ActorGroup
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.trainer import Trainer, combine
+from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.batching import num_real_tokens, pack, unpack
 from rlflow.driver.stage import Stage
 from rlflow.types import Denominators, MicroBatch, Sample

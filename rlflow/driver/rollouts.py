@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
-from actors.reward_server import RewardServer
-from actors.rollout_worker import RolloutWorker
+from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
 from rlflow.driver.errors import RunError

@@ -21,8 +21,8 @@ from typing import Any
 
 import ray
 
-from actors.reward_server import RewardServer
-from actors.trainer import Trainer
+from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.trainer import Trainer
 from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.rollout_worker import RolloutWorker
-from actors.trainer import Trainer
 from rlflow import checkpoint
+from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.trainer import Trainer
 from rlflow.algorithms.kl_reward import adapt_kl_coef
 from rlflow.data.tokenizer import stop_token_ids, write_stop_tokens
 from rlflow.driver.clock import Clock

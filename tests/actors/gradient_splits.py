@@ -147,9 +147,9 @@ def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
 
 def trainer_of(kind: str, model: Path, router: RouterBlock, rank: int, world_size: int, share: int) -> Any:
     """share: Ranks that share each micro-batch's tokens."""
-    from actors.policy_trainer import PolicyTrainer
-    from actors.reward_trainer import RewardTrainer
-    from actors.value_trainer import ValueTrainer
+    from rlflow.actors.policy_trainer import PolicyTrainer
+    from rlflow.actors.reward_trainer import RewardTrainer
+    from rlflow.actors.value_trainer import ValueTrainer
 
     cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(kind, PolicyTrainer)
     block = TrainerBlock(workers=world_size, sequence_parallel=share, max_grad_norm=1e9)

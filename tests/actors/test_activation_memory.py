@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors import adapters
-from actors.train_engines import packed_attention
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.token_model import TokenModel, recompute_layers
 from rlflow import activations
+from rlflow.actors import adapters
+from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.token_model import TokenModel, recompute_layers
 from rlflow.memory import ModelShape, shape_of, with_adapter
 from rlflow.recipe import AdapterBlock, ModelBlock
 

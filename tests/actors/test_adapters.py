@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors import adapters
-from actors.policy_trainer import PolicyTrainer
-from actors.reference_model import ReferenceModel
-from actors.train_engines.optimizers import AdamW, decay_groups, set_learning_rate, trained_rates
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors import adapters
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.train_engines.optimizers import AdamW, decay_groups, set_learning_rate, trained_rates
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OptimizerBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 

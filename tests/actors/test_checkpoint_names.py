@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from actors.checkpoint_names import to_checkpoint, to_model
+from rlflow.actors.checkpoint_names import to_checkpoint, to_model
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_final_has_the_names_and_shapes_of_the_checkpoint_it_started_from(final,
 def test_a_rank_that_writes_nothing_holds_no_more_than_two_weights_while_it_takes_part(tmp_path):
     import torch
 
-    from actors.policy_trainer import PolicyTrainer
+    from rlflow.actors.policy_trainer import PolicyTrainer
 
     alive, most = WeakSet(), 0
 

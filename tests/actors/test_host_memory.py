@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.host_memory import allocator_environment
+from rlflow.actors.host_memory import allocator_environment
 
 PROGRAM = """
 from pathlib import Path
 import numpy as np
-from actors.host_memory import release_freed_memory
+from rlflow.actors.host_memory import release_freed_memory
 
 def mebibytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -53,7 +53,7 @@ def test_larger_blocks_fit_where_smaller_ones_were_freed():
 KEEPING = """
 from pathlib import Path
 import numpy as np
-from actors.host_memory import keep_freed_memory, release_freed_memory
+from rlflow.actors.host_memory import keep_freed_memory, release_freed_memory
 
 def mebibytes():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.train_engines.scalar_model import load_scalar_model
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors.train_engines.scalar_model import load_scalar_model
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import AdapterBlock, ModelBlock
 
 SIZES: dict[str, Any] = {

@@ -7,7 +7,7 @@ import socket
 import pytest
 import ray
 
-from actors.trainer import Trainer
+from rlflow.actors.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_process import child_environment
-from actors.reward_server import MAX_ERRORS, RewardServer
-from rewards import RewardError
+from rlflow.actors.reward_process import child_environment
+from rlflow.actors.reward_server import MAX_ERRORS, RewardServer
 from rlflow.recipe import RewardBlock
+from rlflow.rewards import RewardError
 from rlflow.types import Prompt, RolloutBatch
 
 PLUGIN = """
@@ -253,7 +253,7 @@ def test_a_function_that_always_hangs_costs_a_bounded_time(
     serve: Any, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two calls of 0.3 s + 1 s may be wasted: 9 calls of 0.3 s at the very most, out of 10 groups and 40 rows."""
-    monkeypatch.setattr("actors.reward_server.WASTED_CALLS", 2)
+    monkeypatch.setattr("rlflow.actors.reward_server.WASTED_CALLS", 2)
     note = tmp_path / "calls"
     block = RewardBlock(plugin=f"{plugin}:hangs_always", timeout_s=0.3, args={"note": str(note)})
     scores = serve(block, "length").score(*batch([["a"] * 4] * 10))
@@ -275,7 +275,7 @@ def test_what_a_function_started_dies_with_it(serve: Any, tmp_path: Path) -> Non
 def test_children_end_with_the_server_even_when_it_is_killed(plugin: Path) -> None:
     program = (
         "import sys, time\n"
-        "from actors.reward_server import RewardServer\n"
+        "from rlflow.actors.reward_server import RewardServer\n"
         "from rlflow.recipe import RewardBlock\n"
         "server = RewardServer([RewardBlock(plugin=sys.argv[1])], 2)\n"
         "server.ready()\n"
@@ -393,8 +393,8 @@ def test_a_verifier_bomb_is_no_right_answer_and_costs_little(serve: Any, bomb: s
 
 def test_a_child_starts_without_the_libraries_that_its_rewards_do_not_need() -> None:
     program = (
-        "import sys, actors.reward_child\n"
-        "print(sorted({'torch', 'numpy', 'sympy', 'pydantic', 'ray', 'rlflow'} & set(sys.modules)))\n"
+        "import sys, rlflow.actors.reward_child\n"
+        "print(sorted({'torch', 'numpy', 'sympy', 'pydantic', 'ray', 'rlflow.recipe'} & set(sys.modules)))\n"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.strip() == "[]"

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from token_shares import SETTINGS
 
-from actors.policy_trainer import PolicyTrainer
-from actors.reward_trainer import RewardTrainer
-from actors.train_engines.sequence_parallel import SequenceRanks, SplitLayout
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reward_trainer import RewardTrainer
+from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, SplitLayout
 from rlflow.recipe import ModelBlock, TrainerBlock
 
 ROOT = Path(__file__).resolve().parents[2]

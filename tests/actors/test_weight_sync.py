@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actors.weight_sync import pack_weights, unpack_weights
+from rlflow.actors.weight_sync import pack_weights, unpack_weights
 
 
 def test_what_is_unpacked_equals_what_was_packed_in_every_dtype_and_shape():

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from actors.policy_trainer import PolicyTrainer
-from actors.train_engines import token_model
-from actors.train_engines.engine import init_process_group
-from actors.train_engines.sequence_parallel import SequenceRanks, share_tokens
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.train_engines import token_model
+from rlflow.actors.train_engines.engine import init_process_group
+from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, share_tokens
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.batching import pack, unpack
 from rlflow.recipe import ModelBlock, TrainerBlock
 from rlflow.types import Sample

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from rewards.answers import final_answer, last_boxed
-from rewards.math_accuracy import math_accuracy
+from rlflow.rewards.answers import final_answer, last_boxed
+from rlflow.rewards.math_accuracy import math_accuracy
 
 
 def verdict(completion: str, solution: object, **options: object) -> float | None:

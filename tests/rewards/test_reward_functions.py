@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from rewards.cosine import cosine
-from rewards.exact_match import exact_match
-from rewards.formats import answer_format, boxed_format, pattern_format, react_format
-from rewards.last_number import last_number
-from rewards.lengths import repetition, soft_overlong
+from rlflow.rewards.cosine import cosine
+from rlflow.rewards.exact_match import exact_match
+from rlflow.rewards.formats import answer_format, boxed_format, pattern_format, react_format
+from rlflow.rewards.last_number import last_number
+from rlflow.rewards.lengths import repetition, soft_overlong
 
 
 def score(function: Any, *texts: str, ids: list[list[int]] | None = None, **options: Any) -> list[float | None]:

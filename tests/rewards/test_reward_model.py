@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_server import RewardServer
-from rewards import RewardError, resolve
+from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
+from rlflow.rewards import RewardError, resolve
 from rlflow.types import Prompt, RolloutBatch
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?:\n"
@@ -194,7 +194,7 @@ def test_a_batch_beyond_memory_says_which_keys_to_change(
     def refuse(*_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("rewards.reward_model.RewardModel._score", refuse)
+    monkeypatch.setattr("rlflow.rewards.reward_model.RewardModel._score", refuse)
     with pytest.raises(RewardError, match=r"scoring ran out of memory: raise reward_server\.memory_gib, or lower args"):
         function(PROMPTS, COMPLETIONS, [[]] * 4)
 

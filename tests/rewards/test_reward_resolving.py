@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rewards import REWARDS, RewardError, resolve
 from rlflow.recipe import RewardBlock
+from rlflow.rewards import REWARDS, RewardError, resolve
 
 PLUGIN = """
 from helper_beside_the_plugin import OFFSET

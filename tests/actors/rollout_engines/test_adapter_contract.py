@@ -13,15 +13,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors import adapters
-from actors.rollout_engines.torch_engine import TorchEngine
-from actors.weight_sync import pack_weights, unpack_weights
+from rlflow.actors import adapters
+from rlflow.actors.rollout_engines.torch_engine import TorchEngine
+from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.types import SamplingParams
 from tests.actors.rollout_engines.test_engine_contract import assert_logprobs_match, make_requests, random_policy
 
 if TYPE_CHECKING:
-    from actors.rollout_worker import RolloutEngine
+    from rlflow.actors.rollout_worker import RolloutEngine
 
 PARAMS = SamplingParams(max_new_tokens=16, temperature=0.7)
 
@@ -32,7 +32,7 @@ def make_engine(name: str, block: ModelBlock) -> RolloutEngine:
     if name == "torch":
         return TorchEngine(block.path, **common)
     pytest.importorskip("vllm")
-    from actors.rollout_engines.vllm_engine import VllmEngine
+    from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 
     return VllmEngine(
         block.path,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
-from actors.checkpoint_names import to_checkpoint
-from actors.weight_sync import pack_weights, unpack_weights
+from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.types import Completion, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from actors.rollout_worker import RolloutEngine
+    from rlflow.actors.rollout_worker import RolloutEngine
 
 TOLERANCE = 1e-4
 VOCABULARY = 64
@@ -66,11 +66,11 @@ def write_config(policy: PreTrainedModel, directory: Path) -> None:
 
 def make_engine(name: str, directory: Path) -> RolloutEngine:
     if name == "torch":
-        from actors.rollout_engines.torch_engine import TorchEngine
+        from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 
         return TorchEngine(str(directory), dtype="float32", max_num_seqs=MAX_NUM_SEQS)
     pytest.importorskip("vllm")
-    from actors.rollout_engines.vllm_engine import VllmEngine
+    from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 
     return VllmEngine(
         str(directory),

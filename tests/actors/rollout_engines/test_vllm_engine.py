@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
-from actors.rollout_engines import vllm_engine
-from actors.rollout_engines.vllm_engine import VllmEngine
+from rlflow.actors.rollout_engines import vllm_engine
+from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 from rlflow.types import Completion, GenerationRequest, SamplingParams
 
 MAX_MODEL_LEN = 128
@@ -161,7 +161,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
-from actors.rollout_engines.vllm_engine import VllmEngine
+from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 from rlflow.types import GenerationRequest, SamplingParams
 disable_progress_bar()
 engine = VllmEngine(

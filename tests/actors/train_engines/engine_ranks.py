@@ -35,7 +35,7 @@ class Run:
     """One rank of a scenario."""
 
     def __init__(self, scenario: Scenario, rank: int, world_size: int) -> None:
-        from actors.train_engines.engine import make_engine
+        from rlflow.actors.train_engines.engine import make_engine
 
         self.rank, self.world_size = rank, world_size
         self.module = new_module(scenario)
@@ -146,8 +146,8 @@ def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, tim
 
 
 def main(rank: int, world_size: int, address: str, work: Path) -> None:
-    from actors.train_engines import token_model
-    from actors.train_engines.engine import init_process_group
+    from rlflow.actors.train_engines import token_model
+    from rlflow.actors.train_engines.engine import init_process_group
 
     torch.set_num_threads(1)
     # Ranks then score their tokens in different numbers of chunks.

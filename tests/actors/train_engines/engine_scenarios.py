@@ -131,10 +131,10 @@ def new_module(scenario: Scenario) -> nn.Module:
         Qwen3MoeForCausalLM,
     )
 
-    from actors.train_engines import packed_attention
-    from actors.train_engines.routers import find_routers
-    from actors.train_engines.scalar_model import ScalarModel
-    from actors.train_engines.token_model import TokenModel
+    from rlflow.actors.train_engines import packed_attention
+    from rlflow.actors.train_engines.routers import find_routers
+    from rlflow.actors.train_engines.scalar_model import ScalarModel
+    from rlflow.actors.train_engines.token_model import TokenModel
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -191,7 +191,7 @@ def _micro_batch(generator: np.random.Generator, with_loss: bool) -> MicroBatch:
 
 def loss_of(module: nn.Module, batch: MicroBatch, num_tokens: int) -> torch.Tensor:
     """This micro-batch's share of a mean over all loss tokens of the step."""
-    from actors.train_engines.token_model import TokenModel
+    from rlflow.actors.train_engines.token_model import TokenModel
     from rlflow.algorithms.batch import TensorBatch
 
     mask = torch.from_numpy(batch.loss_mask)

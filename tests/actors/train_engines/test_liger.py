@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.train_engines import liger
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors.train_engines import liger
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import ModelBlock
 
 needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is missing")
@@ -30,9 +30,9 @@ import triton.language as tl
 from liger_kernel.ops import rms_norm
 from torch import nn
 from triton.runtime import interpreter
-from actors.train_engines import liger
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors.train_engines import liger
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import ModelBlock
 
 # The interpreter has no CUDA library, and leaves a kernel's float arguments as Python's; compiled they are tensors.

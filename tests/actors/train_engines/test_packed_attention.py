@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from actors.train_engines import packed_attention
-from actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.packed_attention import PackedLayout
 
 LENGTHS = [5, 17, 1, 9, 30, 2, 16, 16]
 CU_SEQLENS = np.concatenate([[0], np.cumsum(LENGTHS)])

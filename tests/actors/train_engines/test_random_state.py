@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.train_engines.engine import load_with_random_state, save_with_random_state
-from actors.train_engines.sharded_state import shard_of
+from rlflow.actors.train_engines.engine import load_with_random_state, save_with_random_state
+from rlflow.actors.train_engines.sharded_state import shard_of
 
 
 def test_a_rank_on_the_cpu_leaves_the_machines_gpus_alone(tmp_path, monkeypatch: pytest.MonkeyPatch):

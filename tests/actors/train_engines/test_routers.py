@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from actors.policy_trainer import PolicyTrainer
-from actors.train_engines import packed_attention
-from actors.train_engines.routers import find_routers
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.routers import find_routers
 from rlflow.batching import pack
 from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
 from rlflow.types import Denominators, Sample

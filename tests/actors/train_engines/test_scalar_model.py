@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.train_engines.scalar_model import load_scalar_model
+from rlflow.actors.train_engines.scalar_model import load_scalar_model
 from rlflow.batching import pack
 from rlflow.recipe import ModelBlock
 from rlflow.types import Sample

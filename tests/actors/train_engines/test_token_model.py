@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from actors.train_engines import token_model
-from actors.train_engines.packed_attention import PackedLayout
-from actors.train_engines.token_model import load_token_model
+from rlflow.actors.train_engines import token_model
+from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import ModelBlock
 
 LENGTHS = [5, 9, 2, 13]

@@ -32,9 +32,9 @@ from engine_scenarios import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from actors.train_engines import sharded_state
-from actors.train_engines.engine import Engine, decoder_layers, make_engine
-from actors.train_engines.sharded_state import Shard
+from rlflow.actors.train_engines import sharded_state
+from rlflow.actors.train_engines.engine import Engine, decoder_layers, make_engine
+from rlflow.actors.train_engines.sharded_state import Shard
 
 TRAINED = [pytest.param(world, name, id=f"{name} on {world}") for world in (1, 2, 4) for name in scenarios(world)]
 RESUMES = [

@@ -137,7 +137,7 @@ def test_no_reference_is_placed_and_little_is_planned(recipe_file: Path):
 def test_the_plan_counts_what_is_trained(recipe_file: Path, adapter: str):
     import torch
 
-    from actors import adapters
+    from rlflow.actors import adapters
 
     (recipe,) = load_checked(recipe_file, [f"model.adapter={adapter}"])
     model = adapters.load_adapted(recipe.model, seed=0, device=torch.device("cpu"))

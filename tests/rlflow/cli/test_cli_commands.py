@@ -14,7 +14,7 @@ import pytest
 
 import rlflow
 from rlflow.cli import submit
-from rlflow.cli.main import COMMANDS, check_packages, main
+from rlflow.cli.main import COMMANDS, main
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import ALGORITHMS, RecipeError
@@ -44,7 +44,7 @@ class FakeDriver:
         module = SimpleNamespace(run_recipes=self.run_recipes)
         monkeypatch.setitem(sys.modules, "rlflow.driver.run", module)  # type: ignore[arg-type]
         actors = SimpleNamespace(ActorFailure=FakeActorFailure)
-        monkeypatch.setitem(sys.modules, "actors.actor_group", actors)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "rlflow.actors.actor_group", actors)  # type: ignore[arg-type]
 
     def run_recipes(self, recipes: list, *, resume: bool, seconds_before: float) -> None:
         assert seconds_before >= 0
@@ -223,17 +223,25 @@ def test_an_unknown_algorithm_names_the_nearest(capsys: pytest.CaptureFixture):
     assert "did you mean grpo?" in capsys.readouterr().err
 
 
-def test_a_package_from_elsewhere_is_one_line_that_names_it(tmp_path: Path):
-    check_packages()
+def test_a_users_own_rewards_and_actors_are_not_taken_for_ours(tmp_path: Path):
+    (tmp_path / "rewards.py").write_text("raise ImportError\n")
     (tmp_path / "actors").mkdir()
-    (tmp_path / "actors" / "__init__.py").write_text("")
+    (tmp_path / "actors" / "__init__.py").write_text("raise ImportError\n")
     home = str(Path(rlflow.__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), home])}
-    command = [sys.executable, "-m", "rlflow", "algorithms"]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 1
-    assert len(finished.stderr.splitlines()) == 1
-    assert f"actors from {tmp_path / 'actors'}: rename or remove what shadows it" in finished.stderr
+    imports = (
+        "import rlflow.cli.run, rlflow.driver.run, rlflow.placement, rlflow.actors.trainer, rlflow.rewards\n"
+        "from rlflow.actors.reward_server import RewardServer\n"
+        "from rlflow.recipe import RewardBlock\n"
+        "server = RewardServer([RewardBlock(name='exact_match')], 1)\n"
+        "server.ready()\n"
+        "server.close()\n"
+    )
+    for command in (["-m", "rlflow", "algorithms"], ["-c", imports]):
+        finished = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert finished.returncode == 0, finished.stderr
 
 
 class FakeClient:

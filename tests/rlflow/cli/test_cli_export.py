@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from actors import adapters
+from rlflow.actors import adapters
 from rlflow.cli.main import main
 from rlflow.recipe import AdapterBlock, ModelBlock
 
@@ -131,7 +131,7 @@ def test_the_base_is_of_the_revision_it_was_trained_on(
         asked.update(options, path=path)
         return auto_class.from_pretrained(tiny_model_dir)
 
-    monkeypatch.setattr("actors.pretrained.load_whole", load)
+    monkeypatch.setattr("rlflow.actors.pretrained.load_whole", load)
     assert main(["export", str(run), str(tmp_path / "merged"), "--merge", *arguments]) == 0
     assert asked == {"path": arguments[1] if "--base" in arguments else "org/base", "dtype": "auto", **options}
 

@@ -149,7 +149,7 @@ def test_an_adapter_and_what_it_is_merged_into_stop_there_too(run: Run, tmp_path
 
 
 def test_a_reward_model_scores_as_its_card_says(run: Run, monkeypatch):
-    from rewards.reward_model import RewardModel
+    from rlflow.rewards.reward_model import RewardModel
 
     final = run("reward_model") / "final"
     assert {path.name for path in final.iterdir()} == {

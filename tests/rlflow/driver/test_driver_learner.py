@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.trainer import UpdateStats
+from rlflow.actors.trainer import UpdateStats
 from rlflow.driver import learner
 from rlflow.recipe import Recipe
 from rlflow.recipe.presets import ALGORITHMS

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlflow
-from actors.actor_group import ActorFailure
+from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.errors import RunError
 from rlflow.tracking.rollouts import read_rollouts
 
