@@ -1,18 +1,26 @@
-# make quickstart   watch a small policy learn arithmetic        make test   run the tests
-# Both make .venv once, from the pinned set that fits this machine; PYTHON names another interpreter to make it with.
+# make quickstart   watch a small policy learn arithmetic
+# make check        the quick round: tests without Ray, vLLM and several ranks, lint, types
+# make test         all tests but those that need a GPU
+# Each makes .venv once, from the pinned set that fits this machine; PYTHON names another interpreter to make it with.
 
 PYTHON ?= python3
+# Tests run in as many processes as there are cores, at most eight.
+PYTEST := .venv/bin/python -m pytest
+IN_PARALLEL := --numprocesses $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist loadgroup
 
-.PHONY: quickstart test test-gpu oracles lint format setup
+.PHONY: quickstart check test test-gpu oracles lint format setup
 
 quickstart: setup
 	.venv/bin/rlflow run recipes/quickstart.yaml
 
+check: lint
+	$(PYTEST) $(IN_PARALLEL) -m "not ray and not slow and not gpu" $(TESTS)
+
 test: setup
-	.venv/bin/python -m pytest -m "not gpu" $(TESTS)
+	$(PYTEST) $(IN_PARALLEL) -m "not gpu" $(TESTS)
 
 test-gpu: setup
-	.venv/bin/python -m pytest -m gpu $(TESTS)
+	$(PYTEST) -m gpu $(TESTS)
 
 # Every row against implementations that are not ours, and against numbers worked out by hand: docs/algorithms.md, "What
 # each row is checked against".
@@ -21,7 +29,7 @@ ORACLES := $(addprefix tests/rlflow/algorithms/test_, trl_policy_oracles.py trl_
 	reductions.py objectives_by_hand.py objectives.py aot.py)
 
 oracles: .venv/oracles/.complete
-	PYTHONPATH=.venv/oracles .venv/bin/python -m pytest -v $(ORACLES)
+	PYTHONPATH=.venv/oracles $(PYTEST) -v $(ORACLES)
 
 .venv/oracles/.complete: requirements/oracles.txt | setup
 	rm -rf .venv/oracles
