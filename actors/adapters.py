@@ -54,6 +54,8 @@ def load_adapted(
         check_four_bits()
         options["quantization_config"] = four_bits(dtype)
     model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
+    if adapter.quantize == "nf4":
+        keep_four_bits_as_stored(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     inject(model, block, seed=seed, keep_start=keep_start)
     return model
@@ -161,6 +163,20 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def keep_four_bits_as_stored(model: nn.Module) -> None:
+    """Four-bit layers of a model compute the same on every CPU.
+
+    On one with AVX512_BF16 bitsandbytes rearranges a layer's weights at its first call without a gradient, rounds what
+    it multiplies to bfloat16 whatever the model's dtype, has no gradient from then on, and fails on layers whose sizes
+    its blocks of 32 and 64 do not divide. `Linear4bit.forward` asks each layer whether it may.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _config_of(adapter: AdapterBlock) -> LoraConfig:

@@ -256,6 +256,25 @@ def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypa
     assert torch.equal(parts(trainer.module.model)[0], packed)
 
 
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_four_bits_are_the_same_numbers_on_every_cpu(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_kernel: bool
+):
+    """bitsandbytes has a kernel for CPUs with AVX512_BF16 that rounds to bfloat16 and fails on layers of this size."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: has_kernel)
+    monkeypatch.setattr(adapters, "check_four_bits", lambda: None)
+    model = adapted(tiny_model_dir, quantize="nf4").eval()
+    stored = parts(model)[0].clone()
+    tokens = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        ours = model(tokens).logits
+        assert torch.equal(parts(model)[0], stored)
+        options = {"quantization_config": adapters.four_bits(torch.float32), "dtype": torch.float32}
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, **options).dequantize()
+        torch.testing.assert_close(ours, plain(tokens).logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["up_proj", "q_proj"], ["model.layers.1.mlp.up_proj"]], ids=str)
 def test_an_adapters_config_names_layers_by_their_ends_where_it_may(tiny_model_dir: Path, tmp_path: Path, targets: Any):
     model = adapted(tiny_model_dir, target_modules=targets)

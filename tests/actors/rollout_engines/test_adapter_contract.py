@@ -78,6 +78,9 @@ class Policy:
         assert adapter is not None
         quantized = {"quantization_config": adapters.four_bits(torch.float32)} if adapter.quantize == "nf4" else {}
         base = AutoModelForCausalLM.from_pretrained(self.block.path, **quantized)
+        if quantized:
+            # Plain matrices of the numbers that four bits stand for: no CPU has a kernel of its own for them.
+            base = base.dequantize()
         return PeftModel.from_pretrained(base, str(self.directory)).eval()
 
 
