@@ -11,8 +11,10 @@ Number = Annotated[float, Field(strict=True)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+LARGEST = 2**53
+"""Of a whole number: beyond it, what makes a float of one changes it."""
+PositiveInt = Annotated[int, Field(strict=True, gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 
 LATER = {"conflicts": "later"}
 """Validation context under which conflicts are not raised: the loader collects them with their places."""

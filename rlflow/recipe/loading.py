@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.recipe.explain import validate
-from rlflow.recipe.local_paths import make_absolute
+from rlflow.recipe.local_paths import expand, make_absolute
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
 from rlflow.recipe.presets import ALGORITHMS
@@ -62,10 +62,11 @@ def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRec
     found: dict[str | None, list[Problem]] = {}
     starts_from: dict[str, Any] = {}
     for stage in _split_stages(document, changes, problems):
-        resolved = _resolve(stage, path, starts_from)
+        of_stage = found.setdefault(stage.name, [])
+        resolved = _resolve(stage, path, starts_from, of_stage)
         if _block(resolved.data, "algorithm").get("name") != "reward_model":
             starts_from = _left_by(resolved.data)
-        recipe = validate(resolved, found.setdefault(stage.name, []))
+        recipe = validate(resolved, of_stage)
         if recipe is not None:
             located.append(LocatedRecipe(recipe, resolved))
     problems += _of_stages(found)
@@ -101,7 +102,10 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
     base, place = document.data["extends"], document.places["extends",]
     if not isinstance(base, str):
         raise RecipeError([Problem.at(place, "extends", "must name one file, relative to this one")])
-    base_path = path.parent / base
+    try:
+        base_path = path.parent / expand(base)
+    except ValueError as error:
+        raise RecipeError([Problem.at(place, "extends", str(error))]) from error
     chain = (*extended_by, path)
     if base_path.resolve() in [file.resolve() for file in chain]:
         names = " -> ".join(str(file) for file in (*chain, base_path))
@@ -208,15 +212,13 @@ def _left_by(data: dict[str, Any]) -> dict[str, Any]:
     return {**base, "adapter": {"path": final}}
 
 
-def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any]) -> Document:
+def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: list[Problem]) -> Document:
     """Fills in what the recipe leaves to be derived. ``starts_from``: see ``_left_by``, of the stage before."""
-    data = {"run": {}, **make_absolute(stage.document)}
+    data = {"run": {}, **make_absolute(stage.document, problems)}
     if isinstance(data["run"], dict):
-        run = {"output_dir": f"runs/{path.stem}", **data["run"]}
-        if isinstance(run["output_dir"], str):
-            run["output_dir"] = os.path.abspath(os.path.expanduser(run["output_dir"]))
-            if stage.name is not None:
-                run["output_dir"] = os.path.join(run["output_dir"], stage.name)
+        run = {"output_dir": os.path.abspath(f"runs/{path.stem}"), **data["run"]}
+        if isinstance(run["output_dir"], str) and stage.name is not None:
+            run["output_dir"] = os.path.join(run["output_dir"], stage.name)
         data["run"] = run
     algorithm = _block(data, "algorithm")
     if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):

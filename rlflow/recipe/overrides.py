@@ -42,8 +42,11 @@ def parse_overrides(overrides: Overrides, problems: list[Problem]) -> list[Chang
             continue
         try:
             changes.append(Change(tuple(key.split(".")), parse_value(value), place))
+        except yaml.constructor.ConstructorError as error:
+            problems.append(Problem.at(place, key, f"cannot be read: {error.problem}"))
         except yaml.YAMLError:
-            problems.append(Problem.at(place, key, f"{value} is not YAML: put quotes around the whole key=value"))
+            shown = value if len(value) <= 60 else f"{value[:60]}..."
+            problems.append(Problem.at(place, key, f"{shown} is not YAML: put quotes around the whole key=value"))
     return changes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from rlflow.recipe.block import Block
+from rlflow.recipe.block import LARGEST, Block
 from rlflow.recipe.explain import block_classes
 
 INTRODUCTION = """# Recipe reference
@@ -30,9 +30,10 @@ them at once. Beside the blocks below, a file may have:
   before, and its results go to `<run.output_dir>/<name>`.
 
 On the command line, `trainer.learning_rate=2e-6` sets a key, `rewards.0.weight=2` reaches into a list, and
-`stages.sft.run.steps=50` sets it for one stage. Relative paths are looked up from the current directory, then from the
-file that names them. Defaults of `algorithm` are those of the named row where it has them: `rlflow algorithms NAME`. An
-option of `algorithm` that would have no effect, in this row or beside the others that are set, stays at its default.
+`stages.sft.run.steps=50` sets it for one stage. Relative paths are looked up from the current directory, then from
+the file that names them; `~`, `$NAME` and `${NAME}` in a path are what a shell makes of them. Defaults of `algorithm`
+are those of the named row where it has them: `rlflow algorithms NAME`. An option of `algorithm` that would have no
+effect, in this row or beside the others that are set, stays at its default.
 """
 
 
@@ -106,7 +107,7 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
     for item in metadata:
         for constraint in item.metadata if isinstance(item, FieldInfo) else ():
             for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-                if hasattr(constraint, name):
+                if hasattr(constraint, name) and getattr(constraint, name) != LARGEST:
                     yield f"{sign} {getattr(constraint, name):g}"
 
 

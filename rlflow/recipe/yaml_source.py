@@ -17,6 +17,15 @@ from rlflow.recipe.problems import Place, Problem, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
+MAX_BYTES = 1 << 20
+"""Of a file. A larger one is data, or a mistake."""
+MAX_VALUES = 20_000
+"""Of a file, with what aliases stand for. A line of ten aliases to ten aliases, and so on, is a bomb."""
+MAX_DEPTH = 50
+"""Of blocks within blocks."""
+_PLAIN = {f"tag:yaml.org,2002:{kind}": kind for kind in ("str", "int", "float", "bool", "null")}
+"""Tags of a value that is no block."""
+
 _SCALARS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -32,6 +41,12 @@ _SCALARS = [
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Copies what `<<` names into the mapping. Copies of copies end where a bomb begins."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise _refusal(f"more than {MAX_VALUES:,} keys, through `<<`", node)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -97,7 +112,16 @@ def merge(base: Any, over: Any) -> Any:
 
 def parse_value(text: str) -> Any:
     """One value as the recipe file would read it. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    problems: list[Problem] = []
+    loader = _Loader(text)
+    try:
+        node = _compose(loader)
+        value = None if node is None else _Walker(loader, "", {}, problems).value(node, ())
+    finally:
+        loader.dispose()
+    if problems:
+        raise yaml.YAMLError(problems[0].message)
+    return value
 
 
 def read_document(path: Path, problems: list[Problem]) -> Document:
@@ -112,6 +136,8 @@ def read_document(path: Path, problems: list[Problem]) -> Document:
         return RecipeError([Problem(file, line, "", message)])
 
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise refuse(f"is larger than {MAX_BYTES >> 20} MiB, which no recipe is: name the recipe's .yaml file")
         loader = _Loader(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise refuse(f"is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
@@ -120,7 +146,7 @@ def read_document(path: Path, problems: list[Problem]) -> Document:
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from error
     try:
-        node = loader.get_single_node()
+        node = _compose(loader)
         if node is None:
             raise refuse("is empty: a recipe needs algorithm, model, data and run", 1)
         if not isinstance(node, yaml.MappingNode):
@@ -134,6 +160,18 @@ def read_document(path: Path, problems: list[Problem]) -> Document:
     finally:
         loader.dispose()
     return document
+
+
+def _compose(loader: _Loader) -> yaml.Node | None:
+    try:
+        return loader.get_single_node()
+    except RecursionError:
+        problem = f"blocks nest deeper than {MAX_DEPTH}"
+        raise yaml.constructor.ConstructorError(None, None, problem, loader.get_mark()) from None
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def dump(data: Mapping[str, Any]) -> str:
@@ -157,26 +195,48 @@ class _Walker:
     inside: list[yaml.Node] = field(default_factory=list)
     checked: set[int] = field(default_factory=set)
     """Mappings whose keys were checked: an alias comes by more than once, with its merges already in it."""
+    count: int = 0
+    """Values so far, each alias with all that it stands for."""
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _refusal(f"more than {MAX_VALUES:,} values, of aliases of aliases", node)
         if any(node is outer for outer in self.inside):
-            raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
-        kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}.get(type(node))
-        if kind is not None and node.tag != f"tag:yaml.org,2002:{kind}":
-            raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is unknown", node.start_mark)
+            raise _refusal("an alias that contains itself", node)
+        if len(self.inside) > MAX_DEPTH:
+            raise _refusal(f"blocks nest deeper than {MAX_DEPTH}", node)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
+        if node.tag != f"tag:yaml.org,2002:{kind}":
+            raise _refusal(f"the tag {node.tag} is unknown", node)
         self.inside.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
                 return self.mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.item(child, (*path, index)) for index, child in enumerate(node.value)]
-            return self.loader.construct_object(node)
+            return [self.item(child, (*path, index)) for index, child in enumerate(node.value)]
         finally:
             self.inside.pop()
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag not in _PLAIN:
+            raise _refusal(f"the tag {node.tag} is unknown", node)
+        self.check_text(node)
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, LookupError):
+            # An explicit tag on something else, or an integer of thousands of digits.
+            shown = node.value if len(node.value) <= 20 else f"{node.value[:20]}..."
+            raise _refusal(f"{shown!r} cannot be read as {_PLAIN[node.tag]}", node) from None
 
     def item(self, node: yaml.Node, path: KeyPath) -> Any:
         self.places[path] = Place(self.file, node.start_mark.line + 1)
         return self.value(node, path)
+
+    def check_text(self, node: yaml.ScalarNode) -> None:
+        if "\0" in node.value or any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise _refusal("an escape for NUL or for half of a surrogate pair, which no path or text may hold", node)
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         if id(node) not in self.checked:
@@ -201,7 +261,8 @@ class _Walker:
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key_node.start_mark)
+                raise _refusal("a key that is no word", key_node)
+            self.check_text(key_node)
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in lines and key != "<<":
                 dotted = ".".join(map(str, (*path, key)))

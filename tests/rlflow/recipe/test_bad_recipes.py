@@ -217,6 +217,11 @@ BAD = {
     "a Python object": Bad(9, "trainer: !!python/object:os.system {}", "", "is not YAML"),
     "an alias without anchor": Bad(9, "trainer: *shared", "", "is not YAML"),
     "an alias that holds itself": Bad(9, "trainer: &a {b: *a}", "", "an alias that contains itself"),
+    "a variable that is not set": Bad(
+        10, "run: {steps: 1, output_dir: '${RLFLOW_NO_SUCH}/x'}", "run.output_dir", "no variable RLFLOW_NO_SUCH: set it"
+    ),
+    "an empty path": Bad(10, "run: {steps: 1, output_dir: ''}", "run.output_dir", "is empty: write a path"),
+    "extends a variable that is not set": Bad(9, "extends: $RLFLOW_NO_SUCH", "extends", "no variable RLFLOW_NO_SUCH"),
     "extends nothing": Bad(9, "extends: [a]", "extends", "must name one file"),
     "extends a missing file": Bad(9, "extends: basis.yaml", "extends", "there is no file"),
     "extends itself": Bad(9, "extends: recipe.yaml", "extends", "goes in a circle"),
@@ -234,9 +239,9 @@ def write(directory: Path, line: int, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_a_bad_recipe_is_one_message_with_line_key_and_remedy(bad: Bad, tmp_path: Path):
-    path = write(tmp_path, bad.line, bad.text)
+def refuse(bad: Bad, directory: Path) -> None:
+    """Asserts that the recipe is refused with one message, of the right place, key and words."""
+    path = write(directory, bad.line, bad.text)
     with pytest.raises(RecipeError) as raised:
         load_recipe(path)
     problems = raised.value.problems
@@ -246,6 +251,11 @@ def test_a_bad_recipe_is_one_message_with_line_key_and_remedy(bad: Bad, tmp_path
     assert problems[0].key == bad.key
     assert bad.says in problems[0].message
     assert str(raised.value).startswith(f"{path}:{problems[0].line}: {bad.key}")
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_a_bad_recipe_is_one_message_with_line_key_and_remedy(bad: Bad, tmp_path: Path):
+    refuse(bad, tmp_path)
 
 
 def test_the_good_recipe_is_good(tmp_path: Path):

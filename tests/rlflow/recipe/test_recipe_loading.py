@@ -266,6 +266,44 @@ def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Pa
     assert recipe.run.output_dir == str(here / "out")
 
 
+def test_a_path_is_read_as_a_shell_reads_it_and_other_texts_are_not(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    recipe = load_one(
+        recipe_file,
+        "run.output_dir=${HOME}/runs",
+        "model.path=~/models/a/b",
+        "model.chat_template=${SCRATCH}/chat.jinja",
+        "data.train.path=$SCRATCH/rows.jsonl",
+        "rewards=[{plugin: '$SCRATCH/r.py:f', args: {path: '${HOME}'}}]",
+        "data.system=pay $5 to ${HOME}",
+    )
+    assert recipe.run.output_dir == "/home/me/runs"
+    assert recipe.model.path == "/home/me/models/a/b"
+    assert recipe.model.chat_template == "/scratch/chat.jinja"
+    assert recipe.data.train.path == "/scratch/rows.jsonl"  # pyright: ignore[reportAttributeAccessIssue]
+    assert recipe.rewards[0].plugin == "/scratch/r.py:f"
+    assert recipe.rewards[0].args == {"path": "${HOME}"}
+    assert recipe.data.system == "pay $5 to ${HOME}"
+    (recipe_file.parent / "$SCRATCH").mkdir()
+    assert load_one(recipe_file, "model.path=$SCRATCH").model.path == f"{recipe_file.parent}/$SCRATCH"
+
+
+def test_an_override_is_no_bomb_either(recipe_file: Path):
+    line = "&a [1, 2]"
+    for number in range(30):
+        line = f"&b{number} [{line}, *{'a' if number == 0 else f'b{number - 1}'}]"
+    (problem,) = problems_of(recipe_file, f"tracking={line}")
+    assert problem.startswith("command line: tracking: cannot be read: more than 20,000 values")
+
+
+def test_a_data_file_is_not_read_as_a_recipe(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}\n" * 400_000)
+    with pytest.raises(RecipeError, match=r"is larger than 1 MiB, which no recipe is"):
+        load_recipe(path)
+
+
 def test_a_template_in_the_recipe_is_no_path(recipe_file: Path):
     template = "{{ messages }}.jinja"
     assert load_one(recipe_file, f"model.chat_template='{template}'").model.chat_template == template
