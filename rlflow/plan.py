@@ -298,11 +298,6 @@ def _oddities(plan: Plan) -> Iterator[str]:
     yield from _idle_policy(recipe)
     if isinstance(plan.shape, str):
         yield f"memory is not estimated: {plan.shape}"
-    elif plan.shape.max_positions and actor_memory.longest_sequence(recipe) > plan.shape.max_positions:
-        yield (
-            f"a sequence may have {actor_memory.longest_sequence(recipe)} tokens, the model was made for "
-            f"{plan.shape.max_positions}: lower max_prompt_tokens, max_new_tokens or max_tokens"
-        )
 
 
 def _idle_policy(recipe: Recipe) -> Iterator[str]:

@@ -86,7 +86,7 @@ def _write_model(directory: Path, make_config: Any, spread: float, **sizes: Any)
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         initializer_range=spread,
         bos_token_id=None,
         eos_token_id=1,

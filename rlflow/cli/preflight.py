@@ -1,6 +1,7 @@
 """What a recipe names must exist before anything starts: files, functions, models, reward names.
 
-Nothing is loaded or executed: plugins are parsed, models are judged by their files. Hub ids are not looked up.
+Nothing is loaded or executed: plugins are parsed, models are judged by their files. Of a hub id
+the config and the tokenizer are looked at, where the hub can be reached.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
+from rlflow.cli.id_checks import in_ids
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
@@ -81,6 +83,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
                 yield from _in_head(key, Path(path))
     yield from in_adapter(recipe, to_come)
     yield from in_sequence_parallel(recipe, to_come)
+    yield from in_ids(recipe, to_come)
     yield from _in_router(recipe)
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():

@@ -51,8 +51,7 @@ def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TE
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(["<pad>", "<eos>", *characters]))}
-    backend = Tokenizer(models.WordLevel(vocabulary))
+    backend = Tokenizer(models.WordLevel(character_vocabulary(characters)))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
@@ -60,6 +59,11 @@ def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TE
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def character_vocabulary(characters: str) -> dict[str, int]:
+    """Token -> id of the tokenizer that is made of them."""
+    return {token: number for number, token in enumerate(dict.fromkeys(["<pad>", "<eos>", *characters]))}
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ model:
   characters: "0123456789+="
   architecture:
     {{model_type: qwen3, architectures: [Qwen3ForCausalLM], hidden_size: 32, intermediate_size: 64, head_dim: 16,
-     num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 64}}
+     num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 4096}}
 rollout: {{engine: torch, max_new_tokens: 4}}
 tracking: [jsonl]
 evaluation: {{data: {{generator: arithmetic, args: {{digits: 1, split: heldout}}}}, reward: {{name: exact_match}}}}

@@ -1,0 +1,94 @@
+"""Which ids of a model's vocabulary are tokens, and whether two tokenizers mean the same by an id.
+
+Embeddings are often padded (Qwen2.5 has 151,936 rows and 151,665 tokens): ids beyond the tokenizer stand for nothing,
+and yet softmax gives them a probability. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlflow.data.tokenizer import character_vocabulary, load_tokenizer
+from rlflow.recipe import ModelBlock
+from rlflow.recipe.local_paths import is_hub_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Vocabulary = Mapping[str, int]
+"""Token -> id, added tokens included."""
+
+OTHER_MODALITIES = ("<image_soft_token>",)
+"""Tokens for which a text-only model has no row, though it shares a tokenizer with models that see (Gemma 3)."""
+_TOKENIZER = "tokenizer.json"
+_TIMEOUT_S = 10.0
+_OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
+
+
+def read_vocabulary(model: ModelBlock) -> Vocabulary | None:
+    """The vocabulary of a model in a directory or on the hub, whose cache then has it, or of a new one's characters.
+
+    Returns:
+        None where there are no tokenizer files, or the hub cannot be reached.
+
+    Raises:
+        ValueError: The files are damaged.
+    """
+    if model.path is None:
+        return character_vocabulary(model.characters or "")
+    file = _tokenizer_file(model.path, model.revision)
+    if file is not None:
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+        except Exception as error:
+            # Whatever a damaged file makes the tokenizers library raise, it is about that file.
+            raise ValueError(f"{file} cannot be read: {error}: fetch it again") from error
+    if not any((Path(model.path) / name).is_file() for name in _OTHER_FILES):
+        return None
+    return load_tokenizer(model).get_vocab()
+
+
+def difference(policy: Vocabulary, other: Vocabulary) -> str | None:
+    """What keeps ``other`` from meaning the same by every id of ``policy``, as a sentence; None where nothing does.
+
+    Tokens that only ``other`` has do no harm: the policy never writes them.
+    """
+    moved = {token: id_ for token, id_ in policy.items() if other.get(token) != id_}
+    if not moved:
+        return None
+    token, id_ = min(moved.items(), key=lambda pair: pair[1])
+    there = f"{other[token]} there" if token in other else "missing there"
+    return f"{len(moved)} of its {len(policy)} tokens have another id or none: {token!r} is {id_} here and {there}"
+
+
+def tokens_without_row(vocabulary: Vocabulary, num_rows: int) -> list[str]:
+    """The tokens for which an embedding of ``num_rows`` has no row, by their ids."""
+    beyond = {token: id_ for token, id_ in vocabulary.items() if id_ >= num_rows and token not in OTHER_MODALITIES}
+    return sorted(beyond, key=lambda token: beyond[token])
+
+
+def ids_without_token(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> np.ndarray:
+    """int64: the ids below ``num_rows``, a model's vocabulary, that are no token of its tokenizer; ascending."""
+    ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
+    is_token = np.zeros(num_rows, dtype=bool)
+    is_token[ids[ids < num_rows]] = True
+    return np.flatnonzero(~is_token)
+
+
+def _tokenizer_file(path: str, revision: str | None) -> Path | None:
+    if Path(path).is_dir() or not is_hub_id(path):
+        file = Path(path) / _TOKENIZER
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, _TOKENIZER, revision=revision, etag_timeout=_TIMEOUT_S))
+    except OSError:
+        # The hub has no such file, or cannot be reached.
+        return None
