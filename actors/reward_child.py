@@ -53,21 +53,40 @@ def main(descriptor: int) -> None:
 
 
 def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
+    """What a function says of its rows: ``scores``, or ``error`` and whether calling it row by row is of ``use``."""
     try:
         request: Request = pickle.loads(body)
+        num_rows = len(request.completions)
         scores = functions[request.function](
             request.prompts,
             request.completions,
             [array.array("i", ids).tolist() for ids in request.completion_ids],
             **request.columns,
         )
-        if isinstance(scores, str | bytes | Mapping) or not hasattr(scores, "__len__"):
-            return {"error": f"returned a {type(scores).__name__}, not a list of numbers"}
-        if len(scores) != len(request.completions):
-            return {"error": f"returned {len(scores)} scores for {len(request.completions)} completions"}
-        return {"scores": [_plain(score) for score in scores]}
+        if problem := _no_list_of_scores(scores, num_rows, len(request.completions)):
+            return {"error": f"{problem}: return a list, one number (or None) for each completion, in their order"}
+        plain = [_plain(score) for score in scores]
+        if len(plain) != num_rows:
+            return {"error": f"returned a {type(scores).__name__} that has no {num_rows} entries: return a list"}
+        return {"scores": plain}
+    except RewardError as error:
+        return {"error": f"cannot be called: {error}"}
     except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exception
-        return {"error": f"raised {_describe(error)}"}
+        return {"error": f"raised {_describe(error)}", "retry": True}
+
+
+def _no_list_of_scores(scores: Any, num_rows: int, num_rows_after: int) -> str | None:
+    """What else a function returned. What has no order, a set, cannot be told which row a score is of."""
+    if scores is None:
+        return "returned None, not a list of numbers"
+    if isinstance(scores, str | bytes | Mapping) or not (hasattr(scores, "__len__") and hasattr(scores, "__getitem__")):
+        return f"returned a {type(scores).__name__}, not a list of numbers"
+    if num_rows_after != num_rows:
+        return f"changed the list of completions it was given, from {num_rows} to {num_rows_after}"
+    if len(scores) != num_rows:
+        noun = "score" if len(scores) == 1 else "scores"
+        return f"returned {len(scores)} {noun} for {num_rows} completions"
+    return None
 
 
 def _plain(score: Any) -> float | str | None:

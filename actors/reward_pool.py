@@ -34,6 +34,8 @@ class Answer:
     """A number, None, or a string that says what else the function returned, for each row; None when it failed."""
     error: str
     """Why it failed, as the rest of a sentence."""
+    retry: bool
+    """Whether the rows may fare better one by one: not where the function does not keep to its signature."""
     seconds: float
     """Of the child's time, the start of its replacement included."""
 
@@ -148,7 +150,9 @@ class RewardPool:
             elif worker.job is not None and call_id == worker.job.call_id:
                 seconds = time.monotonic() - worker.job.started
                 worker.job = None
-                return Answer(said["scores"], "", seconds) if "scores" in said else Answer(None, said["error"], seconds)
+                if "scores" in said:
+                    return Answer(said["scores"], "", False, seconds)
+                return Answer(None, said["error"], "retry" in said, seconds)
         gone = worker.process.closed
         if not gone and time.monotonic() < self._deadline(worker):
             return None
@@ -161,7 +165,7 @@ class RewardPool:
         if job is None:
             return None
         cause = "ended its process" if gone else f"gave no answer within {job.call.timeout_s:g} s"
-        return Answer(None, f"{cause} ({ending})", time.monotonic() - job.started + start_seconds)
+        return Answer(None, f"{cause} ({ending})", True, time.monotonic() - job.started + start_seconds)
 
     def _greet(self, worker: _Worker, said: dict[str, Any]) -> None:
         if "fatal" in said:

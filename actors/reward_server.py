@@ -3,8 +3,8 @@
     score: group 0 x function 0, group 1 x function 0, ...   calls of `prompts_per_call` groups, over the children
                |
                +-- scores          -> the rows' rewards
-               +-- raised, hung, died, wrong number of scores
-                                   -> the same rows one by one; those that fail alone are marked failed
+               +-- raised, hung, died -> the same rows one by one; those that fail alone are marked failed
+               +-- no list of one score a row -> its rows are marked failed: alone they would get one by accident
 
 A failed row is NaN and marked, never 0; the other rows of its group keep their scores.
 """
@@ -86,7 +86,8 @@ class RewardServer:
             prompts: In the same order.
 
         Returns:
-            A reward a row, NaN where the function abstained or failed; at most `MAX_ERRORS` sentences on failures.
+            A reward a row, NaN where the function abstained or failed; why each failed row did, and at most
+            `MAX_ERRORS` sentences on it.
 
         Raises:
             RewardError: No child can be started any more.
@@ -131,7 +132,8 @@ class RewardServer:
         return ScoreBatch(
             rewards={block.label: scoring.rewards[index] for index, block in scoring.blocks.items()},
             failed={block.label: scoring.failed[index] for index, block in scoring.blocks.items()},
-            errors=tuple(scoring.errors),
+            causes=scoring.causes,
+            errors=scoring.errors,
             seconds=time.perf_counter() - started,
         )
 
@@ -151,7 +153,10 @@ class _Scoring:
         self.blocks = blocks
         self.rewards = {index: np.full(num_rows, np.nan, np.float32) for index in blocks}
         self.failed = {index: np.zeros(num_rows, np.bool_) for index in blocks}
-        self.errors: list[str] = []
+        self.causes: dict[int, str] = {}
+        """Row -> why functions failed on it."""
+        self._failures: dict[tuple[int, str], list[int]] = {}
+        """(function, cause) -> rows."""
         self._rollouts = rollouts
         self._prompts = prompts
         self._group_size = num_rows // max(1, len(prompts))
@@ -164,6 +169,16 @@ class _Scoring:
             for first in range(0, num_rows, rows)
         ]
         self.queue = deque(sorted(calls, key=lambda call: call.rows.start))
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """A sentence a cause: which function, on which row first, on how many more."""
+        sentences = []
+        for (function, cause), rows in list(self._failures.items())[:MAX_ERRORS]:
+            prompt, label = self._prompts[rows[0] // self._group_size], self.blocks[function].label
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            sentences.append(f"reward {label!r}, prompt {prompt.id!r}, row {rows[0]}{more}: it {cause}.")
+        return tuple(sentences)
 
     def encode(self, call: Call) -> bytes:
         """Returns the request of a call."""
@@ -182,13 +197,14 @@ class _Scoring:
         )
 
     def settle(self, call: Call, answer: Answer) -> None:
-        """Takes the answer to a call; a failed call of several rows is queued again, row by row."""
+        """Takes the answer to a call; a failed one of several rows is queued again, row by row, where that helps."""
         if answer.scores is not None:
             for row, score in zip(call.rows, answer.scores, strict=True):
                 self._settle_row(call.function, row, score)
             return
-        if len(call.rows) == 1:
-            self._fail(call.function, call.rows[0], answer.error)
+        if len(call.rows) == 1 or not answer.retry:
+            for row in call.rows:
+                self._fail(call.function, row, answer.error)
         else:
             self.queue.extend(Call(call.function, range(row, row + 1), call.timeout_s) for row in call.rows)
         self._wasted_s[call.function] += answer.seconds
@@ -215,6 +231,6 @@ class _Scoring:
 
     def _fail(self, function: int, row: int, cause: str) -> None:
         self.failed[function][row] = True
-        if len(self.errors) < MAX_ERRORS:
-            prompt = self._prompts[row // self._group_size]
-            self.errors.append(f"reward {self.blocks[function].label!r}, prompt {prompt.id!r}, row {row}: it {cause}.")
+        self._failures.setdefault((function, cause), []).append(row)
+        sentence = f"{self.blocks[function].label}: it {cause}"
+        self.causes[row] = f"{self.causes[row]}; {sentence}" if row in self.causes else sentence

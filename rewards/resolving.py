@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import difflib
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
+
+from rlflow.rewards.plugins import RewardError, import_plugin
 
 if TYPE_CHECKING:
     from rlflow.recipe import RewardBlock
@@ -31,18 +32,18 @@ REWARDS = {
 """Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
 
 
-class RewardError(ValueError):
-    """A reward of the recipe cannot be found, loaded or called with these arguments."""
-
-
 class RewardFunction(Protocol):
-    """What `resolve` returns: always synchronous, arguments of the recipe already bound."""
+    """What `resolve` returns: always synchronous, arguments of the recipe already bound.
+
+    Its own parameters have no names: a column may be called ``prompts`` too, and is not passed on.
+    """
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
+        /,
         **columns: Sequence[Any],
     ) -> Any: ...
 
@@ -63,17 +64,19 @@ def resolve(block: RewardBlock) -> RewardFunction:
 
 def load(name: str | None, plugin: str | None, args: Mapping[str, Any]) -> RewardFunction:
     """`resolve` for a process that does not want to import the recipe's schema."""
+    options: Mapping[str, inspect.Parameter] = {}
     if plugin is not None:
         target, label = _load_plugin(plugin), plugin
     elif name in REWARDS:
         module, _, attribute = REWARDS[name].partition(":")
         target, label = vars(importlib.import_module(module))[attribute], name
-        _check_options(target, args, label)
+        options = _options(target)
+        _check_options(options, args, label)
     else:
         raise RewardError(f"no reward is called {name!r}{_nearest(str(name), REWARDS)}; there are {', '.join(REWARDS)}")
     if isinstance(target, type):
-        return _bind(_construct(target, args, label), {}, label, {"response_token_ids": "completion_ids"})
-    return _bind(target, args, label, {})
+        return _bind(_construct(target, args, label), {}, label, aliases={"response_token_ids": "completion_ids"})
+    return _bind(target, args, label, options=options)
 
 
 def _load_plugin(plugin: str) -> Any:
@@ -81,18 +84,10 @@ def _load_plugin(plugin: str) -> Any:
     path = Path(file).expanduser().resolve()
     if not attribute or path.suffix != ".py" or not path.is_file():
         raise RewardError(f"reward plugin {plugin!r}: no such file {path}; write it as path/to/file.py:function")
-    specification = importlib.util.spec_from_file_location(f"reward_plugin_{path.stem}", path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module
-    sys.path.append(str(path.parent))
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward plugin {plugin!r}: importing it raised {type(error).__name__}: {error}") from error
-    if attribute not in vars(module):
-        raise RewardError(f"reward plugin {plugin!r}: {path} has no {attribute!r}{_nearest(attribute, vars(module))}")
-    return vars(module)[attribute]
+    names = vars(import_plugin(path, f"reward plugin {plugin!r}"))
+    if attribute not in names:
+        raise RewardError(f"reward plugin {plugin!r}: {path} has no {attribute!r}{_nearest(attribute, names)}")
+    return names[attribute]
 
 
 def _construct(target: type, args: Mapping[str, Any], label: str) -> Any:
@@ -104,10 +99,12 @@ def _construct(target: type, args: Mapping[str, Any], label: str) -> Any:
         raise RewardError(f"reward {label!r}: constructing it raised {type(error).__name__}: {error}") from error
 
 
-def _check_options(function: Callable[..., Any], args: Mapping[str, Any], label: str) -> None:
-    """Built-in functions take their options as keyword-only parameters, so that a misspelt one is no column."""
-    parameters = inspect.signature(function).parameters.values()
-    options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+def _options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of a built-in function: its keyword-only parameters, so that a misspelt one is no column."""
+    return {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_options(options: Mapping[str, inspect.Parameter], args: Mapping[str, Any], label: str) -> None:
     for key in args:
         if key not in options:
             raise RewardError(f"reward {label!r} takes no argument {key!r}{_nearest(key, options)}")
@@ -116,8 +113,20 @@ def _check_options(function: Callable[..., Any], args: Mapping[str, Any], label:
         raise RewardError(f"reward {label!r} needs args: {', '.join(missing)}")
 
 
-def _bind(function: Any, args: Mapping[str, Any], label: str, aliases: Mapping[str, str]) -> RewardFunction:
-    """Wraps a function so that it gets what it names (all, where it takes ``**columns``) and is synchronous."""
+def _bind(
+    function: Any,
+    args: Mapping[str, Any],
+    label: str,
+    *,
+    options: Collection[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> RewardFunction:
+    """Wraps a function so that it gets what it names (all, where it takes ``**columns``) and is synchronous.
+
+    Args:
+        options: Parameters that the recipe alone sets: a column of such a name is not passed.
+        aliases: Second names, and what is passed under them.
+    """
     if not callable(function):
         raise RewardError(f"reward {label!r} is a {type(function).__name__}, not a function or a class of rewards")
     parameters = inspect.signature(function).parameters
@@ -131,9 +140,11 @@ def _bind(function: Any, args: Mapping[str, Any], label: str, aliases: Mapping[s
         prompts: Sequence[Any],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
+        /,
         **columns: Sequence[Any],
     ) -> Any:
-        offered = dict(columns, prompts=prompts, completions=completions, completion_ids=completion_ids)
+        offered: dict[str, Any] = {name: values for name, values in columns.items() if name not in options}
+        offered |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         offered |= {alias: offered[original] for alias, original in aliases.items()}
         offered |= args
         missing = [key for key, p in named.items() if p.default is p.empty and key not in offered]

@@ -94,8 +94,10 @@ class ScoreBatch:
     """Reward function -> float32 [rows]; NaN where it abstained or failed."""
     failed: Mapping[str, np.ndarray]
     """Reward function -> bool [rows]; True where it failed (raised, timed out, returned NaN or nonsense)."""
+    causes: Mapping[int, str]
+    """Row -> which functions failed on it, and why."""
     errors: tuple[str, ...]
-    """One sentence a failure, at most a handful: function, row, what happened."""
+    """One sentence a cause, at most a handful: function, first row, how many more, what happened."""
     seconds: float
 
 
@@ -114,6 +116,8 @@ class Rollout:
     """By function; NaN where the function abstained or failed."""
     reward: float
     """Weighted sum; NaN when the rollout is unscored (masked, and left out of the group's baseline)."""
+    error: str = ""
+    """Which reward functions failed on it, and why; empty when none did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def build_groups(
                     text=batch.texts[row],
                     rewards={block.label: float(by_function[k, p, g]) for k, block in enumerate(rewards)},
                     reward=float(combined[p, g]),
+                    error=scores.causes.get(row, ""),
                 )
             )
         groups.append(Group(prompt, epoch, tuple(rollouts)))

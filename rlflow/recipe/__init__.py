@@ -15,13 +15,12 @@ from rlflow.recipe.loading import dump_recipe, load_recipe
 from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
+from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.schema import (
     DataBlock,
     EvaluationBlock,
     Recipe,
     ReferenceBlock,
-    RewardBlock,
-    RewardServerBlock,
     RolloutBlock,
     RunBlock,
     SourceBlock,

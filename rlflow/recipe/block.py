@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -43,3 +43,16 @@ class Block(BaseModel):
         if info.context != LATER and (found := list(self.conflicts())):
             raise ValueError("; ".join(f"{conflict.keys[0]}: {conflict.reason}" for conflict in found))
         return self
+
+
+def exactly_one(**given: object) -> str:
+    """What to do where one of these keys must be given, and none or several are."""
+    names = " or ".join(given)
+    return f"give {names}" if all(value is None for value in given.values()) else f"give {names}, not both"
+
+
+def malformed_function(key: str, text: str) -> Iterator[Conflict]:
+    """The conflict of a key that names no ``file.py:function``."""
+    file, colon, function = text.rpartition(":")
+    if not (colon and file.endswith(".py") and function.isidentifier()):
+        yield Conflict((key,), f"{text} is not of the form file.py:function")

@@ -115,7 +115,7 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
     value = info.get_default(call_default_factory=True, validated_data={})
-    if value is None or isinstance(value, Block) or value in ([], {}):
+    if value is None or isinstance(value, Block) or value in ([], {}, ""):
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -22,9 +22,12 @@ from rlflow.recipe.block import (
     Number,
     PositiveFloat,
     PositiveInt,
+    exactly_one,
+    malformed_function,
 )
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
 
@@ -50,13 +53,13 @@ class SourceBlock(Block):
 
     def conflicts(self) -> Iterator[Conflict]:
         if (self.path is None) == (self.generator is None):
-            yield Conflict(("path", "generator"), _exactly_one(path=self.path, generator=self.generator))
+            yield Conflict(("path", "generator"), exactly_one(path=self.path, generator=self.generator))
         if self.generator is None and self.args:
             yield Conflict(("args", "generator"), "are a generator's: give generator, or remove them")
         if self.generator is not None and self.subset is not None:
             yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
         if self.generator is not None and ":" in self.generator:
-            yield from _malformed_function("generator", self.generator)
+            yield from malformed_function("generator", self.generator)
 
 
 OneOrSeveral = Annotated[
@@ -89,47 +92,6 @@ class DataBlock(Block):
     def conflicts(self) -> Iterator[Conflict]:
         if self.train == []:
             yield Conflict(("train",), "is empty: give at least one source")
-
-
-class RewardBlock(Block):
-    name: str | None = None
-    """A function of rewards/, see docs/rewards.md."""
-    plugin: str | None = None
-    """Your own, `file.py:function`; called as fn(prompts, completions, completion_ids, **columns)."""
-    weight: Number = 1.0
-    """Its share of the reward."""
-    timeout_s: PositiveFloat = 10.0
-    """A call longer than this is killed; the rollout is then unscored."""
-    prompts_per_call: PositiveInt = 1
-    """Prompts whose completions come in one call; more let a model score them in batches."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of every call."""
-
-    @property
-    def label(self) -> str:
-        """The name metrics use."""
-        return self.name or (self.plugin or "").rpartition(":")[2]
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if (self.name is None) == (self.plugin is None):
-            yield Conflict(("name", "plugin"), _exactly_one(name=self.name, plugin=self.plugin))
-        if self.plugin is not None:
-            yield from _malformed_function("plugin", self.plugin)
-
-
-class RewardServerBlock(Block):
-    workers: PositiveInt = 1
-    """RewardServer actors."""
-    children: PositiveInt = 1
-    """Killable child processes of each."""
-    memory_gib: PositiveFloat = 0.9
-    """What one child may allocate, all its functions together; reward_model holds its weights in float32."""
-    cpus_per_worker: NonNegativeFloat = 0.0
-    """Ray CPUs each reserves."""
-    gpus_per_worker: NonNegativeFloat = 0.0
-    """Ray GPUs each reserves, where its children hold their reward models; without, they are on the CPU."""
-    max_error_fraction: Fraction = 0.5
-    """The run stops when more of a step's rollouts than this are unscored because a function failed."""
 
 
 class RolloutBlock(Block):
@@ -315,7 +277,7 @@ class Recipe(Block):
         yield from self._reward_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
-            yield Conflict(("run.steps", "run.epochs"), _exactly_one(steps=run.steps, epochs=run.epochs))
+            yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
         if self.family != "online":
             return
         groups, prompts = self.algorithm.groups, self.data.prompts_per_step
@@ -342,7 +304,7 @@ class Recipe(Block):
     def _model_conflicts(self) -> Iterator[Conflict]:
         model = self.model
         if (model.path is None) == (model.architecture is None):
-            reason = _exactly_one(path=model.path, architecture=model.architecture)
+            reason = exactly_one(path=model.path, architecture=model.architecture)
             yield Conflict(("model.path", "model.architecture"), reason)
         if model.architecture is not None and not isinstance(model.architecture.get("model_type"), str):
             yield Conflict(("model.architecture",), "needs model_type, e.g. llama or qwen3")
@@ -371,16 +333,5 @@ class Recipe(Block):
             yield Conflict(("model.liger", "algorithm.name"), "has kernels for policies alone: remove it")
         for label, count in Counter(reward.label for reward in self.scoring).items():
             if count > 1:
-                reason = f"{count} are called {label}: metrics could not tell them apart; keep one, or rename a plugin"
+                reason = f"{count} are called {label}: metrics could not tell them apart; give one a `label` of its own"
                 yield Conflict(("rewards",), reason)
-
-
-def _exactly_one(**given: object) -> str:
-    names = " or ".join(given)
-    return f"give {names}" if all(value is None for value in given.values()) else f"give {names}, not both"
-
-
-def _malformed_function(key: str, text: str) -> Iterator[Conflict]:
-    file, colon, function = text.rpartition(":")
-    if not (colon and file.endswith(".py") and function.isidentifier()):
-        yield Conflict((key,), f"{text} is not of the form file.py:function")

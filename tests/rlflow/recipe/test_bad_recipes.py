@@ -105,7 +105,8 @@ BAD = {
     "name and plugin": Bad(7, "  - {name: exact_match, plugin: a.py:f}", "rewards.0.name", "not both"),
     "neither name nor plugin": Bad(7, "  - {weight: 1}", "rewards.0.name", "give name or plugin"),
     "plugin without function": Bad(7, "  - {plugin: a.py}", "rewards.0.plugin", "is not of the form file.py:function"),
-    "the same reward twice": Bad(7, "  - {name: a}\n  - {name: a}", "rewards", "2 are called a", at=6),
+    "the same reward twice": Bad(7, "  - {name: a}\n  - {name: a}", "rewards", "give one a `label`", at=6),
+    "a label with spaces": Bad(7, "  - {name: a, label: b c}", "rewards.0.label", "'b c' is part of metrics' names"),
     "path and architecture": Bad(
         2, "model: {path: a/b, architecture: {model_type: llama}, characters: ab}", "model.path", "not both"
     ),

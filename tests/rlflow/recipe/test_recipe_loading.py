@@ -229,6 +229,15 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path):
         assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
+def test_two_rewards_of_one_function_have_labels_of_their_own(recipe_file: Path):
+    rewards = "rewards: [{name: format}, {name: format, label: react, args: {pattern: x}}]\n"
+    text = (
+        f"algorithm: {{name: grpo}}\nmodel: {{path: a/b}}\ndata: {{train: {{path: a/b}}}}\n{rewards}run: {{steps: 1}}\n"
+    )
+    recipe = load_one(write(recipe_file, text))
+    assert [reward.label for reward in recipe.rewards] == ["format", "react"]
+
+
 def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     here = recipe_file.parent
     for name in ("near.jsonl", "both.jsonl", "rewards.py", "chat.jinja", "model/config.json"):
@@ -255,7 +264,7 @@ def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Pa
         "org/data",
     ]
     assert recipe.rewards[0].plugin == f"{here}/recipes/rewards.py:brevity"
-    assert recipe.rewards[0].label == "brevity"
+    assert [reward.label for reward in recipe.rewards] == ["brevity", "reward_model"]
     assert recipe.rewards[0].args == {"path": "model"}
     assert recipe.rewards[1].args == {"path": recipe.model.path}
     assert load_one(path, "rewards.1.args.path=out/rm/final").rewards[1].args == {"path": str(here / "out/rm/final")}

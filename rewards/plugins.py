@@ -1,0 +1,108 @@
+"""A user's file becomes a module: one that no other file is mistaken for, and that finds the files beside it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+OF_A_CHECKOUT = Path("rewards", "resolving.py")
+"""What a directory on the path holds that is a checkout of rlflow."""
+
+
+class RewardError(ValueError):
+    """A reward of the recipe cannot be found, loaded or called with these arguments."""
+
+
+def import_plugin(path: Path, label: str) -> ModuleType:
+    """Imports a file once, under a name of its own; it may import what lies beside it.
+
+    Args:
+        path: Resolved; it exists.
+        label: What errors call it.
+
+    Raises:
+        RewardError: It raises while it is imported, or what it imports from beside it is hidden by another module.
+    """
+    name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _make_importable(path.parent)
+    _require_own_neighbours(path, label)
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RewardError(f"{label}: importing it raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _make_importable(folder: Path) -> None:
+    """Puts a folder behind what is installed, but before a checkout of rlflow: its folders may have a user's names."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    own = [entry for entry in sys.path if entry != str(folder) and (entry / OF_A_CHECKOUT).is_file()]
+    sys.path[:] = [entry for entry in sys.path if entry not in own] + own
+
+
+def _require_own_neighbours(path: Path, label: str) -> None:
+    """Follows the imports of a plugin through the files beside it.
+
+    Raises:
+        RewardError: One of them would get another module: Python's, an installed one, or one beside another plugin.
+    """
+    waiting, seen = [path], {path}
+    while waiting:
+        file = waiting.pop()
+        for name in _imported_names(file):
+            neighbour = _module_file(path.parent, name)
+            if neighbour is None or neighbour in seen:
+                continue
+            found = _would_import(name)
+            if found != str(neighbour):
+                raise RewardError(
+                    f"{label}: {file.name} imports {name}, and Python would take {found} for it, not {neighbour} "
+                    f"beside it: rename {neighbour.name if neighbour.stem == name else name}"
+                )
+            seen.add(neighbour)
+            waiting.append(neighbour)
+
+
+def _imported_names(file: Path) -> Iterator[str]:
+    """The top-level names that a file imports, anywhere in it; none of a file that is no Python."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name.partition(".")[0] for alias in names)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield module.partition(".")[0]
+
+
+def _module_file(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name / "__init__.py", folder / f"{name}.py")
+    return next((file.resolve() for file in candidates if file.is_file()), None)
+
+
+def _would_import(name: str) -> str:
+    """The file that ``import name`` takes now, or in words what else."""
+    loaded = sys.modules.get(name)
+    try:
+        specification = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return "a module that cannot be found"
+    origin = None if specification is None else specification.origin
+    if name in sys.stdlib_module_names or origin in ("built-in", "frozen"):
+        return f"Python's own module {name}"
+    return "a namespace package" if origin is None else str(Path(origin).resolve())

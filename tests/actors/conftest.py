@@ -1,0 +1,40 @@
+"""A reward server with a plugin that misbehaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlflow.actors.reward_server import RewardServer
+from rlflow.recipe import RewardBlock
+from tests.actors.reward_servers import PLUGIN
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    path = tmp_path / "misbehaviour.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture
+def serve(plugin: Path) -> Iterator[Any]:
+    servers: list[RewardServer] = []
+
+    def start(*functions: str | RewardBlock, children: int = 1, timeout_s: float = 1.0) -> RewardServer:
+        blocks = [
+            function
+            if isinstance(function, RewardBlock)
+            else RewardBlock(plugin=f"{plugin}:{function}", timeout_s=timeout_s)
+            for function in functions
+        ]
+        servers.append(RewardServer(blocks, children))
+        servers[-1].ready()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

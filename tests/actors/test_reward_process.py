@@ -1,0 +1,148 @@
+"""The child processes of the reward server: what they see, what they cost, and that they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlflow.actors.reward_process import child_environment
+from rlflow.recipe import RewardBlock
+from rlflow.rewards import RewardError
+from tests.actors.reward_servers import batch, is_alive, wait_until_dead
+
+
+@pytest.mark.parametrize("children", [1, 2])
+def test_after_one_endless_call_more_than_there_are_children_the_next_one_scores(serve: Any, children: int) -> None:
+    server = serve("length", children=children, timeout_s=0.5)
+    started = time.monotonic()
+    for _ in range(children + 1):
+        assert server.score(*batch([["hang"]])).failed["length"].tolist() == [True]
+    assert time.monotonic() - started < (children + 1) * (0.5 + 5)
+    assert server.score(*batch([["good"]])).rewards["length"].tolist() == [4.0]
+
+
+def test_a_function_that_always_hangs_costs_a_bounded_time(
+    serve: Any, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls of 0.3 s + 1 s may be wasted: 9 calls of 0.3 s at the very most, out of 10 groups and 40 rows."""
+    monkeypatch.setattr("rlflow.actors.reward_server.WASTED_CALLS", 2)
+    note = tmp_path / "calls"
+    block = RewardBlock(plugin=f"{plugin}:hangs_always", timeout_s=0.3, args={"note": str(note)})
+    scores = serve(block, "length").score(*batch([["a"] * 4] * 10))
+    assert scores.failed["hangs_always"].all()
+    assert np.isnan(scores.rewards["hangs_always"]).all()
+    assert scores.rewards["length"].tolist() == [1.0] * 40
+    sentences = [error for error in scores.errors if "was not called: its failures had already taken" in error]
+    assert len(sentences) == 1 and "hangs_always: it was not called" in scores.causes[39]
+    assert note.stat().st_size <= 9
+
+
+def test_what_a_function_started_dies_with_it(serve: Any, tmp_path: Path) -> None:
+    server = serve("length")
+    note = tmp_path / "pid"
+    assert server.score(*batch([[f"daemon {note}"]])).failed["length"].all()
+    assert not is_alive(int(note.read_text()))
+
+
+def test_children_end_with_the_server_even_when_it_is_killed(plugin: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from rlflow.actors.reward_server import RewardServer\n"
+        "from rlflow.recipe import RewardBlock\n"
+        "server = RewardServer([RewardBlock(plugin=sys.argv[1])], 2)\n"
+        "server.ready()\n"
+        "print(*server.ping(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, f"{plugin}:length"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(children) == 2
+        assert all(is_alive(pid) for pid in children)
+        parent.kill()
+    wait_until_dead(children)
+
+
+def test_an_idle_child_that_dies_is_replaced(serve: Any) -> None:
+    server = serve("length")
+    first = server.ping()[0]
+    os.kill(first, signal.SIGKILL)
+    wait_until_dead([first])
+    assert server.score(*batch([["a"]])).rewards["length"].tolist() == [1.0]
+    assert server.ping()[0] != first
+
+
+def test_close_kills_the_children_and_may_be_called_twice(serve: Any) -> None:
+    server = serve("length", children=2)
+    children = server.ping()
+    server.close()
+    server.close()
+    assert not any(is_alive(pid) for pid in children)
+    with pytest.raises(RewardError, match="closed"):
+        server.score(*batch([["a"]]))
+
+
+def test_functions_see_no_secrets(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "MY_SECRET_THING", "DB_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:hunter2@proxy:80")
+    assert serve("secrets").score(*batch([["a"]])).rewards["secrets"].tolist() == [0.0]
+
+
+def test_an_environment_without_secrets_keeps_the_rest() -> None:
+    kept = child_environment(
+        {"PATH": "/bin", "HF_TOKEN": "x", "hf_home": "/h", "PYTHONPATH": "/a", "URL": "http://h/p"}
+    )
+    assert {name: kept[name] for name in kept if name != "PYTHONPATH"} == {
+        "PATH": "/bin",
+        "hf_home": "/h",
+        "URL": "http://h/p",
+        "OMP_NUM_THREADS": "1",
+    }
+    assert kept["PYTHONPATH"].split(os.pathsep)[1:] == ["/a"]
+
+
+BOMBS = [
+    "9**9**9",
+    r"\boxed{9^{9^{9}}}",
+    "#### 9^9^9^9",
+    "The answer is $(10^8)!$",
+    r"\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
+    r"\boxed{\sum_{k=1}^{10^9} k^k}",
+]
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes the process has ever had in memory."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:20])
+def test_a_verifier_bomb_is_no_right_answer_and_costs_little(serve: Any, bomb: str) -> None:
+    server = serve(RewardBlock(name="math_accuracy", timeout_s=3))
+    server.self_check()
+    started = time.monotonic()
+    scores = server.score(*batch([[bomb, r"\boxed{5}"]], solution=["5"]))
+    assert time.monotonic() - started < 6
+    assert scores.rewards["math_accuracy"][0] != 1.0
+    assert scores.rewards["math_accuracy"][1] == 1.0
+    assert peak_memory(server.ping()[0]) < 1e9
+
+
+def test_a_child_starts_without_the_libraries_that_its_rewards_do_not_need() -> None:
+    program = (
+        "import sys, rlflow.actors.reward_child\n"
+        "print(sorted({'torch', 'numpy', 'sympy', 'pydantic', 'ray', 'rlflow.recipe'} & set(sys.modules)))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == "[]"
