@@ -190,7 +190,9 @@ class _Scoring:
             Request(
                 function=call.function,
                 prompts=[list(prompt.messages) for prompt in prompts],
-                completions=[self._rollouts.texts[row] for row in call.rows],
+                completions=[
+                    prompt.opened + self._rollouts.texts[row] for prompt, row in zip(prompts, call.rows, strict=True)
+                ],
                 completion_ids=[token_ids[offsets[row] : offsets[row + 1]].tobytes() for row in call.rows],
                 columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from rlflow.actors.weight_sync import WeightSnapshot
 
@@ -80,13 +81,13 @@ class RolloutWorker:
         started = time.perf_counter()
         completions = self.engine.generate(requests, params)
         offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
-        texts = self.tokenizer.batch_decode([c.token_ids.tolist() for c in completions], skip_special_tokens=True)
+        texts = decode_completions(self.tokenizer, [c.token_ids for c in completions], params.stop_token_ids)
         return RolloutBatch(
             token_ids=np.concatenate([c.token_ids for c in completions]),
             logprobs=np.concatenate([c.logprobs for c in completions]),
             offsets=offsets.astype(np.int64),
             finish_reasons=tuple(c.finish_reason for c in completions),
-            texts=tuple(texts),
+            texts=texts,
             policy_version=self.version,
             seconds=time.perf_counter() - started,
         )
@@ -99,6 +100,20 @@ class RolloutWorker:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def decode_completions(
+    tokenizer: PreTrainedTokenizerFast, completions: Sequence[np.ndarray], stop_token_ids: Sequence[int]
+) -> tuple[str, ...]:
+    """What the policy wrote, as text: all but stop tokens and padding, special tokens such as ``<think>`` included.
+
+    Args:
+        completions: int32 [C] each.
+    """
+    silent = [*stop_token_ids, *([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])]
+    written = [token_ids[~np.isin(token_ids, silent)].tolist() for token_ids in completions]
+    # Tokenizers that ask for a clean-up would take the space before a full stop away.
+    return tuple(tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _make_engine(

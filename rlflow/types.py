@@ -31,6 +31,9 @@ class Prompt:
     """What ``token_ids`` were rendered from."""
     columns: Mapping[str, Any]
     """The row's other columns: reward functions receive them as keyword lists."""
+    opened: str = ""
+    """A tag such as ``<think>`` that the text of ``token_ids`` ends with: the policy goes on inside, and what is judged
+    begins with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,8 @@ class RolloutBatch:
     """int64 [rows + 1]: row r is ``token_ids[offsets[r]:offsets[r + 1]]``."""
     finish_reasons: tuple[FinishReason, ...]
     texts: tuple[str, ...]
-    """Completions decoded for reward functions and for people; training never reads them."""
+    """Completions decoded for reward functions and for people, special tokens included but stop tokens and padding;
+    training never reads them."""
     policy_version: int
     """Version of the weights that sampled every token of the batch."""
     seconds: float

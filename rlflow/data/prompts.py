@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from rlflow.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+THOUGHT_BEGINS = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\])\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,18 @@ def load_prompts(
             if overlong.leaves_out(row, len(token_ids)):
                 continue
             token_ids = token_ids[-data.max_prompt_tokens :]
-        prompts.append(Prompt(row.id, token_ids, row.value.messages, row.value.columns))
+        prompts.append(Prompt(row.id, token_ids, row.value.messages, row.value.columns, opened_tag(row.value.text)))
     overlong.settle(prompts)
     return prompts
+
+
+def opened_tag(text: str) -> str:
+    """The tag that begins a thought at the end of a prompt, with the white space behind it; empty where there is none.
+
+    Generation prompts of reasoning models end with ``<think>``, and so do prompts for base models.
+    """
+    found = THOUGHT_BEGINS.search(text)
+    return found[0] if found else ""
 
 
 def _render(record: Record, data: DataBlock, chat: Chat) -> _Rendered:

@@ -36,6 +36,7 @@ class RolloutRecord:
     messages: list[dict[str, Any]]
     """The whole prompt."""
     completion: str
+    """What the policy wrote, special tokens included; a tag that the prompt opened is not among it."""
     reward: float
     """Weighted sum; NaN when unscored."""
     rewards: dict[str, float]

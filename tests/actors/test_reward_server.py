@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def test_scores_come_back_in_row_order_from_several_children(serve: Any) -> None
 def test_a_function_receives_messages_token_ids_and_columns_of_its_rows(serve: Any) -> None:
     scores = serve("arguments").score(*batch([["a", "b"], ["c", "d"]], level=[1, 2]))
     assert scores.rewards["arguments"].tolist() == [110.0, 113.0, 216.0, 219.0]
+
+
+def test_what_is_judged_begins_with_the_tag_that_the_prompt_opened(serve: Any) -> None:
+    rollouts, prompts = batch([["a</think> <answer>1</answer>"], ["<think>b</think> <answer>1</answer>"]])
+    prompts = (replace(prompts[0], opened="<think>\n"), prompts[1])
+    assert serve(RewardBlock(name="format")).score(rollouts, prompts).rewards["format"].tolist() == [1.0, 1.0]
 
 
 def test_a_call_holds_as_many_prompts_as_the_recipe_says(serve: Any, plugin: Path) -> None:

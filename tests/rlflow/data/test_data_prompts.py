@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlflow.data.errors import DataError
-from rlflow.data.prompts import load_prompts
+from rlflow.data.prompts import load_prompts, opened_tag
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe.schema import DataBlock, SourceBlock
 
@@ -28,6 +28,27 @@ def test_a_prompt_is_rendered_up_to_where_the_policy_writes(load, tokenizer):
     assert tokenizer.decode(prompt.token_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.token_ids.dtype == np.int32
     assert (prompt.id, list(prompt.messages)) == ("rows:1", [HI])
+
+
+@pytest.mark.parametrize(
+    ("text", "opened"),
+    [
+        ("user: Hi\nassistant: <think>\n", "<think>\n"),
+        ("Let me think. <reasoning>", "<reasoning>"),
+        ("[INST]Hi[/INST][THINK]", "[THINK]"),
+        ("assistant: <think>\n\n</think>\n\n", ""),
+        ("Write <think> first.\nassistant:", ""),
+        ("<|im_start|>assistant\n", ""),
+    ],
+)
+def test_a_thought_that_a_prompt_opens_is_told_from_one_that_it_mentions(text, opened):
+    assert opened_tag(text) == opened
+
+
+def test_a_prompt_says_what_the_generation_prompt_has_opened(load, tokenizer):
+    assert load([{"prompt": "Hi <think>"}])[0].opened == ""
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    assert load([{"prompt": "Hi"}])[0].opened == "<think>\n"
 
 
 def test_the_last_answer_is_taken_off_and_offered_as_response(load):

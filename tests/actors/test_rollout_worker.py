@@ -1,0 +1,42 @@
+"""What the policy wrote, as text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlflow.actors.rollout_worker import decode_completions
+from rlflow.data.tokenizer import build_character_tokenizer
+from rlflow.rewards.formats import pattern_format
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<end>"]
+
+
+@pytest.fixture
+def tokenizer():
+    """As the published configurations of Llama 3 have it, it asks for spaces to be cleaned up."""
+    tokenizer = build_character_tokenizer("abnt ,.?'12")
+    tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
+    tokenizer.clean_up_tokenization_spaces = True
+    return tokenizer
+
+
+def written(tokenizer, text: str, stop: tuple[str, ...] = ("<eos>",)) -> str:
+    token_ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+    return decode_completions(tokenizer, [token_ids], tokenizer.convert_tokens_to_ids(list(stop)))[0]
+
+
+def test_special_tokens_are_kept_but_those_that_end_and_fill(tokenizer):
+    text = "<think>ab</think><answer>12</answer>"
+    assert written(tokenizer, f"{text}<eos><pad><pad>") == text
+    assert written(tokenizer, f"{text}<end>", ("<eos>", "<end>")) == text
+    assert written(tokenizer, f"{text}<end>") == f"{text}<end>"
+    assert pattern_format([[]], [written(tokenizer, f"{text}<eos>")], [[]]) == [1.0]
+
+
+def test_no_space_is_cleaned_up(tokenizer):
+    assert written(tokenizer, "a , b . 1 ? n 't") == "a , b . 1 ? n 't"
+
+
+def test_a_completion_of_nothing_but_its_stop_token_is_empty(tokenizer):
+    assert written(tokenizer, "<eos>") == ""
