@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.trainer import Objective, Trainer
-from rlflow.recipe import ALGORITHMS, AlgorithmBlock
+from rlflow.recipe import ALGORITHMS, AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
@@ -17,11 +17,33 @@ if TYPE_CHECKING:
 
 
 class PolicyTrainer(Trainer):
+    def __init__(
+        self,
+        model: ModelBlock,
+        trainer: TrainerBlock,
+        *,
+        rank: int,
+        world_size: int,
+        num_threads: int,
+        seed: int,
+        learns_rollouts: bool = False,
+    ) -> None:
+        """
+        Args:
+            learns_rollouts: It is trained on what it writes, in which no id beyond its tokenizer can be.
+        """
+        super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
+        self.learns_rollouts = learns_rollouts
+
     def load_module(self) -> Any:
         from rlflow.actors.train_engines.token_model import load_token_model
 
         return load_token_model(
-            self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
+            self.block,
+            seed=self.seed,
+            device=self.device,
+            checkpointing=self.trainer.gradient_checkpointing,
+            tokens_of=self.block if self.learns_rollouts else None,
         )
 
     def objective(

@@ -12,7 +12,13 @@ from rlflow.types import MicroBatch
 
 
 class ReferenceModel:
-    def __init__(self, model: ModelBlock, *, gpus: float, num_threads: int, seed: int) -> None:
+    def __init__(
+        self, model: ModelBlock, *, gpus: float, num_threads: int, seed: int, tokens_of: ModelBlock | None = None
+    ) -> None:
+        """
+        Args:
+            tokens_of: See load_token_model.
+        """
         import torch
 
         from rlflow.actors.train_engines.token_model import load_token_model
@@ -20,7 +26,8 @@ class ReferenceModel:
         started = time.perf_counter()
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if gpus else "cpu")
-        self.module = load_token_model(model, seed=seed, device=self.device).requires_grad_(False)
+        self.module = load_token_model(model, seed=seed, device=self.device, tokens_of=tokens_of)
+        self.module.requires_grad_(False)
         self._seconds = time.perf_counter() - started
 
     def ready(self) -> float:

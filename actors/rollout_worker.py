@@ -26,6 +26,7 @@ class RolloutEngine(Protocol):
     """What torch_engine and vllm_engine have in common."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def leave_out(self, ids: np.ndarray) -> None: ...
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
@@ -61,6 +62,7 @@ class RolloutWorker:
         from rlflow.data.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(model)
+        self.engine.leave_out(_no_tokens(model, self.tokenizer))
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 
     def ready(self) -> WorkerReady:
@@ -114,6 +116,17 @@ def decode_completions(
     written = [token_ids[~np.isin(token_ids, silent)].tolist() for token_ids in completions]
     # Tokenizers that ask for a clean-up would take the space before a full stop away.
     return tuple(tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _no_tokens(model: ModelBlock, tokenizer: Any) -> np.ndarray:
+    """Ids of the vocabulary that are no token of the tokenizer."""
+    from transformers import AutoConfig
+
+    from rlflow.data.vocabulary import ids_without_token
+
+    assert model.path is not None
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return ids_without_token(tokenizer, config.get_text_config().vocab_size)
 
 
 def _make_engine(

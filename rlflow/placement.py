@@ -157,8 +157,10 @@ def _constructor(
     threads, seed = max(1, int(role.cpus)), recipe.run.seed
     match role.name:
         case "trainer":
-            cls = RewardTrainer if recipe.algorithm.name == "reward_model" else PolicyTrainer
-            return cls, _trainer_arguments(model, recipe.trainer, role, rank, seed)
+            arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
+            if recipe.algorithm.name == "reward_model":
+                return RewardTrainer, arguments
+            return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
         case "critic":
             path = recipe.algorithm.critic.path
             # A critic is trained whole, also where the policy is an adapter.
@@ -187,7 +189,13 @@ def _constructor(
             frozen = model if path is None else _other_model(path, model)
             # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
             frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
-            return ReferenceModel, {"model": frozen, "gpus": role.gpus, "num_threads": threads, "seed": seed}
+            return ReferenceModel, {
+                "model": frozen,
+                "gpus": role.gpus,
+                "num_threads": threads,
+                "seed": seed,
+                "tokens_of": model if recipe.family == "online" else None,
+            }
 
 
 def _other_model(path: str, model: ModelBlock) -> ModelBlock:

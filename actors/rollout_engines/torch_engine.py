@@ -37,6 +37,7 @@ class TorchEngine:
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_num_seqs = max_num_seqs
+        self.left_out: torch.Tensor | None = None
         self.is_adapted = adapted is not None
         if adapted is not None:
             from rlflow.actors import adapters
@@ -69,6 +70,10 @@ class TorchEngine:
                 missing.discard(name)
         if missing:
             raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {sorted(missing)[0]}")
+
+    def leave_out(self, ids: np.ndarray) -> None:
+        """Gives ``ids`` of the vocabulary no probability from now on, and those of an earlier call theirs back."""
+        self.left_out = torch.from_numpy(ids).to(self.device) if len(ids) else None
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
@@ -152,7 +157,7 @@ class TorchEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1], cache, attention_mask
+        return self._of_tokens(output.logits[:, -1]), cache, attention_mask
 
     def _decode(self, token: torch.Tensor, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
         """token [R] -> logits of the next one [R, V]."""
@@ -163,7 +168,11 @@ class TorchEngine:
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits[:, -1]
+        return self._of_tokens(output.logits[:, -1])
+
+    def _of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """[R, V]."""
+        return logits if self.left_out is None else logits.index_fill(-1, self.left_out, -torch.inf)
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

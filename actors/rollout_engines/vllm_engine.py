@@ -115,6 +115,10 @@ class VllmEngine:
             if unset:
                 raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
 
+    def leave_out(self, ids: np.ndarray) -> None:
+        """Gives ``ids`` of the vocabulary no probability from now on, and those of an earlier call theirs back."""
+        self.llm.apply_model(partial(_leave_out, ids=torch.from_numpy(ids)))
+
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         """One completion a seed, in the order of requests and of their seeds.
 
@@ -333,6 +337,21 @@ def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]], on_cpu: bool
     if on_cpu:
         pack_experts(model)
     return sorted({name for name, _ in model.named_parameters()} - reached)
+
+
+def _leave_out(model: Any, ids: torch.Tensor) -> None:
+    """Runs in every worker of the engine. What vLLM makes of logits, cuts and logprobs, comes after the model's own."""
+    vars(model).pop("compute_logits", None)
+    if not len(ids):
+        return
+    compute_logits = model.compute_logits
+
+    def of_tokens(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        logits = compute_logits(*args, **kwargs)
+        # Of workers that share a model one alone has them.
+        return None if logits is None else logits.index_fill_(-1, ids.to(logits.device), -torch.inf)
+
+    model.compute_logits = of_tokens
 
 
 def _completion(output: vllm.CompletionOutput) -> Completion:

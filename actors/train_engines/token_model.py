@@ -21,6 +21,8 @@ from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines import liger, packed_attention
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
+from rlflow.data.tokenizer import load_tokenizer
+from rlflow.data.vocabulary import ids_without_token
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -51,6 +53,8 @@ class TokenModel(nn.Module):
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
         self.softcap: float | None = model.config.to_dict().get("final_logit_softcapping")
+        self.left_out: torch.Tensor | None = None
+        """bool [V]: ids that get no probability; None where all of the vocabulary do."""
 
     def forward(
         self,
@@ -88,6 +92,13 @@ class TokenModel(nn.Module):
             use_cache=False,
         ).last_hidden_state[0]
 
+    def leave_out(self, ids: np.ndarray) -> None:
+        """Gives ``ids`` of the vocabulary no probability from now on: logprobs and entropies are of the others."""
+        if len(ids):
+            mask = np.zeros(self.model.config.get_text_config().vocab_size, dtype=bool)
+            mask[ids] = True
+            self.left_out = torch.from_numpy(mask).to(self.model.device)
+
     def of_batch(
         self,
         batch: MicroBatch,
@@ -110,7 +121,7 @@ class TokenModel(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """hidden [M, H], targets [M] -> logprobs [M], and entropies [M] where they are wanted; in chunks."""
         head = self.model.get_output_embeddings()
-        is_plain = entropies == "none" and temperature == 1.0 and self.softcap is None
+        is_plain = entropies == "none" and temperature == 1.0 and self.softcap is None and self.left_out is None
         if self.uses_liger and is_plain and type(head) is nn.Linear:
             return (liger.token_logprobs(hidden, head, targets),)
         chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
@@ -134,6 +145,9 @@ class TokenModel(nn.Module):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if temperature != 1.0:
             logits = logits.div_(temperature)
+        if self.left_out is not None:
+            # Not infinity, whose product with a probability of 0 is no entropy.
+            logits = logits.masked_fill_(self.left_out, torch.finfo(torch.float32).min)
         logprobs = torch.log_softmax(logits, dim=-1)
         del logits
         chosen = logprobs.gather(1, targets[:, None].long()).squeeze(1)
@@ -163,8 +177,19 @@ def _call(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, checkpointing: bool = False) -> TokenModel:
+def load_token_model(
+    block: ModelBlock,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpointing: bool = False,
+    tokens_of: ModelBlock | None = None,
+) -> TokenModel:
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
+
+    Args:
+        tokens_of: The policy that writes what is scored: what is no token of its tokenizer gets no probability, as in
+            the engines. Without it every id of the vocabulary does, as in transformers.
 
     Raises:
         ValueError: The checkpoint lacks weights, the architecture computes its logits in a way that TokenModel does not
@@ -197,6 +222,9 @@ def load_token_model(block: ModelBlock, *, seed: int, device: torch.device, chec
         liger.apply_kernels(model)
         token_model.uses_liger = True
         _check_kernels(token_model, theirs, device)
+    if tokens_of is not None:
+        size = model.config.get_text_config().vocab_size
+        token_model.leave_out(ids_without_token(load_tokenizer(tokens_of), size))
     return token_model
 
 

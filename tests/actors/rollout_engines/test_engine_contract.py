@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -147,11 +147,18 @@ def make_requests(num_requests: int = 4, group_size: int = 4) -> list[Generation
 
 @torch.no_grad()
 def reference_logprobs(
-    policy: PreTrainedModel, prompt: np.ndarray, completion: Completion, *, temperature: float, top_k: int
+    policy: PreTrainedModel,
+    prompt: np.ndarray,
+    completion: Completion,
+    *,
+    temperature: float,
+    top_k: int,
+    left_out: Sequence[int] = (),
 ) -> np.ndarray:
     """A forward over prompt and completion, without cache: float32 [C]."""
     token_ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids])).long()
     logits = policy(token_ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
+    logits[:, list(left_out)] = -torch.inf
     if top_k:
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -159,12 +166,21 @@ def reference_logprobs(
 
 
 def assert_logprobs_match(
-    policy: PreTrainedModel, requests: list[GenerationRequest], completions: list[Completion], params: SamplingParams
+    policy: PreTrainedModel,
+    requests: list[GenerationRequest],
+    completions: list[Completion],
+    params: SamplingParams,
+    left_out: Sequence[int] = (),
 ) -> None:
     prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
     for prompt, completion in zip(prompts, completions, strict=True):
         expected = reference_logprobs(
-            policy, prompt, completion, temperature=params.temperature or 1.0, top_k=params.top_k
+            policy,
+            prompt,
+            completion,
+            temperature=params.temperature or 1.0,
+            top_k=params.top_k,
+            left_out=left_out,
         )
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=TOLERANCE)
 
@@ -194,6 +210,26 @@ def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine
         newer = random_policy(kind, seed=seed)
         sync(engine, newer)
         assert_logprobs_match(newer, requests, engine.generate(requests, params), params)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(max_new_tokens=24), SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10)],
+    ids=["plain", "temperature-and-top-k"],
+)
+def test_ids_that_are_left_out_are_never_drawn_and_have_no_share_in_logprobs(
+    engine: RolloutEngine, policy: PreTrainedModel, params: SamplingParams
+) -> None:
+    requests, left_out = make_requests(), np.array([7, *range(24, VOCABULARY)])
+    before = engine.generate(requests, params)
+    assert np.isin(np.concatenate([completion.token_ids for completion in before]), left_out).mean() > 0.2
+    engine.leave_out(left_out)
+    completions = engine.generate(requests, params)
+    assert not np.isin(np.concatenate([completion.token_ids for completion in completions]), left_out).any()
+    assert_logprobs_match(policy, requests, completions, params, left_out.tolist())
+    engine.leave_out(np.array([], dtype=np.int64))
+    for again, once in zip(engine.generate(requests, params), before, strict=True):
+        np.testing.assert_array_equal(again.token_ids, once.token_ids)
 
 
 def test_greedy_tokens_equal_transformers_generate(engine: RolloutEngine, policy: Any) -> None:

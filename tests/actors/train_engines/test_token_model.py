@@ -76,6 +76,29 @@ def test_the_gradient_of_packed_sequences_is_that_of_transformers_padded_batch(p
     assert (one - other).norm() < 1e-6 * other.norm()
 
 
+def test_ids_that_are_left_out_change_logprobs_entropies_and_gradients_as_their_absence_does(pair):
+    """Beside transformers' logits without their columns."""
+    ours, theirs = pair
+    kept = torch.arange(theirs.config.vocab_size)[3:-9]
+    tokens = torch.randint(3, 3 + len(kept), (9,), generator=torch.manual_seed(1))
+    positions, weights = torch.arange(9), torch.linspace(-1, 1, 9)
+    ours.leave_out(np.concatenate([np.arange(3), np.arange(theirs.config.vocab_size)[-9:]]))
+    layout = PackedLayout(np.array([0, 9]), torch.device("cpu"))
+    got = ours(tokens, positions, layout, positions > 0, 0.7, "gradient")
+    ours.left_out = None
+    full = torch.log_softmax(theirs(tokens[None]).logits[0, :-1, kept] / 0.7, dim=-1)
+    logprobs, entropies = full.gather(1, tokens[1:, None] - 3).squeeze(1), -(full.exp() * full).sum(-1)
+    torch.testing.assert_close(got.logprobs[1:], logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.entropies[1:], entropies, atol=1e-5, rtol=0)
+    losses = {ours: ((got.logprobs + got.entropies) * weights).sum()}
+    losses[theirs] = ((logprobs + entropies) * weights[1:]).sum()
+    one, other = (
+        torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+        for model, loss in losses.items()
+    )
+    assert (one - other).norm() < 1e-5 * other.norm()
+
+
 def test_a_change_in_one_sequence_is_seen_by_no_other_of_a_whole_model(pair):
     ours, _ = pair
     tokens = tokens_of(ours)
