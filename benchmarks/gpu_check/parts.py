@@ -1,0 +1,78 @@
+"""The parts, in the order in which they run: what is right first, then what learns, then what is fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    summary: str
+    function: str
+    """``module:function`` of this directory; called with a Record and the arguments."""
+    seconds: float
+    """About how long it takes on one H100; three times as long is its deadline."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    needs_gpu: bool = True
+    packages: tuple[str, ...] = ()
+    """Beside torch and transformers."""
+
+
+def _engine(name: str, dtype: str, seconds: float, *, needs_gpu: bool) -> Part:
+    return Part(
+        f"{name}_{dtype}",
+        f"logprobs of the {name} engine in {dtype} against transformers, before and after a weight sync",
+        "correctness:engine_logprobs",
+        seconds,
+        {"name": name, "dtype": dtype},
+        needs_gpu=needs_gpu,
+        packages=("vllm",) if name == "vllm" else (),
+    )
+
+
+def _steps(name: str, summary: str, settings: Mapping[str, Any], *packages: str, needs_gpu: bool = False) -> Part:
+    what = f"two steps of {summary} against plain torch on the CPU"
+    arguments = {"settings": settings}
+    return Part(name, what, "correctness:train_steps", 12, arguments, needs_gpu=needs_gpu, packages=packages)
+
+
+def _zero(stage: int) -> Part:
+    settings = {"trainer.engine": "deepspeed", "trainer.deepspeed.stage": stage}
+    return _steps(f"zero_{stage}", f"DeepSpeed's ZeRO {stage}", settings, "deepspeed")
+
+
+def _generation(size: str, seconds: float) -> Part:
+    summary = f"tokens a second of vLLM, random {size} model in bfloat16"
+    return Part(f"generation_{size}", summary, "speed:generation", seconds, {"size": size}, packages=("vllm",))
+
+
+def _training(size: str, seconds: float) -> Part:
+    summary = f"tokens a second, utilisation and peak memory of training, random {size} model in bfloat16"
+    return Part(f"training_{size}", summary, "speed:training", seconds, {"size": size})
+
+
+PARTS: tuple[Part, ...] = (
+    Part("machine", "what is here", "machine:describe", 8, needs_gpu=False),
+    _engine("torch", "float32", 12, needs_gpu=False),
+    _engine("torch", "bfloat16", 12, needs_gpu=True),
+    _engine("vllm", "float32", 40, needs_gpu=False),
+    _engine("vllm", "bfloat16", 40, needs_gpu=True),
+    _steps("fsdp", "FSDP2", {}),
+    _steps("fsdp_bfloat16", "FSDP2 in bfloat16", {"model.dtype": "bfloat16"}, needs_gpu=True),
+    _zero(1),
+    _zero(2),
+    _zero(3),
+    Part("flash_attention", "torch's kernel for packed attention against float32", "correctness:packed_kernel", 10),
+    Part("liger", "Liger's kernels against torch's", "correctness:liger", 15, packages=("liger_kernel",)),
+    Part("nf4", "an adapter on a base of four bits", "correctness:four_bits", 15, packages=("bitsandbytes", "peft")),
+    Part("adamw_8bit", "moments of eight bits", "correctness:eight_bits", 12, packages=("bitsandbytes",)),
+    Part("quickstart", "recipes/quickstart.yaml, shortened", "learning:quickstart", 75, packages=("ray",)),
+    Part("grpo_bfloat16", "GRPO in bfloat16 learns", "learning:grpo_bfloat16", 60, packages=("ray",)),
+    _generation("0.5B", 45),
+    _training("0.5B", 20),
+    _generation("1.5B", 50),
+    _training("1.5B", 25),
+)
