@@ -295,9 +295,20 @@ def _oddities(plan: Plan) -> Iterator[str]:
     updates, prompts = recipe.algorithm.groups.updates_per_step, recipe.data.prompts_per_step
     if recipe.family == "online" and prompts == updates:
         yield "one prompt an update: gradients will be noisy; raise data.prompts_per_step, or lower updates_per_step"
+    yield from _cut_sampling(recipe)
     yield from _idle_policy(recipe)
     if isinstance(plan.shape, str):
         yield f"memory is not estimated: {plan.shape}"
+
+
+def _cut_sampling(recipe: Recipe) -> Iterator[str]:
+    """What cannot be had of logprobs of another distribution."""
+    if recipe.family == "online" and recipe.rollout.cut_by is not None:
+        stale = " or for older weights (run.max_staleness)" if recipe.run.max_staleness else ""
+        yield (
+            f"rollout.{recipe.rollout.cut_by} cuts sampling, so the engine's logprobs are of another distribution than "
+            f"the trainer's: nothing corrects for their difference{stale}, and mismatch/... is not measured"
+        )
 
 
 def _idle_policy(recipe: Recipe) -> Iterator[str]:

@@ -156,7 +156,8 @@ class Sample:
     advantages: np.ndarray | None = None
     """float32 [T]."""
     old_logprobs: np.ndarray | None = None
-    """float32 [T]: of the policy that sampled; 0 outside the completion."""
+    """float32 [T]: of the policy that sampled, as its engine reported them; 0 outside the completion. Absent where
+    sampling was cut, and they are of another distribution than the trainer's."""
     proximal_logprobs: np.ndarray | None = None
     """float32 [T]: the trainer's own, before the first update of the batch; absent with a single update, when they are
     the current ones."""

@@ -34,21 +34,21 @@ def token_advantages(
     penalties: Sequence[np.ndarray],
     block: AdvantageBlock,
     values: Sequence[np.ndarray] | None = None,
-    trained: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
 
     Group and batch estimators subtract a rollout's summed penalties from its reward and give all its tokens the same
-    advantage. ``return`` and ``gae`` subtract each token's penalty where it falls; the reward comes at the last token.
+    advantage. ``return`` and ``gae`` subtract each token's penalty where it falls; the reward comes at the last loss
+    token. What is between two loss tokens (a tool's output) is no step of the episode: one follows the other.
 
     Args:
         rewards: float [P, G], NaN where unscored. Sample g of prompt i is row i * G + g of the lists.
-        penalties: [C] a row, C its loss tokens: ``kl.coef`` times kl_penalty; zeros when the KL is not in the reward.
-        values: [C] a row: the critic's value before each token. Needed by gae.
-        trained: bool [P * G], the rows whose tokens are whitened together; all scored ones when absent.
+        penalties: [L] a row, L its loss tokens: ``kl.coef`` times kl_penalty; zeros when the KL is not in the reward.
+            Empty for a rollout that is scored and not trained: its reward counts in its group's baseline.
+        values: [L] a row: the critic's value before each loss token. Needed by gae.
 
     Returns:
-        Advantages and returns (what values should have been), float64 [C] a row each; 0 where unscored.
+        Advantages and returns (what values should have been), float64 [L] a row each; 0 where unscored.
     """
     scored = ~np.isnan(rewards.ravel())
     if block.estimator in ("return", "gae"):
@@ -62,7 +62,7 @@ def token_advantages(
         advantages = [np.full(len(p), a) for p, a in zip(penalties, per_rollout, strict=True)]
         returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals.ravel()), strict=True)]
     if block.whiten:
-        chosen = np.flatnonzero(scored if trained is None else scored & trained)
+        chosen = np.flatnonzero(scored)
         for row, whitened in zip(chosen, whiten([advantages[row] for row in chosen], block.ddof), strict=True):
             advantages[row] = whitened
     return advantages, returns

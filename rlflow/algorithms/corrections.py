@@ -1,7 +1,8 @@
 """Importance weights between the engine that sampled and the trainer that learns, which never agree to the last digit.
 
-The expectation is over the engine's samples, the policy gradient is the trainer's: w = pi_trainer / pi_engine, both
-with the parameters that sampled, multiplies each token's loss. It carries no gradient.
+The expectation is over the engine's samples, the policy gradient is the trainer's: w = pi_trainer / pi_engine
+multiplies each token's loss. pi_trainer has the parameters of before the first update of the step, pi_engine those that
+sampled, which are older where staleness is allowed. w carries no gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def mismatch_weights(
     """pi_trainer / pi_engine at every token.
 
     Args:
-        trainer_logprobs, engine_logprobs: [N], of the parameters that sampled.
+        trainer_logprobs: [N], of the parameters before the first update.
+        engine_logprobs: [N], as the engine reported them.
         sequence_ids: int64 [N], ascending.
         level: A key of LEVELS.
 
@@ -55,18 +57,29 @@ def mismatch_weights(
     return torch.exp(log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
+def is_out_of_bounds(weights: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """bool [N]: where a weight is below low or above high."""
+    return (weights < low) | (weights > high)
+
+
 def truncate_weights(weights: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """min(w, high): truncated importance sampling (https://fengyao.notion.site/off-policy-rl); low is not used."""
-    return weights.clamp(max=high)
+    """min(max(w, low), high): truncated importance sampling (https://fengyao.notion.site/off-policy-rl), low 0."""
+    return weights.clamp(low, high)
+
+
+def keep_or_drop(weights: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """1 where low <= w <= high, 0 elsewhere: rejection without a weight."""
+    return torch.where(is_out_of_bounds(weights, low, high), 0.0, torch.ones_like(weights))
 
 
 def mask_weights(weights: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """w where low <= w <= high, 0 elsewhere: masked importance sampling (IcePop, arXiv 2510.18855)."""
-    return torch.where((weights >= low) & (weights <= high), weights, 0.0)
+    return weights.masked_fill(is_out_of_bounds(weights, low, high), 0.0)
 
 
 CORRECTIONS: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
     "truncate": truncate_weights,
-    "mask": mask_weights,
+    "mask": keep_or_drop,
+    "weighted_mask": mask_weights,
 }
-"""``correction.mode`` -> what is done with weights out of bounds."""
+"""``correction.mode`` -> what a token's loss is multiplied by, of weights [N] and their bounds."""

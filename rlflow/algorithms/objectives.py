@@ -65,30 +65,37 @@ def policy_objective(
 ) -> tuple[torch.Tensor, Metrics]:
     """sum over loss tokens of weight * (policy loss * correction + kl.coef * KL - entropy_coef * entropy).
 
-    The ratio's denominator is the engine's logprobs, or the trainer's before the first update: ``proximal_logprobs``,
-    and with a single update, where they are absent, the current ones.
+    The ratio's denominator is the trainer's logprobs of before the first update: ``proximal_logprobs``, and where they
+    are absent, the current ones; with ``old_policy: engine`` it is the engine's.
 
     Args:
         logprobs, entropies: [N] under the current policy, the first with gradient.
+        batch: Without ``old_logprobs`` where the engine's are of another distribution: then neither a correction nor a
+            ratio may ask for them, and the mismatch is not measured.
     """
     block, correction, kl = algorithm.loss, algorithm.correction, algorithm.kl
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
-    assert tokens.advantages is not None and tokens.old_logprobs is not None
+    assert tokens.advantages is not None
+    engine = tokens.old_logprobs
     proximal = logprobs.detach() if tokens.proximal_logprobs is None else tokens.proximal_logprobs
-    log_ratio = logprobs - (tokens.old_logprobs if correction.old_policy == "engine" else proximal)
+    denominator = proximal if correction.old_policy == "trainer" else engine
+    assert denominator is not None, "old_policy: engine needs the engine's logprobs"
+    log_ratio = logprobs - denominator
     ratio = policy_losses.RATIOS[block.ratio](log_ratio, tokens.sequence_ids, tokens.num_sequences)
     policy_loss = POLICY_LOSSES[block.kind](ratio, logprobs, tokens.advantages, block)
     metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), tokens.advantages, block, denominators)
-    metrics |= _mismatch_metrics(proximal, tokens.old_logprobs, denominators)
-
+    if engine is not None:
+        metrics |= _mismatch_metrics(proximal, engine, denominators)
     if correction.mode != "none":
+        assert engine is not None, "a correction needs the engine's logprobs"
         weights = corrections.mismatch_weights(
-            proximal, tokens.old_logprobs, tokens.sequence_ids, tokens.num_sequences, correction.level
+            proximal, engine, tokens.sequence_ids, tokens.num_sequences, correction.level
         )
-        bounded = corrections.CORRECTIONS[correction.mode](weights, correction.low, correction.high)
-        policy_loss = policy_loss * bounded
-        metrics["correction/weight_mean"] = _token_mean(bounded, denominators)
-        metrics["correction/bounded_fraction"] = _token_mean((bounded != weights).to(ratio.dtype), denominators)
+        factors = corrections.CORRECTIONS[correction.mode](weights, correction.low, correction.high)
+        outside = corrections.is_out_of_bounds(weights, correction.low, correction.high)
+        policy_loss = policy_loss * factors
+        metrics["correction/weight_mean"] = _token_mean(factors, denominators)
+        metrics["correction/bounded_fraction"] = _token_mean(outside.to(ratio.dtype), denominators)
 
     loss = (tokens.loss_weights * policy_loss).sum()
     metrics["loss/policy"] = loss.detach()

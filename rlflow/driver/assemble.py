@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlflow.algorithms.advantages import combine_rewards, soft_overlong_penalty, token_advantages
+from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
 from rlflow.algorithms.kl_reward import kl_penalty
 from rlflow.algorithms.reductions import count_denominators, loss_weights
 from rlflow.driver.rollouts import ScoredChunk
@@ -26,9 +26,11 @@ class Batch:
     """P * G, in prompt order: row i * G + g is rollout g of prompt i."""
 
     @property
-    def num_completion_tokens(self) -> np.ndarray:
-        """int [P * G], of every sample, whether trained or masked."""
-        return np.array([len(rollout.token_ids) for group in self.groups for rollout in group.rollouts])
+    def num_sampled_tokens(self) -> np.ndarray:
+        """int [P * G]: the loss tokens of every sample; of one that is left out whole, all that the policy wrote."""
+        written = [len(rollout.token_ids) for group in self.groups for rollout in group.rollouts]
+        trained = [int(sample.loss_mask.sum()) for sample in self.samples]
+        return np.where(trained, trained, written)
 
     @property
     def states(self) -> list[str]:
@@ -71,8 +73,15 @@ def build_groups(
     return groups
 
 
-def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens: int) -> Batch:
-    """Groups of one step, all of the same size, to samples without advantages and loss weights."""
+def assemble(
+    groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens: int, *, engine_logprobs: bool = True
+) -> Batch:
+    """Groups of one step, all of the same size, to samples without advantages and loss weights.
+
+    Args:
+        engine_logprobs: Whether the samples carry them; not where sampling was cut, and they are of another
+            distribution than the trainer's.
+    """
     rewards = np.stack([group.rewards for group in groups]).astype(np.float64)
     block = algorithm.groups
     if block.reward_scaling == "normalize_sum":
@@ -96,51 +105,56 @@ def assemble(groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens:
                     token_ids=np.concatenate([prompt, rollout.token_ids]),
                     loss_mask=mask,
                     loss_weights=np.zeros(len(mask), dtype=np.float32),
-                    old_logprobs=_after_prompt(len(prompt), rollout.logprobs),
+                    old_logprobs=_after_prompt(len(prompt), rollout.logprobs) if engine_logprobs else None,
                 )
             )
     return Batch(list(groups), rewards, samples)
 
 
 def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: AlgorithmBlock) -> list[Sample]:
-    """Gives every token its advantage; with the KL in the reward, from the samples' reference logprobs.
+    """Gives every loss token its advantage; with the KL in the reward, from the samples' reference logprobs.
 
-    Samples that have a critic's values get what these should have been, too.
+    Samples that have a critic's values get what these should have been, too. Other tokens have neither: what a mask
+    leaves out, at an end or in the middle, takes no part in any recursion, mean or standard deviation.
     """
-    prompts = [len(group.prompt.token_ids) for group in batch.groups for _ in group.rollouts]
-    penalties = [_penalty(sample, before, algorithm) for sample, before in zip(samples, prompts, strict=True)]
-    values = [s.old_values[before:] for s, before in zip(samples, prompts, strict=True) if s.old_values is not None]
-    trained = np.array([sample.loss_mask.any() for sample in samples])
-    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None, trained)
+    penalties = [_penalty(sample, algorithm) for sample in samples]
+    values = [s.old_values[s.loss_mask] for s in samples if s.old_values is not None]
+    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None)
     return [
         replace(
             sample,
-            advantages=_after_prompt(before, advantage),
-            returns=_after_prompt(before, of_sample) if values else None,
+            advantages=_on_loss_tokens(sample, advantage),
+            returns=_on_loss_tokens(sample, of_sample) if values else None,
         )
-        for sample, before, advantage, of_sample in zip(samples, prompts, advantages, returns, strict=True)
+        for sample, advantage, of_sample in zip(samples, advantages, returns, strict=True)
     ]
 
 
+def policy_logprobs(sample: Sample) -> np.ndarray | None:
+    """float32 [T]: of the policy before the update; the trainer's own where it computed them, else the engine's."""
+    return sample.old_logprobs if sample.proximal_logprobs is None else sample.proximal_logprobs
+
+
 def kl_of_sequences(samples: Sequence[Sample]) -> float:
-    """Mean over the trained sequences of their summed log-ratio (k1) between sampling policy and reference."""
+    """Mean over the trained sequences of their summed log-ratio (k1) between policy and reference."""
     kl = [
-        float((sample.old_logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
+        float((logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
         for sample in samples
-        if sample.loss_mask.any() and sample.old_logprobs is not None and sample.ref_logprobs is not None
+        if sample.loss_mask.any()
+        and sample.ref_logprobs is not None
+        and (logprobs := policy_logprobs(sample)) is not None
     ]
     return float(np.mean(kl)) if kl else 0.0
 
 
-def _penalty(sample: Sample, num_prompt_tokens: int, algorithm: AlgorithmBlock) -> np.ndarray:
-    """float64 [C]: what the KL takes off the reward of each completion token."""
-    kl = algorithm.kl
-    if kl.placement != "reward" or sample.ref_logprobs is None or sample.old_logprobs is None:
-        return np.zeros(len(sample.token_ids) - num_prompt_tokens)
-    completion = slice(num_prompt_tokens, None)
-    scored = sample.loss_mask[completion]
-    penalty = kl_penalty(kl.estimator, sample.old_logprobs[completion], sample.ref_logprobs[completion])
-    return np.where(scored, kl.coef * penalty, 0.0)
+def _penalty(sample: Sample, algorithm: AlgorithmBlock) -> np.ndarray:
+    """float64 [L]: what the KL takes off the reward of each loss token."""
+    kl, mask = algorithm.kl, sample.loss_mask
+    if kl.placement != "reward" or sample.ref_logprobs is None:
+        return np.zeros(int(mask.sum()))
+    logprobs = policy_logprobs(sample)
+    assert logprobs is not None, "a KL in the reward needs the policy's logprobs"
+    return kl.coef * kl_penalty(kl.estimator, logprobs[mask], sample.ref_logprobs[mask])
 
 
 def weigh(
@@ -189,7 +203,6 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
     lengths = np.array([len(rollout.token_ids) for rollout in rollouts])
     rewards = np.array([rollout.reward for rollout in rollouts])
     scored = rewards[~np.isnan(rewards)]
-    spread = [np.nanstd(group.rewards) for group in batch.groups if not np.isnan(group.rewards).all()]
     staleness = np.array([policy_version - rollout.policy_version for rollout in rollouts])
     metrics = {
         "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
@@ -198,7 +211,7 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
         "completion/mean_tokens": float(lengths.mean()),
         "completion/max_tokens": float(lengths.max()),
         "completion/truncated_fraction": float(np.mean([r.finish_reason != "stop" for r in rollouts])),
-        "group/zero_std_fraction": float(np.mean(np.array(spread) == 0)) if spread else 1.0,
+        "group/zero_std_fraction": float(np.mean([not has_signal(group.rewards) for group in batch.groups])),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }
@@ -207,6 +220,13 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
         given = values[~np.isnan(values)]
         metrics[f"reward/{name}/mean"] = float(given.mean()) if len(given) else float("nan")
     return metrics
+
+
+def _on_loss_tokens(sample: Sample, values: np.ndarray) -> np.ndarray:
+    """float32 [T] of values [L] of the loss tokens; 0 elsewhere."""
+    placed = np.zeros(len(sample.token_ids), dtype=np.float32)
+    placed[sample.loss_mask] = values
+    return placed
 
 
 def _after_prompt(num_prompt_tokens: int, values: np.ndarray) -> np.ndarray:

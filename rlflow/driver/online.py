@@ -21,6 +21,7 @@ generation is under way while a step is trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlflow.driver import assemble, learner
 from rlflow.driver.rollouts import RolloutPipeline
@@ -48,7 +49,9 @@ def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, res
         pipeline.fill(step)
         with stage.clock("rollout"):
             groups, stats.metrics = pipeline.take(step)
-        batch = assemble.assemble(groups, algorithm, stage.recipe.rollout.max_new_tokens)
+        rollout = stage.recipe.rollout
+        uncut = rollout.cut_by is None
+        batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
         stats.metrics |= assemble.rollout_metrics(batch, step)
         samples, metrics = learn(stage, batch, step, num_steps)
         stats.metrics |= metrics
@@ -65,13 +68,14 @@ def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tup
 
     Returns:
         The samples as they were trained, and the updates' metrics: their mean, but the engine's mismatch is of the
-        first update, before the policy moved.
+        first update, before the policy moved. That update's ratio is 1 to the bit: its denominator is its own logprobs,
+        not those of another forward pass, which may round otherwise.
     """
     algorithm, rollout = stage.algorithm, stage.recipe.rollout
     blocks = algorithm.groups
     updates = blocks.updates_per_step * blocks.epochs_per_step
     samples = score_samples(stage, batch, updates)
-    lengths = batch.num_completion_tokens if blocks.count_masked else None
+    lengths = batch.num_sampled_tokens if blocks.count_masked else None
     warmup = algorithm.critic.warmup_steps if stage.recipe.needs_critic else 0
     all_metrics: list[dict[str, float]] = []
     per_update = len(samples) // blocks.updates_per_step
@@ -88,7 +92,7 @@ def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tup
             )
             metrics = learner.update(
                 stage,
-                weighed,
+                weighed if update else [replace(sample, proximal_logprobs=None) for sample in weighed],
                 denominators,
                 learning_rate=stage.learning_rate(
                     max(0, step - warmup) * updates + update, (num_steps - warmup) * updates, updates
@@ -111,13 +115,18 @@ def over_updates(name: str, values: Sequence[float]) -> float:
 
 
 def score_samples(stage: Stage, batch: assemble.Batch, num_updates: int) -> list[Sample]:
-    """The batch's samples with what the models say of them, as far as the algorithm needs it, and their advantages."""
+    """The batch's samples with what the models say of them, as far as the algorithm needs it, and their advantages.
+
+    The trainer's own logprobs of before the first update take a forward pass: for the ratio of later updates, and for a
+    KL in the reward or with a target where the engine's are of another distribution.
+    """
     algorithm, temperature = stage.algorithm, stage.recipe.rollout.temperature
     samples = batch.samples
     if stage.recipe.needs_reference:
         with stage.clock("reference"):
             samples = learner.with_reference(stage, samples, temperature)
-    if algorithm.correction.old_policy == "trainer" and num_updates > 1:
+    later_ratios = algorithm.correction.old_policy == "trainer" and num_updates > 1
+    if later_ratios or (stage.recipe.rollout.cut_by is not None and algorithm.kl.needs_policy_logprobs):
         with stage.clock("proximal"):
             samples = learner.with_proximal(stage, samples, temperature)
     if stage.recipe.needs_critic:

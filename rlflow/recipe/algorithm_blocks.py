@@ -77,6 +77,11 @@ class KLBlock(Block):
     horizon: PositiveInt = 10_000
     """Samples over which the adaptive coefficient moves."""
 
+    @property
+    def needs_policy_logprobs(self) -> bool:
+        """Whether the KL is taken before the update, from what the policy's logprobs were then."""
+        return self.coef > 0 and (self.placement == "reward" or self.target is not None)
+
     def conflicts(self) -> Iterator[Conflict]:
         if self.unbiased_gradient and self.estimator == "k2":
             reason = "weights k1 or k3 (k2's gradient needs no weight): remove it"
@@ -84,24 +89,32 @@ class KLBlock(Block):
 
 
 class CorrectionBlock(Block):
-    old_policy: Literal["engine", "trainer"] = "engine"
-    """Denominator of the ratio: logprobs as the engine sampled, or the trainer's own before the first update."""
-    mode: Literal["none", "truncate", "mask"] = "none"
-    """Importance sampling between engine and trainer (needs old_policy: trainer): clamp the weight, or drop tokens
-    whose weight is out of bounds."""
+    old_policy: Literal["engine", "trainer"] = "trainer"
+    """Denominator of the ratio: the trainer's own logprobs before the first update, or as the engine sampled."""
+    mode: Literal["none", "truncate", "mask", "weighted_mask"] = "truncate"
+    """Between engine and trainer (needs old_policy: trainer, whole sampling): cut the importance weight, drop tokens
+    whose weight is out of bounds, or drop these and weigh the others. Where that cannot be, the default is none."""
     level: Literal["token", "sequence", "sequence_mean"] = "token"
     """A weight a token, the product over a sequence, or the geometric mean over it."""
-    low: NonNegativeFloat = 0.5
-    """Weights below are masked (mode: mask)."""
+    low: NonNegativeFloat = 0.0
+    """Weights below are raised to it (truncate) or dropped; 0 is no lower bound."""
     high: PositiveFloat = 2.0
-    """Weights above are clamped or masked."""
+    """Weights above are lowered to it (truncate) or dropped."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.mode != "none" and self.old_policy == "engine":
             reason = "corrects between engine and trainer, so it needs the trainer's logprobs: set old_policy: trainer"
             yield Conflict(("mode", "old_policy"), reason)
-        if self.mode == "mask" and self.low >= self.high:
-            yield Conflict(("low", "high"), f"{self.low:g} is not below high ({self.high:g}): every weight is masked")
+        if self.mode != "none" and self.low >= self.high:
+            yield Conflict(("low", "high"), f"{self.low:g} is not below high ({self.high:g}): no weight is within")
+
+    def cut_conflicts(self, cut_by: str) -> Iterator[Conflict]:
+        """What asks for the engine's logprobs, where ``cut_by`` makes them another distribution's."""
+        why = f"{cut_by} cuts sampling, so the engine's logprobs are of another distribution than the trainer's"
+        if self.old_policy == "engine":
+            yield Conflict(("old_policy", cut_by), f"{why}: set old_policy: trainer, or remove {cut_by}")
+        elif self.mode != "none":
+            yield Conflict(("mode", cut_by), f"{why}: set mode: none, or remove {cut_by}")
 
 
 class GroupBlock(Block):

@@ -222,7 +222,7 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
         data["run"] = run
     algorithm = _block(data, "algorithm")
     if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):
-        data["algorithm"] = merge(ALGORITHMS[algorithm["name"]].defaults, algorithm)
+        data["algorithm"] = _with_correction(merge(ALGORITHMS[algorithm["name"]].defaults, algorithm), data)
     if not stage.own_model and starts_from:
         model = _block(data, "model")
         kept = {key: value for key, value in model.items() if key not in _OF_THE_START}
@@ -234,3 +234,22 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
                 # A stage that trains all weights needs a merged model; the preflight says so.
                 data["model"] |= {"path": starts_from["adapter"]["path"], "adapter": None}
     return Document(data, stage.document.places)
+
+
+_WHOLE_SAMPLING = {"top_p": 1.0, "top_k": 0}
+
+
+def _with_correction(algorithm: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The algorithm block, without a correction between engine and trainer where nobody asked for one and none can be.
+
+    It needs the trainer's logprobs under the ratio, and the engine's of a distribution that was sampled whole.
+    """
+    correction = algorithm.get("correction", {})
+    if not isinstance(correction, dict) or ALGORITHMS[algorithm["name"]].family != "online":
+        return algorithm
+    of_sampling = {key: value for key, value in _block(data, "rollout").items() if key in _WHOLE_SAMPLING}
+    is_whole = of_sampling.items() <= _WHOLE_SAMPLING.items()
+    of_trainer = "old_policy" not in correction or correction["old_policy"] != "engine"
+    if (is_whole and of_trainer) or correction.keys() - {"old_policy"}:
+        return algorithm
+    return {**algorithm, "correction": {**correction, "mode": "none"}}

@@ -122,6 +122,11 @@ class RolloutBlock(Block):
     timeout_s: PositiveFloat = 1800.0
     """A generate call longer than this is an error that names the worker."""
 
+    @property
+    def cut_by(self) -> str | None:
+        """The key that takes tokens out of the distribution that is sampled, if one does."""
+        return "top_p" if self.top_p < 1 else "top_k" if self.top_k else None
+
     def conflicts(self) -> Iterator[Conflict]:
         size = self.tensor_parallel_size
         if size > 1 and self.engine == "torch":
@@ -293,13 +298,9 @@ class Recipe(Block):
         if kl.target is not None and kl.horizon < samples:
             reason = f"{kl.horizon} is less than the {samples} samples of a step: the coefficient would jump; raise it"
             yield Conflict(("algorithm.kl.horizon", "data.prompts_per_step"), reason)
-        if rollout.top_p < 1 or rollout.top_k:
-            cut = "top_p" if rollout.top_p < 1 else "top_k"
-            remedy = "remove it, or set algorithm.correction.old_policy: trainer and algorithm.kl.placement: loss"
-            in_reward = kl.placement == "reward" and kl.coef > 0
-            if algorithm.correction.old_policy == "engine" or in_reward:
-                reason = f"the engine's logprobs are of the cut distribution, the trainer's of the whole: {remedy}"
-                yield Conflict((f"rollout.{cut}", "algorithm.correction.old_policy"), reason)
+        if rollout.cut_by is not None:
+            for keys, reason in algorithm.correction.cut_conflicts(f"rollout.{rollout.cut_by}"):
+                yield Conflict((f"algorithm.correction.{keys[0]}", *keys[1:]), reason)
 
     def _model_conflicts(self) -> Iterator[Conflict]:
         model = self.model

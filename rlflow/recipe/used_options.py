@@ -43,7 +43,7 @@ _DIVIDED = (
 _CLIPPED = (When("loss.kind", ("clip", "cispo")),)
 _SAPO = (When("loss.kind", ("sapo",)),)
 _KL = (When("kl.coef"),)
-_CORRECTED = (When("correction.mode", ("truncate", "mask")),)
+_CORRECTED = (When("correction.mode", ("truncate", "mask", "weighted_mask")),)
 
 USES: dict[str, tuple[When, ...]] = {
     "group_size": _POLICY,
@@ -72,7 +72,7 @@ USES: dict[str, tuple[When, ...]] = {
     "correction.old_policy": _POLICY,
     "correction.mode": _POLICY,
     "correction.level": _CORRECTED,
-    "correction.low": (When("correction.mode", ("mask",)),),
+    "correction.low": _CORRECTED,
     "correction.high": _CORRECTED,
     "groups.require_signal": _POLICY,
     "groups.max_resamples": (When("groups.require_signal"),),

@@ -22,7 +22,7 @@ VOCABULARY = 60
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {},
     "pretrain": {},
-    "grpo": {"correction": {"old_policy": "trainer", "mode": "truncate"}, "loss": {"entropy_coef": 0.01}},
+    "grpo": {"correction": {"level": "sequence"}, "loss": {"entropy_coef": 0.01}},
     "dr_grpo": {},
     "dapo": {},
     "gspo": {},

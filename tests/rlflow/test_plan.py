@@ -309,6 +309,9 @@ def test_what_is_probably_not_meant_is_said(recipe_file: Path):
     assert peak == "the learning rate never reaches its peak: 10 warm-up steps of 10"
     updates = "algorithm.groups.updates_per_step=2"
     assert plan_of(recipe_file, "trainer.warmup_steps=10", updates).warnings == [peak]
+    (cut,) = plan_of(recipe_file, "rollout.top_p=0.9", "run.max_staleness=1").warnings
+    assert cut.startswith("rollout.top_p cuts sampling, so the engine's logprobs are of another distribution")
+    assert "nothing corrects for their difference or for older weights (run.max_staleness)" in cut
     (unknown,) = plan_of(recipe_file, "model={path: org/model, architecture: null, characters: null}").warnings
     assert unknown.startswith("memory is not estimated: cannot read config.json of org/model: it is not in the cache")
 

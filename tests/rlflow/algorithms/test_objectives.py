@@ -20,7 +20,7 @@ FIELDS = ("advantages", "old_logprobs", "proximal_logprobs", "ref_logprobs")
 SPLITS = [(40, 1), (1, 1), (10_000, 2), (40, 3), (1, 3), (10_000, 17)]
 ALL_OPTIONS = {
     "kl": {"coef": 0.1, "estimator": "k3", "placement": "loss", "unbiased_gradient": True},
-    "correction": {"old_policy": "trainer", "mode": "mask", "level": "sequence_mean"},
+    "correction": {"mode": "mask", "level": "sequence_mean", "low": 0.5},
     "loss": {"entropy_coef": 0.05},
 }
 
@@ -92,7 +92,7 @@ def test_a_batch_of_filler_has_loss_and_gradient_zero(name):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_first_update_on_policy_has_ratio_one_and_the_plain_policy_gradient(name):
-    policy, block = new_policy(), algorithm(name, kl={"coef": 0.0}, correction={"old_policy": "trainer"})
+    policy, block = new_policy(), algorithm(name, kl={"coef": 0.0}, correction={"mode": "none"})
     samples, denominators = weigh([replace(s, proximal_logprobs=None) for s in samples_for(name)], block)
     _, gradient, metrics = run(policy, samples, denominators, block)
     assert metrics["ratio/mean"] == pytest.approx(1.0)

@@ -98,16 +98,24 @@ def test_prompts_have_equal_weight_whatever_their_completions(vector):
     equal(sft_objective(vector([-x for x in LOSSES]), None, batch, algorithm("sft"), denominators)[0], 7 / 2)
 
 
-def test_the_engines_logprobs_are_the_denominator_unless_the_trainers_are_asked_for(vector):
+ENGINE = {"old_policy": "engine", "mode": "none"}
+UNCORRECTED = {"mode": "none"}
+
+
+def test_the_trainers_logprobs_are_the_denominator_unless_the_engines_are_asked_for(vector):
     # Now 0.6 and 0.3; the engine said 0.4 and 0.3, the trainer 0.5 and 0.2 before the first update.
     logprobs = vector([0.6, 0.3]).log()
     batch = tokens_of(vector, old_logprobs=[0.4, 0.3], proximal_logprobs=[0.5, 0.2], advantages=[1.0, -1.0])
     wide = {"clip_low": 0.9, "clip_high": 9.0, "reduction": "token"}
-    engine, metrics = policy_objective(logprobs, None, batch, algorithm("dapo", loss=wide), ONE_SEQUENCE)
+    of_engine = algorithm("dapo", loss=wide, correction=ENGINE)
+    engine, metrics = policy_objective(logprobs, None, batch, of_engine, ONE_SEQUENCE)
     equal(engine, 0.5 * (-0.6 / 0.4 + 0.3 / 0.3))
     equal(metrics["ratio/mean"], (1.5 + 1.0) / 2)
-    trainer = algorithm("dapo", loss=wide, correction={"old_policy": "trainer"})
-    loss, metrics = policy_objective(logprobs, None, batch, trainer, ONE_SEQUENCE)
+    # By default the tokens are weighed as well: 0.5 / 0.4 and 0.2 / 0.3.
+    loss, metrics = policy_objective(logprobs, None, batch, algorithm("dapo", loss=wide), ONE_SEQUENCE)
+    equal(loss, 0.5 * (-0.6 / 0.5 * 0.5 / 0.4 + 0.3 / 0.2 * 0.2 / 0.3))
+    plain = algorithm("dapo", loss=wide, correction=UNCORRECTED)
+    loss, metrics = policy_objective(logprobs, None, batch, plain, ONE_SEQUENCE)
     equal(loss, 0.5 * (-0.6 / 0.5 + 0.3 / 0.2))
     # The mismatch is the engine's against the trainer's of the same parameters, whatever the ratio is of.
     equal(metrics["mismatch/kl"], (np.log(0.4 / 0.5) + np.log(0.3 / 0.2)) / 2)
@@ -115,23 +123,39 @@ def test_the_engines_logprobs_are_the_denominator_unless_the_trainers_are_asked_
     equal(metrics["mismatch/logprob_abs_diff_max"], np.log(1.5))
 
 
+def test_where_the_engines_logprobs_are_of_another_distribution_nothing_is_made_of_them(vector):
+    batch = tokens_of(vector, proximal_logprobs=[0.5, 0.2], advantages=[1.0, -1.0])
+    wide = {"clip_low": 0.9, "clip_high": 9.0}
+    block = algorithm("dapo", loss=wide, correction=UNCORRECTED)
+    loss, metrics = policy_objective(vector([0.6, 0.3]).log(), None, batch, block, ONE_SEQUENCE)
+    equal(loss, 0.5 * (-0.6 / 0.5 + 0.3 / 0.2))
+    assert not [name for name in metrics if name.startswith(("mismatch/", "correction/"))]
+
+
 @pytest.mark.parametrize(
     ("correction", "weights", "bounded"),
     [
         # pi_trainer / pi_engine: 0.5 / 0.2 = 2.5 and 0.3 / 0.3 = 1; product 2.5, geometric mean sqrt(2.5).
-        ({"mode": "truncate", "level": "token"}, [2.0, 1.0], 0.5),
+        ({}, [2.0, 1.0], 0.5),
+        ({"level": "token", "high": 3.0}, [2.5, 1.0], 0.0),
+        ({"level": "token", "low": 1.2, "high": 3.0}, [2.5, 1.2], 0.5),
+        ({"level": "sequence"}, [2.0, 2.0], 1.0),
+        ({"level": "sequence_mean"}, [2.5**0.5, 2.5**0.5], 0.0),
         ({"mode": "mask", "level": "token"}, [0.0, 1.0], 0.5),
-        ({"mode": "truncate", "level": "sequence"}, [2.0, 2.0], 1.0),
+        ({"mode": "mask", "level": "token", "low": 1.2, "high": 3.0}, [1.0, 0.0], 0.5),
         ({"mode": "mask", "level": "sequence"}, [0.0, 0.0], 1.0),
-        ({"mode": "mask", "level": "sequence_mean"}, [2.5**0.5, 2.5**0.5], 0.0),
-        ({"mode": "truncate", "level": "token", "high": 3.0}, [2.5, 1.0], 0.0),
+        # Kept, and not weighed.
+        ({"mode": "mask", "level": "sequence_mean"}, [1.0, 1.0], 0.0),
+        ({"mode": "weighted_mask", "level": "token"}, [0.0, 1.0], 0.5),
+        ({"mode": "weighted_mask", "level": "token", "high": 3.0}, [2.5, 1.0], 0.0),
+        ({"mode": "weighted_mask", "level": "sequence_mean"}, [2.5**0.5, 2.5**0.5], 0.0),
     ],
 )
 def test_the_correction_weighs_the_policy_loss_and_not_the_kl(vector, correction, weights, bounded):
     given = {"old_logprobs": [0.2, 0.3], "proximal_logprobs": [0.5, 0.3], "ref_logprobs": [0.25, 0.3]}
     batch = tokens_of(vector, **given, advantages=[1.0, -4.0])
     kl = {"coef": 0.1, "estimator": "k2"}
-    block = algorithm("grpo", kl=kl, correction={"old_policy": "trainer", **correction})
+    block = algorithm("grpo", kl=kl, correction=correction)
     loss, metrics = policy_objective(vector([0.5, 0.3]).log(), None, batch, block, ONE_SEQUENCE)
     policy_loss = 0.5 * (-1.0 * weights[0] + 4.0 * weights[1])
     distance = np.log(2) ** 2 / 2 / 2
@@ -144,7 +168,7 @@ def test_the_correction_weighs_the_policy_loss_and_not_the_kl(vector, correction
 
 def test_the_entropy_bonus_and_clip_fractions(vector):
     batch = tokens_of(vector, old_logprobs=[0.4, 0.2], advantages=[1.0, -1.0])
-    block = algorithm("dapo", loss={"entropy_coef": 0.1})
+    block = algorithm("dapo", loss={"entropy_coef": 0.1}, correction=ENGINE)
     loss, metrics = policy_objective(vector([0.6, 0.1]).log(), vector([1.0, 2.0]), batch, block, ONE_SEQUENCE)
     # Ratios 1.5 -> 1.28 and 0.5 -> 0.8; entropy mean 1.5.
     equal(metrics["loss/policy"], 0.5 * (-1.28 + 0.8))
@@ -168,8 +192,8 @@ def test_the_entropy_bonus_and_clip_fractions(vector):
     ],
 )
 def test_every_kl_in_the_loss(vector, options, expected):
-    batch = tokens_of(vector, old_logprobs=[0.25, 0.5], ref_logprobs=[0.25, 0.5], advantages=[0.0, 0.0])
-    block = algorithm("grpo", kl={"coef": 0.3, **options})
+    batch = tokens_of(vector, proximal_logprobs=[0.25, 0.5], ref_logprobs=[0.25, 0.5], advantages=[0.0, 0.0])
+    block = algorithm("grpo", kl={"coef": 0.3, **options}, correction=UNCORRECTED)
     loss, _ = policy_objective(vector([0.5, 0.5]).log(), None, batch, block, ONE_SEQUENCE)
     equal(loss, 0.3 * expected)
 

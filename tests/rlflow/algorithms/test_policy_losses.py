@@ -169,10 +169,20 @@ def test_mismatch_weights_of_a_token_a_sequence_and_its_geometric_mean(vector, l
     assert not weights.requires_grad
 
 
-def test_weights_out_of_bounds_are_cut_or_masked(vector):
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("truncate", [0.5, 0.5, 1.0, 2.0, 2.0]),
+        ("mask", [0.0, 1.0, 1.0, 1.0, 0.0]),
+        ("weighted_mask", [0.0, 0.5, 1.0, 2.0, 0.0]),
+    ],
+)
+def test_weights_out_of_bounds_are_cut_or_dropped(vector, mode, expected):
     weights = vector([0.4, 0.5, 1.0, 2.0, 2.1])
-    equal(corrections.truncate_weights(weights, 0.5, 2.0), [0.4, 0.5, 1.0, 2.0, 2.0])
-    equal(corrections.mask_weights(weights, 0.5, 2.0), [0.0, 0.5, 1.0, 2.0, 0.0])
+    equal(corrections.CORRECTIONS[mode](weights, 0.5, 2.0), expected)
+    assert corrections.is_out_of_bounds(weights, 0.5, 2.0).tolist() == [True, False, False, False, True]
+    # 0 is no lower bound.
+    assert float(corrections.CORRECTIONS[mode](weights, 0.0, 2.0)[0]) > 0
 
 
 def test_value_loss_takes_the_worse_of_the_clipped_and_the_plain_error(vector):

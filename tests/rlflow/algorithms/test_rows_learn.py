@@ -72,7 +72,7 @@ def update_critic(values: torch.Tensor, samples, denominators, block: AlgorithmB
 def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
     # A GSPO ratio may move by 4e-4 only: wider, so that a few dozen steps of a toy can show it.
     wide = {"loss": {"clip_low": 0.1, "clip_high": 0.1}} if name.startswith("gspo") else {}
-    block = algorithm(name, **wide, correction={"old_policy": "trainer"}, group_size=GROUP)
+    block = algorithm(name, **wide, group_size=GROUP)
     random, policy = np.random.default_rng(0), new_policy()
     reference = policy.detach().clone()
     values = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from toy_policy import algorithm
+from toy_policy import algorithm as row_of_the_table
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_models import CPU, assert_same_loss_and_gradient, causal_model, logprobs, tensor_batch, tokenizer
 
@@ -24,6 +24,12 @@ GROUP_SIZE = 3
 NAN = float("nan")
 REWARDS = [[1.0, 0.0, None, 2.0, 2.0, 5.0], [0.5, None, None, -1.0, 3.0, 0.0]]
 """What two reward functions say of two prompts' three completions."""
+ROWS = [{"prompt": "w1 w2"}] * GROUP_SIZE + [{"prompt": "w3"}] * GROUP_SIZE
+
+
+def algorithm(name, **changes):
+    """A row without a correction between engine and trainer, unless one is given."""
+    return row_of_the_table(name, **{"correction": {"mode": "none"}, **changes})
 
 
 def _score(index):
@@ -122,12 +128,11 @@ def our_loss(model, inputs, block):
     def aligned(values):
         return torch.nn.functional.pad(values, (width, 0), value=NAN)
 
-    trainers_own = block.correction.old_policy == "trainer"
     batch = tensor_batch(
         mask,
         torch.tensor(weights, dtype=torch.float32),
         advantages=aligned(inputs["advantages"][:, None].expand(-1, MAX_NEW_TOKENS)),
-        old_logprobs=aligned(inputs["sampling"] if trainers_own else inputs["old_per_token_logps"]),
+        old_logprobs=aligned(inputs["sampling"]),
         proximal_logprobs=aligned(inputs["old_per_token_logps"]),
         ref_logprobs=aligned(inputs["ref_per_token_logps"]),
     )
@@ -224,21 +229,52 @@ def test_the_entropy_bonus_agrees_with_trl_under_a_token_mean(grpo, inputs):
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
-@pytest.mark.parametrize("mode", ["truncate", "mask"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_engine_correction_multiplies_as_trls_does(grpo, inputs, mode, level):
-    # TRL computes the ratio while it generates; here by its formula, and its loss is what is compared.
+@pytest.mark.parametrize(
+    ("theirs", "mode", "level"),
+    [
+        ("token_truncate", "truncate", "token"),
+        ("sequence_truncate", "truncate", "sequence"),
+        ("token_mask", "weighted_mask", "token"),
+        ("sequence_mask", "weighted_mask", "sequence"),
+    ],
+)
+@pytest.mark.parametrize("low", [None, 0.8])
+def test_the_engine_correction_is_trls(grpo, inputs, monkeypatch, theirs, mode, level, low):
+    trainer, configure = grpo
+    lengths, prompts = inputs["completion_mask"].sum(1), inputs["prompt_mask"].bool()
+    written, sampling = (
+        [row[:length].tolist() for row, length in zip(inputs[name], lengths, strict=True)]
+        for name in ("completion_ids", "sampling")
+    )
+    given = [row[mask].tolist() for row, mask in zip(inputs["prompt_ids"], prompts, strict=True)]
+    completions = ["w4"] * len(written)
+    generated = (given, written, None, completions, sampling, {}, None, None)
+    monkeypatch.setattr(trainer, "_generate", lambda prompts: generated)
+    configure(use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=theirs)
+    configure(vllm_importance_sampling_clip_max=1.2, vllm_importance_sampling_clip_min=low)
+    trainer.model.train()
+    scored = trainer._generate_and_score_completions([dict(row) for row in ROWS])
+    trainer.model.eval()
+    ours = scored | {
+        "sampling": scored["sampling_per_token_logps"],
+        "tool_mask": torch.ones_like(scored["completion_mask"]),
+        "ref_per_token_logps": torch.zeros_like(scored["old_per_token_logps"]),
+    }
+    correction = {"mode": mode, "level": level, "low": low or 0.0, "high": 1.2}
+    block = algorithm("dapo", loss={"reduction": "sequence"}, correction=correction)
+    actual, metrics = our_loss(trainer.model, ours, block)
+    assert 0 < metrics["correction/bounded_fraction"] < 1
+    assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, scored), trainer.model)
+
+
+def test_the_correction_of_later_updates_is_of_before_the_first_and_leaves_the_kl_alone(grpo, inputs):
+    # By TRL's formula: its own ratios are of the moment when it generates.
     trainer, configure = grpo
     mask = inputs["completion_mask"] * inputs["tool_mask"]
-    difference = (inputs["old_per_token_logps"] - inputs["sampling"]) * mask
-    ratio = torch.exp(difference.sum(1, keepdim=True) if level == "sequence" else difference)
-    low, high = 0.8, 1.2
-    ratio = ratio.clamp(max=high) if mode == "truncate" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    ratio = torch.exp((inputs["old_per_token_logps"] - inputs["sampling"]) * mask).clamp(max=1.2)
     configure(use_vllm=True, vllm_importance_sampling_correction=True, beta=0.1, use_bias_correction_kl=False)
     expected = trainer.compute_loss(trainer.model, inputs | {"importance_sampling_ratio": ratio})
-    correction = {"old_policy": "trainer", "mode": mode, "level": level, "high": high}
-    correction |= {"low": low} if mode == "mask" else {}
-    block = algorithm("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction=correction)
+    block = row_of_the_table("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction={"high": 1.2})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["correction/bounded_fraction"] > 0
     assert_same_loss_and_gradient(actual, expected, trainer.model)
@@ -252,9 +288,6 @@ def test_rloo_agrees_with_trl(trainers, inputs):
     actual, metrics = our_loss(trainer.model, plain, algorithm("rloo", kl={"coef": 0.0}))
     assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, plain), trainer.model)
-
-
-ROWS = [{"prompt": "w1 w2"}] * GROUP_SIZE + [{"prompt": "w3"}] * GROUP_SIZE
 
 
 def combined(scaling="sum"):

@@ -74,7 +74,7 @@ def test_masked_completions_count_in_the_weights_only_when_the_recipe_says_so():
     samples, denominators = assemble.weigh(batch.samples, 2, block, 3)
     assert denominators.num_tokens == 1
     assert weights_of(samples) == [[0] * 6, [0, 0, 0, 1.0]]
-    samples, denominators = assemble.weigh(batch.samples, 2, block, 3, counts=batch.num_completion_tokens)
+    samples, denominators = assemble.weigh(batch.samples, 2, block, 3, counts=batch.num_sampled_tokens)
     assert weights_of(samples) == [[0] * 6, [0, 0, 0, 0.25]]
     assert denominators.num_tokens == 1, "metrics are means over what is trained"
 
@@ -114,3 +114,13 @@ def test_rewards_are_normalised_over_the_batch_with_the_recipes_ddof(ddof, expec
     block = algorithm(groups={"reward_scaling": "normalize_sum"}, advantage={"ddof": ddof, "eps": 1e-9})
     batch = assemble.assemble([group(rollout([EOS], 1.0), rollout([EOS], 3.0))], block, 8)
     np.testing.assert_allclose(batch.rewards, [[-expected, expected]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.2, 0.3, 0.7, 1.1, 1 / 3, -0.1, 1.0])
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 12])
+def test_groups_whose_rewards_are_all_the_same_number_teach_nothing(value, size):
+    same, lone = group(*[rollout([EOS], value)] * size), group(rollout([EOS], value), rollout([EOS], float("nan")))
+    unscored = group(*[rollout([EOS], float("nan"))] * 2)
+    unlike = group(rollout([EOS], value), rollout([EOS], value + 0.01))
+    batch = assemble.Batch([same, lone, unscored, unlike], np.zeros((4, 2)), [])
+    assert assemble.rollout_metrics(batch, 0)["group/zero_std_fraction"] == 0.75

@@ -27,7 +27,6 @@ def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
         ("sft, critic: {clip: 0.1}", "run: {steps: 1}", "critic"),
         ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has no use for it: remove it, or set it to 1"),
         ("ppo, kl: {target: 1.0, horizon: 4}", "run: {steps: 1}\nrewards: [{name: exact_match}]", "would jump"),
-        ("grpo", "run: {steps: 1}\nrewards: [{name: exact_match}]\nrollout: {top_p: 0.9}", "old_policy: trainer"),
         (
             "ppo, critic: {workers: 3}",
             "run: {steps: 1}\nrewards: [{name: exact_match}]\ntrainer: {workers: 2, fsdp: {replicas: 2}}",
@@ -82,3 +81,49 @@ def test_several_ranks_do_not_share_a_gpu(tmp_path: Path):
     problems_of(tmp_path, *lines, "trainer: {workers: 2, gpus_per_worker: 0.5}")
     assert load_recipe(path, ["trainer.workers=1"])
     assert load_recipe(path, ["trainer.gpus_per_worker=0"])
+
+
+ONLINE = ("run: {steps: 1}", "rewards: [{name: exact_match}]")
+
+
+@pytest.mark.parametrize("cut", ["top_p: 0.9", "top_k: 20"])
+@pytest.mark.parametrize(
+    ("correction", "key", "remedy"),
+    [
+        ("mode: truncate", "mode", "set mode: none, or remove rollout.top_"),
+        ("mode: mask", "mode", "set mode: none"),
+        ("mode: weighted_mask", "mode", "set mode: none"),
+        ("level: sequence", "mode", "set mode: none"),
+        ("high: 3.0", "mode", "set mode: none"),
+        ("old_policy: engine", "old_policy", "set old_policy: trainer"),
+        ("old_policy: engine, mode: none", "old_policy", "set old_policy: trainer"),
+    ],
+)
+def test_cut_sampling_and_a_use_of_the_engines_logprobs_exclude_each_other(tmp_path, cut, correction, key, remedy):
+    algorithm = f"algorithm: {{name: grpo, correction: {{{correction}}}}}"
+    said = problems_of(tmp_path, algorithm, *ONLINE, f"rollout: {{{cut}}}")
+    line = 3 if f"{key}:" in correction else 6
+    assert f"recipe.yaml:{line}: algorithm.correction.{key}: rollout.top_" in said
+    assert remedy in said
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rollout", "mode"),
+    [
+        ("grpo", "", "truncate"),
+        ("grpo", "top_p: 1.0, top_k: 0", "truncate"),
+        ("grpo", "top_p: 0.9", "none"),
+        ("grpo", "top_k: 20", "none"),
+        # The KL in the reward, and the one that is to have a target, are the trainer's then.
+        ("ppo, kl: {target: 1.0}", "top_p: 0.9", "none"),
+        ("grpo, correction: {mode: none}", "top_p: 0.9", "none"),
+        ("grpo, correction: {old_policy: engine}", "", "none"),
+        ("grpo, correction: {low: 0.5}", "", "truncate"),
+    ],
+)
+def test_engine_and_trainer_are_corrected_between_where_that_can_be(tmp_path, algorithm, rollout, mode):
+    path = tmp_path / "recipe.yaml"
+    lines = (f"algorithm: {{name: {algorithm}}}", *ONLINE, f"rollout: {{{rollout}}}")
+    path.write_text("\n".join(["model: {path: a/b}", "data: {train: {path: a/b}}", *lines]))
+    (recipe,) = load_recipe(path)
+    assert recipe.algorithm.correction.mode == mode

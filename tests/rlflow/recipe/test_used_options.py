@@ -77,7 +77,7 @@ def test_the_losses_that_take_a_number_are_those_that_are_given_it(option: str):
     ("algorithm", "key", "says"),
     [
         ("dpo, kl: {coef: 0.1}", "kl.coef", "dpo has no use for it: remove it, or set it to 0.0"),
-        ("dpo, correction: {old_policy: trainer}", "correction.old_policy", "dpo has no use for it"),
+        ("dpo, correction: {mode: mask}", "correction.mode", "dpo has no use for it"),
         ("dpo, loss: {clip_low: 0.1}", "loss.clip_low", "dpo has no use for it: remove it, or set it to 0.2"),
         ("dpo, loss: {reduction: sequence}", "loss.reduction", "has no effect without preference.sft_coef"),
         ("dpo, advantage: {whiten: true}", "advantage.whiten", "dpo has no use for it"),
@@ -104,7 +104,6 @@ def test_the_losses_that_take_a_number_are_those_that_are_given_it(option: str):
         ("ppo, advantage: {scale: batch_std}", "advantage.scale", "without advantage.estimator group_mean/leave_one"),
         ("grpo, groups: {max_resamples: 5}", "groups.max_resamples", "has no effect without groups.require_signal"),
         ("grpo, groups: {overlong_penalty: 0.5}", "groups.overlong_penalty", "without groups.overlong_buffer"),
-        ("grpo, correction: {high: 3.0}", "correction.high", "without correction.mode truncate/mask"),
         ("sapo, loss: {clip_high: 0.3}", "loss.clip_high", "has no effect without loss.kind clip/cispo"),
         ("sapo, loss: {dual_clip: 3.0}", "loss.dual_clip", "has no effect without loss.kind clip"),
         ("cispo, loss: {dual_clip: 3.0}", "loss.dual_clip", "remove it, or set it to null"),
