@@ -121,18 +121,6 @@ BAD = {
     "group of one": Bad(
         1, "algorithm: {name: grpo, group_size: 1}", "algorithm.group_size", "set group_size to 2 or more"
     ),
-    "correction of the engine's own": Bad(
-        1,
-        "algorithm: {name: grpo, correction: {old_policy: engine, mode: mask}}",
-        "algorithm.correction.mode",
-        "set old_policy: trainer",
-    ),
-    "correction that masks all": Bad(
-        1,
-        "algorithm: {name: grpo, correction: {mode: mask, low: 3.0}}",
-        "algorithm.correction.low",
-        "3 is not below high (2): no weight is within",
-    ),
     "adaptive KL from nothing": Bad(
         1, "algorithm: {name: grpo, kl: {coef: 0, target: 0.1}}", "algorithm.kl.target", "has no effect without kl.coef"
     ),

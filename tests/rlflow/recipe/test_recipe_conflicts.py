@@ -26,6 +26,8 @@ def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
         ("kto, preference: {loss: ipo}", "run: {steps: 1}", "kto has no use for it: remove it, or set it to sigmoid"),
         ("sft, critic: {clip: 0.1}", "run: {steps: 1}", "critic"),
         ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has no use for it: remove it, or set it to 1"),
+        ("grpo, correction: {old_policy: engine, mode: mask}", "run: {steps: 1}", "set old_policy: trainer"),
+        ("grpo, correction: {mode: mask, low: 3.0}", "run: {steps: 1}", "3 is not below high (2): no weight is within"),
         ("ppo, kl: {target: 1.0, horizon: 4}", "run: {steps: 1}\nrewards: [{name: exact_match}]", "would jump"),
         (
             "ppo, critic: {workers: 3}",
