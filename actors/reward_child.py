@@ -23,7 +23,8 @@ from typing import Any
 from rlflow.actors.reward_wire import Request, Setup, frame, read_frame
 from rlflow.rewards import RewardError, RewardFunction, load
 
-MAX_MESSAGE = 500
+MAX_MESSAGE = 4000
+"""Longer than what is kept of it, so that no secret is cut in two before it can be recognised."""
 PR_SET_PDEATHSIG = 1
 
 

@@ -6,7 +6,7 @@ import itertools
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,11 @@ class _Worker:
 class RewardPool:
     """Not thread-safe. Every wait has a deadline."""
 
-    def __init__(self, setup: bytes, size: int) -> None:
+    def __init__(self, setup: bytes, size: int, environment: Mapping[str, str]) -> None:
         """Starts ``size`` children, which load their functions side by side; does not wait for them."""
-        self._setup = setup
+        self._setup, self._environment = setup, environment
         self._call_ids = itertools.count(1)
-        self._workers = [_Worker(RewardProcess(setup)) for _ in range(size)]
+        self._workers = [_Worker(RewardProcess(setup, environment)) for _ in range(size)]
 
     @property
     def pids(self) -> list[int]:
@@ -174,5 +174,5 @@ class RewardPool:
 
     def _replace(self, worker: _Worker) -> str:
         ending = worker.process.kill()
-        worker.process, worker.start_seconds, worker.job = RewardProcess(self._setup), None, None
+        worker.process, worker.start_seconds, worker.job = RewardProcess(self._setup, self._environment), None, None
         return ending

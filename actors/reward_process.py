@@ -12,25 +12,44 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlflow.actors.reward_wire import frame, take_frames
+from rlflow.tracking.redact import holds_secret, is_secret_name, redact_text
 
-SECRET_NAME = re.compile(r"_KEY$|_TOKEN$|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/@\s]+@")
 LOG_TAIL_BYTES = 4096
 REAP_TIMEOUT_S = 5.0
 
 
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns an environment without secrets (by name, or a URL with a password) in which `rlflow` can be imported."""
+ALLOWED = re.compile(
+    r"""
+    PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|TZ|TMPDIR|TMP|TEMP|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|CONDA_PREFIX
+    |(?:HTTP|HTTPS|ALL|NO)_PROXY|(?:http|https|all|no)_proxy|SSL_CERT_FILE|SSL_CERT_DIR|(?:REQUESTS|CURL)_CA_BUNDLE
+    |NLTK_DATA|MODELSCOPE_CACHE
+    |(?:LC|XDG|OMP|MKL|OPENBLAS|NUMEXPR|KMP|GOMP|TOKENIZERS|HF|TRANSFORMERS|TRITON|CUDA|NVIDIA|HIP|ROCR|HSA)_.*
+    |(?:PYTHON|TORCH|PYTORCH).*
+    """,
+    re.VERBOSE,
+)
+"""Variables that a reward may need and that hold no secret: where things are, how many threads, which GPU."""
+MAX_MESSAGE = 500
+
+
+def child_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The environment of a reward child: what is `ALLOWED` and looks like no secret, and what the recipe names.
+
+    Args:
+        environment: Of the process that starts the child.
+        wanted: Names of further variables, which may be secrets; those that are not set stay so.
+    """
     kept = {
         name: value
         for name, value in environment.items()
-        if not SECRET_NAME.search(name) and not SECRET_VALUE.search(value)
+        if ALLOWED.fullmatch(name) and not is_secret_name(name) and not holds_secret(value)
     }
+    kept |= {name: environment[name] for name in wanted if name in environment}
     packages = str(Path(__file__).absolute().parents[2])
     inherited = kept["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in kept else []
     return kept | {"PYTHONPATH": os.pathsep.join([packages, *inherited]), "OMP_NUM_THREADS": "1"}
@@ -42,7 +61,7 @@ class RewardProcess:
     Must be made on a thread that outlives it: Linux delivers the parent-death signal when that thread ends.
     """
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: bytes, environment: Mapping[str, str]) -> None:
         self._connection, theirs = socket.socketpair()
         self._log, log_end = os.pipe()
         try:
@@ -53,7 +72,7 @@ class RewardProcess:
                 stderr=log_end,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=child_environment(os.environ),
+                env=dict(environment),
             )
         finally:
             theirs.close()
@@ -88,7 +107,10 @@ class RewardProcess:
             selector.register(self._log, selectors.EVENT_READ)
 
     def advance(self) -> list[tuple[int, dict[str, Any]]]:
-        """Moves what can be moved without waiting; returns the answers that are complete, by call id."""
+        """Moves what can be moved without waiting; returns the answers that are complete, by call id.
+
+        What they say in words has lost its secrets.
+        """
         self._drain_log()
         if self.closed:
             return []
@@ -108,10 +130,11 @@ class RewardProcess:
         except OSError:
             self.closed = True
         try:
-            return [(call_id, dict(json.loads(body))) for call_id, body in take_frames(self._inbound)]
+            answers = [(call_id, dict(json.loads(body))) for call_id, body in take_frames(self._inbound)]
         except ValueError:
             self.closed = True
             return []
+        return [(call_id, {key: _clean(value) for key, value in said.items()}) for call_id, said in answers]
 
     def kill(self) -> str:
         """Kills the process group; returns how the process had ended, and the last line it had printed."""
@@ -126,7 +149,7 @@ class RewardProcess:
         self._connection.close()
         os.close(self._log)
         lines = self._log_tail.decode(errors="replace").split("\n")
-        last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last_line = _clean(next((line.strip() for line in reversed(lines) if line.strip()), ""))
         return f"{ending}; last words: {last_line[:300]}" if last_line else ending
 
     def _drain_log(self) -> None:
@@ -140,3 +163,8 @@ class RewardProcess:
                 return
             self._log_open = part != b""
             self._log_tail = (self._log_tail + part)[-LOG_TAIL_BYTES:]
+
+
+def _clean(said: Any) -> Any:
+    """Words without their secrets and of moderate length; anything else as it is."""
+    return redact_text(said)[:MAX_MESSAGE] if isinstance(said, str) else said

@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rlflow.actors.reward_pool import START_TIMEOUT_S, Answer, Call, RewardPool
+from rlflow.actors.reward_process import child_environment
 from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
+from rlflow.tracking.redact import remember_secrets
 from rlflow.types import Prompt, RolloutBatch, ScoreBatch
 
 MAX_ERRORS = 8
@@ -34,13 +36,21 @@ called again in it."""
 
 
 class RewardServer:
-    def __init__(self, rewards: Sequence[RewardBlock], children: int, *, memory_gib: float = 0.9) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[RewardBlock],
+        children: int,
+        *,
+        memory_gib: float = 0.9,
+        environment: Sequence[str] = (),
+    ) -> None:
         """Starts the children; `ready` waits for them.
 
         Args:
             rewards: The recipe's, each with a label of its own.
             children: Processes, so many calls at a time.
             memory_gib: What a child may allocate; beyond it the function gets a MemoryError.
+            environment: Names of variables that children get beside those that hold no secret.
 
         Raises:
             RewardError: Two rewards have one label.
@@ -56,15 +66,23 @@ class RewardServer:
             parent_pid=os.getpid(),
             memory_bytes=int(memory_gib * 2**30),
         )
+        remember_secrets([dict(block.args) for block in rewards])
+        remember_secrets({"secret": [os.environ[name] for name in environment if name in os.environ]})
+        self._missing_variables = [name for name in environment if name not in os.environ]
         self._children = children
-        self._pool = RewardPool(pickle.dumps(setup), children)
+        self._pool = RewardPool(pickle.dumps(setup), children, child_environment(os.environ, environment))
 
     def ready(self, timeout_s: float = START_TIMEOUT_S) -> float:
         """Waits until every child has loaded every function; returns the seconds it took.
 
         Raises:
-            RewardError: A function cannot be found or loaded.
+            RewardError: A function cannot be found or loaded, or lacks a variable that the recipe names.
         """
+        if self._missing_variables:
+            raise RewardError(
+                f"reward_server.environment names {', '.join(self._missing_variables)}, which this reward server has "
+                "not: export it where it runs (on a cluster: on the nodes, before Ray starts), or remove the name"
+            )
         started = time.perf_counter()
         self._pool.ready(timeout_s)
         return time.perf_counter() - started

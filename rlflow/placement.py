@@ -182,8 +182,8 @@ def _constructor(
             }
         case "rewards":
             server = recipe.reward_server
-            sizes = {"children": server.children, "memory_gib": server.memory_gib}
-            return RewardServer, {"rewards": recipe.scoring, **sizes}
+            children = {"children": server.children, "memory_gib": server.memory_gib, "environment": server.environment}
+            return RewardServer, {"rewards": recipe.scoring, **children}
         case _:
             path = recipe.reference.path
             frozen = model if path is None else _other_model(path, model)

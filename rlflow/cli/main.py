@@ -12,6 +12,7 @@ from rlflow.cli.common import EXIT_CODES, Command
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import RecipeError
+from rlflow.tracking.redact import redact_text, redact_tracebacks
 
 COMMANDS: dict[str, Command] = {
     "run": run,
@@ -27,6 +28,7 @@ FAILED, WRONG_INPUT, STOPPED = 1, 2, 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code; a failure that nobody foresaw leaves with its traceback."""
+    redact_tracebacks()
     try:
         name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
         if name not in COMMANDS:
@@ -34,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         return command.execute(command.make_parser().parse_intermixed_args(rest))
     except (RecipeError, DataError) as error:
-        print(error, file=sys.stderr)
+        print(redact_text(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except StopRequested as stop:
-        print(stop, file=sys.stderr)
+        print(redact_text(str(stop)), file=sys.stderr)
         return STOPPED
     except RunError as error:
-        print(error, file=sys.stderr)
+        print(redact_text(str(error)), file=sys.stderr)
         return FAILED
     except BrokenPipeError:
         # Whoever read our output has gone; Python must not complain about it once more while it exits.

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.id_checks import in_ids
+from rlflow.cli.secret_checks import in_environment, in_masked
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
@@ -61,7 +62,8 @@ def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
     for stage in stages:
         for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
-        problems += [stage.problem(key, message) for key, message in (_in_gpus(stage.recipe) if alone else ())]
+        of_this_machine = [*_in_gpus(stage.recipe), *in_environment(stage.recipe)] if alone else []
+        problems += [stage.problem(key, message) for key, message in of_this_machine]
         to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
     if problems:
         raise RecipeError(problems)
@@ -81,6 +83,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_model(key, path)
             if key != "algorithm.critic.path" and recipe.algorithm.name != "reward_model":
                 yield from _in_head(key, Path(path))
+    yield from in_masked(recipe)
     yield from in_adapter(recipe, to_come)
     yield from in_sequence_parallel(recipe, to_come)
     yield from in_ids(recipe, to_come)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
+from rlflow.cli.secret_checks import in_overrides
 from rlflow.driver.errors import RunError
 from rlflow.recipe import Problem, RecipeError, load_recipe
 
@@ -51,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace) -> int:
     directory = Path.cwd()
+    if exposed := list(in_overrides(arguments.overrides)):
+        raise RecipeError(exposed)
     recipe = _within(Path(arguments.recipe), directory)
     for stage in load_recipe(arguments.recipe, arguments.overrides):
         if Path(stage.run.output_dir).is_relative_to(directory):

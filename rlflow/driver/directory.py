@@ -14,9 +14,11 @@ import yaml
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.memory import UnknownShape, read_shape
-from rlflow.recipe import AdapterBlock, ModelBlock, Recipe, dump_recipe
+from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
 from rlflow.recipe.adapter_files import CONFIG, same_model
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
+from rlflow.recipe.yaml_source import dump
+from rlflow.tracking.redact import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
 
 
 def write_recipe(recipe: Recipe, directory: Path) -> None:
-    """The resolved recipe beside what it made."""
-    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    """The resolved recipe beside what it made, without its secrets: who resumes the run gives them again."""
+    (directory / "recipe.yaml").write_text(dump(redact(recipe.model_dump(mode="json"))))
 
 
 def finished(recipe: Recipe) -> bool:

@@ -38,6 +38,7 @@ from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker
+from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
 
 
@@ -53,6 +54,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_befo
         RunError, ActorFailure: The run failed; the message says where.
     """
     begun = time.perf_counter() - seconds_before
+    remember_secrets([recipe.model_dump(mode="json") for recipe in recipes])
     for recipe in recipes:
         for source in _sources(recipe):
             read_table(source)

@@ -69,5 +69,7 @@ class RewardServerBlock(Block):
     """Ray CPUs each reserves."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Ray GPUs each reserves, where its children hold their reward models; without, they are on the CPU."""
+    environment: list[str] = Field(default_factory=list)
+    """Variables that reward functions get beside the usual ones (see docs/rewards.md), e.g. [OPENAI_API_KEY]."""
     max_error_fraction: Fraction = 0.5
     """The run stops when more of a step's rollouts than this are unscored because a function failed."""

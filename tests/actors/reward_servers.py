@@ -64,8 +64,6 @@ def numpy_scores(completions, **columns):
     return np.array([_score(text) for text in completions], np.float32)
 def arguments(prompts, completions, completion_ids, level):
     return [100 * level[i] + 10 * len(prompts[i]) + sum(completion_ids[i]) for i in range(len(completions))]
-def secrets(completions, **columns):
-    return [float(any("hunter2" in value for value in os.environ.values())) for _ in completions]
 """
 
 

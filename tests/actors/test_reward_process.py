@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlflow.actors.reward_process import child_environment
+from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from tests.actors.reward_servers import batch, is_alive, wait_until_dead
@@ -91,24 +92,65 @@ def test_close_kills_the_children_and_may_be_called_twice(serve: Any) -> None:
         server.score(*batch([["a"]]))
 
 
-def test_functions_see_no_secrets(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "MY_SECRET_THING", "DB_PASSWORD"):
+def test_functions_see_what_they_may_need_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "MY_SETTING", "CUDA_PASSWORD", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("HTTPS_PROXY", "http://user:hunter2@proxy:80")
-    assert serve("secrets").score(*batch([["a"]])).rewards["secrets"].tolist() == [0.0]
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:80")
+    monkeypatch.setenv("HF_HOME", "/cache")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    kept = child_environment(os.environ)
+    assert not [name for name, value in kept.items() if "hunter2" in value]
+    assert (kept["HTTP_PROXY"], kept["HF_HOME"], kept["OMP_NUM_THREADS"]) == ("http://proxy:80", "/cache", "1")
+    assert kept["PATH"] == os.environ["PATH"]
+    assert kept["PYTHONPATH"].split(os.pathsep)[1:] == ["/mine"]
 
 
-def test_an_environment_without_secrets_keeps_the_rest() -> None:
-    kept = child_environment(
-        {"PATH": "/bin", "HF_TOKEN": "x", "hf_home": "/h", "PYTHONPATH": "/a", "URL": "http://h/p"}
+def test_a_function_gets_the_variables_that_the_recipe_names_and_its_errors_do_not_tell_them(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin.write_text(
+        "import os\n"
+        "def score(completions, **columns):\n"
+        "    assert sorted(name for name in os.environ if name.startswith('MY_')) == ['MY_KEY', 'MY_SETTING']\n"
+        "    raise RuntimeError('refused: ' + os.environ['MY_KEY'] + ' ' + os.environ['MY_SETTING'])\n"
     )
-    assert {name: kept[name] for name in kept if name != "PYTHONPATH"} == {
-        "PATH": "/bin",
-        "hf_home": "/h",
-        "URL": "http://h/p",
-        "OMP_NUM_THREADS": "1",
-    }
-    assert kept["PYTHONPATH"].split(os.pathsep)[1:] == ["/a"]
+    for name, value in {"MY_KEY": "hunter2-a", "MY_SETTING": "hunter2-b", "MY_OTHER": "hunter2-c"}.items():
+        monkeypatch.setenv(name, value)
+    server = RewardServer([RewardBlock(plugin=f"{plugin}:score")], 1, environment=["MY_KEY", "MY_SETTING"])
+    try:
+        server.ready()
+        (sentence,) = server.score(*batch([["a"]])).errors
+        assert "raised RuntimeError: refused: *** ***" in sentence
+    finally:
+        server.close()
+
+
+def test_a_variable_that_is_not_set_is_an_error_before_training(plugin: Path) -> None:
+    server = RewardServer([RewardBlock(plugin=f"{plugin}:length")], 1, environment=["NO_SUCH_VARIABLE"])
+    try:
+        with pytest.raises(RewardError, match="names NO_SUCH_VARIABLE, which this reward server has not"):
+            server.ready()
+    finally:
+        server.close()
+
+
+def test_a_secret_of_the_arguments_is_in_no_error_of_loading_or_of_a_death(plugin: Path) -> None:
+    for text, message in (
+        ("class Judge:\n    def __init__(self, api_key):\n        raise RuntimeError(f'no {api_key}')\n", r"no \*\*\*"),
+        (
+            "import os\nclass Judge:\n    def __init__(self, api_key):\n        print(api_key, flush=True)\n"
+            "        os._exit(3)\n",
+            r"last words: \*\*\*",
+        ),
+    ):
+        plugin.write_text(text)
+        server = RewardServer([RewardBlock(plugin=f"{plugin}:Judge", args={"api_key": "hunter2"})], 1)
+        try:
+            with pytest.raises(RewardError, match=message):
+                server.ready()
+        finally:
+            server.close()
 
 
 BOMBS = [
