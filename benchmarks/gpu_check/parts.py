@@ -14,7 +14,7 @@ class Part:
     function: str
     """``module:function`` of this directory; called with a Record and the arguments."""
     seconds: float
-    """About how long it takes on one H100; three times as long is its deadline."""
+    """About how long it takes on one H100; its deadline is three times that, at least 90 s."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs_gpu: bool = True
     packages: tuple[str, ...] = ()

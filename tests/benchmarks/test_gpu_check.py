@@ -49,6 +49,7 @@ def test_a_part_that_crashes_hangs_or_is_wrong_stops_no_other(check, monkeypatch
     parts.append(check.Part("hang", "", "broken:hang", 0.3, needs_gpu=False))
     parts.append(check.Part("away", "", "broken:wrong", 1, needs_gpu=False, packages=("no_such_package",)))
     monkeypatch.setattr(check, "PARTS", parts)
+    monkeypatch.setattr(check, "LEAST_DEADLINE_S", 1.0)
     assert check.main(["--output", str(tmp_path / "out")]) == 1
     results = {r["part"]: r for r in json.loads((tmp_path / "out" / "results.json").read_text())}
     assert {name: r["verdict"] for name, r in results.items()} == {
