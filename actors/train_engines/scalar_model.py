@@ -94,7 +94,7 @@ def load_scalar_model(
         raise ValueError(f"{type(model).__name__}: its head is no linear layer called {_HEAD}; not supported")
     if not is_classifier:
         nn.init.zeros_(head.weight)
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)
     return ScalarModel(model)

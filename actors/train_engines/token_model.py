@@ -213,7 +213,8 @@ def load_token_model(
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
         model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    # Without dropout: logprobs of one policy must be the same every time. New models come in training mode.
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]
     if checkpointing:
         recompute_layers(model)
     token_model = TokenModel(model, dropout_layers)
