@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -29,6 +29,7 @@ from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.driver.errors import RunError
 from rlflow.plan import Role, roles, rollout_engine
+from rlflow.ray_cluster import ask_for_a_token, named_cluster, on_loopback
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 _OBJECT_STORE_BYTES = 2 << 30
@@ -73,10 +74,14 @@ class Actors:
 def start_ray(recipes: Sequence[Recipe]) -> bool:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it set), or starts Ray in this process.
 
-    A cluster of our own promises as many CPUs as the recipe asks for: on a small machine actors take turns.
+    A cluster of our own promises as many CPUs as the recipe asks for: on a small machine actors take turns. It asks for
+    a token and listens on loopback.
 
     Returns:
         Whether Ray was started or joined here, and not by the caller.
+
+    Raises:
+        RunError: The cluster does not let us in.
     """
     if ray.is_initialized():
         return False
@@ -84,17 +89,22 @@ def start_ray(recipes: Sequence[Recipe]) -> bool:
     # As Ray does by itself from 2.60 on; before, it warns that it will. `environment` hides what was not reserved.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if (address := named_cluster()) is not None:
+        try:
+            ray.init(**quiet)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise RunError(f"RAY_ADDRESS is {address}, and that cluster cannot be joined: {error}") from error
         return True
     wanted = max(sum(role.cpus * role.workers for role in roles(recipe)) for recipe in recipes)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **quiet,
-    )
+    ask_for_a_token()
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
     return True
 
 

@@ -33,7 +33,7 @@ LAYERS = (
         "rlflow.tracking",
     ),
     ("rlflow.actors", "rlflow.rewards"),
-    ("rlflow.driver", "rlflow.placement"),
+    ("rlflow.driver", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.__main__", "rlflow.cli", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""

@@ -11,6 +11,7 @@ from rlflow.cli.preflight import load_checked
 from rlflow.machine import this_machine
 from rlflow.plan import GIB, make_plans
 from rlflow.plan_text import render
+from rlflow.ray_cluster import named_cluster, require_answer
 
 SUMMARY = "say what a recipe will do and need, without starting anything"
 
@@ -30,6 +31,8 @@ def execute(arguments: argparse.Namespace) -> int:
         machine = replace(machine, gpu_memory=int(arguments.gpu_memory * GIB))
     plans = make_plans(load_checked(arguments.recipe, arguments.overrides), machine)
     print("\n\n".join(render(plan) for plan in plans))
+    if (address := named_cluster()) is not None:
+        require_answer(address)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rlflow.cli.preflight import load_checked
 from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StopRequested
+from rlflow.ray_cluster import named_cluster, require_answer
 from rlflow.recipe import Recipe
 
 SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    recipes = load_checked(arguments.recipe, arguments.overrides, alone=not os.environ.get("RAY_ADDRESS"))
+    recipes = load_checked(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
     run(recipes, resume=arguments.resume, seconds_before=process_age_s())
     return 0
 
@@ -40,6 +40,8 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0)
         DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
         RunError: Anything else that went wrong.
     """
+    if (address := named_cluster()) is not None:
+        require_answer(address)
     from rlflow.actors.actor_group import ActorFailure
     from rlflow.driver.run import run_recipes
 

@@ -1,0 +1,92 @@
+"""The Ray cluster that a run joins, or the one that it starts for itself: who may reach it, and whether it answers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlflow.driver.errors import RunError
+
+ANSWER_TIMEOUT_S = 3.0
+"""A cluster that is silent for longer is gone. Ray itself goes on asking for minutes."""
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several machines, after the systems where it is off: without it all of Ray's processes,
+the metrics exporter included, listen on 127.0.0.1 alone."""
+
+
+def named_cluster() -> str | None:
+    """The address in RAY_ADDRESS; None where Ray is to be started here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def require_answer(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    """Asks whether a Ray head is there. ``auto`` is looked up by Ray, at once.
+
+    Raises:
+        RunError: Nothing answers, or what answers is no Ray head.
+    """
+    if address == "auto":
+        return
+    remedy = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
+        raise RunError(f"RAY_ADDRESS is {address}, which is not HOST:PORT, ray://HOST:PORT or auto: {remedy}")
+    host = host.strip("[]")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or error
+        raise RunError(f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({reason}): {remedy}") from error
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(f"{host}:{port}", timeout_s):
+        raise RunError(f"RAY_ADDRESS is {address}, and what answers there is no Ray head, or one that hangs: {remedy}")
+
+
+def _speaks_grpc(target: str, timeout_s: float) -> bool:
+    """Whether the other side begins a gRPC connection, as every Ray head does."""
+    import grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def ask_for_a_token() -> None:
+    """Has a Ray that is started from here ask everybody for a token; a user's own settings stay as they are.
+
+    The token lives in the environment of Ray's processes alone: a new one each run, in no file.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if not own and not (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")  # this process has read its environment already
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Within it, a Ray that is started listens on this machine's loopback address alone, unless the user says else."""
+    from ray._private import ray_constants
+
+    if _LOOPBACK_SWITCH in os.environ:
+        yield
+        return
+    # Ray reads the variable when it is imported; its processes read it when they start.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[_LOOPBACK_SWITCH] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[_LOOPBACK_SWITCH]

@@ -1,0 +1,130 @@
+"""Who may reach a Ray that rlflow starts, and what becomes of a cluster that does not answer."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rlflow.cli.main import main
+from rlflow.driver.errors import RunError
+from rlflow.ray_cluster import named_cluster, require_answer
+
+RECIPE = """\
+algorithm: {name: sft}
+model: {architecture: {model_type: llama}, characters: "0123456789+="}
+data: {train: {generator: arithmetic}}
+run: {steps: 1}
+"""
+
+
+@pytest.fixture
+def silent_port():
+    """A port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "cluster"), [("", None), ("local", None), ("auto", "auto"), ("ray://a:1", "ray://a:1")]
+)
+def test_a_cluster_is_what_ray_address_names_unless_it_names_this_machine(monkeypatch, address, cluster):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert named_cluster() == cluster
+
+
+@pytest.mark.parametrize("address", ["head", "head:", "head:port", ":6379", "head:99999", "http://head"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(RunError, match=f"RAY_ADDRESS is {address}, which is not HOST:PORT"):
+        require_answer(address)
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_a_cluster_that_is_gone_is_named_with_what_to_do(closed_port, prefix):
+    with pytest.raises(RunError) as raised:
+        require_answer(f"{prefix}127.0.0.1:{closed_port}")
+    assert f"RAY_ADDRESS is {prefix}127.0.0.1:{closed_port}, and no Ray cluster answers there" in str(raised.value)
+    assert "unset it to run on this machine" in str(raised.value)
+
+
+def test_a_head_that_takes_connections_and_says_nothing_is_waited_for_no_longer_than_the_deadline(silent_port):
+    with pytest.raises(RunError, match="is no Ray head, or one that hangs"):
+        require_answer(f"127.0.0.1:{silent_port}", timeout_s=0.2)
+
+
+def test_who_speaks_as_a_ray_head_does_is_let_pass():
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        require_answer(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+    assert require_answer("auto") is None
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_dead_cluster_is_one_line_before_anything_starts(command, closed_port, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    threads = threading.active_count()
+    assert main([command, str(tmp_path / "recipe.yaml"), f"run.output_dir={tmp_path}/out"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"RAY_ADDRESS is 127.0.0.1:{closed_port}, and no Ray cluster answers there")
+    assert threading.active_count() == threads and not (tmp_path / "out").exists()
+
+
+STARTED = """
+import os, sys
+import grpc, psutil, ray
+from rlflow.placement import start_ray
+from rlflow.recipe import load_recipe
+
+assert start_ray(load_recipe(sys.argv[1]))
+@ray.remote
+class Actor:
+    def pid(self): return os.getpid()
+actor = Actor.remote()
+ray.get(actor.pid.remote())
+processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == "LISTEN"}
+print("listening", *sorted(listening))
+channel = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
+call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+for metadata in ([], [("authorization", "Bearer " + os.environ["RAY_AUTH_TOKEN"])]):
+    try:
+        call(b"", metadata=metadata, timeout=20)
+        print("answered")
+    except grpc.RpcError as error:
+        print(error.code().name)
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_a_ray_that_is_started_here_listens_on_loopback_alone_and_wants_a_token_of_its_own(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", STARTED, str(tmp_path / "recipe.yaml")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert finished.returncode == 0, finished.stderr
+    said = [line for line in finished.stdout.splitlines() if line]
+    assert set(said[0].split()[1:]) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and len(said[0].split()) > 1
+    assert said[1:] == ["UNAUTHENTICATED", "answered"]
+    assert not (tmp_path / ".ray" / "auth_token").exists()
