@@ -66,6 +66,21 @@ def character_vocabulary(characters: str) -> dict[str, int]:
     return {token: number for number, token in enumerate(dict.fromkeys(["<pad>", "<eos>", *characters]))}
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """``save_pretrained`` in the words that version 4 of transformers knows, and version 5 still reads."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    # Of where it was loaded from, not of what it is.
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tuple[int, ...]:
     """The tokens that end a completion: eos, the chat template's end of turn, and those of generation_config.json."""
     ids = set(Chat(tokenizer).end_ids)

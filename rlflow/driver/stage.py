@@ -12,7 +12,7 @@ from rlflow import checkpoint
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.trainer import Trainer
 from rlflow.algorithms.kl_reward import adapt_kl_coef
-from rlflow.data.tokenizer import stop_token_ids, write_stop_tokens
+from rlflow.data.tokenizer import save_tokenizer, stop_token_ids, write_stop_tokens
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import write_recipe
 from rlflow.driver.errors import RunError, StopRequested
@@ -193,7 +193,7 @@ class Stage:
         final, temporary = self.directory / "final", self.directory / ".final.writing"
         temporary.mkdir(exist_ok=True)
         self.actors.trainer.call_all(Trainer.export, temporary)
-        self.tokenizer.save_pretrained(temporary)
+        save_tokenizer(self.tokenizer, temporary)
         write_stop_tokens(temporary, stop_token_ids(self.tokenizer, self.model))
         write_card(temporary, self.directory)
         if final.exists():

@@ -99,6 +99,20 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def readers(directory: Path) -> str:
+    """Which versions of transformers read the directory's config and tokenizer rightly, as a sentence."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    text = config.get("text_config", config)
+    bases = {of["rope_theta"] for of in (text.get("rope_parameters") or {}).values() if isinstance(of, dict)}
+    if len(bases) > 1 and "rope_local_base_freq" not in text:
+        return (
+            "Read by transformers 5 and newer: the bases of rotary embeddings differ between kinds of layers, and "
+            "version 4's config has one."
+        )
+    return "Files have the names of transformers 4.57 and those of 5: both read them, where they have the architecture."
+
+
 def is_reward_model(directory: Path) -> bool:
     """Whether it holds a sequence classifier."""
     path = directory / "config.json"

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.tracking.card_snippets import is_reward_model, usage
+from rlflow.tracking.card_snippets import is_reward_model, readers, usage
 from rlflow.tracking.history import RECIPE, HistoryError, StageHistory, read_stage
 from rlflow.tracking.lines import number, signed
 
@@ -50,7 +50,7 @@ def write_card(directory: Path, run_directory: Path) -> None:
         "## Recipe",
         *(_recipe(one) for one in [*reversed(earlier), stage]),
         "## Versions",
-        ", ".join(_versions()),
+        f"{', '.join(_versions())}. {readers(directory)}",
     ]
     front = _front_matter(directory, name, stage, earlier)
     (directory / CARD).write_text(f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8")

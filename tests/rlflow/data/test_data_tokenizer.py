@@ -10,7 +10,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlflow.data.errors import DataError
-from rlflow.data.tokenizer import build_character_tokenizer, load_tokenizer, stop_token_ids, write_stop_tokens
+from rlflow.data.tokenizer import (
+    build_character_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    stop_token_ids,
+    write_stop_tokens,
+)
 from rlflow.recipe.schema import ModelBlock
 
 EXCHANGE = [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]
@@ -137,3 +143,19 @@ def test_stop_tokens_are_added_to_those_of_the_generation_config(tmp_path):
         path.write_text(json.dumps({"eos_token_id": before, "top_p": 0.9, "_from_model_config": True}))
         write_stop_tokens(tmp_path, stop)
         assert json.loads(path.read_text()) == {"eos_token_id": after, "top_p": 0.9}
+
+
+def test_a_saved_tokenizer_is_in_words_that_version_4_of_transformers_knows_and_is_the_same_to_version_5(tmp_path):
+    tokenizer = build_character_tokenizer("abc")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    for _ in range(2):
+        save_tokenizer(tokenizer, tmp_path)
+        written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert written["additional_special_tokens"] == ["<think>", "</think>"]
+        assert not {"extra_special_tokens", "backend", "is_local"} & written.keys()
+        again = load_tokenizer(ModelBlock(path=str(tmp_path)))
+        assert again.get_vocab() == tokenizer.get_vocab()
+        assert again.all_special_tokens == tokenizer.all_special_tokens
+        assert again.decode([2, 5, 3, 1], skip_special_tokens=True) == "ab"
+        tokenizer = again

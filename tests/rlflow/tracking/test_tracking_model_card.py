@@ -154,3 +154,12 @@ def test_a_card_without_front_matter_says_nothing(text: str, tmp_path: Path):
     (tmp_path / "README.md").write_text(text)
     assert read_front_matter(tmp_path / "README.md") == {}
     assert read_front_matter(tmp_path / "missing.md") == {}
+
+
+def test_the_card_says_which_versions_of_transformers_read_the_files(write: Write):
+    assert "both read them, where they have the architecture." in card_of(write("policy", POLICY)).text
+    layers = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    only_new = {"architectures": ["NewForCausalLM"], "rope_parameters": layers}
+    assert "Read by transformers 5 and newer: the bases" in card_of(write("new", {"config.json": only_new})).text
+    gemma = {**only_new, "rope_local_base_freq": 1e4}
+    assert "both read them" in card_of(write("gemma", {"config.json": gemma})).text
