@@ -1,4 +1,4 @@
-"""A model whose config asks for dropout gives the same numbers every time: nothing of it is active, but an adapter's."""
+"""A model whose config asks for dropout gives the same numbers every time: nothing of it is active."""
 
 from __future__ import annotations
 
