@@ -136,8 +136,8 @@ def _changes(node: ast.AST, source: str) -> Iterator[tuple[Place, Place, str]]:
             yield from _swapped(source, left, op, right)
         case ast.BoolOp(op=op, values=[left, right, *_]):
             yield from _swapped(source, left, op, right)
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            yield _start(node), _start(operand), ""
+        case ast.UnaryOp(op=ast.Not(), lineno=line, col_offset=column):
+            yield (line, column), (line, column + len("not ")), ""
         case ast.Constant(value=bool(value)):
             yield _start(node), _end(node), str(not value)
         case ast.Constant(value=int(value)):
