@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlflow.actors.trainer import Objective, Trainer
-from rlflow.data.tokenizer import load_tokenizer
+from rlflow.data.tokenizer import give_own_pad, load_tokenizer, save_tokenizer
 from rlflow.recipe import AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch
 
@@ -20,10 +21,19 @@ class RewardTrainer(Trainer):
         module = load_scalar_model(
             self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
         )
-        # transformers' classifiers find a sequence's last token by it, and refuse batches without one.
-        if module.model.config.pad_token_id is None:
-            module.model.config.pad_token_id = load_tokenizer(self.block).pad_token_id
+        self.tokenizer = load_tokenizer(self.block)
+        pad, config = give_own_pad(self.tokenizer, self.block), module.model.config.get_text_config()
+        if pad >= config.vocab_size:
+            module.model.resize_token_embeddings(pad + 1, mean_resizing=False)
+        # By it transformers' classifiers find a sequence's last token, which is the one that is scored here.
+        config.pad_token_id = pad
         return module
+
+    def export(self, directory: Path) -> None:
+        """With the tokenizer that pads as the model expects."""
+        super().export(directory)
+        if self.rank == 0:
+            save_tokenizer(self.tokenizer, directory)
 
     def objective(
         self,

@@ -13,13 +13,17 @@ import numpy as np
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import load_tokenizer
+from rlflow.data.vocabulary import Vocabulary, tokens_without_row
 from rlflow.memory import count_stored
+from rlflow.positions import position_limit
 from rlflow.recipe import ModelBlock
 from rlflow.rewards.resolving import RewardError
 from rlflow.types import Message
 
 LIBRARIES_BYTES = 1 << 29
 """Of a process with torch and transformers imported, before it holds a model (0.3 GiB), and of a small forward pass."""
+DEFAULT_TOKENS = 1024
+"""Of a conversation, at most."""
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "failed to map segment")
 """How allocators, loaders and CUDA say it, in lower case."""
 
@@ -31,26 +35,35 @@ class RewardModel:
     end to end.
     """
 
-    def __init__(self, *, path: str, max_tokens: int = 1024, batch_size: int = 16) -> None:
+    def __init__(self, *, path: str, max_tokens: int | None = None, batch_size: int = 16) -> None:
         """Loads the model; on the GPU where torch sees one.
 
         Args:
             path: A Hugging Face directory, or a hub id, of a sequence classifier with one label and its tokenizer.
-            max_tokens: A longer conversation loses its beginning, never its end.
+            max_tokens: A longer conversation loses its beginning, never its end. 1,024 when left out, or what the model
+                has positions for.
             batch_size: Conversations in one forward pass.
 
         Raises:
-            RewardError: There is no such model, it has no score head of one label, or it needs more memory than
+            RewardError: There is no such model, it has no score head of one label, an embedding too small for its
+                tokenizer or fewer positions than ``max_tokens``, or it needs more memory than
                 ``reward_server.memory_gib``.
         """
-        for name, value in {"max_tokens": max_tokens, "batch_size": batch_size}.items():
+        for name, value in {
+            "max_tokens": DEFAULT_TOKENS if max_tokens is None else max_tokens,
+            "batch_size": batch_size,
+        }.items():
             if type(value) is not int or value < 1:
                 raise RewardError(f"reward_model: {name} is {value!r}: give a whole number above 0")
-        self._max_tokens, self._batch_size = max_tokens, batch_size
+        self._batch_size = batch_size
         _require_memory(path)
         with _memory_named(f"loading {path}", "raise reward_server.memory_gib"):
             self._model = _load_model(path)
             self._chat = _load_chat(path)
+        config = self._model.config.to_dict()
+        if problem := ids_problem(config, self._chat.tokenizer.get_vocab(), max_tokens):
+            raise RewardError(f"reward_model: {path} {problem}")
+        self._max_tokens = max_tokens or min(DEFAULT_TOKENS, position_limit(config) or DEFAULT_TOKENS)
         self._pad_token_id: int | None = self._model.config.get_text_config().pad_token_id
 
     def __call__(
@@ -115,6 +128,25 @@ def score_head_problem(config: Mapping[str, Any]) -> str | None:
     # transformers writes no labels where there are two, its default.
     num_labels = config.get("num_labels") or len(config.get("id2label") or range(2))
     return None if num_labels == 1 else f"has a score head of {num_labels} labels, a reward model's has one: {remedy}"
+
+
+def ids_problem(config: Mapping[str, Any], vocabulary: Vocabulary | None, max_tokens: int | None) -> str | None:
+    """What the ids and positions of conversations are too many for, as the rest of a sentence, or None.
+
+    Args:
+        config: Fields of the model's config.json.
+        vocabulary: Of the tokenizer beside it, where that is known.
+        max_tokens: The recipe's, if it has one.
+    """
+    size, limit = config.get("text_config", config).get("vocab_size"), position_limit(config)
+    if size is not None and vocabulary is not None and (beyond := tokens_without_row(vocabulary, size)):
+        return (
+            f"has an embedding of {size} rows, and its tokenizer ids up to {vocabulary[beyond[-1]]}: save it after "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    if limit is not None and max_tokens is not None and max_tokens > limit:
+        return f"takes {limit} tokens, and args.max_tokens is {max_tokens}: lower it to {limit}"
+    return None
 
 
 def _load_model(path: str) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.errors import DataError
 from rlflow.data.vocabulary import Vocabulary, difference, read_vocabulary, tokens_without_row
 from rlflow.positions import longest_sequences, position_limit
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.rewards.reward_model import ids_problem
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
@@ -34,6 +36,20 @@ def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_tokenizer(key, other, recipe.model, vocabulary, to_come)
         except (ValueError, DataError) as error:
             yield key, str(error)
+
+
+def scorer_ids_problem(path: str, config: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
+    """Of a reward model on this machine, which has a tokenizer of its own: as the rest of a sentence, or None.
+
+    Args:
+        config: Fields of its config.json.
+        args: Of the reward.
+    """
+    given = args.get("max_tokens")
+    try:
+        return ids_problem(config, read_vocabulary(ModelBlock(path=path)), given if isinstance(given, int) else None)
+    except (ValueError, DataError) as error:
+        return f"has no tokenizer that can be read: {error}"
 
 
 def _others(recipe: Recipe) -> dict[str, str]:
@@ -92,10 +108,10 @@ def _in_positions(key: str, model: ModelBlock, recipe: Recipe, to_come: Mapping[
     for keys, length in longest_sequences(recipe).items():
         if limit is not None and length > limit:
             of_model = "" if key == "model.path" else f" ({key})"
-            first, plus, _ = keys.partition(" + ")
+            _, plus, last = keys.rpartition(" + ")
             remedy = f"lower {'one of them' if plus else 'it'}, or name a model that takes longer ones"
             yield (
-                first if plus == "" else keys.rpartition(" + ")[2],
+                last,
                 f"sequences may have {length} tokens ({keys}), and {_named(model)}{of_model} takes {limit}: {remedy}",
             )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
-from rlflow.cli.id_checks import in_ids
+from rlflow.cli.id_checks import in_ids, scorer_ids_problem
 from rlflow.cli.secret_checks import in_environment, in_masked
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
@@ -208,9 +208,11 @@ def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Re
         yield from problems
     elif (config := Path(path) / "config.json").exists():
         try:
-            problem = score_head_problem(json.loads(config.read_text()))
+            fields = json.loads(config.read_text())
         except ValueError:
             problem = "cannot be used, its config.json is no JSON: fetch it again"
+        else:
+            problem = score_head_problem(fields) or scorer_ids_problem(path, fields, args)
         if problem:
             yield f"{key}.path", f"{path} {problem}"
 

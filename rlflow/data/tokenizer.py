@@ -6,6 +6,7 @@ Neither importing this module nor loading a tokenizer from a directory imports t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GENERATION_CONFIG = "generation_config.json"
+_NEW_PAD = "<|pad|>"
+_UNUSED = re.compile("pad|reserved|unused", flags=re.IGNORECASE)
+"""In the name of a special token that no text and no template has."""
 CHARACTER_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -64,6 +68,24 @@ def build_character_tokenizer(characters: str, chat_template: str = CHARACTER_TE
 def character_vocabulary(characters: str) -> dict[str, int]:
     """Token -> id of the tokenizer that is made of them."""
     return {token: number for number, token in enumerate(dict.fromkeys(["<pad>", "<eos>", *characters]))}
+
+
+def give_own_pad(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> int:
+    """Sees to it that no conversation ends in the token that fills up a batch, and returns that token's id.
+
+    transformers' classifiers score the last token that is no padding: of a tokenizer that pads with eos, the one before
+    an answer's end. Another special token that only such use is for takes its place, or a new one.
+    """
+    ends = stop_token_ids(tokenizer, model)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        unused = [
+            token.content
+            for id_, token in sorted(tokenizer.added_tokens_decoder.items())
+            if token.special and id_ not in ends and _UNUSED.search(token.content)
+        ]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else _NEW_PAD})
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -192,8 +192,9 @@ class Stage:
         """Writes ``final/``, a Hugging Face directory with a model card, under a temporary name first."""
         final, temporary = self.directory / "final", self.directory / ".final.writing"
         temporary.mkdir(exist_ok=True)
-        self.actors.trainer.call_all(Trainer.export, temporary)
         save_tokenizer(self.tokenizer, temporary)
+        # A reward model's has a padding token of its own, and takes its place.
+        self.actors.trainer.call_all(Trainer.export, temporary)
         write_stop_tokens(temporary, stop_token_ids(self.tokenizer, self.model))
         write_card(temporary, self.directory)
         if final.exists():

@@ -116,6 +116,26 @@ def test_an_overlong_conversation_loses_the_beginning_of_its_prompt(reward_model
     assert abs(score(reward_model_dir, [prompt], ["the answes"], max_tokens=30)[0] - scores[0]) > 1e-3
 
 
+def test_without_max_tokens_a_conversation_is_cut_to_the_models_positions_and_more_are_refused(copied: Path) -> None:
+    change_config(copied, max_position_embeddings=30)
+    prompt = [{"role": "user", "content": "abc" * 20}]
+    ids = conversation_ids(copied, prompt, "the answer")
+    expected = forward_alone(copied, [ids[-30:]])
+    np.testing.assert_allclose(score(copied, [prompt], ["the answer"]), expected, atol=1e-5)
+    with pytest.raises(RewardError, match=r"takes 30 tokens, and args\.max_tokens is 31: lower it to 30"):
+        score(copied, max_tokens=31)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(copied: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(copied)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(copied)
+    with pytest.raises(RewardError, match=f"an embedding of {len(tokenizer) - 1} rows, and its tokenizer ids up to"):
+        score(copied)
+
+
 def test_without_a_chat_template_the_texts_are_put_end_to_end(copied: Path) -> None:
     (copied / "chat_template.jinja").unlink()
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}

@@ -159,3 +159,16 @@ def test_a_new_models_positions_are_looked_at_too(recipe_file: Path):
     new = "model={path: null, architecture: {model_type: gpt2, n_positions: 21}, characters: '0123456789+='}"
     (problem,) = problems_of(recipe_file, new)
     assert "sequences may have 22 tokens" in problem and "the new model takes 21" in problem
+
+
+def test_a_reward_model_is_held_against_its_own_tokenizer_and_positions(recipe_file: Path):
+    here = recipe_file.parent
+    override = "rewards=[{name: reward_model, args: {path: judge, max_tokens: 64}}]"
+    judge: dict[str, Any] = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    write_model(here / "judge", characters="=+9876543210", **judge)
+    assert load_checked(recipe_file, [override])
+    (problem,) = problems_of(recipe_file, override.replace("64", "65"))
+    assert problem.endswith(f"args.path: {here}/judge takes 64 tokens, and args.max_tokens is 65: lower it to 64")
+    write_model(here / "judge", vocab_size=13, **judge)
+    (problem,) = problems_of(recipe_file, override)
+    assert f"{here}/judge has an embedding of 13 rows, and its tokenizer ids up to 13" in problem
