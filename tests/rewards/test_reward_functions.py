@@ -28,8 +28,47 @@ def test_last_number_reads_the_last_number_of_both_sides_and_is_not_earned_by_re
     assert score(last_number, *texts, solution=solutions) == [1.0, 0.0, 0.0, 1.0, 0.0, None]
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (".5", "0.5"),
+        ("9-5", "5"),
+        ("9 - 5", "5"),
+        ("9, -5", "-5"),
+        ("x=-5", "-5"),
+        ("\u22125", "-5"),
+        ("-$5", "-5"),
+        ("2e5", "200000"),
+        ("2.5E-3", "0.0025"),
+        ("(1,2)", "2"),
+        ("1,2,3", "3"),
+        ("(1,234)", "1234"),
+        ("3/4", "0.75"),
+        ("12:30", "30"),
+        ("5%", "5"),
+        ("5.", "5"),
+    ],
+)
+def test_last_number_reads_one_whole_number(text: str, number: str) -> None:
+    others = [other for other in ("5", "-5", "2", "12", "0.05", "25", "4", "1", "1230", "123") if other != number]
+    rewards = score(last_number, *[text] * (1 + len(others)), solution=[number, *others])
+    assert rewards == [1.0] + [0.0] * len(others)
+
+
+def test_last_number_takes_verls_references_and_judges_numbers_of_any_length_exactly() -> None:
+    references = [{"style": "rule", "ground_truth": "#### 7"}, ["7"], 7.0, 1e17, "9" * 40, "9" * 5000]
+    texts = ["7", "7", "7", "100000000000000000", "9" * 39 + "8", "9" * 5000]
+    assert score(last_number, *texts, solution=references) == [1.0, 1.0, 1.0, 1.0, 0.0, None]
+
+
 def test_exact_match_ignores_surrounding_space_only() -> None:
     assert score(exact_match, " 42\n", "4 2", "42.0", "x", solution=["42", "42", 42, None]) == [1.0, 0.0, 0.0, None]
+
+
+def test_exact_match_takes_a_number_in_the_ways_it_is_written() -> None:
+    texts = ["7", "7.0", "7.00", "0.00002", "2e-05", "100000000000000000", "7", "nan", "7", "7"]
+    references = [7.0, 7.0, 7.0, 2e-05, 2e-05, 1e17, "7.0", float("nan"), {"ground_truth": "7"}, ["7"]]
+    assert score(exact_match, *texts, solution=references) == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_format_wants_thought_and_answer_and_nothing_else() -> None:

@@ -1,0 +1,1 @@
+"""Answers read and compared: notation -> reader (formulas) -> readings -> equality (values, else symbolic)."""
