@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from rlflow.recipe import ModelBlock, RolloutBlock
+from rlflow.rollout_checks import layout_problem, token_problem
 from rlflow.types import Completion, GenerationRequest, RolloutBatch, SamplingParams
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ class RolloutWorker:
         self.version = -1
         self.engine = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
         from rlflow.data.tokenizer import load_tokenizer
+        from rlflow.data.vocabulary import token_table
 
         self.tokenizer = load_tokenizer(model)
+        self.is_token = token_table(self.tokenizer)
         self.engine.leave_out(_no_tokens(model, self.tokenizer))
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 
@@ -78,13 +81,18 @@ class RolloutWorker:
         return time.perf_counter() - started
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
-        """One completion for every seed of every request, in that order."""
+        """One completion for every seed of every request, in that order.
+
+        Raises:
+            ValueError: The engine returned what is none: tokens that are not in the tokenizer, logprobs that are not
+                finite, another number of completions.
+        """
         assert self.version >= 0, "generate before the first weights"
         started = time.perf_counter()
         completions = self.engine.generate(requests, params)
         offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
         texts = decode_completions(self.tokenizer, [c.token_ids for c in completions], params.stop_token_ids)
-        return RolloutBatch(
+        batch = RolloutBatch(
             token_ids=np.concatenate([c.token_ids for c in completions]),
             logprobs=np.concatenate([c.logprobs for c in completions]),
             offsets=offsets.astype(np.int64),
@@ -93,6 +101,11 @@ class RolloutWorker:
             policy_version=self.version,
             seconds=time.perf_counter() - started,
         )
+        num_rows = sum(len(request.seeds) for request in requests)
+        problem = layout_problem(batch, num_rows, params.max_new_tokens) or token_problem(batch, self.is_token)
+        if problem is not None:
+            raise ValueError(f"the engine, at policy version {self.version}, returned what is no rollout: {problem}")
+        return batch
 
     def sleep(self) -> None:
         self.engine.sleep()

@@ -28,6 +28,17 @@ class Done:
         self.value = value
 
 
+class Failed(Done):
+    """A failure that shows when somebody asks for the result, as an actor's does."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    @property
+    def value(self) -> Any:
+        raise self.error
+
+
 class DonePending:
     def __init__(self, refs: Sequence[Done]) -> None:
         self.refs = list(refs)
@@ -45,9 +56,15 @@ class LocalGroup:
     def __len__(self) -> int:
         return len(self.actors)
 
+    def name_of(self, rank: int) -> str:
+        return f"{self.name}[{rank}]"
+
     def start(self, rank: int, method: Any, *args: Any, **kwargs: Any) -> Done:
-        given = [arg.value if isinstance(arg, Done) else arg for arg in args]
-        return Done(getattr(self.actors[rank], method.__name__)(*given, **kwargs))
+        try:
+            given = [arg.value if isinstance(arg, Done) else arg for arg in args]
+            return Done(getattr(self.actors[rank], method.__name__)(*given, **kwargs))
+        except Exception as error:
+            return Failed(error)
 
     def get(self, rank: int, method: Any, ref: Done) -> Any:
         return ref.value

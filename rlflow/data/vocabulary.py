@@ -7,6 +7,7 @@ and yet softmax gives them a probability. Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,15 @@ def tokens_without_row(vocabulary: Vocabulary, num_rows: int) -> list[str]:
     """The tokens for which an embedding of ``num_rows`` has no row, by their ids."""
     beyond = {token: id_ for token, id_ in vocabulary.items() if id_ >= num_rows and token not in OTHER_MODALITIES}
     return sorted(beyond, key=lambda token: beyond[token])
+
+
+@lru_cache(maxsize=1)
+def token_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """bool [V], V the largest id of the tokenizer and one: which ids are tokens."""
+    ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
+    is_token = np.zeros(ids.max() + 1, dtype=bool)
+    is_token[ids] = True
+    return is_token
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> np.ndarray:

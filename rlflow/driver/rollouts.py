@@ -19,11 +19,13 @@ import numpy as np
 import ray
 
 from rlflow.actors.reward_server import RewardServer
-from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.rollout_worker import RolloutWorker, decode_completions
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
+from rlflow.data.vocabulary import token_table
 from rlflow.driver.errors import RunError
 from rlflow.recipe import RewardBlock
+from rlflow.rollout_checks import layout_problem, text_problem, token_problem, version_problem
 from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, SamplingParams, ScoreBatch
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class Chunk:
     """One worker's share of a step, on its way."""
 
     items: tuple[Item, ...]
+    num_samples: int
+    """Of each prompt."""
+    params: SamplingParams
     worker: int
     server: int
     rollouts: ray.ObjectRef
@@ -112,21 +117,46 @@ def generate_and_score(
         server = worker % len(rewards)
         prompts = tuple(prompt for _, prompt in chosen)
         scores_ref = rewards.start(server, RewardServer.score, rollouts_ref, prompts, labels)
-        chunks.append(Chunk(chosen, worker, server, rollouts_ref, scores_ref))
+        chunks.append(Chunk(chosen, num_samples, params, worker, server, rollouts_ref, scores_ref))
     return chunks
 
 
-def collect(stage: Stage, chunks: Sequence[Chunk]) -> list[ScoredChunk]:
-    """Waits for chunks, in order."""
+def collect(stage: Stage, chunks: Sequence[Chunk], max_staleness: int = 0) -> list[ScoredChunk]:
+    """Waits for chunks, in order.
+
+    Args:
+        max_staleness: Versions by which the weights that sampled may lag behind those that the workers have now.
+
+    Raises:
+        RunError: What a worker returned cannot be what was asked for: which worker, and what it returned.
+    """
     rollout, rewards = stage.actors.rollout, stage.actors.rewards
     assert rollout is not None and rewards is not None
     collected = []
     for number, chunk in enumerate(chunks):
         stage.tracker.progress("generating", number, len(chunks))
         batch = rollout.get(chunk.worker, RolloutWorker.generate, chunk.rollouts)
+        problem = _problem_of(stage, chunk, batch, max_staleness)
+        if problem is not None:
+            raise RunError(
+                f"{rollout.name_of(chunk.worker)}.generate returned what cannot be trained or measured: {problem}. "
+                "Nothing of it was used"
+            )
         scores = rewards.get(chunk.server, RewardServer.score, chunk.scores)
         collected.append(ScoredChunk(chunk.items, batch, scores))
     return collected
+
+
+def _problem_of(stage: Stage, chunk: Chunk, batch: RolloutBatch, max_staleness: int) -> str | None:
+    def decode(completions: Sequence[np.ndarray]) -> Sequence[str]:
+        return decode_completions(stage.tokenizer, completions, chunk.params.stop_token_ids)
+
+    return (
+        layout_problem(batch, len(chunk.items) * chunk.num_samples, chunk.params.max_new_tokens)
+        or version_problem(batch, stage.version, max_staleness)
+        or token_problem(batch, token_table(stage.tokenizer))
+        or text_problem(batch, decode)
+    )
 
 
 class RolloutPipeline:
@@ -174,7 +204,7 @@ class RolloutPipeline:
         chunks = self._chunks.pop(step)
         for attempt in range(block.max_resamples + 1):
             timing.next_round()
-            for chunk in collect(self.stage, chunks):
+            for chunk in collect(self.stage, chunks, self.stage.recipe.run.max_staleness):
                 timing.add(chunk)
                 groups += self.build_groups(chunk)
             is_kept = [not block.require_signal or has_signal(group.rewards) for group in groups]

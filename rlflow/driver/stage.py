@@ -46,6 +46,8 @@ class Stage:
     """Of the trainer's model, once it is loaded."""
     kl_coef: float | None = None
     """Of the KL to the reference, once it has adapted."""
+    version: int = 0
+    """Of the weights that the rollout workers were given last."""
 
     @property
     def algorithm(self) -> AlgorithmBlock:
@@ -74,6 +76,7 @@ class Stage:
         if self.actors.rollout is None:
             return
         trainer = self.actors.trainer
+        self.version = version
         with self.clock("sync"):
             gathered = trainer.start_all(Trainer.weights, version)
             self.actors.rollout.call_all(RolloutWorker.load_weights, gathered.refs[0])

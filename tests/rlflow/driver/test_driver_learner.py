@@ -25,6 +25,8 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         self.given: list[list[MicroBatch]] = []
+        self.asked: list[Any] = []
+        """Of the calls to all ranks, what followed the method."""
 
     def __len__(self) -> int:
         return self.size
@@ -39,6 +41,7 @@ class Ranks:
         return self.start_each(method, per_rank).get(1.0)
 
     def call_all(self, method: Any, *args: Any) -> list[UpdateStats]:
+        self.asked.append(args)
         return [UpdateStats(1.0, False)] * self.size
 
     def samples(self, rank: int) -> list[int]:
@@ -132,3 +135,13 @@ def test_reference_actors_do_not_share_tokens():
     reference = of.actors.reference
     assert sorted(reference.samples(0) + reference.samples(1)) == list(range(6))
     assert reference.samples(0) and reference.samples(1)
+
+
+@pytest.mark.parametrize("critic_only", [False, True])
+def test_the_critic_has_a_learning_rate_of_its_own(critic_only):
+    of = stage("ppo", 1, 2, critic=1)
+    metrics = learner.update(of, samples(4), Denominators(1, 1, 1), learning_rate=0.1, critic_only=critic_only)
+    assert of.actors.critic.asked == [(of.algorithm.critic.learning_rate,)] != [(0.1,)]
+    assert metrics["critic/learning_rate"] == of.algorithm.critic.learning_rate
+    assert of.actors.trainer.asked == ([] if critic_only else [(0.1,)])
+    assert ("trainer/learning_rate" in metrics) is not critic_only

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 
 from rlflow.data.examples import Example
 from rlflow.data.preferences import Labelled
-from rlflow.driver.units import judged_units
+from rlflow.driver import learner
+from rlflow.driver.units import judged_units, make_batch
+from rlflow.recipe import AlgorithmBlock
+from rlflow.types import Sample
 
 
 def judged(prompt: list[int], answer: list[int], label: bool = True) -> Labelled:
@@ -39,3 +46,49 @@ def test_a_mismatched_pair_is_cut_to_the_longest_sequence():
     mismatched = judged_units(rows, 4)[0][1]
     assert mismatched.token_ids.tolist() == [1, 1, 1, 20]
     assert mismatched.loss_mask.tolist() == [False, False, False, True]
+
+
+def answer(logprob: float, reference: float, length: int, label: float) -> tuple[Sample, float]:
+    """A prompt of one token and an answer whose tokens all have these logprobs."""
+    size = 1 + length
+    mask = np.arange(size) >= 1
+    scored = np.where(mask, reference, 0.0).astype(np.float32)
+    sample = Sample(
+        np.zeros(size, np.int32), mask, np.zeros(size, np.float32), ref_logprobs=scored, label=label, margin=9.0
+    )
+    return sample, logprob
+
+
+# Two pairs: logprobs of a token by policy and reference, tokens, chosen then rejected.
+PAIRS = [
+    [answer(-1.0, -2.0, 2, 1.0), answer(-3.0, -1.0, 4, -1.0)],
+    [answer(-2.0, -0.5, 4, 1.0), answer(-1.0, -4.0, 1, -1.0)],
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "normalized", "expected"),
+    [
+        # Log-ratios of policy: -2 + 12 = 10 and -8 + 1 = -7; of reference: -4 + 4 = 0 and -2 + 4 = 2. By rank the lower
+        # goes with the lower: -7 with 0 and 10 with 2, and the margins are what these exceed the pairs' own by.
+        ("aot", False, [2.0, 2.0, -2.0, -2.0]),
+        # Of means: -1 + 3 = 2 and -2 + 1 = -1; of reference -2 + 1 = -1 and -0.5 + 4 = 3.5: -1 with -1, 2 with 3.5.
+        ("aot", True, [4.5, 4.5, -4.5, -4.5]),
+        # Scores of the chosen: -2 + 4 = 2 and -8 + 2 = -6; of the rejected: -12 + 4 = -8 and -1 + 4 = 3. Each is
+        # compared with the other side's of its rank: 2 with 3, -6 with -8.
+        ("aot_unpaired", False, [3.0, -6.0, -8.0, 2.0]),
+        # Of means: 1 and -1.5; -2 and 3: 1 with 3, -1.5 with -2.
+        ("aot_unpaired", True, [3.0, -1.5, -2.0, 1.0]),
+    ],
+)
+def test_aots_margins_are_of_sums_or_of_means_on_both_sides(monkeypatch, loss, normalized, expected):
+    units = [(chosen[0], rejected[0]) for chosen, rejected in PAIRS]
+    policy = [np.full(len(sample.token_ids), logprob) for pair in PAIRS for sample, logprob in pair]
+    monkeypatch.setattr(learner, "trainer_logprobs", lambda stage, samples: policy)
+    block = AlgorithmBlock.model_validate(
+        {"name": "dpo", "preference": {"loss": loss, "length_normalized": normalized, "beta": 0.1}}
+    )
+    data = SimpleNamespace(max_tokens=64)
+    stage: Any = SimpleNamespace(algorithm=block, recipe=SimpleNamespace(data=data, is_paired=True))
+    samples, _ = make_batch(stage, units)
+    assert [sample.margin for sample in samples] == pytest.approx(expected)
