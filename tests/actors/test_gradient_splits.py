@@ -55,5 +55,6 @@ def test_every_split_has_the_gradient_and_the_metrics_of_the_whole(directory, na
         split = load_file(directory / case.file)
         assert split.keys() == whole.keys()
         parts = [(split[key] - whole[key]).double().square().sum() for key in whole if key != "metrics"]
-        assert float(sum(parts)) ** 0.5 < 1e-6 * norm, case
+        # Sums in another order round otherwise: by 1e-6 of the norm on one kind of CPU, by a little more on another.
+        assert float(sum(parts)) ** 0.5 < 3e-6 * norm, case
         assert split["metrics"].tolist() == pytest.approx(whole["metrics"].tolist(), rel=1e-5, abs=1e-6)

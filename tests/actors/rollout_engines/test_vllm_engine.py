@@ -80,7 +80,7 @@ def test_without_vllm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_model_dir: Path) -> None:
     pytest.importorskip("vllm")
-    with pytest.raises(ValueError, match=r"max_model_len \(9999\).*512"):
+    with pytest.raises(ValueError, match=r"max_model_len \(9999\).*4096"):
         start(tiny_model_dir, max_model_len=9999)
 
 
