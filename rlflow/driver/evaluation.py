@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from rlflow.driver import learner
-from rlflow.driver.rollouts import collect, generate_and_score
+from rlflow.driver.rollouts import collect, generate_and_score, listed
 from rlflow.driver.units import make_batch, with_reference
 from rlflow.recipe import EvaluationBlock
 from rlflow.types import Prompt
@@ -88,12 +88,17 @@ class PassEvaluator:
         num_samples = self.block.samples
         passed_P: list[int] = []
         tokens = failed = 0
+        errors: list[str] = []
         chunks = generate_and_score(self.stage, items, num_samples, self.params, self.rewards_wanted, "eval/")
         for chunk in collect(self.stage, chunks):
             rewards = chunk.scores.rewards[self.reward].reshape(-1, num_samples)
             passed_P += [int(n) for n in (rewards >= self.block.threshold).sum(axis=1)]
             failed += int(chunk.scores.failed[self.reward].sum())
+            errors += chunk.scores.errors
             tokens += len(chunk.rollouts.token_ids)
+        if failed:
+            of_all = f"{failed} of {len(self.prompts) * num_samples} completions"
+            self.stage.tracker.message(f"evaluation {self.block.name}: {of_all} could not be scored:{listed(errors)}")
         prefix = f"eval/{self.block.name}"
         metrics = {
             f"{prefix}/pass@1": float(np.mean([pass_at_k(num_samples, n, 1) for n in passed_P])),

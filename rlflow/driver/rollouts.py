@@ -31,6 +31,8 @@ from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, Samplin
 if TYPE_CHECKING:
     from rlflow.driver.stage import Stage
 
+SHOWN_ERRORS = 3
+
 Item = tuple[int, Prompt]
 """(epoch, prompt)."""
 
@@ -179,6 +181,7 @@ class RolloutPipeline:
         self._drawn: dict[int, list[tuple[int, int]]] = {}
         """Of steps that are not yet trained: the (epoch, row) of what was drawn for them first."""
         self._chunks: dict[int, list[Chunk]] = {}
+        self._unscored_in_a_row = 0
 
     def fill(self, step: int) -> None:
         """Issues the prompts of every step up to ``step + max_staleness``."""
@@ -213,12 +216,31 @@ class RolloutPipeline:
                 break
             chunks = self._issue(self.sampler.take(missing))
         require_few_errors(timing, self.stage.recipe.reward_server.max_error_fraction)
+        if timing.failed:
+            self.stage.tracker.message(f"step {step + 1}: {timing.account}")
+        self._count_unscored(timing, step + 1)
         left_out = set(np.flatnonzero(~np.array(is_kept))[missing:])
         trained = [group for index, group in enumerate(groups) if index not in left_out]
         self.ledger.trained += len(trained)
         self.ledger.filtered += len(left_out)
         del self._drawn[step]
         return trained, timing.metrics() | self.ledger.metrics() | {"group/resampled": float(len(left_out))}
+
+    def _count_unscored(self, timing: RolloutTiming, step: int) -> None:
+        """Says that nothing of a step was scored; raises RunError when that is so in too many steps in a row."""
+        self._unscored_in_a_row = 0 if timing.scored else self._unscored_in_a_row + 1
+        if timing.scored:
+            return
+        limit = self.stage.recipe.run.max_skipped_steps
+        said = f"step {step}: none of its {timing.rows} rollouts has a reward: {timing.silence}"
+        if self._unscored_in_a_row < limit:
+            self.stage.tracker.message(f"{said}. Nothing is trained in this step")
+            return
+        raise RunError(
+            f"{said}. So it was in {limit} steps in a row (run.max_skipped_steps), and nothing was trained. A reward "
+            "abstains (None) where it finds nothing to compare with: look at the columns that it reads, e.g. with "
+            "data.train.columns: {solution: answer}"
+        )
 
     def state(self) -> dict:
         """What a resumed run needs: what was drawn and not yet trained is generated again."""
@@ -246,7 +268,11 @@ class RolloutTiming:
         self.score_s = 0.0
         self.rows = 0
         self.failed = 0
+        self.scored = 0
+        """Rows with a reward of any function."""
         self.errors: list[str] = []
+        self._without: dict[str, tuple[int, int]] = {}
+        """Function -> rows on which it abstained, rows on which it failed."""
 
     def next_round(self) -> None:
         self.generate_s.append(0.0)
@@ -257,10 +283,32 @@ class RolloutTiming:
         self.score_s = max(self.score_s, chunk.scores.seconds)
         self.rows += len(chunk.rollouts.texts)
         failed = np.zeros(len(chunk.rollouts.texts), dtype=bool)
-        for rows in chunk.scores.failed.values():
-            failed |= rows
+        scored = np.zeros(len(chunk.rollouts.texts), dtype=bool)
+        for label, rewards in chunk.scores.rewards.items():
+            failed_here = chunk.scores.failed[label]
+            failed |= failed_here
+            scored |= ~np.isnan(rewards)
+            abstained, failures = self._without.get(label, (0, 0))
+            abstained += int((np.isnan(rewards) & ~failed_here).sum())
+            self._without[label] = abstained, failures + int(failed_here.sum())
         self.failed += int(failed.sum())
+        self.scored += int((scored & ~failed).sum())
         self.errors += chunk.scores.errors
+
+    @property
+    def account(self) -> str:
+        """How many rollouts a function failed on, and why the first of them."""
+        return f"{self.failed} of {self.rows} rollouts could not be scored:{listed(self.errors)}"
+
+    @property
+    def silence(self) -> str:
+        """Where no rollout has a reward: what each function did instead."""
+        parts = []
+        for label, (abstained, failed) in self._without.items():
+            done = [f"abstained on {abstained}"] if abstained else []
+            done += [f"failed on {failed}"] if failed else []
+            parts.append(f"{label} {' and '.join(done) or 'scored none that the others did not fail on'}")
+        return ", ".join(parts)
 
     def metrics(self) -> dict[str, float]:
         slowest = sum(self.generate_s)
@@ -275,8 +323,12 @@ class RolloutTiming:
 def require_few_errors(timing: RolloutTiming, limit: float) -> None:
     """Raises RunError when more than ``limit`` of the rollouts are unscored because a reward function failed."""
     if timing.failed > limit * timing.rows:
-        shown = "\n  ".join(timing.errors[:3])
         raise RunError(
             f"{timing.failed} of {timing.rows} rollouts could not be scored, more than "
-            f"reward_server.max_error_fraction = {limit:g}:\n  {shown}"
+            f"reward_server.max_error_fraction = {limit:g}:{listed(timing.errors)}"
         )
+
+
+def listed(errors: Sequence[str]) -> str:
+    """The first of a step's errors, a line each."""
+    return "".join(f"\n  {error}" for error in list(dict.fromkeys(errors))[:SHOWN_ERRORS])

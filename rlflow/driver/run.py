@@ -131,6 +131,7 @@ def _train(stage: Stage, rows: Rows, held_out: Rows, *, resume: bool) -> None:
             stage.attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
         train = train_online if recipe.family == "online" else train_offline
         train(stage, rows, steps, resume=resume)
+        stage.require_trained()
         stage.export()
         if "jsonl" in recipe.tracking:
             write_report(stage.directory)

@@ -41,6 +41,8 @@ class Stage:
     evaluator: Evaluator | None = None
     best: float = -math.inf
     skipped_in_a_row: int = 0
+    has_trained: bool = False
+    """Whether any update had a gradient."""
     startup_told: bool = False
     attention_cost: float = 0.0
     """Of the trainer's model, once it is loaded."""
@@ -92,14 +94,26 @@ class Stage:
         return trainer.learning_rate * factor[trainer.schedule]
 
     def count_skipped(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raises RunError when too many updates in a row had no finite gradient."""
+        """Counts what an update did. Raises RunError when too many in a row had no finite gradient."""
         skipped = any(value for name, value in metrics.items() if name.endswith("/skipped"))
+        self.has_trained |= any(
+            value > 0 and math.isfinite(value) for name, value in metrics.items() if name.endswith("/grad_norm")
+        )
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         limit = self.recipe.run.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise RunError(
                 f"step {step}: the gradient was not finite for {limit} updates in a row; parameters are those of the "
                 "last good step. Lower trainer.learning_rate, or look at the rollouts of these steps"
+            )
+
+    def require_trained(self) -> None:
+        """Raises RunError when the gradient of every update was zero or not finite: the model is what it was."""
+        if not self.has_trained:
+            raise RunError(
+                f"nothing was trained, and {self.directory} has no final/: the gradient of every update was 0 or not "
+                "finite. Online, no group had two different rewards: look at rollouts/ and at the reward functions, or "
+                "start from a model that is right at times; offline, no token was trained: look at data.loss_on"
             )
 
     def adapt_kl(self, kl: float, num_samples: int) -> dict[str, float]:
@@ -121,6 +135,8 @@ class Stage:
         state = checkpoint.read_driver_state(path)
         self.kl_coef = state["kl_coef"]
         self.best = state["best"] if state["best"] is not None else -math.inf
+        # Checkpoints of an earlier version do not say.
+        self.has_trained = state.get("has_trained", True)
         write_recipe(self.recipe, self.directory)
         self.tracker.message(f"resumed from {path.name}")
         return state["step"], state
@@ -173,12 +189,12 @@ class Stage:
         improved = score > self.best
         self.best = max(self.best, score)
         best = self.best if math.isfinite(self.best) else None
-        driver_state = {"step": stats.step, "best": best, "kl_coef": self.kl_coef, **state}
+        own_state = {"step": stats.step, "best": best, "kl_coef": self.kl_coef, "has_trained": self.has_trained}
         with self.clock("save"):
             path = checkpoint.publish(
                 self.checkpoints,
                 stats.step,
-                driver_state,
+                {**own_state, **state},
                 self._save_trainers,
             )
         if improved:

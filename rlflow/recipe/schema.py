@@ -185,7 +185,7 @@ class RunBlock(Block):
     max_staleness: NonNegativeInt = 0
     """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
     max_skipped_steps: PositiveInt = 3
-    """This many non-finite steps in a row stop the run."""
+    """This many steps in a row whose gradient was not finite, or in which nothing was scored, stop the run."""
     seed: NonNegativeInt = 0
     """Of everything random."""
     output_dir: str = "runs/run"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlflow.recipe import Recipe
 from rlflow.tracking.jsonl import JsonlTracker, read_metrics
-from rlflow.tracking.tracker import StderrMessages, Tracker, Trackers
+from rlflow.tracking.tracker import MessageLog, StderrMessages, Tracker, Trackers
 
 __all__ = ["Tracker", "make_tracker"]
 
@@ -38,6 +38,7 @@ def make_tracker(recipe: Recipe, directory: Path, resumed_at: int = 0, *, total_
         return WandbTracker(recipe, directory, say=trackers.message)
 
     makers = {"console": console, "jsonl": lambda: JsonlTracker(metrics_path), "wandb": wandb}
+    trackers.add(MessageLog(directory / "logs" / "run.log"))
     if "console" not in recipe.tracking:
         trackers.add(StderrMessages())
     for name in dict.fromkeys(recipe.tracking):

@@ -27,6 +27,8 @@ class Series:
     name: str
     points: tuple[tuple[float, float], ...]
     """(step, value), finite values only."""
+    last: float = math.nan
+    """The value at the last step that has the metric; NaN where that was no finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ class StageHistory:
         return list(dict.fromkeys(key for row in self.steps for key in row if key not in ("step", "time")))
 
     def series(self, key: str, name: str | None = None) -> Series:
-        points = ((row["step"], row[key]) for row in self.steps if key in row)
-        return Series(name or key, tuple((step, value) for step, value in points if math.isfinite(value)))
+        points = [(row["step"], row[key]) for row in self.steps if key in row]
+        finite = tuple((step, value) for step, value in points if math.isfinite(value))
+        return Series(name or key, finite, last=points[-1][1] if points else math.nan)
 
     def last(self, key: str) -> float:
         """The newest finite value; NaN when there is none."""
@@ -55,11 +58,14 @@ class StageHistory:
         return points[-1][1] if points else math.nan
 
     def evaluations(self) -> list[tuple[str, float, float, float, float]]:
-        """(metric, first step, first value, last step, last value) of every ``eval/`` key that was not always 0."""
+        """(metric, first step, first value, last step, last value) of every ``eval/`` key that was not always 0.
+
+        A value is NaN where it was no finite number.
+        """
         rows = []
         for key in self.keys:
-            points = self.series(key).points
-            if key.startswith("eval/") and any(value for _, value in points):
+            points = [(row["step"], row[key]) for row in self.steps if key in row]
+            if key.startswith("eval/") and any(value != 0 for _, value in points):
                 rows.append((key.removeprefix("eval/"), *points[0], *points[-1]))
         return rows
 

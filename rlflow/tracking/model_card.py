@@ -5,6 +5,7 @@ Its front matter is the one that model hubs read (https://huggingface.co/docs/hu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -164,11 +165,13 @@ def _eval_results(stage: StageHistory, task: str) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
     evaluation = stage.recipe["evaluation"]
-    if not evaluation or not stage.evaluations():
+    if not evaluation:
         return None
     source = evaluation["data"]
     results = []
     for metric, _, _, _, value in stage.evaluations():
+        if not math.isfinite(value):
+            continue
         results.append(
             EvalResult(
                 task_type=task,
@@ -179,7 +182,7 @@ def _eval_results(stage: StageHistory, task: str) -> list[Any] | None:
                 metric_value=round(value, 6),
             )
         )
-    return results
+    return results or None
 
 
 def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) -> str:

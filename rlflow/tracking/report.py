@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,12 +17,17 @@ from markupsafe import Markup
 from rlflow.tracking import charts
 from rlflow.tracking.history import HistoryError, Series, StageHistory, read_stages
 from rlflow.tracking.lines import count, duration, number, signed
-from rlflow.tracking.rollouts import RolloutRecord, read_rollouts
+from rlflow.tracking.rollouts import RolloutRecord, read_errors, read_rollouts
 
 SAMPLES = 3
 """So many of the best rollouts are shown, and of the worst."""
 LONGEST_TEXT = 3000
 """Characters of a prompt or completion; the middle of a longer one is left out."""
+
+SHOWN_FAILURES = 10
+"""So many causes for which rewards failed are shown."""
+FILES_OF_FAILURES = 50
+"""So many rollout files, the newest that have some, are searched for them."""
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Held-out", ("eval/*/pass@*",)),
@@ -74,7 +80,7 @@ def write_report(run_directory: Path) -> Path:
     stages = read_stages(run_directory)
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "shorten": shorten}
+    environment.filters |= {"number": shown_number, "signed": signed, "shorten": shorten}
     page = environment.get_template("report.html").render(
         title=run_directory.resolve().name,
         stages=[_stage_view(stage) for stage in stages],
@@ -118,9 +124,14 @@ def shorten(text: str) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
+def shown_number(value: float) -> str:
+    """As on the console, but for what metrics.jsonl has null for."""
+    return number(value) if math.isfinite(value) else "null"
+
+
 def _stage_view(stage: StageHistory) -> dict[str, object]:
     """What the template shows of a stage."""
-    panels, rest, zero = _panels(stage)
+    panels, rest, unchanging = _panels(stage)
     best, worst, rollout_file = _samples(stage)
     return {
         "name": stage.name,
@@ -129,7 +140,8 @@ def _stage_view(stage: StageHistory) -> dict[str, object]:
         "evaluations": stage.evaluations(),
         "panels": panels,
         "rest": rest,
-        "zero": zero,
+        "unchanging": unchanging,
+        "failures": _failures(stage),
         "times": _time_panel(stage),
         "best": best,
         "worst": worst,
@@ -157,11 +169,12 @@ def _tiles(stage: StageHistory) -> list[tuple[str, str, str]]:
             remark = (
                 f"{signed(last - first)} since step {first_step:.0f}" if last_step > first_step else "measured once"
             )
-            tiles.append((metric, number(last), remark))
+            tiles.append((metric, shown_number(last), remark))
     for key in ("reward/mean", "preference/accuracy", "kto/accuracy", "loss/sft", "loss/reward_model"):
-        points = stage.series(key).points
-        if points and (key != "loss/reward_model" or not tiles):
-            tiles.append((key, number(points[-1][1]), f"{number(points[0][1])} at step {points[0][0]:.0f}"))
+        series = stage.series(key)
+        if series.points and (key != "loss/reward_model" or not tiles):
+            step, value = series.points[0]
+            tiles.append((key, shown_number(series.last), f"{number(value)} at step {step:.0f}"))
     for key in ("perf/generated_tokens_per_s", "perf/trained_tokens_per_s"):
         rates = sorted(value for _, value in stage.series(key).points)
         if rates:
@@ -169,28 +182,30 @@ def _tiles(stage: StageHistory) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _panels(stage: StageHistory) -> tuple[list[Panel], list[Panel], list[str]]:
-    """Charts of known metrics, charts of the others, and the metrics that were 0 throughout."""
+def _panels(stage: StageHistory) -> tuple[list[Panel], list[Panel], list[tuple[str, list[str]]]]:
+    """Charts of known metrics, charts of the others, and the metrics that were null or 0 at every step."""
     series = {key: stage.series(key) for key in stage.keys if not key.startswith("time/")}
-    zero = [key for key, one in series.items() if all(value == 0 for _, value in one.points)]
-    left = {key: one for key, one in series.items() if key not in zero}
+    null = [key for key, one in series.items() if not one.points]
+    zero = [key for key, one in series.items() if one.last == 0 and all(value == 0 for _, value in one.points)]
+    unchanging = [(value, keys) for value, keys in (("null", null), ("0", zero)) if keys]
+    left = {key: one for key, one in series.items() if key not in null and key not in zero}
     panels = []
     for title, patterns in PANELS:
         keys = [key for pattern in patterns for key in left if fnmatchcase(key, pattern)]
         claimed = [left.pop(key) for key in dict.fromkeys(keys)]
         if claimed:
             panels.append(_panel(title, _without_twins(claimed)))
-    return panels, [_panel(key, [one]) for key, one in left.items()], zero
+    return panels, [_panel(key, [one]) for key, one in left.items()], unchanging
 
 
 def _without_twins(series: Sequence[Series]) -> list[Series]:
     """Leaves out a series that repeats an earlier one, as the only reward function repeats ``reward/mean``."""
-    return list({one.points: one for one in reversed(series)}.values())[::-1]
+    return list({(one.points, shown_number(one.last)): one for one in reversed(series)}.values())[::-1]
 
 
 def _panel(title: str, series: Sequence[Series]) -> Panel:
     shown = series[: charts.NUM_COLORS]
-    legend = [Legend(one.name, number(one.points[-1][1]), f"var(--s{i})") for i, one in enumerate(shown)]
+    legend = [Legend(one.name, shown_number(one.last), f"var(--s{i})") for i, one in enumerate(shown)]
     return Panel(title, legend, Markup(charts.line_chart(shown)))
 
 
@@ -216,6 +231,14 @@ def _time_panel(stage: StageHistory) -> Panel | None:
 
 def _phase(key: str) -> str:
     return key.removeprefix("time/").removesuffix("_s")
+
+
+def _failures(stage: StageHistory) -> list[tuple[str, int]]:
+    """Why reward functions failed on rollouts that are on file, the most frequent cause first, and on how many."""
+    with_some = {int(step) for step, value in stage.series("reward/error_fraction").points if value > 0}
+    files = [path for path in stage.rollout_files() if int(path.stem.rpartition("_")[2]) in with_some]
+    causes = Counter(error for path in files[-FILES_OF_FAILURES:] for error in read_errors(path))
+    return causes.most_common(SHOWN_FAILURES)
 
 
 def _samples(stage: StageHistory) -> tuple[list[RolloutRecord], list[RolloutRecord], str]:

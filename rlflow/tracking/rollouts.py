@@ -41,6 +41,8 @@ class RolloutRecord:
     """Weighted sum; NaN when unscored."""
     rewards: dict[str, float]
     """By function; NaN where it abstained or failed."""
+    error: str
+    """Which reward functions failed on it, and why; empty when none did."""
     advantage: float
     policy_version: int
     finish_reason: FinishReason
@@ -86,6 +88,7 @@ def write_rollouts(
     for name in rollouts[0].rewards if rollouts else ():
         columns[f"{REWARD_PREFIX}{name}"] = _numbers([rollout.rewards[name] for rollout in rollouts])
     columns |= {
+        "error": pa.array([rollout.error or None for rollout in rollouts], pa.string()),
         "advantage": _numbers(flat_advantages),
         "policy_version": pa.array([rollout.policy_version for rollout in rollouts], pa.int64()),
         "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()).dictionary_encode(),
@@ -107,6 +110,14 @@ def read_rollouts(path: Path, *, tokens: bool = True) -> list[RolloutRecord]:
     names = [name for name in file.schema_arrow.names if tokens or name not in _TOKEN_COLUMNS]
     rows = file.read(columns=names).to_pylist()
     return [_record(row) for row in rows]
+
+
+def read_errors(path: Path) -> list[str]:
+    """Of every rollout of a file on which a reward function failed: why."""
+    file = pq.ParquetFile(path)
+    if "error" not in file.schema_arrow.names:
+        return []
+    return [error for error in file.read(columns=["error"])["error"].to_pylist() if error]
 
 
 def last_user_text(prompt: Prompt) -> str:
@@ -135,6 +146,7 @@ def _record(row: Mapping[str, Any]) -> RolloutRecord:
             for name, value in row.items()
             if name.startswith(REWARD_PREFIX)
         },
+        error=row.get("error") or "",
         advantage=_or_nan(row["advantage"]),
         policy_version=row["policy_version"],
         finish_reason=row["finish_reason"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Protocol
 
 from rlflow.tracking.redact import redact_text
@@ -60,6 +62,18 @@ class Trackers(Tracker):
         with ExitStack() as all_are_closed:
             for tracker in reversed(self._trackers):
                 all_are_closed.callback(tracker.close)
+
+
+class MessageLog(Tracker):
+    """Appends every message to a file, behind the time: what a run said stays with it, whoever else was told."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(exist_ok=True)
+
+    def message(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 class StderrMessages(Tracker):

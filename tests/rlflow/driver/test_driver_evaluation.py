@@ -34,7 +34,7 @@ RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 1}}
 model: {{path: {model}}}
 algorithm: {{name: grpo, group_size: 2}}
-data: {{train: {{path: {rows}}}, prompts_per_step: 2, max_prompt_tokens: 32}}
+data: {{train: {{path: {rows}}}, prompts_per_step: 4, max_prompt_tokens: 32}}
 rewards: [{{plugin: "{plugin}:scripted"}}]
 rollout: {{engine: torch, max_new_tokens: 4, max_num_seqs: 4}}
 evaluation: {{data: {{path: {rows}}}, samples: 4, temperature: 1.0}}

@@ -85,12 +85,12 @@ def pairs(step: list) -> list[tuple]:
 
 
 def test_replacing_is_bounded_and_the_step_is_trained_with_what_there_is(run):
-    metrics, trained, scored = run(["dull"] * 7, resamples=2)
-    # Three groups, and twice three in their place, in each of four steps.
-    assert [line["group/resampled"] for line in metrics] == [6.0] * 4
-    assert len(scored) == 4 * 9
+    metrics, trained, scored = run(["dull"] * 27 + ["lively"] * 3, 2, **{"data.shuffle": False})
+    # Three groups, and twice three in their place, in each of three steps.
+    assert [line["group/resampled"] for line in metrics] == [6.0] * 3 + [0.0]
+    assert len(scored) == 3 * 9 + 3
     assert [len(step) for step in trained] == [6] * 4
-    assert all(rollout.advantage == 0 for step in trained for rollout in step)
+    assert all(rollout.advantage == 0 for step in trained[:3] for rollout in step)
 
 
 def test_with_too_few_groups_of_signal_those_without_fill_up_in_the_order_drawn(run):

@@ -52,7 +52,7 @@ def test_rollouts_are_of_tokens_alone_and_engine_trainer_and_reference_agree_on_
         "algorithm": {"name": "grpo", "group_size": 4, "kl": {"coef": 0.1}},
         "model": {"path": str(model_dir)},
         "data": {"train": {"generator": "arithmetic"}, "prompts_per_step": 4, "max_prompt_tokens": 16},
-        "rewards": [{"name": "exact_match"}],
+        "rewards": [{"name": "repetition", "args": {"unit": "tokens", "ngram_size": 1}}],
         "rollout": {"engine": "torch", "max_new_tokens": 6},
         "run": {"steps": 1, "output_dir": str(tmp_path / "run")},
         "tracking": ["jsonl"],

@@ -95,6 +95,7 @@ def test_the_page_shows_first_and_last_evaluation_best_and_worst_rollouts(tmp_pa
     assert shown == ["7", "6", "5", "-7", "-6", "-5"]
     assert "step_000060.parquet" in text
     assert "0 at every step: eval/heldout/unscored_fraction, staleness/max" in text
+    assert "null at every step" not in text
     assert "More metrics (1)" in text and "custom/thing" in text
     # 60 steps of 10 s: 6 train, 3 rollout and 1 that no phase claims; what workers measured is not counted twice.
     assert re.findall(r"(train|rollout|other|generate)<b>(\d+%)", text) == [
@@ -213,3 +214,20 @@ def test_the_middle_of_a_long_text_is_left_out() -> None:
     assert shorten("short") == "short"
     text = shorten("a" * LONGEST_TEXT + "b" * LONGEST_TEXT)
     assert text.startswith("aaa") and text.endswith("bbb") and f"[... {LONGEST_TEXT} characters left out ...]" in text
+
+
+def test_null_is_shown_as_null_and_not_as_0_or_as_an_earlier_value(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    rows = [
+        {"step": 0, "time": 1.0, "eval/heldout/pass@1": 0.5},
+        {"step": 1, "time": 2.0, "reward/mean": 0.25, "reward/judge/mean": None, "staleness/max": 0.0},
+        {"step": 2, "time": 3.0, "reward/mean": None, "reward/judge/mean": None, "eval/heldout/pass@1": None},
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(tmp_path / "run").read_text()
+    assert "<small>reward/mean</small><b>null</b><small>0.250 at step 1</small>" in text
+    assert "reward/mean<b>null</b>" in text
+    assert "null at every step: reward/judge/mean" in text
+    assert "0 at every step: staleness/max" in text
+    row = re.search(r"<tr><td>heldout/pass@1</td>.*?</tr>", text, re.DOTALL)
+    assert row is not None and row[0].count("null") == 1 and "0.500" in row[0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlflow.tracking import rollouts
-from rlflow.tracking.rollouts import last_user_text, read_rollouts, write_rollouts
+from rlflow.tracking.rollouts import last_user_text, read_errors, read_rollouts, write_rollouts
 from rlflow.types import Group, Message, Prompt, Rollout
 
 
@@ -70,12 +71,13 @@ def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path)
     write_rollouts(path, *make_groups())
     table = pq.read_table(path)
     assert " ".join(table.schema.names) == (
-        "prompt_id epoch sample_index prompt messages completion reward reward/exact reward/brevity advantage "
+        "prompt_id epoch sample_index prompt messages completion reward reward/exact reward/brevity error advantage "
         "policy_version finish_reason state prompt_token_ids token_ids logprobs"
     )
     assert str(table.schema.field("token_ids").type) == "list<element: int32>"
     assert str(table.schema.field("logprobs").type) == "list<element: float>"
     assert table["reward/exact"].to_pylist() == [1.0, None, 0.0, 1.0]
+    assert table["error"].to_pylist() == [None] * 4
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 
 
@@ -84,6 +86,16 @@ def test_reading_without_tokens_leaves_them_empty(tmp_path: Path) -> None:
     write_rollouts(path, *make_groups())
     record = read_rollouts(path, tokens=False)[0]
     assert (record.completion, len(record.token_ids), len(record.logprobs)) == ("four", 0, 0)
+
+
+def test_why_a_reward_failed_is_beside_the_rollout(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    groups, advantages, states = make_groups()
+    failed = replace(groups[1].rollouts[0], error="exact: it raised KeyError: 'x'")
+    groups[1] = replace(groups[1], rollouts=(failed, groups[1].rollouts[1]))
+    write_rollouts(path, groups, advantages, states)
+    assert [record.error for record in read_rollouts(path)] == ["", "", "exact: it raised KeyError: 'x'", ""]
+    assert read_errors(path) == ["exact: it raised KeyError: 'x'"]
 
 
 def test_a_step_without_groups_is_an_empty_file(tmp_path: Path) -> None:
