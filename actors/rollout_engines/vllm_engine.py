@@ -344,12 +344,12 @@ def _leave_out(model: Any, ids: torch.Tensor) -> None:
     vars(model).pop("compute_logits", None)
     if not len(ids):
         return
-    compute_logits = model.compute_logits
+    compute_logits, ids = model.compute_logits, ids.to(next(model.parameters()).device)
 
     def of_tokens(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         logits = compute_logits(*args, **kwargs)
         # Of workers that share a model one alone has them.
-        return None if logits is None else logits.index_fill_(-1, ids.to(logits.device), -torch.inf)
+        return None if logits is None else logits.index_fill_(-1, ids, -torch.inf)
 
     model.compute_logits = of_tokens
 

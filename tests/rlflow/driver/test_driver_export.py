@@ -116,6 +116,11 @@ def test_a_policy_is_whole_and_stops_where_its_rollouts_stopped(run: Run, model_
     assert generation_config_of(final)["temperature"] == 0.6
     assert generation_config_of(final)["max_new_tokens"] == 99
     assert (final / "chat_template.jinja").read_text() == (model_dir / "chat_template.jinja").read_text()
+    written = json.loads((final / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == [END_OF_TURN]
+    config = json.loads((final / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert "license: apache-2.0" in (final / "README.md").read_text()
     assert said_by_the_card(final, monkeypatch).endswith("\n")
 
