@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import Vocabulary, tokens_without_row
@@ -79,16 +80,16 @@ class RewardModel:
             RowError: The chat template refuses a conversation, or a character tokenizer lacks one of its characters.
             RewardError: A batch needs more memory than there is.
         """
-        texts = [self._render(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        rows = [ids[-self._max_tokens :] for ids in self._chat.encode(texts)]
+        read = [self._render(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        rows = [ids[-self._max_tokens :] for ids in self._chat.encode(read)]
         batches = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
         with _memory_named("scoring", "raise reward_server.memory_gib, or lower args.batch_size or args.max_tokens"):
             return [score for batch in batches for score in self._score(batch)]
 
-    def _render(self, prompt: Sequence[Message], completion: str) -> str:
+    def _render(self, prompt: Sequence[Message], completion: str) -> Rendered:
         if self._chat.tokenizer.chat_template is None:
-            return "".join([*(str(message["content"]) for message in prompt), completion])
-        return self._chat.render_conversation([*prompt, {"role": "assistant", "content": completion}], ()).text
+            return Rendered("".join([*(str(message["content"]) for message in prompt), completion]))
+        return self._chat.render_whole([*prompt, {"role": "assistant", "content": completion}])
 
     def _score(self, rows: Sequence[np.ndarray]) -> list[float]:
         """One forward pass. ``rows``: int32 [T] each."""

@@ -1,174 +1,298 @@
-"""Messages to text by the chat template, text to tokens, and which of the tokens are trained.
+"""Messages to text by the chat template, and which parts of the text are trained.
 
-The template decides the text, so it also decides where an answer begins and ends; nothing is searched for in the
-text, which may hold anything. An assistant turn is trained
+The template decides the text, so it also decides where an answer begins and ends. An assistant turn is trained
 
     from    the end of the generation prompt before it, which is where the policy starts to write,
-    to      the end-of-turn token after it, included; what the template puts behind that is not trained.
+    to      the end-of-turn token behind it, included; what the template puts behind that is not trained.
+
+A template that ends no turn gets a stop behind the last answer: the marker of the role that speaks next, where that
+is a token (GLM's models stop at it), or else eos.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from rlflow.data.calls import functions, is_python, tool_name, with_text_arguments
+from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.shown import THOUGHT_SWITCHES, left_out, with_thought
+from rlflow.data.template import clock_at, names_read, template_text
+from rlflow.data.turns import MARKER, Render, Turn, find_turns
 from rlflow.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MARKER = "\ue000\ue001\ue000"
-"""Stands for an answer while its place in the text is found: private-use characters, which no template changes."""
 EMPTY_THINK = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 """Some generation prompts hold the opening tag already."""
-BATCH = 1024
-"""Texts tokenised at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A text and the parts of it that are trained."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    """[start, end) in characters."""
+QUESTION: Message = {"role": "user", "content": "Hi"}
+EXCHANGE: list[Message] = [QUESTION, {"role": "assistant", "content": MARKER}]
+NEXT: tuple[Message, ...] = (QUESTION, {"role": "tool", "content": "1"})
+"""Who may speak after the assistant."""
 
 
 class Chat:
     """A tokenizer with its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, day: date | None = None) -> None:
+        """``day``: what the template writes where it writes the date; the day of the call when absent."""
         self.tokenizer = tokenizer
-        self._closing, closing_id = self._find_closing()
-        ends = (tokenizer.eos_token_id, closing_id)
+        self._settings: dict[str, Any] = {} if day is None else {"strftime_now": clock_at(day)}
+        self._template = template_text(tokenizer.chat_template)
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._special_token = re.compile(names or r"(?!)")
+        self._closing, markers = self._find_closing(names) if self._template else ("", [])
+        self._stop: str = next(iter(markers), str(tokenizer.eos_token or ""))
+        self._generation_prompt = self._find_generation_prompt() if self._template else ""
+        closing = self._special_token.findall(self._closing)[-1:]
+        ends = (tokenizer.eos_token_id, *(special[name] for name in (*closing, *markers)))
         self.end_ids = tuple(sorted({token for token in ends if isinstance(token, int)}))
         """eos and the chat template's end of turn."""
         self._characters = _characters(tokenizer)
+        self._encoder = Encoder(tokenizer, self.end_ids)
+        self.encode = self._encoder.encode
+        self.encode_trained = self._encoder.encode_trained
+        self.encode_with_offsets = self._encoder.encode_with_offsets
 
-    def render_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+    def render_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """The text up to where the policy starts to write.
+
+        Raises:
+            RowError: the template refuses the messages or leaves out what they say, or a character tokenizer lacks
+                one of their characters.
+        """
+        render = self.renderer(tools, generation_prompt=True)
+        text = self._check_characters(render(messages))
+        self._require_calls_and_tools(text, messages, tools)
+        notes = left_out(text, messages, (), render, lambda _: None)
+        return Rendered(text, starts=self._starts(text, messages, render), notes=tuple(notes))
+
+    def render_whole(self, messages: Sequence[Message]) -> Rendered:
+        """A conversation that is read and not trained, as ``transformers`` renders it.
 
         Raises:
             RowError: the template refuses the messages, or a character tokenizer lacks one of their characters.
         """
-        return self._check_characters(self._render(messages, tools, generation_prompt=True))
+        render = self.renderer(None)
+        text = self._check_characters(render(messages))
+        return Rendered(text, starts=self._starts(text, messages, render))
 
     def render_conversation(
         self,
         messages: Sequence[Message],
-        turns: Collection[int],
+        turns: Collection[int] | None,
         tools: list[Any] | None = None,
         *,
         ignore_empty_think: bool = False,
+        written: bool = True,
     ) -> Rendered:
-        """The whole text, with the assistant turns of these indices trained.
+        """The whole text, with the assistant turns of these indices trained; all of the text when ``turns`` is None.
+
+        Args:
+            messages: The conversation.
+            turns: Indices into it.
+            tools: Functions that the assistant may call.
+            ignore_empty_think: An empty thought at the start of a turn is not trained.
+            written: The policy is to write such turns: the last one begins behind the generation prompt, and every
+                one that is trained ends with a stop. A reward model reads them as the template has them.
 
         Raises:
-            RowError: as above, or the template renders a turn so that it cannot be found in the text.
+            RowError: as ``render_prompt``; the template renders a turn so that it cannot be found in the text, or a
+                turn would be trained without what the policy has before it and the stop behind it.
+            DataError: there is no token to stop at.
         """
-        text = self._check_characters(self._render(messages, tools))
+        render = self.renderer(tools)
+        text = render(messages)
+        self._require_calls_and_tools(text, messages, tools)
+        last = len(messages) - 1
+        answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+        trained = answers if turns is None else set(turns)
+        places = find_turns(text, messages, turns or (), render, self._generation_prompt)
+        if written and last in trained & places.keys():
+            text, places[last] = self._behind_its_prompt(text, messages, places[last], render)
+        ends = {}
+        for index in trained & places.keys():
+            text, ends[index] = self._closed(text, index, places[index].end, written, is_last=index == last)
+        self._check_characters(text)
+        notes = left_out(text, messages, trained, render, lambda thought: self._switch_for(thought, messages, render))
+        starts = tuple(sorted(turn.start for turn in places.values()))
+        if turns is None:
+            return Rendered(text, ((0, len(text)),), starts, tuple(notes))
         spans = []
-        for turn in turns:
-            start, end = self._span(text, messages, turn, tools)
+        for index in sorted(trained):
+            start, end = places[index].start, ends[index]
+            if written and not places[index].follows_prompt:
+                notes.append(f"what the policy will have before messages[{index}] is rendered otherwise than here")
             if ignore_empty_think and (empty := EMPTY_THINK.match(text, start, end)):
                 start = empty.end()
             spans.append((start, end))
-        return Rendered(text, tuple(spans))
+        return Rendered(text, tuple(spans), starts, tuple(notes))
 
-    def render_text(self, text: str, *, complete: bool) -> str:
-        """Plain text behind the bos token, where the tokenizer has that habit; ``complete`` adds eos."""
+    def render_text(self, text: str, *, complete: bool) -> Rendered:
+        """Plain text behind the bos token, where the tokenizer has that habit; ``complete`` ends it with eos. A row
+        that has them already gets no second one.
+
+        Raises:
+            RowError: a character tokenizer lacks one of its characters.
+            DataError: there is no eos token.
+        """
         tokenizer = self.tokenizer
         if complete and tokenizer.eos_token is None:
             raise DataError(
                 "the tokenizer has no eos token to end a text with. Set eos_token in tokenizer_config.json."
             )
-        begins = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        self._check_characters(text)
-        return f"{tokenizer.bos_token if begins else ''}{text}{tokenizer.eos_token if complete else ''}"
+        bos, eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
+        begins = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        before = bos if begins and not text.startswith(bos) else ""
+        behind = eos if complete and not text.endswith(eos) else ""
+        text = f"{before}{self._check_characters(text)}{behind}"
+        return Rendered(text, ((0, len(text)),))
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each rendered text, int32 [T]."""
-        return [
-            np.array(ids, dtype=np.int32)
-            for batch in _batches(texts)
-            for ids in self._tokenize(batch, offsets=False)["input_ids"]
-        ]
+    def _behind_its_prompt(
+        self, text: str, messages: Sequence[Message], turn: Turn, render: Render
+    ) -> tuple[str, Turn]:
+        """The text with the last turn behind the generation prompt, where the template does not repeat that.
 
-    def encode_trained(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(token ids int32 [T], loss mask bool [T]) of each.
+        DeepSeek-R1's prompt opens a thought, and its template cuts thoughts: the thought goes behind the prompt.
 
-        A token is trained when all of it lies in a span. Position 0 never is: nothing predicts it.
+        Raises:
+            RowError: the generation prompt opens a thought, and the turn has none.
         """
-        examples = []
-        end_ids = np.array(self.end_ids)
-        for batch in _batches(rendered):
-            tokens = self._tokenize([item.text for item in batch], offsets=True)
-            for item, ids, offsets in zip(batch, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-                token_ids = np.array(ids, dtype=np.int32)
-                closes = (token_ids[:, None] == end_ids).any(axis=1)
-                examples.append((token_ids, _loss_mask(item.spans, offsets, closes)))
-        return examples
+        if turn.follows_prompt:
+            return text, turn
+        last = len(messages) - 1
+        prompt = render(messages[:last], generation_prompt=True)
+        if not prompt.startswith(text[: turn.content]):
+            return text, turn
+        opened = prompt[turn.content :]
+        said = with_thought(messages[last], text[turn.content : turn.end])
+        if opened.strip() and said.lstrip().startswith(opened.strip()):
+            said = said.lstrip().removeprefix(opened.strip()).removeprefix(opened[len(opened.rstrip()) :])
+        elif opened.count("<think>") > opened.count("</think>"):
+            raise RowError(
+                f"the generation prompt opens a thought ({opened.strip()!r}), and messages[{last}] has none: give it "
+                "one, or set a model.chat_template (or model.chat_template_kwargs) that opens none"
+            )
+        end = len(prompt) + len(said)
+        return prompt + said + text[turn.end :], Turn(len(prompt), len(prompt), end, follows_prompt=True)
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool = False) -> str:
+    def _closed(self, text: str, index: int, end: int, written: bool, *, is_last: bool) -> tuple[str, int]:
+        """The text with an end of the turn behind ``end``, and where that ends."""
+        if self._closing and text.startswith(self._closing, end):
+            return text, end + len(self._closing)
+        if not written:
+            return text, end
+        if token := self._special_token.match(text, end):
+            return text, token.end()
+        if not is_last:
+            raise RowError(
+                f"the chat template ends messages[{index}] with nothing that the policy could stop at: train the last "
+                "turn alone (data.loss_on: last_assistant), which eos ends, or set a model.chat_template that ends "
+                "every answer with {{ eos_token }}"
+            )
+        if not self._stop:
+            raise DataError(
+                "neither the chat template nor the tokenizer has a token that ends an answer. Set eos_token in "
+                "tokenizer_config.json."
+            )
+        return text[:end] + self._stop, end + len(self._stop)
+
+    def _starts(self, text: str, messages: Sequence[Message], render: Render) -> tuple[int, ...]:
+        turns = find_turns(text, messages, (), render, self._generation_prompt)
+        return tuple(sorted(turn.start for turn in turns.values()))
+
+    def renderer(self, tools: list[Any] | None, *, generation_prompt: bool = False) -> Render:
+        """What renders conversations with these tools, and asks the policy to go on where nothing else is said."""
+
+        def render(
+            messages: Sequence[Message], *, generation_prompt: bool = generation_prompt, **variables: Any
+        ) -> str:
+            return self._render(messages, tools, generation_prompt=generation_prompt, **variables)
+
+        return render
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, **variables: Any) -> str:
+        """Arguments of calls are objects; a template that cannot write those gets them as JSON text."""
+        if not any("tool_calls" in message for message in messages):
+            return self._apply(messages, tools, **variables)
+        as_text = with_text_arguments(messages)
+        try:
+            text = self._apply(messages, tools, **variables)
+        except RowError:
+            return self._apply(as_text, tools, **variables)
+        return self._apply(as_text, tools, **variables) if is_python(messages, text) else text
+
+    def _apply(
+        self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool, **variables: Any
+    ) -> str:
         from jinja2 import TemplateError
 
-        template = self.tokenizer.chat_template
-        if template is None:
+        if not self._template:
             raise DataError(
                 "the tokenizer has no chat template. Set model.chat_template, or `format: text` in the data source "
                 "when the rows are plain text."
             )
-        if tools and "tools" not in str(template):
-            raise RowError("it has `tools`, which the chat template does not show to the policy")
-        if any("tool_calls" in message for message in messages) and "tool_calls" not in str(template):
-            raise RowError("it has function calls, which the chat template leaves out")
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._settings,
+                **variables,
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
         assert isinstance(text, str)
         return text
 
-    def _span(self, text: str, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[int, int]:
-        """Where assistant turn ``turn`` is in ``text``.
+    def _require_calls_and_tools(self, text: str, messages: Sequence[Message], tools: list[Any] | None) -> None:
+        for tool in tools or ():
+            name = tool_name(tool)
+            if "tools" not in self._template or (name is not None and name not in text):
+                raise RowError("it has `tools`, which the chat template does not show to the policy")
+        if not all(function["name"] in text for function in functions(messages)):
+            raise RowError("it has function calls, which the chat template leaves out")
 
-        With the marker in its place, the template shows what it puts before and behind the turn.
-        """
-        marked = [*messages[:turn], {"role": "assistant", "content": MARKER}, *messages[turn + 1 :]]
-        before, found, behind = self._render(marked, tools).partition(MARKER)
-        starts = [self._render(messages[:turn], tools, generation_prompt=True)] if turn else []
-        start = next((len(prefix) for prefix in [*starts, before] if text.startswith(prefix)), None)
-        end = len(text) - len(behind)
-        if not found or start is None or not text.endswith(behind) or end <= start:
-            raise RowError(
-                f"the chat template leaves messages[{turn}] out or changes what is around it, so that its tokens "
-                "cannot be told. For SFT, data.loss_on: last_assistant trains the last turn alone"
-            )
-        return start, end + (len(self._closing) if behind.startswith(self._closing) else 0)
+    def _switch_for(self, thought: str, messages: Sequence[Message], render: Render) -> str | None:
+        """The setting with which the template shows a thought that it leaves out otherwise."""
+        read = names_read(self._template)
+        for name, value in THOUGHT_SWITCHES.items():
+            if name in read and thought in render(messages, **{name: value}):
+                return f"{{{name}: {json.dumps(value)}}}"
+        return None
 
-    def _find_closing(self) -> tuple[str, int | None]:
-        """The special tokens that the template puts behind an answer, as text, and the id of the last of them."""
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            return "", None
-        exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARKER}]
+    def _find_closing(self, special: str) -> tuple[str, list[str]]:
+        """The special tokens behind the last answer, as text; where there are none, those that open the next turn."""
+        render = self.renderer(None)
         try:
-            behind = self._render(exchange, None).partition(MARKER)[2]
+            behind = render(EXCHANGE).partition(MARKER)[2]
         except RowError as error:
             raise DataError(
                 f"a question and an answer cannot be rendered: {error}. Set model.chat_template."
             ) from error
-        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        longest_first = sorted(special, key=len, reverse=True)
-        closing = re.match(rf"\s*({'|'.join(map(re.escape, longest_first))})+", behind) if special else None
-        return (closing[0], special[closing[1]]) if closing else ("", None)
+        closing = re.match(rf"\s*(?:{special})+", behind) if special else None
+        markers = []
+        for message in () if closing else NEXT:
+            with suppress(RowError):
+                if token := self._special_token.match(render([*EXCHANGE, message]).partition(MARKER)[2]):
+                    markers.append(token[0])
+        return closing[0] if closing else "", markers
+
+    def _find_generation_prompt(self) -> str:
+        """What the template puts behind a question for the policy to go on from; empty where that cannot be told."""
+        try:
+            plain, asked = (self.renderer(None, generation_prompt=asked)([QUESTION]) for asked in (False, True))
+        except RowError:
+            return ""
+        return asked[len(plain) :] if asked.startswith(plain) else ""
 
     def _check_characters(self, text: str) -> str:
         if self._characters is not None:
@@ -177,33 +301,6 @@ class Chat:
             if unknown:
                 raise RowError(f"the character {unknown[0]!r} is not in model.characters")
         return text
-
-    def _tokenize(self, texts: Sequence[str], *, offsets: bool) -> Any:
-        return self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
-
-
-def _loss_mask(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], closes: np.ndarray) -> np.ndarray:
-    """bool [T]: which tokens lie in a span. ``offsets``: [start, end) of each; ``closes``: bool [T], ends a turn."""
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    # Byte-level tokenizers leave a token's leading space out of its offsets.
-    starts = np.minimum(starts, np.concatenate([[0], ends[:-1]]))
-    mask = np.zeros(len(ends), dtype=bool)
-    for start, end in spans:
-        # An end-of-turn token may be one that swallows the whitespace behind it.
-        mask |= (starts >= start) & ((ends <= end) | (closes & (starts < end)))
-    mask[:1] = False
-    return mask
-
-
-def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
 
 
 def _characters(tokenizer: PreTrainedTokenizerFast) -> set[str] | None:

@@ -27,7 +27,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is left out, or that stops the run."""
+    """A row that is left out, or that stops the run, or of which something is missing."""
 
     source: str
     """File, hub id or generator."""
@@ -40,11 +40,13 @@ class BadRow:
 
 
 class Rows(list[T]):
-    """The rows that can be used, and ``skipped``: those that were left out, each with its reason."""
+    """The rows that can be used; ``skipped``: those that were left out, each with its reason; ``notes``: what is
+    missing of rows that are used."""
 
-    def __init__(self, rows: Iterable[T] = (), skipped: Sequence[BadRow] = ()) -> None:
+    def __init__(self, rows: Iterable[T] = (), skipped: Sequence[BadRow] = (), notes: Sequence[BadRow] = ()) -> None:
         super().__init__(rows)
         self.skipped: list[BadRow] = list(skipped)
+        self.notes: list[BadRow] = list(notes)
 
 
 def listing(lines: Sequence[object], most: int = LISTED) -> str:

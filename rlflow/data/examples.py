@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from rlflow.data.chat import Chat, Rendered
+from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.overlong import Overlong
@@ -45,10 +46,10 @@ def load_examples(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
     Raises:
         DataError: a source or too many of its rows cannot be used, or rows are overlong and must not be.
     """
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, data.template_date)
     rows = load_records(data.train, seed, lambda record: render_example(record, data, chat))
     encoded = encode_rows(rows, lambda rendered: [rendered], data, chat)
-    return Rows([example for _, (example,) in encoded], encoded.skipped)
+    return Rows([example for _, (example,) in encoded], encoded.skipped, encoded.notes)
 
 
 def encode_rows(
@@ -71,6 +72,7 @@ def encode_rows(
         examples = [Example(row.id, token_ids[:limit], loss_mask[:limit]) for token_ids, loss_mask in pieces]
         if all(example.loss_mask.any() for example in examples):
             kept.append((row, examples))
+            kept.notes.extend(row.bad(note) for text in texts(row.value) for note in text.notes)
         else:
             kept.skipped.append(row.bad(f"nothing is trained in its first {limit:,} tokens"))
     overlong.settle(kept)
@@ -80,16 +82,14 @@ def encode_rows(
 def render_example(record: Record, data: DataBlock, chat: Chat) -> Rendered:
     """A record as text, with the parts that ``data.loss_on`` trains."""
     if record.text is not None:
-        text = chat.render_text(record.text, complete=True)
-        return Rendered(text, ((0, len(text)),))
+        return chat.render_text(record.text, complete=True)
     answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError("it has no assistant answer to learn")
     # What comes behind the last answer has no influence on it.
     messages = with_system(record.messages[: answers[-1] + 1], data.system)
     if data.loss_on == "all":
-        text = chat.render_conversation(messages, (), record.tools).text
-        return Rendered(text, ((0, len(text)),))
+        return chat.render_conversation(messages, None, record.tools)
     turns = trained_turns(messages, last_only=data.loss_on == "last_assistant")
     return chat.render_conversation(messages, turns, record.tools, ignore_empty_think=data.ignore_empty_think)
 

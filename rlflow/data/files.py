@@ -27,6 +27,8 @@ class Unreadable:
     reason: str
 
 
+ROWS_KEYS = ("data", "rows", "examples", "instances")
+"""Where a JSON object that is not a row itself has its rows."""
 NumberedRows = Iterator[tuple[int, Any]]
 
 
@@ -97,8 +99,7 @@ def _read_jsonl(text: str, path: Path) -> NumberedRows:
 
 def _read_json(text: str, path: Path) -> NumberedRows:
     if not text.lstrip().startswith("["):
-        # Many .json files hold an object a line.
-        return _read_jsonl(text, path)
+        return _read_json_objects(text, path)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -108,6 +109,16 @@ def _read_json(text: str, path: Path) -> NumberedRows:
             "A JSON array cannot be read past a damaged row: repair it, or store an object a line as .jsonl."
         ) from error
     return enumerate(values, 1)
+
+
+def _read_json_objects(text: str, path: Path) -> NumberedRows:
+    """Many .json files hold an object a line; others one object, which is a row or has the rows under a key."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return _read_jsonl(text, path)
+    lists = [value[key] for key in ROWS_KEYS if isinstance(value.get(key), list)] if isinstance(value, dict) else []
+    return enumerate(lists[0] if len(lists) == 1 else [value], 1)
 
 
 def _first_damaged_element(text: str) -> int:

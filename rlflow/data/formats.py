@@ -18,7 +18,8 @@ from rlflow.data.messages import (
 from rlflow.data.sources import Row, Table, kind
 from rlflow.types import Message
 
-MULTIMODAL = ("images", "videos", "audios")
+MULTIMODAL = ("images", "videos", "audios", "image", "video", "audio")
+ANSWERS = ("output", "response", "completion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,12 @@ class Record:
     """Functions the assistant may call, for the chat template."""
 
 
-def format_of(table: Table) -> str:
+def format_of(table: Table, *, judged: bool = False) -> str:
     """The format of a table by the columns that most of its rows have.
+
+    Args:
+        table: Some rows.
+        judged: A column ``label`` says whether the answer is desirable; otherwise it is any other column.
 
     Raises:
         DataError: no format has these columns.
@@ -48,7 +53,7 @@ def format_of(table: Table) -> str:
     counts = Counter(name for row in table.rows for name, value in row.columns.items() if value is not None)
     columns = {name for name, count in counts.items() if 2 * count > len(table.rows)}
     for needed, name in DETECTION:
-        if needed <= columns:
+        if needed <= columns and (judged or name != "kto"):
             return name
     known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for needed, name in DETECTION)
     raise DataError(
@@ -90,12 +95,11 @@ def _sharegpt(columns: dict[str, Any]) -> Record:
 
 
 def _instruction(columns: dict[str, Any]) -> Record:
-    return Record(columns, _question(columns, ("instruction",)) + _optional_answer(columns, ("output",)))
+    return Record(columns, _question(columns, ("instruction",)) + _optional_answer(columns, ANSWERS))
 
 
 def _prompt(columns: dict[str, Any]) -> Record:
-    answer = ("response", "completion")
-    return Record(columns, _question(columns, ("prompt", "query")) + _optional_answer(columns, answer))
+    return Record(columns, _question(columns, ("prompt", "query")) + _optional_answer(columns, ANSWERS[1:]))
 
 
 def _preference(columns: dict[str, Any]) -> Record:
@@ -116,7 +120,7 @@ def _kto(columns: dict[str, Any]) -> Record:
     word = str(label).lower()
     if not isinstance(label, bool | int | str) or word not in known:
         raise RowError(f"`label` is {label!r}, not true or false")
-    messages = _question(columns, QUESTIONS) + _optional_answer(columns, ("response", "completion", "output"))
+    messages = _question(columns, QUESTIONS) + _optional_answer(columns, ANSWERS)
     return Record(columns, messages, label=known[word])
 
 
@@ -170,8 +174,9 @@ def _question(columns: dict[str, Any], names: Sequence[str]) -> list[Message]:
     if isinstance(value, list) and value and name != "instruction":
         return history + to_messages(value, name)
     question = _text_of(value, name)
-    if name == "instruction" and _has(columns, "input"):
-        question = f"{question}\n{_take_text(columns, 'input')}"
+    about = next((column for column in ("input", "context") if _has(columns, column)), None)
+    if name == "instruction" and about is not None:
+        question = f"{question}\n{_take_text(columns, about)}"
     return [*history, {"role": "user", "content": question}]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from rlflow.data.calls import to_calls
 from rlflow.data.errors import RowError
 from rlflow.data.sources import kind
 from rlflow.types import Message
@@ -17,11 +18,18 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
 }
-KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "loss")
-"""What a message may carry for the chat template, and ``loss``, which says whether its tokens are trained."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Where a message may keep its thoughts, for the chat template."""
+KEPT_KEYS = ("tool_call_id", "name", *REASONING_KEYS)
+"""What a message may carry for the chat template, as text, beside ``tool_calls``."""
+WEIGHT_KEYS = ("loss", "weight", "loss_weight", "loss_scale")
+"""What says whether a message is trained: true or false, or 1 or 0. It becomes ``loss``."""
+WEIGHTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def to_messages(value: Any, column: str) -> list[Message]:
@@ -34,10 +42,9 @@ def to_messages(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise RowError(f"`{column}` is {kind(value) if value else 'empty'}, not a list of messages")
     messages = [to_message(item, f"{column}[{index}]") for index, item in enumerate(value)]
-    said = [message for message in messages if message["role"] != "system" or message["content"].strip()]
-    if not said:
+    if all(message["role"] == "system" and not message["content"].strip() for message in messages):
         raise RowError(f"`{column}` holds only an empty system message")
-    return said
+    return messages
 
 
 def to_message(item: Any, place: str) -> Message:
@@ -45,15 +52,21 @@ def to_message(item: Any, place: str) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"`{place}` is {kind(item)}, not a message")
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    if role_key not in item or content_key not in item:
+    calls = item.get("tool_calls")
+    if role_key not in item or (content_key not in item and not calls):
         raise RowError(f"`{place}` lacks `{role_key if role_key not in item else content_key}`")
     role = item[role_key]
     if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"`{place}` has the role {role!r}; roles are {', '.join(ROLES)}")
-    message: Message = {"role": ROLES[role], "content": _content(item[content_key], f"{place}.{content_key}")}
-    message |= {key: item[key] for key in KEPT_KEYS if key in item and item[key] is not None}
-    if role == "function_call":
-        message |= {"content": "", "tool_calls": _tool_calls(message["content"], place)}
+    message: Message = {"role": ROLES[role], "content": _content(item.get(content_key), f"{place}.{content_key}")}
+    message |= {key: item[key] for key in KEPT_KEYS if isinstance(item.get(key), str)}
+    if role in ("function_call", "tool_call"):
+        message |= {"content": "", "tool_calls": to_calls(message["content"], place)}
+    elif calls:
+        message["tool_calls"] = to_calls(calls, f"{place}.tool_calls")
+    for key in WEIGHT_KEYS:
+        if item.get(key) is not None:
+            message["loss"] = _is_trained(item[key], f"{place}.{key}")
     if not message["content"].strip() and message["role"] in ("user", "assistant") and "tool_calls" not in message:
         raise RowError(f"`{place}` is empty")
     return message
@@ -120,12 +133,8 @@ def _part(part: Any, place: str) -> str:
     return texts[0]
 
 
-def _tool_calls(content: str, place: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"`{place}` is a function call that is not valid JSON: {error}") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(f"`{place}` is a function call without a name")
-    return [{"type": "function", "function": call} for call in calls]
+def _is_trained(value: Any, place: str) -> bool:
+    word = str(value).lower()
+    if not isinstance(value, bool | int | float | str) or word not in WEIGHTS:
+        raise RowError(f"`{place}` is {value!r}: a message is trained (true, 1) or not (false, 0)")
+    return WEIGHTS[word]

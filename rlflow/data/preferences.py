@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlflow.data.chat import Chat, Rendered
+from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, Rows, listing
 from rlflow.data.examples import Example, encode_rows
 from rlflow.data.formats import Record, with_system
@@ -40,20 +42,29 @@ class Labelled:
     label: bool
 
 
-def load_pairs(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Pair]:
+def load_pairs(
+    data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int, *, for_reward_model: bool = False
+) -> Rows[Pair]:
     """The preference pairs of ``data.train``.
 
     A pair of which either side is overlong is overlong. One whose sides are the same tokens once they are rendered and
     cut teaches nothing and is left out.
 
+    Args:
+        data: the recipe's.
+        tokenizer: the policy's, or the reward model's.
+        seed: the run's.
+        for_reward_model: the answers are read, not written, and may have a ``margin``.
+
     Raises:
-        DataError: a source or too many of its rows cannot be used (no rejected answer, the same as the chosen one, or
-            one to another prompt), rows are overlong and must not be, or no pair is left.
+        DataError: the rows have a ``margin`` that no loss would look at, a source or too many of its rows cannot be
+            used (no rejected answer, the same as the chosen one, or one to another prompt), rows are overlong and
+            must not be, or no pair is left.
     """
-    chat = Chat(tokenizer)
-    rows = load_records(data.train, seed, lambda record: _render_pair(record, data, chat))
+    chat = Chat(tokenizer, data.template_date)
+    rows = load_records(data.train, seed, lambda record: _render_pair(record, data, chat, for_reward_model))
     encoded = encode_rows(rows, lambda value: value[:2], data, chat)
-    pairs: Rows[Pair] = Rows(skipped=encoded.skipped)
+    pairs: Rows[Pair] = Rows(skipped=encoded.skipped, notes=encoded.notes)
     for row, (chosen, rejected) in encoded:
         if np.array_equal(chosen.token_ids, rejected.token_ids):
             reason = f"the chosen and the rejected answer are identical in their {len(chosen.token_ids):,} tokens"
@@ -71,10 +82,12 @@ def load_labelled(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
     Raises:
         DataError: as ``load_pairs``, or all labels are the same: KTO needs both kinds.
     """
-    chat = Chat(tokenizer)
-    rows = load_records(data.train, seed, lambda record: _render_labelled(record, data, chat))
+    chat = Chat(tokenizer, data.template_date)
+    rows = load_records(data.train, seed, lambda record: _render_labelled(record, data, chat), judged=True)
     encoded = encode_rows(rows, lambda value: value[:1], data, chat)
-    labelled = Rows([Labelled(row.id, example, label=row.value[1]) for row, (example,) in encoded], encoded.skipped)
+    labelled = Rows(
+        [Labelled(row.id, example, label=row.value[1]) for row, (example,) in encoded], encoded.skipped, encoded.notes
+    )
     labels = {item.label for item in labelled}
     if len(labels) < 2:
         raise DataError(
@@ -84,7 +97,9 @@ def load_labelled(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
     return labelled
 
 
-def _render_pair(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, Rendered, float]:
+def _render_pair(
+    record: Record, data: DataBlock, chat: Chat, for_reward_model: bool
+) -> tuple[Rendered, Rendered, float]:
     if record.rejected is None:
         raise RowError("it has no rejected answer")
     chosen, rejected = record.messages, record.rejected
@@ -93,26 +108,38 @@ def _render_pair(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered,
     shared = _num_shared(chosen, rejected)
     if not any(message["role"] == "user" for message in chosen[:shared]):
         raise RowError("the chosen and the rejected answer are to different prompts")
-    first, second = (_render_answers(side, shared, record, data, chat) for side in (chosen, rejected))
-    return first, second, _margin(record.columns)
+    margin = _margin(record.columns)
+    if margin and not for_reward_model:
+        raise DataError(
+            "the rows have a column `margin`, which only the loss of a reward_model looks at. Give it another name in "
+            "the source's `columns`, e.g. columns: {unused: margin}."
+        )
+    first, second = (
+        _render_answers(side, shared, record, data, chat, written=not for_reward_model) for side in (chosen, rejected)
+    )
+    return first, second, margin
 
 
 def _render_labelled(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, bool]:
     if record.label is None:
         raise RowError("it has no `label`")
-    return _render_answers(record.messages, len(record.messages) - 1, record, data, chat), record.label
+    return _render_answers(record.messages, len(record.messages) - 1, record, data, chat, written=True), record.label
 
 
 def _render_answers(
-    messages: Sequence[Message], num_prompt: int, record: Record, data: DataBlock, chat: Chat
+    messages: Sequence[Message], num_prompt: int, record: Record, data: DataBlock, chat: Chat, *, written: bool
 ) -> Rendered:
-    """The conversation, with the assistant turns from ``messages[num_prompt]`` on trained."""
+    """The conversation, with the assistant turns from ``messages[num_prompt]`` on trained, unless their ``loss`` is
+    false."""
     if messages[-1]["role"] != "assistant" or len(messages) <= num_prompt:
         raise RowError("it does not end with an assistant's answer")
     whole = with_system(messages, data.system)
     first = num_prompt + len(whole) - len(messages)
-    turns = [index for index in range(first, len(whole)) if whole[index]["role"] == "assistant"]
-    return chat.render_conversation(whole, turns, record.tools)
+    answers = [index for index in range(first, len(whole)) if whole[index]["role"] == "assistant"]
+    turns = [index for index in answers if whole[index].get("loss", True)]
+    if not turns:
+        raise RowError("`loss` is false in every assistant message")
+    return chat.render_conversation(whole, turns, record.tools, written=written)
 
 
 def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
@@ -127,6 +154,9 @@ def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
 def _margin(columns: dict[str, Any]) -> float:
     value = columns.get("margin")
     try:
-        return 0.0 if value in (None, "") else float(value)
+        margin = 0.0 if value in (None, "") else float(value)
     except (TypeError, ValueError):
-        raise RowError(f"`margin` is {value!r}, not a number") from None
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise RowError(f"`margin` is {value!r}, not a finite number")
+    return margin

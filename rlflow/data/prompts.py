@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import load_records
+from rlflow.data.shorten import shorten_prompt, shorten_text
 from rlflow.recipe.schema import DataBlock, SourceBlock
 from rlflow.types import Message, Prompt
 
@@ -23,10 +27,14 @@ THOUGHT_BEGINS = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think
 
 
 @dataclass(frozen=True, slots=True)
-class _Rendered:
-    text: str
+class _Question:
+    """A row on its way to a Prompt."""
+
+    rendered: Rendered
     messages: Sequence[Message]
     columns: Mapping[str, Any]
+    tools: list[Any] | None = None
+    is_text: bool = False
 
 
 def load_prompts(
@@ -49,16 +57,22 @@ def load_prompts(
     Raises:
         DataError: a source or too many of its rows cannot be used, or prompts are overlong and must not be.
     """
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, data.template_date)
     rows = load_records(sources, seed, lambda record: _render(record, data, chat))
     overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
     prompts: Rows[Prompt] = Rows(skipped=rows.skipped)
-    for row, token_ids in zip(rows, chat.encode([row.value.text for row in rows]), strict=True):
+    for row, token_ids in zip(rows, chat.encode([row.value.rendered for row in rows]), strict=True):
+        messages = row.value.messages
         if len(token_ids) > data.max_prompt_tokens:
             if overlong.leaves_out(row, len(token_ids)):
                 continue
-            token_ids = token_ids[-data.max_prompt_tokens :]
-        prompts.append(Prompt(row.id, token_ids, row.value.messages, row.value.columns, opened_tag(row.value.text)))
+            try:
+                token_ids, messages = _shorten(row.value, token_ids, data.max_prompt_tokens, chat)
+            except RowError as error:
+                prompts.skipped.append(row.bad(f"cannot be cut to {data.max_prompt_tokens:,} tokens: {error}"))
+                continue
+        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened_tag(row.value.rendered.text)))
+        prompts.notes.extend(row.bad(note) for note in row.value.rendered.notes)
     overlong.settle(prompts)
     return prompts
 
@@ -72,10 +86,10 @@ def opened_tag(text: str) -> str:
     return found[0] if found else ""
 
 
-def _render(record: Record, data: DataBlock, chat: Chat) -> _Rendered:
+def _render(record: Record, data: DataBlock, chat: Chat) -> _Question:
     if record.text is not None:
         messages = [{"role": "user", "content": record.text}]
-        return _Rendered(chat.render_text(record.text, complete=False), messages, record.columns)
+        return _Question(chat.render_text(record.text, complete=False), messages, record.columns, is_text=True)
     messages, columns = list(record.messages), record.columns
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()
@@ -83,4 +97,12 @@ def _render(record: Record, data: DataBlock, chat: Chat) -> _Rendered:
     if not any(message["role"] == "user" for message in messages):
         raise RowError("no user message is left when the answer is taken off")
     messages = with_system(messages, data.system)
-    return _Rendered(chat.render_prompt(messages, record.tools), messages, columns)
+    return _Question(chat.render_prompt(messages, record.tools), messages, columns, record.tools)
+
+
+def _shorten(
+    question: _Question, token_ids: np.ndarray, limit: int, chat: Chat
+) -> tuple[np.ndarray, Sequence[Message]]:
+    if question.is_text:
+        return shorten_text(token_ids, limit, chat.tokenizer.bos_token_id), question.messages
+    return shorten_prompt(chat, question.messages, question.tools, limit)

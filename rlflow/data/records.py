@@ -37,7 +37,7 @@ class Loaded(Generic[T]):
 
 
 def load_records(
-    sources: SourceBlock | Sequence[SourceBlock], seed: int, build: Callable[[Record], T]
+    sources: SourceBlock | Sequence[SourceBlock], seed: int, build: Callable[[Record], T], *, judged: bool = False
 ) -> Rows[Loaded[T]]:
     """Reads the sources one after the other and makes each row what ``build`` returns for it.
 
@@ -45,6 +45,7 @@ def load_records(
         sources: the recipe's.
         seed: the run's; it decides which rows ``SourceBlock.rows`` draws.
         build: raises RowError for a row it cannot use.
+        judged: a column ``label`` says whether the answer is desirable.
 
     Raises:
         DataError: a source cannot be read, has more bad rows than it may, or nothing else.
@@ -55,7 +56,7 @@ def load_records(
         table = read_table(source)
         stems[table.stem] += 1
         name = table.stem if stems[table.stem] == 1 else f"{table.stem}-{stems[table.stem]}"
-        rows = _build_rows(table, name, source, build)
+        rows = _build_rows(table, name, source, build, judged)
         loaded.extend(_draw(rows, name, source.rows, seed))
         loaded.skipped.extend(rows.skipped)
     if len({row.id for row in loaded}) < len(loaded):
@@ -63,10 +64,12 @@ def load_records(
     return loaded
 
 
-def _build_rows(table: Table, name: str, source: SourceBlock, build: Callable[[Record], T]) -> Rows[Loaded[T]]:
+def _build_rows(
+    table: Table, name: str, source: SourceBlock, build: Callable[[Record], T], judged: bool
+) -> Rows[Loaded[T]]:
     rows: Rows[Loaded[T]] = Rows(skipped=table.bad)
     if table.rows:
-        form = format_of(table) if source.format == "auto" else source.format
+        form = format_of(table, judged=judged) if source.format == "auto" else source.format
         for row in table.rows:
             try:
                 value = build(to_record(row, form))

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from rlflow.data.generated import GENERATORS
 from rlflow.recipe.schema import SourceBlock
 
 KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+
+
+CONVERSATION_COLUMNS = {
+    *("messages", "conversations", "conversation", "prompt", "query", "history", "tools"),
+    *("completion", "response", "output", "chosen", "rejected"),
+    *("chosen_messages", "rejected_messages", "rejected_response"),
+}
+"""What may hold objects for a chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ def read_table(source: SourceBlock) -> Table:
         DataError: there is no such source, it has no rows, or a column that ``columns`` names is nowhere in it.
     """
     place, stem, values = _open(source)
+    is_arrow = source.path is not None and (data_suffix(source.path) or ".parquet") == ".parquet"
     rows: list[Row] = []
     bad: list[BadRow] = []
     for number, value in values:
@@ -57,6 +66,8 @@ def read_table(source: SourceBlock) -> Table:
     if not rows and not bad:
         raise DataError(f"{place}: holds no rows.")
     rows = _rename(rows, bad, source.columns, place)
+    if is_arrow:
+        rows = [replace(row, columns=_without_filled_nulls(row.columns)) for row in rows]
     return Table(place, stem, _without_repeated_ids(rows, bad, place), sorted(bad, key=lambda row: row.row))
 
 
@@ -73,6 +84,9 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
         raise DataError("a data source has either `path` or `generator`.")
     path = Path(source.path).expanduser()
     if path.is_file():
+        if source.split != "train" or source.subset is not None:
+            key = "split" if source.split != "train" else "subset"
+            raise DataError(f"{path}: one file has no {key}s: remove `{key}: {getattr(source, key)}`.")
         return str(path), path.name.split(".")[0], read_file(path)
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):
         raise missing_file(path)
@@ -197,6 +211,18 @@ def _rename(rows: Sequence[Row], bad: list[BadRow], columns: dict[str, str], pla
         kept |= {ours: row.columns[theirs] for ours, theirs in columns.items()}
         renamed.append(Row(row.number, kept))
     return renamed
+
+
+def _without_filled_nulls(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a conversation without the null keys that Arrow fills in: its objects have the keys of all rows'
+    objects, so a parameter of another row's tool would come into every prompt."""
+    return {name: _without_nulls(value) if name in CONVERSATION_COLUMNS else value for name, value in columns.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _without_repeated_ids(rows: Sequence[Row], bad: list[BadRow], place: str) -> list[Row]:

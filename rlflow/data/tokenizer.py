@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError, nearest
+from rlflow.data.template import with_defaults
 from rlflow.recipe.schema import ModelBlock
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def load_tokenizer(model: ModelBlock) -> PreTrainedTokenizerFast:
     """The tokenizer of ``model.path``, or one of ``model.characters`` when there is no path.
 
     Raises:
-        DataError: there is no tokenizer, it is not a fast one, or ``chat_template`` names a file that is not there.
+        DataError: there is no tokenizer, it is not a fast one, ``chat_template`` names a file that is not there, or the
+            template does not read one of ``chat_template_kwargs``.
     """
     if model.path is not None:
         tokenizer = _from_path(model)
@@ -44,6 +46,7 @@ def load_tokenizer(model: ModelBlock) -> PreTrainedTokenizerFast:
         raise DataError("the model has no tokenizer: give model.path, or model.characters for a new one.")
     if model.chat_template is not None:
         tokenizer.chat_template = _template(model.chat_template)
+    tokenizer.chat_template = with_defaults(tokenizer.chat_template, model.chat_template_kwargs)
     return tokenizer
 
 

@@ -26,6 +26,7 @@ from rlflow.actors.trainer import Trainer
 from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.data.sources import read_table
+from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import finished, prepare_directory, prepare_model
@@ -55,6 +56,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_befo
     """
     begun = time.perf_counter() - seconds_before
     remember_secrets([recipe.model_dump(mode="json") for recipe in recipes])
+    recipes = pin_template_dates(recipes, resume=resume)
     for recipe in recipes:
         for source in _sources(recipe):
             read_table(source)
@@ -124,6 +126,8 @@ def _train(stage: Stage, rows: Rows, held_out: Rows, *, resume: bool) -> None:
             if loaded.skipped:
                 of_all = len(loaded) + len(loaded.skipped)
                 tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
+            if loaded.notes:
+                tracker.message(f"{name}: not all of these rows is shown to the model:{listing(loaded.notes, 3)}")
         stage.evaluator = _evaluator(stage, held_out)
         with clock("startup_actors"):
             _wait_ready(stage.actors, recipe)

@@ -40,16 +40,16 @@ def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any) -> Rows[Unit]:
     seed = recipe.run.seed
     if recipe.family == "sft":
         examples = load_examples(data, tokenizer, seed)
-        return Rows([(_sample(example),) for example in examples], examples.skipped)
+        return Rows([(_sample(example),) for example in examples], examples.skipped, examples.notes)
     if recipe.algorithm.name == "kto":
         labelled = load_labelled(data, tokenizer, seed)
-        return Rows(judged_units(labelled, data.max_tokens), labelled.skipped)
-    pairs = load_pairs(data, tokenizer, seed)
+        return Rows(judged_units(labelled, data.max_tokens), labelled.skipped, labelled.notes)
+    pairs = load_pairs(data, tokenizer, seed, for_reward_model=recipe.algorithm.name == "reward_model")
     units = [
         (_sample(pair.chosen, label=1.0, margin=pair.margin), _sample(pair.rejected, label=-1.0, margin=pair.margin))
         for pair in pairs
     ]
-    return Rows(units, pairs.skipped)
+    return Rows(units, pairs.skipped, pairs.notes)
 
 
 def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:

@@ -82,6 +82,9 @@ class ModelBlock(Block):
     """Characters of the tokenizer made for a new model, a token each."""
     chat_template: str | None = None
     """A Jinja template, or a file that holds one; overrides the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template reads, e.g. {enable_thinking: false}: in all of the policy's training and evaluation, and
+    from then on in `final/`."""
     trust_remote_code: bool = False
     """Run code that the repositories of the policy, `reference.path` and `algorithm.critic.path` bring."""
     adapter: AdapterBlock | None = None

@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -100,7 +101,7 @@ def _words(hint: Any) -> str:
     if issubclass(hint, Block):
         path = _sections()[hint]
         return f"[`{path}`](#{path.replace('.', '')}) block"
-    return {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[hint]
+    return {int: "integer", float: "number", str: "text", date: "date", bool: "`true`, `false`"}[hint]
 
 
 def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -56,6 +57,8 @@ class SourceBlock(Block):
             yield Conflict(("path", "generator"), exactly_one(path=self.path, generator=self.generator))
         if self.generator is None and self.args:
             yield Conflict(("args", "generator"), "are a generator's: give generator, or remove them")
+        if self.generator is not None and self.split != "train":
+            yield Conflict(("split", "generator"), "is a dataset's, and rows come from a generator: set it in args")
         if self.generator is not None and self.subset is not None:
             yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
         if self.generator is not None and ":" in self.generator:
@@ -78,8 +81,8 @@ class DataBlock(Block):
     max_tokens: PositiveInt = 2048
     """Longest example of offline training, prompt and answer."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """Rows beyond these limits: refuse to start, leave them out, or cut (prompts from the left, examples from the
-    right)."""
+    """Rows beyond these limits: refuse to start, leave them out, or cut (prompts by their oldest turns and the middle
+    of the longest message, examples from the right)."""
     system: str | None = None
     """System message put before every prompt that has none."""
     shuffle: bool = True
@@ -88,6 +91,8 @@ class DataBlock(Block):
     """SFT: which messages are trained."""
     ignore_empty_think: bool = False
     """SFT: no loss on an empty `<think></think>`."""
+    template_date: date | None = None
+    """What a chat template writes that writes the date, e.g. 2026-01-31; the day the run starts when absent."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.train == []:

@@ -59,6 +59,8 @@ class _Dumper(yaml.SafeDumper):
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+# Dates are text here, and to be text for any other reader too.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:timestamp", re.compile(r"^\d{4}-\d\d?-\d\d?"), list("0123456789"))
 
 
 @dataclass(slots=True)

@@ -73,10 +73,10 @@ def make_data(write_jsonl: Callable[..., Path]) -> Callable[..., DataBlock]:
 
 @pytest.fixture
 def read() -> Callable[..., Rows[Any]]:
-    """read(path, seed=0, **source fields) -> the loaded records of one source."""
+    """read(path, seed=0, judged=False, **source fields) -> the loaded records of one source."""
 
-    def read(path: Path | None, seed: int = 0, **fields: Any) -> Rows[Any]:
+    def read(path: Path | None, seed: int = 0, judged: bool = False, **fields: Any) -> Rows[Any]:
         source = SourceBlock(path=None if path is None else str(path), **fields)
-        return load_records(source, seed, lambda record: record)
+        return load_records(source, seed, lambda record: record, judged=judged)
 
     return read

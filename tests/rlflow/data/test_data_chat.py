@@ -6,7 +6,8 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from rlflow.data.chat import Chat, Rendered
+from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.tokenizer import build_character_tokenizer
 
@@ -230,16 +231,18 @@ def test_a_function_call_is_trained_as_the_template_writes_it(tokenizer):
     assert trained(tokenizer, messages, [1, 3]) == ["f<|im_end|>", "Three<|im_end|>"]
 
 
-def test_plain_text_gets_eos_when_complete_and_bos_where_the_tokenizer_adds_it(tokenizer):
+def test_plain_text_gets_eos_when_complete_and_bos_where_the_tokenizer_adds_it_and_neither_twice(tokenizer):
     chat = Chat(tokenizer)
-    assert chat.render_text("two", complete=False) == "two"
-    assert chat.render_text("two", complete=True) == "two<|im_end|>"
+    assert chat.render_text("two", complete=False).text == "two"
+    assert chat.render_text("two", complete=True).text == "two<|im_end|>"
     tokenizer.bos_token = "<|endoftext|>"
-    assert chat.render_text("two", complete=True) == "two<|im_end|>"
+    assert chat.render_text("two", complete=True).text == "two<|im_end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    assert chat.render_text("two", complete=True) == "<|endoftext|>two<|im_end|>"
+    for text in ("two", "<|endoftext|>two", "two<|im_end|>", "<|endoftext|>two<|im_end|>"):
+        assert chat.render_text(text, complete=True).text == "<|endoftext|>two<|im_end|>"
+    assert chat.render_text("<|endoftext|>two", complete=False).text == "<|endoftext|>two"
 
 
 def test_plain_text_cannot_be_completed_without_an_eos_token(tokenizer):
@@ -250,7 +253,7 @@ def test_plain_text_cannot_be_completed_without_an_eos_token(tokenizer):
 
 def test_a_character_tokenizer_refuses_what_it_has_no_token_for():
     chat = Chat(build_character_tokenizer("0123456789+="))
-    assert chat.render_prompt([{"role": "user", "content": "1+2="}]) == "1+2="
+    assert chat.render_prompt([{"role": "user", "content": "1+2="}]).text == "1+2="
     for render in (
         lambda: chat.render_prompt([{"role": "user", "content": "1*2="}]),
         lambda: chat.render_conversation([{"role": "user", "content": "1*2="}, answer("2")], [1]),

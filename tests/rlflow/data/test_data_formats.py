@@ -11,6 +11,7 @@ from rlflow.data.formats import to_record
 from rlflow.data.sources import Row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+EMPTY = {"role": "system", "content": ""}
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello"}
 WHY = {"role": "user", "content": "Why?"}
@@ -21,7 +22,8 @@ CONVERSATIONS = [
     ({"messages": [SYSTEM, HI, HELLO]}, "messages", [SYSTEM, HI, HELLO]),
     ({"messages": [HI, HELLO], "system": "Be brief."}, "messages", [SYSTEM, HI, HELLO]),
     ({"messages": [SYSTEM, HI], "system": "Be long."}, "messages", [SYSTEM, HI]),
-    ({"messages": [{"role": "system", "content": ""}, HI]}, "messages", [HI]),
+    ({"messages": [{"role": "system", "content": ""}, HI]}, "messages", [EMPTY, HI]),
+    ({"messages": [{"role": "system", "content": ""}, HI], "system": "Be long."}, "messages", [EMPTY, HI]),
     ({"messages": json.dumps([HI, HELLO])}, "messages", [HI, HELLO]),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "value": "i"}]}]},
@@ -129,7 +131,7 @@ def test_a_preference_becomes_two_conversations(read, write_jsonl, row, chosen, 
 
 @pytest.mark.parametrize(("row", "label"), LABELLED)
 def test_a_labelled_answer_becomes_a_conversation_and_a_label(read, write_jsonl, row, label):
-    record = read(write_jsonl([row]))[0].value
+    record = read(write_jsonl([row]), judged=True)[0].value
     assert (list(record.messages), record.label) == ([HI, HELLO], label)
 
 

@@ -50,7 +50,8 @@ def test_the_system_message_is_before_both_sides(make_data, tokenizer):
 
 @pytest.mark.parametrize(("value", "margin"), [(1.5, 1.5), (2, 2.0), ("0.5", 0.5), (None, 0.0), ("", 0.0)])
 def test_the_margin_is_a_column(make_data, tokenizer, value, margin):
-    assert load_pairs(make_data([ROW | {"margin": value}]), tokenizer, 0)[0].margin == margin
+    pairs = load_pairs(make_data([ROW | {"margin": value}]), tokenizer, 0, for_reward_model=True)
+    assert pairs[0].margin == margin
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,10 @@ def test_the_margin_is_a_column(make_data, tokenizer, value, margin):
         ({"chosen": "No"}, "the chosen and the rejected answer are identical"),
         ({"rejected": None}, "`rejected` is null, not text"),
         ({"rejected": ""}, "`rejected` is empty"),
-        ({"margin": "wide"}, "`margin` is 'wide', not a number"),
+        ({"margin": "wide"}, "`margin` is 'wide', not a finite number"),
+        ({"margin": float("nan")}, "`margin` is nan, not a finite number"),
+        ({"margin": float("-inf")}, "`margin` is -inf, not a finite number"),
+        ({"margin": "Infinity"}, "`margin` is 'Infinity', not a finite number"),
         ({"prompt": None, "chosen": [HI, HELLO], "rejected": [WHY, NO]}, "are to different prompts"),
         ({"prompt": None, "chosen": [HI, HELLO, WHY], "rejected": [HI, NO]}, "does not end with an assistant's answer"),
         ({"prompt": None, "chosen": [HI, HELLO], "rejected": [HI]}, "does not end with an assistant's answer"),

@@ -1,0 +1,88 @@
+"""Function calls: one form of them whatever a row has, and the form in which a chat template wants their arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlflow.data.errors import RowError
+from rlflow.types import Message
+
+
+def to_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` each, other keys kept.
+
+    The arguments become an object: OpenAI writes them as JSON text, which most templates would quote once more.
+
+    Raises:
+        RowError: One has no name, or arguments that are no object.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"`{place}` is a function call that is not valid JSON: {error}") from None
+    calls = value if isinstance(value, list) else [value]
+    return [_to_call(call, place) for call in calls]
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with all arguments as JSON text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def is_python(messages: Sequence[Message], text: str) -> bool:
+    """Whether a template wrote arguments as Python writes them, which no parser of calls reads."""
+    return any(str(function["arguments"]) in text for function in functions(messages) if not _is_alike(function))
+
+
+def functions(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    """What every call of a conversation calls."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            yield call["function"]
+
+
+def tool_name(tool: dict[str, Any]) -> str | None:
+    """The name of a described function, in OpenAI's form or bare."""
+    described = tool["function"] if isinstance(tool.get("function"), dict) else tool
+    name = described.get("name")
+    return name if isinstance(name, str) else None
+
+
+def _to_call(call: Any, place: str) -> dict[str, Any]:
+    function = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"`{place}` is a function call without a name")
+    rest = {key: value for key, value in call.items() if value is not None} if function is not call else {}
+    return {"type": "function", **rest, "function": {**function, "arguments": _arguments(function, place)}}
+
+
+def _arguments(function: dict[str, Any], place: str) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"`{place}`: the arguments of {function['name']} are not valid JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise RowError(f"`{place}`: the arguments of {function['name']} are not an object")
+    return arguments
+
+
+def _is_alike(function: dict[str, Any]) -> bool:
+    """Whether Python writes the arguments as JSON does."""
+    return str(function["arguments"]) == json.dumps(function["arguments"], ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""What a row says and the chat template leaves out is named; what only looks different is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlflow.data.chat import Chat
+from rlflow.data.errors import DataError, RowError
+from rlflow.data.examples import load_examples
+from rlflow.data.preferences import load_pairs
+from rlflow.data.prompts import load_prompts
+
+ONLY_TALK = (
+    "{% for m in messages if m['role'] in ('user', 'assistant') %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Neither system messages nor tool results."""
+LAST_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content and (loop.last or preserve_thinking) %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}"
+    "{% if m['role'] != 'assistant' or loop.last or preserve_thinking %}{{ m['content'] }}"
+    "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's: the thoughts of earlier turns are cut, unless preserve_thinking."""
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = {"role": "user", "content": "Hi"}
+WHY = {"role": "user", "content": "Why?"}
+RESULT = {"role": "tool", "content": "12:00"}
+
+
+def answer(text: str, **keys) -> dict:
+    return {"role": "assistant", "content": text, **keys}
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([SYSTEM, HI, answer("Two")], r"messages\[0\].content, what the system says"),
+        ([HI, answer("One"), RESULT, answer("Two")], r"messages\[2\].content, what the tool says"),
+    ],
+)
+def test_a_system_text_or_a_tool_result_that_the_template_leaves_out_is_a_bad_row(make_data, tokenizer, messages, said):
+    tokenizer.chat_template = ONLY_TALK
+    data = make_data([{"messages": messages}])
+    for load in (lambda: load_examples(data, tokenizer, 0), lambda: load_prompts(data.train, data, tokenizer, 0)):
+        with pytest.raises(DataError, match=f"row 1: the chat template leaves out {said}"):
+            load()
+
+
+def test_so_is_the_system_text_of_the_recipe(make_data, tokenizer):
+    tokenizer.chat_template = ONLY_TALK
+    pair = {"prompt": "Hi", "chosen": "Two", "rejected": "One"}
+    with pytest.raises(DataError, match=r"leaves out messages\[0\].content, what the system says"):
+        load_pairs(make_data([pair], system="Be brief."), tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    "thought", [{"content": "<think>hm</think>Two"}, {"content": "Two", "reasoning_content": "hm"}]
+)
+def test_a_thought_that_is_trained_and_left_out_is_a_bad_row_with_the_setting_that_keeps_it(tokenizer, thought):
+    tokenizer.chat_template = LAST_THOUGHT
+    messages = [HI, {"role": "assistant", **thought}, WHY, answer("Yes")]
+    with pytest.raises(RowError) as error:
+        Chat(tokenizer).render_conversation(messages, [1, 3])
+    field = "reasoning_content" if "reasoning_content" in thought else "content"
+    assert str(error.value) == (
+        f"the chat template leaves out messages[1].{field}, a thought that is to be trained: "
+        "model.chat_template_kwargs: {preserve_thinking: true} keeps it, model.chat_template sets another template, "
+        "and data.loss_on: last_assistant trains the last turn alone"
+    )
+
+
+def test_a_thought_of_an_earlier_turn_that_is_not_trained_is_told_with_its_row(make_data, tokenizer):
+    tokenizer.chat_template = LAST_THOUGHT
+    row = {"messages": [HI, answer("<think>hm</think>Two"), WHY, answer("Yes")]}
+    data = make_data([{"messages": [HI, answer("Two")]}, row], loss_on="last_assistant")
+    note = "the chat template leaves out messages[1].content, a thought of a turn that is not trained"
+    for rows in (load_examples(data, tokenizer, 0), load_prompts(data.train, data, tokenizer, 0)):
+        assert len(rows) == 2 and [(bad.row, bad.reason) for bad in rows.notes] == [(2, note)]
+
+
+def test_a_thought_of_the_last_turn_is_trained_where_the_template_shows_it(make_data, tokenizer):
+    tokenizer.chat_template = LAST_THOUGHT
+    data = make_data([{"messages": [HI, answer("Two", reasoning_content="hm")]}])
+    (example,) = load_examples(data, tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]) == "<think>hm</think>Two<|im_end|>"
+
+
+@pytest.mark.parametrize("change", ["| trim", "| upper", "| tojson", "| replace('e', '3')"])
+def test_a_text_that_the_template_writes_in_its_own_way_is_not_left_out(tokenizer, change):
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"(message['content'] {change})")
+    messages = [{"role": "system", "content": ' Be "brief"\nand é. '}, HI]
+    assert Chat(tokenizer).render_prompt(messages).notes == ()
+
+
+def test_a_tool_that_the_template_does_not_show_is_refused(tokenizer):
+    tokenizer.chat_template += "{{ tools[0].function.name if tools }}"
+    chat = Chat(tokenizer)
+    tools = [{"type": "function", "function": {"name": name}} for name in ("clock", "sum")]
+    assert chat.render_prompt([HI], tools[:1]).text.endswith("clock")
+    with pytest.raises(RowError, match="`tools`, which the chat template does not show"):
+        chat.render_prompt([HI], tools)
