@@ -172,7 +172,7 @@ class TorchEngine:
 
     def _of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, V]."""
-        return logits if self.left_out is None else logits.index_fill(-1, self.left_out, -torch.inf)
+        return logits if self.left_out is None else logits.index_fill_(-1, self.left_out, -torch.inf)
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

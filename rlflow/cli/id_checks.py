@@ -14,6 +14,8 @@ from rlflow.rewards.reward_model import ids_problem
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
+_PREFIX = "model.path: "
+"""Of what is wrong with any model's tokenizer."""
 
 
 def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
@@ -25,7 +27,7 @@ def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     try:
         vocabulary = _vocabulary(recipe.model, to_come)
     except (ValueError, DataError) as error:
-        yield "model.path", str(error)
+        yield "model.path", str(error).removeprefix(_PREFIX)
         return
     yield from _in_rows("model.path", recipe.model, vocabulary, to_come)
     yield from _in_positions("model.path", recipe.model, recipe, to_come)
@@ -35,7 +37,7 @@ def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         try:
             yield from _in_tokenizer(key, other, recipe.model, vocabulary, to_come)
         except (ValueError, DataError) as error:
-            yield key, str(error)
+            yield key, str(error).removeprefix(_PREFIX)
 
 
 def scorer_ids_problem(path: str, config: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
@@ -49,7 +51,7 @@ def scorer_ids_problem(path: str, config: Mapping[str, Any], args: Mapping[str, 
     try:
         return ids_problem(config, read_vocabulary(ModelBlock(path=path)), given if isinstance(given, int) else None)
     except (ValueError, DataError) as error:
-        return f"has no tokenizer that can be read: {error}"
+        return f"has no tokenizer that can be read: {str(error).removeprefix(_PREFIX)}"
 
 
 def _others(recipe: Recipe) -> dict[str, str]:

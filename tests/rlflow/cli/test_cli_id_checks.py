@@ -172,3 +172,28 @@ def test_a_reward_model_is_held_against_its_own_tokenizer_and_positions(recipe_f
     write_model(here / "judge", vocab_size=13, **judge)
     (problem,) = problems_of(recipe_file, override)
     assert f"{here}/judge has an embedding of 13 rows, and its tokenizer ids up to 13" in problem
+
+
+def test_models_of_a_hub_are_looked_at_as_those_of_a_directory(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """As far as the hub, here its cache, has them."""
+    cache = recipe_file.parent / "cache"
+    for name, characters in (("same", CHARACTERS), ("other", "=+9876543210")):
+        repository = cache / f"models--of_a_hub--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        (repository / "snapshots").mkdir()
+        write_model(repository / "snapshots" / "abc", characters=characters)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert load_checked(recipe_file, ["reference.path=of_a_hub/same"])
+    assert load_checked(recipe_file, ["reference.path=of_a_hub/nothing"])
+    (problem,) = problems_of(recipe_file, "reference.path=of_a_hub/other")
+    assert "of_a_hub/other has another tokenizer than" in problem
+    (problem,) = problems_of(recipe_file, "model.path=of_a_hub/same", "rollout.max_new_tokens=49")
+    assert "of_a_hub/same takes 64" in problem
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named_by_the_key_of_its_model(recipe_file: Path):
+    write_model(recipe_file.parent / "other", characters=None)
+    (recipe_file.parent / "other" / "vocab.json").write_text("{")
+    (problem,) = problems_of(recipe_file, "reference.path=other")
+    assert problem.startswith("command line: reference.path: no tokenizer can be loaded from ")
