@@ -17,6 +17,9 @@ START_TIMEOUT_S = 120.0
 """A child that has not loaded its functions by then is an error."""
 
 
+MEMORY_CHECK_S = 0.25
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One function, called with some rows of a batch."""
@@ -59,9 +62,14 @@ class _Worker:
 class RewardPool:
     """Not thread-safe. Every wait has a deadline."""
 
-    def __init__(self, setup: bytes, size: int, environment: Mapping[str, str]) -> None:
-        """Starts ``size`` children, which load their functions side by side; does not wait for them."""
-        self._setup, self._environment = setup, environment
+    def __init__(self, setup: bytes, size: int, environment: Mapping[str, str], memory_bytes: int) -> None:
+        """Starts ``size`` children, which load their functions side by side; does not wait for them.
+
+        Args:
+            setup: A pickled `Setup`.
+            memory_bytes: A child that holds more shared memory in a call is killed.
+        """
+        self._setup, self._environment, self._memory_bytes = setup, environment, memory_bytes
         self._call_ids = itertools.count(1)
         self._workers = [_Worker(RewardProcess(setup, environment)) for _ in range(size)]
 
@@ -106,7 +114,8 @@ class RewardPool:
                     if worker.job is None:
                         self._advance(worker)  # one that died while idle is replaced before it is given a call
                 self._assign(queue, encode)
-                self._wait(min(self._deadline(worker) for worker in self._workers))
+                soon = time.monotonic() + MEMORY_CHECK_S
+                self._wait(min(soon, *(self._deadline(worker) for worker in self._workers)))
                 for worker in self._workers:
                     job = worker.job
                     answer = self._advance(worker)
@@ -154,7 +163,8 @@ class RewardPool:
                     return Answer(said["scores"], "", False, seconds)
                 return Answer(None, said["error"], "retry" in said, seconds)
         gone = worker.process.closed
-        if not gone and time.monotonic() < self._deadline(worker):
+        shared = worker.process.shared_bytes if worker.job is not None and not gone else 0
+        if not gone and time.monotonic() < self._deadline(worker) and shared <= self._memory_bytes:
             return None
         job, start_seconds = worker.job, worker.start_seconds
         ending = self._replace(worker)
@@ -165,6 +175,8 @@ class RewardPool:
         if job is None:
             return None
         cause = "ended its process" if gone else f"gave no answer within {job.call.timeout_s:g} s"
+        if shared > self._memory_bytes:
+            cause = f"took {shared / 2**30:.2f} GiB of shared memory, more than reward_server.memory_gib"
         return Answer(None, f"{cause} ({ending})", True, time.monotonic() - job.started + start_seconds)
 
     def _greet(self, worker: _Worker, said: dict[str, Any]) -> None:

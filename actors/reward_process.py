@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -34,6 +35,9 @@ ALLOWED = re.compile(
     re.VERBOSE,
 )
 """Variables that a reward may need and that hold no secret: where things are, how many threads, which GPU."""
+MARK = "RLFLOW_REWARD_PROCESS"
+KILL_ROUNDS = 20
+"""So often what a process left behind is looked for, while it starts new ones."""
 MAX_MESSAGE = 500
 
 
@@ -56,12 +60,14 @@ def child_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()
 
 
 class RewardProcess:
-    """A process group of its own: whatever a reward function forks dies with it.
+    """A process group of its own. Whatever a reward function starts dies with it: its group, and what left the group
+    for a session of its own, which is known by a variable that it inherited.
 
     Must be made on a thread that outlives it: Linux delivers the parent-death signal when that thread ends.
     """
 
     def __init__(self, setup: bytes, environment: Mapping[str, str]) -> None:
+        self._mark = secrets.token_hex(16)
         self._connection, theirs = socket.socketpair()
         self._log, log_end = os.pipe()
         try:
@@ -72,7 +78,7 @@ class RewardProcess:
                 stderr=log_end,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=dict(environment),
+                env={**environment, MARK: self._mark},
             )
         finally:
             theirs.close()
@@ -92,6 +98,15 @@ class RewardProcess:
     def pid(self) -> int:
         """Of the process, and of its group."""
         return self._process.pid
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that it holds now, which no resource limit counts; 0 where /proc does not tell."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("RssShmem:"):
+                    return int(line.split()[1]) << 10
+        return 0
 
     def send(self, call_id: int, body: bytes) -> None:
         """Queues one frame; `advance` writes it."""
@@ -137,9 +152,16 @@ class RewardProcess:
         return [(call_id, {key: _clean(value) for key, value in said.items()}) for call_id, said in answers]
 
     def kill(self) -> str:
-        """Kills the process group; returns how the process had ended, and the last line it had printed."""
+        """Kills the process and what it started; returns how it had ended, and the last line it had printed."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        for _ in range(KILL_ROUNDS):
+            left = _marked(f"{MARK}={self._mark}".encode())
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not left:
+                break
         try:
             code = self._process.wait(REAP_TIMEOUT_S)
             ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
@@ -163,6 +185,17 @@ class RewardProcess:
                 return
             self._log_open = part != b""
             self._log_tail = (self._log_tail + part)[-LOG_TAIL_BYTES:]
+
+
+def _marked(mark: bytes) -> list[int]:
+    """Process ids of this user's processes that were started with the mark in their environment, where /proc tells."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        # Others' processes and those that have just ended cannot be read; a zombie's environment is empty.
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes():
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def _clean(said: Any) -> Any:

@@ -70,7 +70,9 @@ class RewardServer:
         remember_secrets({"secret": [os.environ[name] for name in environment if name in os.environ]})
         self._missing_variables = [name for name in environment if name not in os.environ]
         self._children = children
-        self._pool = RewardPool(pickle.dumps(setup), children, child_environment(os.environ, environment))
+        self._pool = RewardPool(
+            pickle.dumps(setup), children, child_environment(os.environ, environment), setup.memory_bytes
+        )
 
     def ready(self, timeout_s: float = START_TIMEOUT_S) -> float:
         """Waits until every child has loaded every function; returns the seconds it took.

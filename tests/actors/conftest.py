@@ -24,7 +24,7 @@ def plugin(tmp_path: Path) -> Path:
 def serve(plugin: Path) -> Iterator[Any]:
     servers: list[RewardServer] = []
 
-    def start(*functions: str | RewardBlock, children: int = 1, timeout_s: float = 1.0) -> RewardServer:
+    def start(*functions: str | RewardBlock, children: int = 1, timeout_s: float = 60.0) -> RewardServer:
         blocks = [
             function
             if isinstance(function, RewardBlock)

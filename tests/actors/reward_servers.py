@@ -11,7 +11,7 @@ import numpy as np
 from rlflow.types import Prompt, RolloutBatch
 
 PLUGIN = """
-import asyncio, math, os, signal, subprocess, sys, time
+import asyncio, math, os, signal, sys, time
 
 def _score(text):
     if text == "raise": raise RuntimeError("boom")
@@ -41,10 +41,6 @@ def _score(text):
         if os.fork() == 0: time.sleep(600)
         time.sleep(600)
     if text == "fork and return": os.fork()
-    if text.startswith("daemon"):
-        pid = subprocess.Popen(["sleep", "600"]).pid
-        open(text.split()[1], "w").write(str(pid))
-        time.sleep(600)
     return float(len(text))
 
 def length(completions, **columns): return [_score(text) for text in completions]

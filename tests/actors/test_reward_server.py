@@ -69,7 +69,7 @@ def test_a_call_holds_as_many_prompts_as_the_recipe_says(serve: Any, plugin: Pat
     ],
 )
 def test_one_bad_row_is_masked_and_named_and_its_group_keeps_its_scores(serve: Any, text: str, cause: str) -> None:
-    server = serve("length")
+    server = serve("length", timeout_s=1 if "hang" in text else 60)
     scores = server.score(*batch([["a", text, "ccc"], ["a", "bb", "ccc"]]))
     np.testing.assert_array_equal(scores.rewards["length"], np.array([1, math.nan, 3, 1, 2, 3], np.float32))
     assert scores.failed["length"].tolist() == [False, True, False, False, False, False]
@@ -81,7 +81,7 @@ def test_one_bad_row_is_masked_and_named_and_its_group_keeps_its_scores(serve: A
 
 @pytest.mark.parametrize("text", ["bool", "print", "fork and return"])
 def test_odd_but_harmless_rows_are_scored(serve: Any, text: str) -> None:
-    server = serve("length", timeout_s=10)
+    server = serve("length", timeout_s=60)
     scores = server.score(*batch([["a", text]]))
     assert scores.rewards["length"].tolist() == [1.0, 1.0 if text == "bool" else len(text)]
     assert server.score(*batch([["a", "bb"]])).rewards["length"].tolist() == [1.0, 2.0]
