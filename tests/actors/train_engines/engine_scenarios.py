@@ -1,4 +1,4 @@
-"""Three training steps of a tiny model by hand in plain torch, and everything that engine_ranks.py does them with.
+"""Three training steps of a tiny model, for engine_ranks.py and plain_engine.py to do.
 
 A step has four or eight micro-batches of unequal lengths, dealt to ranks in turn; every fourth has no loss token, so
 that of four ranks the last has none at all.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from rlflow.recipe import RouterBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
 LEARNING_RATES = (1e-2, 5e-3, 2e-3)
-OPTIMIZER = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+OPTIMIZER = {"betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
 MAX_GRAD_NORM = 0.5
 VOCABULARY = 50
 CPU = torch.device("cpu")
@@ -121,8 +121,8 @@ def trainer_block(scenario: Scenario, world_size: int = 1) -> TrainerBlock:
     )
 
 
-def new_module(scenario: Scenario) -> nn.Module:
-    """The same weights every time."""
+def config_of(scenario: Scenario) -> tuple[Any, Any]:
+    """The model's config and transformers' class of it."""
     from transformers import (
         Qwen3Config,
         Qwen3ForCausalLM,
@@ -131,12 +131,6 @@ def new_module(scenario: Scenario) -> nn.Module:
         Qwen3MoeForCausalLM,
     )
 
-    from rlflow.actors.train_engines import packed_attention
-    from rlflow.actors.train_engines.routers import find_routers
-    from rlflow.actors.train_engines.scalar_model import ScalarModel
-    from rlflow.actors.train_engines.token_model import TokenModel
-
-    torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -150,9 +144,21 @@ def new_module(scenario: Scenario) -> nn.Module:
     config = (Qwen3MoeConfig if of_experts else Qwen3Config)(
         vocab_size=VOCABULARY, tie_word_embeddings=scenario.model == "tokens", pad_token_id=0, **sizes, **heads
     )
-    config._attn_implementation = packed_attention.NAME
     classes = {"values": Qwen3ForSequenceClassification, "experts": Qwen3MoeForCausalLM}
-    model = classes.get(scenario.model, Qwen3ForCausalLM)(config)
+    return config, classes.get(scenario.model, Qwen3ForCausalLM)
+
+
+def new_module(scenario: Scenario) -> nn.Module:
+    """The same weights every time."""
+    from rlflow.actors.train_engines import packed_attention
+    from rlflow.actors.train_engines.routers import find_routers
+    from rlflow.actors.train_engines.scalar_model import ScalarModel
+    from rlflow.actors.train_engines.token_model import TokenModel
+
+    config, model_class = config_of(scenario)
+    config._attn_implementation = packed_attention.NAME
+    torch.manual_seed(0)
+    model = model_class(config)
     if scenario.trainer.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
@@ -161,7 +167,7 @@ def new_module(scenario: Scenario) -> nn.Module:
     if scenario.model == "values":
         return ScalarModel(model)
     module = TokenModel(model)
-    if of_experts:
+    if scenario.model == "experts":
         _routers[module] = find_routers(model, ROUTER, CPU)
     return module
 
@@ -207,56 +213,6 @@ def loss_of(module: nn.Module, batch: MicroBatch, num_tokens: int) -> torch.Tens
 
 def count_tokens(batches: Sequence[MicroBatch]) -> int:
     return sum(int(batch.loss_mask.sum()) for batch in batches)
-
-
-def plain_run(scenario: Scenario, num_steps: int = 3) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses and norms of the steps, and the weights after them: one process, plain torch, float32."""
-    module = new_module(replace(scenario, dtype="float32"))
-    optimizers = plain_optimizers(module, scenario)
-    losses, norms = [], []
-    for step, learning_rate in enumerate(LEARNING_RATES[:num_steps]):
-        loss, norm = _plain_backward(module, step)
-        losses.append(loss)
-        norms.append(norm)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-    return losses, norms, weights_of(module)
-
-
-def plain_gradient(scenario: Scenario) -> dict[str, torch.Tensor]:
-    """Of the first step, clipped."""
-    module = new_module(replace(scenario, dtype="float32"))
-    _plain_backward(module, 0)
-    found = {name: p.grad for name, p in module.get_submodule("model").named_parameters()}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-
-def _plain_backward(module: nn.Module, step: int) -> tuple[float, float]:
-    """Leaves a step's clipped gradient behind; its loss, and the gradient's norm before clipping."""
-    batches = micro_batches(step)
-    module.zero_grad()
-    loss = torch.stack([loss_of(module, batch, count_tokens(batches)) for batch in batches]).sum()
-    loss.backward()
-    return float(loss.detach()), float(nn.utils.clip_grad_norm_(list(module.parameters()), MAX_GRAD_NORM))
-
-
-def plain_optimizers(module: nn.Module, scenario: Scenario) -> list[torch.optim.Optimizer]:
-    parameters = list(module.parameters())
-    muons = []
-    if scenario.trainer.get("optimizer", {}).get("kind") == "muon":
-        muons = [p for name, p in module.named_parameters() if ".layers." in name and p.ndim == 2]
-    rest = [p for p in parameters if not any(p is other for other in muons)]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2]},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **OPTIMIZER)]
-    if muons:
-        decay = OPTIMIZER["weight_decay"]
-        optimizers.append(torch.optim.Muon(muons, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,13 +22,12 @@ from engine_scenarios import (
     micro_batches,
     new_module,
     pairs,
-    plain_gradient,
-    plain_run,
     scenarios,
     trainer_block,
     weights_of,
     zero,
 )
+from plain_engine import plain_gradient, plain_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -255,7 +254,8 @@ def test_a_step_of_muon_is_that_of_torchs_own():
     _, norm = run.step(0)
     _, norms, weights = plain_run(SCENARIOS["fsdp, Muon"], num_steps=1)
     assert norm == pytest.approx(norms[0], rel=1e-6)
-    assert_close(run.weights(), weights, 1e-7)
+    # Newton-Schulz runs in bfloat16: the last of its eight bits may flip, in a step of some 2e-3 a weight.
+    assert_close(run.weights(), weights, 1e-4)
     # Golden: every update has the size of AdamW's, 0.2 a weight (arXiv 2502.16982, section 2.2), times the rate.
     before = weights_of(new_module(fsdp()))["model.layers.0.mlp.up_proj.weight"]
     change = weights["model.layers.0.mlp.up_proj.weight"] - before * (1 - 1e-2 * 0.1)
