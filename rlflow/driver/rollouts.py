@@ -150,6 +150,8 @@ def collect(stage: Stage, chunks: Sequence[Chunk], max_staleness: int = 0) -> li
 
 
 def _problem_of(stage: Stage, chunk: Chunk, batch: RolloutBatch, max_staleness: int) -> str | None:
+    """What keeps a batch from being what its chunk asked for; None where nothing does."""
+
     def decode(completions: Sequence[np.ndarray]) -> Sequence[str]:
         return decode_completions(stage.tokenizer, completions, chunk.params.stop_token_ids)
 
