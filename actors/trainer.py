@@ -96,7 +96,9 @@ class Trainer:
             # A rank's routers see a slice of each sequence: neither losses on whole sequences nor metrics.
             share_tokens(self.module, self.trainer.sequence_parallel, self.device, self.trainer.timeout_s)
         else:
-            self.routers = find_routers(self.module.model, self.block.router, self.device)
+            self.routers = find_routers(self.module, self.block.router, self.device)
+        if self.world_size > 1:
+            self.module.passes.ranks = torch.distributed.group.WORLD
         self.is_small = self._step_bytes() <= _SMALL_STEP
         if self.is_small:
             keep_freed_memory()
@@ -195,7 +197,6 @@ class Trainer:
             adapters.write(directory, model, weights.items())
             save_generation_config(model, directory)
         else:
-            model.config._attn_implementation = "sdpa"
             save_model(model, directory, weights)
 
     def _shape(self) -> ModelShape | None:

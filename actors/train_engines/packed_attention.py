@@ -29,6 +29,10 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 """torch 2.11 takes fewer key-value heads without being told."""
 
 
+class NotPackable(ValueError):
+    """Packed attention has not what this model's attention does; the message says what."""
+
+
 class PackedLayout:
     """Where the sequences of a packed micro-batch lie. Built once, used by every layer.
 
@@ -70,6 +74,16 @@ class PackedLayout:
         bounds = np.append(self._starts, self.num_tokens).astype(np.int32)
         return torch.from_numpy(bounds).to(self.device)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._lengths.max())
+
+    @property
+    def sequences(self) -> list[slice]:
+        """Where each lies among the tokens."""
+        return [slice(int(a), int(a + n)) for a, n in zip(self._starts, self._lengths, strict=True)]
+
     def own(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N] -> those of the tokens that this rank holds."""
         return tokens
@@ -93,15 +107,14 @@ class PackedLayout:
     def _by_kernel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
-        longest = int(self._lengths.max())
         out = varlen_attn(
             query,
             key,
             value,
             self.bounds,
             self.bounds,
-            longest,
-            longest,
+            self.longest,
+            self.longest,
             scale=scaling,
             # Tokens to the left of a token's own, which it sees as well.
             window_size=(-1 if window is None else window - 1, 0),
@@ -154,21 +167,29 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: PackedLayout,
+    layout: PackedLayout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
-    if softcap is not None or s_aux is not None:
-        raise ValueError(
-            f"{type(module).__name__}: attention with logit soft-capping or sinks is not supported by packed training"
-        )
+    """transformers' attention interface: query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D].
+
+    Raises:
+        NotPackable: The model caps or biases attention's logits, has attention sinks or a mask of its own, drops out,
+            or does not hand on ``layout``.
+    """
+    if softcap is not None or s_aux is not None or position_bias is not None:
+        raise NotPackable("its attention has logit soft-capping, sinks or a position bias")
+    if attention_mask is not None:
+        raise NotPackable("it makes an attention mask of its own")
     if dropout:
-        raise ValueError(f"{type(module).__name__}: set attention_dropout to 0; packed training applies none")
+        raise NotPackable("packed attention drops nothing out")
+    if layout is None:
+        raise NotPackable("its layers do not hand on to attention where sequences begin")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = layout.attend(q, k, v, scaling, sliding_window)
     return out.unsqueeze(0), None

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.probe import ProbedModule
 from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.router_losses import balance_loss, one_hot_choices, z_loss
 from rlflow.recipe import RouterBlock
@@ -60,8 +59,10 @@ class Routers:
         balance, z = (torch.zeros((), device=weights.device) for _ in range(2))
         with torch.set_grad_enabled(torch.is_grad_enabled() and block.is_on):
             for layer, (logits, chosen) in seen.items():
-                logits, choices = logits.float(), one_hot_choices(chosen, logits.shape[1])
-                assert len(logits) == len(sequences), "a router saw other tokens than the batch has"
+                assert len(logits) >= len(sequences), "a router saw other tokens than the batch has"
+                # Passes that keep ranks in step come last.
+                logits, chosen = logits[: len(sequences)].float(), chosen[: len(sequences)]
+                choices = one_hot_choices(chosen, logits.shape[1])
                 per_token = (choices, logits.softmax(dim=1), z_loss(logits))
                 share, scores, of_z = (segment_mean(values, sequences, size) for values in per_token)
                 balance = balance + balance_loss(share, scores, chosen.shape[1]) @ weights
@@ -95,20 +96,21 @@ class Routers:
     def _see(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._seen is not None:
             logits, _, chosen = output
-            self._seen[layer] = (logits, chosen)
+            before, chosen_before = self._seen.get(layer, (logits[:0], chosen[:0]))
+            self._seen[layer] = (torch.cat([before, logits]), torch.cat([chosen_before, chosen]))
 
 
-def find_routers(model: PreTrainedModel, block: RouterBlock, device: torch.device) -> Routers | None:
-    """The routers of a model with packed attention; None where it has none, or none that Routers understands.
+def find_routers(module: ProbedModule, block: RouterBlock, device: torch.device) -> Routers | None:
+    """The routers of a model; None where it has none, or none that Routers understands.
 
     Raises:
         ValueError: ``block`` wants losses on them then.
     """
-    modules = _modules(model)
-    if modules and all(_takes_largest_of_softmax(output) for output in _try(model, modules, device)):
+    modules = _modules(module.model)
+    if modules and all(_takes_largest_of_softmax(output) for output in _try(module, modules, device)):
         return Routers(modules)
     if block.is_on:
-        name = type(model).__name__
+        name = type(module.model).__name__
         known = "are not the K largest of a softmax" if modules else "are not there: it is no mixture of experts"
         raise ValueError(f"model.router: the router's choices in {name} {known}; remove model.router")
     return None
@@ -123,14 +125,11 @@ def _modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _try(model: PreTrainedModel, modules: Sequence[nn.Module], device: torch.device) -> list[Any]:
+def _try(module: ProbedModule, modules: Sequence[nn.Module], device: torch.device) -> list[Any]:
     """What the routers return for a short text."""
     outputs: list[Any] = []
-    handles = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
-    tokens = torch.arange(8, device=device) * 7 % model.config.get_text_config().vocab_size
-    positions = torch.arange(8, device=device)
-    layout = PackedLayout(np.array([0, 8]), device)
-    model(input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False)
+    handles = [router.register_forward_hook(lambda _, __, output: outputs.append(output)) for router in modules]
+    module.probe([torch.arange(8, device=device) * 7 % module.model.config.get_text_config().vocab_size])
     for handle in handles:
         handle.remove()
     return outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlflow.actors.pretrained import load_whole
-from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.decoder_passes import packed, passes_of
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
@@ -27,6 +30,7 @@ class ScalarModel(nn.Module):
         self.model = model
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
+        self.passes = passes_of(model.config.get_text_config().to_dict())
 
     def forward(self, batch: MicroBatch, device: torch.device, wanted: Literal["values", "scores"]) -> torch.Tensor:
         """One number from the hidden state of chosen tokens, float32.
@@ -49,12 +53,22 @@ class ScalarModel(nn.Module):
 
     def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
-        return self.model.base_model(
-            input_ids=layout.own(token_ids)[None],
-            position_ids=layout.own(position_ids)[None],
-            layout=layout,
-            use_cache=False,
-        ).last_hidden_state[0]
+        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.base_model
+
+    def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A number for each token of sequences packed together."""
+        tokens, positions, layout = packed(sequences)
+        numbers = self._head(self.hidden_states(tokens, positions, layout))
+        return list(numbers.split([len(sequence) for sequence in sequences]))
+
+    def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """A number for each token of one sequence by transformers' forward pass, the last by that of the classifier."""
+        numbers = self._head(self.decoder(input_ids=token_ids[None]).last_hidden_state[0])
+        return torch.cat([numbers[:-1], self.model(input_ids=token_ids[None]).logits[0].float()])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, H] -> [M]."""
@@ -74,7 +88,6 @@ def load_scalar_model(
     assert block.path is not None
     options: dict[str, Any] = {
         "trust_remote_code": block.trust_remote_code,
-        "attn_implementation": packed_attention.NAME,
         "dtype": getattr(torch, block.dtype),
     }
     config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
@@ -95,6 +108,21 @@ def load_scalar_model(
     if not is_classifier:
         nn.init.zeros_(head.weight)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    scalar_model = ScalarModel(model)
+    with _random_head(head):
+        choose_passes(scalar_model, device)
     if checkpointing:
         recompute_layers(model)
-    return ScalarModel(model)
+    return scalar_model
+
+
+@contextmanager
+def _random_head(head: nn.Linear) -> Iterator[None]:
+    """Within, a head whose numbers of two hidden states are as far apart as these are: one of zeros hides all."""
+    weight = head.weight.detach().clone()
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / weight.shape[1] ** 0.5
+    head.weight.data.copy_(drawn)
+    try:
+        yield
+    finally:
+        head.weight.data.copy_(weight)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from rlflow.actors.train_engines.decoder_passes import DecoderPasses
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.recipe.token_shares import heads_problem, sharing_problem
 
@@ -40,6 +41,7 @@ class SplitModule(Protocol):
     """A TokenModel or ScalarModel."""
 
     model: Any
+    passes: DecoderPasses
     ranks: SequenceRanks | None
 
     def hidden_states(
@@ -56,6 +58,11 @@ def share_tokens(module: SplitModule, size: int, device: torch.device, timeout_s
     name = type(module.model).__name__
     if problem := sharing_problem(module.model.config.to_dict(), size):
         raise ValueError(f"{name}: {problem}")
+    if not module.passes.packs:
+        raise ValueError(
+            f"{name}: it is run one sequence at a time, which ranks cannot share ({module.passes.reason}): set "
+            "trainer.sequence_parallel: 1"
+        )
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
     module.ranks = SequenceRanks(group, size, dist.get_rank(group))

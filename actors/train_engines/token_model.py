@@ -6,7 +6,8 @@ backward pass, so they are never whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlflow.actors.pretrained import load_whole
-from rlflow.actors.train_engines import liger, packed_attention
+from rlflow.actors.train_engines import liger
+from rlflow.actors.train_engines.decoder_passes import packed, passes_of
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import ids_without_token
@@ -52,9 +55,12 @@ class TokenModel(nn.Module):
         self.dropout_layers = list(dropout_layers)
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
-        self.softcap: float | None = model.config.to_dict().get("final_logit_softcapping")
         self.left_out: torch.Tensor | None = None
         """bool [V]: ids that get no probability; None where all of the vocabulary do."""
+        config = model.config.get_text_config().to_dict()
+        self.passes = passes_of(config)
+        self.logit_scale = logit_scale(config)
+        self.softcap: float | None = config.get("final_logit_softcapping", config.get("logits_soft_cap"))
 
     def forward(
         self,
@@ -85,12 +91,28 @@ class TokenModel(nn.Module):
 
     def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
-        return self.model.get_decoder()(
-            input_ids=layout.own(token_ids)[None],
-            position_ids=layout.own(position_ids)[None],
-            layout=layout,
-            use_cache=False,
-        ).last_hidden_state[0]
+        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        found = self.model.get_decoder()
+        # Of some architectures transformers names a layer, or the model with its head.
+        if not isinstance(found, PreTrainedModel) or found.get_output_embeddings() is not None:
+            found = getattr(found, "model", self.model.base_model)
+        return found
+
+    def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Logprobs of sequences packed together, 0 at first tokens."""
+        tokens, positions, layout = packed(sequences)
+        logprobs = self(tokens, positions, layout, positions > 0, entropies="none").logprobs
+        return list(logprobs.split([len(sequence) for sequence in sequences]))
+
+    def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logprobs of one sequence by transformers' forward pass, 0 at the first token."""
+        logits = self.model(input_ids=token_ids[None]).logits[0, :-1]
+        logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
+        return F.pad(logprobs, (1, 0))
 
     def leave_out(self, ids: np.ndarray) -> None:
         """Gives ``ids`` of the vocabulary no probability from now on: logprobs and entropies are of the others."""
@@ -121,10 +143,11 @@ class TokenModel(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """hidden [M, H], targets [M] -> logprobs [M], and entropies [M] where they are wanted; in chunks."""
         head = self.model.get_output_embeddings()
-        is_plain = entropies == "none" and temperature == 1.0 and self.softcap is None and self.left_out is None
+        unchanged = self.softcap is None and self.logit_scale == 1.0 and self.left_out is None
+        is_plain = entropies == "none" and temperature == 1.0 and unchanged
         if self.uses_liger and is_plain and type(head) is nn.Linear:
             return (liger.token_logprobs(hidden, head, targets),)
-        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
+        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.get_text_config().vocab_size)
         run = _recomputed if len(targets) > chunk and torch.is_grad_enabled() else _call
         parts = [
             run(self._score, hidden[i : i + chunk], targets[i : i + chunk], temperature, entropies)
@@ -142,9 +165,10 @@ class TokenModel(nn.Module):
         plain = type(head) is nn.Linear
         logits = (F.linear(hidden, head.weight, head.bias) if plain else head(hidden)).float()
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if temperature != 1.0:
-            logits = logits.div_(temperature)
+            logits = self.softcap * torch.tanh(logits * (self.logit_scale / self.softcap))
+        scale = (self.logit_scale if self.softcap is None else 1.0) / temperature
+        if scale != 1.0:
+            logits = logits.mul_(scale)
         if self.left_out is not None:
             # Not infinity, whose product with a probability of 0 is no entropy.
             logits = logits.masked_fill_(self.left_out, torch.finfo(torch.float32).min)
@@ -159,6 +183,19 @@ class TokenModel(nn.Module):
                 return chosen, -logprobs.detach().exp().mul_(logprobs.detach()).sum(dim=-1)
             case "gradient":
                 return chosen, -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def logit_scale(config: Mapping[str, Any]) -> float:
+    """What an architecture multiplies its head's output by: Granite and MiniCPM divide, Cohere and Falcon-H1 multiply.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    multipliers = [config.get(name) for name in ("logit_scale", "lm_head_multiplier")]
+    scale = math.prod(multiplier for multiplier in multipliers if multiplier is not None)
+    if config.get("dim_model_base"):
+        scale *= config["dim_model_base"] / config["hidden_size"]
+    return scale / (config.get("logits_scaling") or 1.0)
 
 
 @torch.no_grad()
@@ -192,15 +229,12 @@ def load_token_model(
             the engines. Without it every id of the vocabulary does, as in transformers.
 
     Raises:
-        ValueError: The checkpoint lacks weights, the architecture computes its logits in a way that TokenModel does not
-            (checked on a short text), or the recipe's adapter or Liger's kernels do not fit it.
+        ValueError: The checkpoint lacks weights, logprobs of short texts are not those of transformers (see probe), or
+            the recipe's adapter or Liger's kernels do not fit it.
     """
     assert block.path is not None
     dtype = getattr(torch, block.dtype)
-    options: dict[str, Any] = {
-        "trust_remote_code": block.trust_remote_code,
-        "attn_implementation": packed_attention.NAME,
-    }
+    options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code}
     dropout_layers: Sequence[Any] = ()
     if block.architecture is not None:
         torch.manual_seed(seed)
@@ -215,18 +249,35 @@ def load_token_model(
         model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
     # Without dropout: logprobs of one policy must be the same every time. New models come in training mode.
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    token_model = TokenModel(model, dropout_layers)
+    choose_passes(token_model, device)
     if checkpointing:
         recompute_layers(model)
-    token_model = TokenModel(model, dropout_layers)
-    theirs = _check(token_model, device)
     if block.liger:
-        liger.apply_kernels(model)
-        token_model.uses_liger = True
-        _check_kernels(token_model, theirs, device)
+        _apply_liger(token_model, device)
     if tokens_of is not None:
         size = model.config.get_text_config().vocab_size
         token_model.leave_out(ids_without_token(load_tokenizer(tokens_of), size))
     return token_model
+
+
+@torch.no_grad()
+def _apply_liger(token_model: TokenModel, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: Its kernels do not leave the logprobs of a few tokens nearly as they were.
+    """
+    vocabulary = token_model.model.config.get_text_config().vocab_size
+    text = [torch.arange(8, device=device) * 7 % vocabulary]
+    (before,) = token_model.probe(text)
+    liger.apply_kernels(token_model.model)
+    token_model.uses_liger = True
+    (after,) = token_model.probe(text)
+    change = (after - before)[1:].abs().mean().item()
+    # In 16 bits other kernels round otherwise, by 0.06 in a logit of 10.
+    if not change < (1e-3 if token_model.model.dtype == torch.float32 else 0.1):
+        name = type(token_model.model).__name__
+        raise ValueError(f"Liger's kernels change {name}'s logprobs by {change:.3g}: set model.liger: false")
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -236,41 +287,3 @@ def recompute_layers(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
-
-
-def _short_text(model: PreTrainedModel, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, PackedLayout]:
-    """Tokens [8], their positions [8] and their layout."""
-    positions = torch.arange(8, device=device)
-    tokens = positions * 7 % model.config.get_text_config().vocab_size
-    return tokens, positions, PackedLayout(np.array([0, 8]), device)
-
-
-@torch.no_grad()
-def _check_kernels(token_model: TokenModel, before: torch.Tensor, device: torch.device) -> None:
-    """Liger's kernels must leave the logprobs of a few tokens, [7], nearly as they were."""
-    tokens, positions, layout = _short_text(token_model.model, device)
-    after = token_model(tokens, positions, layout, positions > 0, entropies="none").logprobs[1:]
-    change = (after - before).abs().mean().item()
-    # In 16 bits other kernels round otherwise, by 0.06 in a logit of 10.
-    if not change < (1e-3 if token_model.model.dtype == torch.float32 else 0.1):
-        name = type(token_model.model).__name__
-        raise ValueError(f"Liger's kernels change {name}'s logprobs by {change:.3g}: set model.liger: false")
-
-
-@torch.no_grad()
-def _check(token_model: TokenModel, device: torch.device) -> torch.Tensor:
-    """Our logprobs of a few tokens must equal those of the model's own forward pass. Returns them, [7]."""
-    tokens, positions, layout = _short_text(token_model.model, device)
-    ours = token_model(tokens, positions, layout, positions > 0, entropies="none").logprobs[1:]
-    logits = token_model.model(
-        input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
-    ).logits
-    theirs = torch.log_softmax(logits[0, :-1].float(), dim=-1).gather(1, tokens[1:, None]).squeeze(1)
-    difference = (ours - theirs).abs().max().item()
-    # The tolerance covers bfloat16; a missing scale or cap on the logits is off by whole units.
-    if not difference < 0.05:
-        name = type(token_model.model).__name__
-        raise ValueError(
-            f"{name}: logits differ from the model's own forward pass by {difference:.3g}; not supported yet"
-        )
-    return ours

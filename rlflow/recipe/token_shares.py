@@ -18,8 +18,8 @@ def sharing_problem(config: Mapping[str, Any], ranks: int) -> str | None:
     """
     if isinstance(config.get("text_config"), dict):
         config = config["text_config"]
-    for kind in _rotary_kinds(config):
-        if kind in _BY_LENGTH:
+    for block in _rotary_blocks(config):
+        if (kind := _kind(block)) in _BY_LENGTH:
             return (
                 f"its rotary embedding ({kind}) depends on the longest sequence, and a rank sees a part of it: set "
                 "trainer.sequence_parallel: 1"
@@ -49,11 +49,32 @@ def _divides(heads: int, key_value_heads: int, ranks: int) -> bool:
     return heads % ranks == 0 and (key_value_heads % ranks == 0 or ranks % key_value_heads == 0)
 
 
-def _rotary_kinds(config: Mapping[str, Any]) -> Iterator[object]:
+def longest_with_one_rotation(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens up to which sequences of any length have the same rotary embedding; None: it never changes.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    trained = config.get("max_position_embeddings")
+    limits = [
+        block.get("original_max_position_embeddings", config.get("original_max_position_embeddings", trained))
+        if _kind(block) == "longrope"
+        else trained
+        for block in _rotary_blocks(config)
+        if _kind(block) in _BY_LENGTH
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _rotary_blocks(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Of the whole model, or of each kind of layer."""
     for name in _ROTARY:
         parameters = config.get(name)
         if isinstance(parameters, dict):
-            for block in (parameters, *parameters.values()):
-                if isinstance(block, dict):
-                    yield block.get("rope_type", block.get("type"))
+            yield from (block for block in (parameters, *parameters.values()) if isinstance(block, dict))
+
+
+def _kind(rotary: Mapping[str, Any]) -> object:
+    return rotary.get("rope_type", rotary.get("type"))

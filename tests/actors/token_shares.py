@@ -108,7 +108,7 @@ class Mixing(nn.Module):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.inner, self.model = module, module.model
+        self.inner, self.model, self.passes = module, module.model, module.passes
         self.ranks: SequenceRanks | None = None
 
     def hidden_states(self, *args: Any) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Run:
 
         self.rank, self.world_size = rank, world_size
         self.module = new_module(scenario)
+        if world_size > 1:
+            self.module.passes.ranks = dist.group.WORLD
         self.engine = make_engine(self.module, trainer_block(scenario, world_size), rank=rank, world_size=world_size)
 
     def step(self, step: int, spoiled: bool = False) -> tuple[float, float | None]:

@@ -38,6 +38,8 @@ class Scenario:
     dtype: str = "float32"
     tolerance: float = 1e-5
     """How far losses, norms (relative) and weights may be from plain torch's."""
+    packs: bool = True
+    """Otherwise the decoder is run one sequence at a time, of which ranks have unlike numbers."""
 
 
 def fsdp(**options: Any) -> Scenario:
@@ -65,6 +67,10 @@ SCENARIOS = {
     "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=5e-2),
     "fsdp, experts": Scenario(model="experts"),
     "fsdp, experts and checkpointing": Scenario({"gradient_checkpointing": True}, model="experts"),
+    "fsdp, one sequence at a time": Scenario(packs=False),
+    "fsdp, checkpointing, one sequence at a time": Scenario({"gradient_checkpointing": True}, packs=False),
+    "fsdp, experts, one sequence at a time": Scenario(model="experts", packs=False),
+    "ZeRO 3, one sequence at a time": zero(3, packs=False),
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZeRO 3": zero(3),
@@ -156,7 +162,7 @@ def new_module(scenario: Scenario) -> nn.Module:
     from rlflow.actors.train_engines.token_model import TokenModel
 
     config, model_class = config_of(scenario)
-    config._attn_implementation = packed_attention.NAME
+    config._attn_implementation = packed_attention.NAME if scenario.packs else "sdpa"
     torch.manual_seed(0)
     model = model_class(config)
     if scenario.trainer.get("gradient_checkpointing"):
@@ -167,8 +173,9 @@ def new_module(scenario: Scenario) -> nn.Module:
     if scenario.model == "values":
         return ScalarModel(model)
     module = TokenModel(model)
+    module.passes.packs = scenario.packs
     if scenario.model == "experts":
-        _routers[module] = find_routers(model, ROUTER, CPU)
+        _routers[module] = find_routers(module, ROUTER, CPU)
     return module
 
 

@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.train_engines import packed_attention
 from rlflow.actors.train_engines.routers import find_routers
+from rlflow.actors.train_engines.token_model import TokenModel
 from rlflow.batching import pack
 from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
 from rlflow.types import Denominators, Sample
@@ -140,7 +141,7 @@ SIZES = {
 def test_other_routers_of_a_softmax_are_known():
     config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     config._attn_implementation = packed_attention.NAME
-    assert find_routers(AutoModelForCausalLM.from_config(config), RouterBlock(), CPU) is not None
+    assert find_routers(TokenModel(AutoModelForCausalLM.from_config(config)), RouterBlock(), CPU) is not None
 
 
 def test_routers_that_choose_otherwise_are_left_alone_and_losses_on_them_refused():
@@ -159,7 +160,7 @@ def test_routers_that_choose_otherwise_are_left_alone_and_losses_on_them_refused
         v_head_dim=16,
     )
     config._attn_implementation = packed_attention.NAME
-    model = AutoModelForCausalLM.from_config(config)
+    model = TokenModel(AutoModelForCausalLM.from_config(config))
     assert find_routers(model, RouterBlock(), CPU) is None
     with pytest.raises(ValueError, match=r"model\.router: .*DeepseekV3ForCausalLM are not the K largest of a softmax"):
         find_routers(model, LOSSES, CPU)

@@ -1,0 +1,264 @@
+"""Before the first step: a model's numbers of two packed sequences must be those of plain transformers, one at a time.
+
+Plain transformers is the same model with its own attention, called with token ids and nothing else. Of the two ways in
+which a decoder can be run (decoder_passes), the first that agrees is taken; a model with which neither does is refused.
+What a number must not depend on (later tokens, other sequences) has no share in its gradient, exactly: that shows in
+16 bits and in new models too, whose weights are too small for the numbers to tell.
+Windows and chunks of attention are made shorter than the probe for as long as it lasts, so that they show.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from textwrap import shorten
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlflow.actors.train_engines import packed_attention
+from rlflow.actors.train_engines.decoder_passes import DecoderPasses
+from rlflow.actors.train_engines.packed_attention import NotPackable
+
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+_LENGTHS = (9, 14)
+_WINDOW = 5
+"""Tokens that layers with a window or chunks see during the probe."""
+_WINDOWS = (
+    "sliding_window",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "local_attention",
+    "keep_window_size",
+)
+"""What configs and layers call it."""
+
+
+class ProbedModule(Protocol):
+    """A TokenModel or ScalarModel."""
+
+    model: PreTrainedModel
+    passes: DecoderPasses
+
+    @property
+    def decoder(self) -> nn.Module: ...
+
+    def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A number for each token of sequences packed together, [L] each."""
+        ...
+
+    def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The same of one sequence, by transformers' own forward pass of the whole model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a module says of a sequence, and what of it comes from each token."""
+
+    numbers: torch.Tensor
+    """[L], float32."""
+    gradient: torch.Tensor
+    """Of their sum by the embeddings of the tokens in the same pass, [N, H] float32."""
+
+
+@torch.enable_grad()
+def choose_passes(module: ProbedModule, device: torch.device) -> None:
+    """Settles how the module's decoder is run. The model is as transformers loaded it, in evaluation mode.
+
+    Raises:
+        ValueError: The model is no left-to-right one, cannot be run on token ids alone, or gives other numbers here
+            than in transformers.
+    """
+    model = module.model
+    if _caps_attention(model):
+        # The default of these models, torch's scaled-dot-product attention, leaves the cap out without a word.
+        model.set_attn_implementation("eager")
+    sequences = _texts(model, _LENGTHS, 0, device)
+    with _narrow_windows(model):
+        plain = [_plain_answer(module, tokens) for tokens in sequences]
+        problem = _why_not_packed(module, sequences, plain)
+        if problem is not None:
+            module.passes.packs, module.passes.reason = False, problem
+            _check_one_at_a_time(module, sequences, plain)
+    if problem is not None:
+        logger.warning("%s is run one sequence at a time: %s", type(model).__name__, problem)
+
+
+def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> _Answer:
+    """Of transformers alone.
+
+    Raises:
+        ValueError: It fails, has no gradient, or lets a number depend on tokens after its own.
+    """
+    with torch.no_grad():
+        _run(module, lambda: module.probe_plain(tokens), "its own forward pass fails on the token ids of a short text")
+    run = partial(_run, module, problem="in evaluation mode it gives no gradients")
+    numbers, embeddings = run(lambda: _traced(module, lambda: module.probe_plain(tokens)))
+    half = len(tokens) // 2
+    first, whole = (run(lambda end=end: _gradient(numbers[:end], embeddings)) for end in (half, None))
+    if not (seen := float(first[half:].norm() / first.norm())) < _leak(module.model):
+        raise ValueError(
+            f"{type(module.model).__name__}: its numbers of a text's first half depend on the second, by {seen:.2g} of "
+            "their gradient: it is no left-to-right model as it is configured. Choose another model"
+        )
+    return _Answer(numbers.detach(), whole)
+
+
+def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> str | None:
+    """None where packed attention is right, and is now in place; otherwise the model has its own again."""
+    model = module.model
+    if model._is_stateful:
+        return "its layers carry a state from token to token, which packed sequences would share"
+    if any(name.endswith("indexer") for name, _ in model.named_modules()):
+        return "its layers choose the tokens that they attend to, among all that are packed"
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return "its attention is not behind transformers' attention interface"
+    if not _takes_options(module.decoder):
+        return "its decoder takes no options for its attention"
+    own = model.config._attn_implementation
+    assert own is not None
+    model.set_attn_implementation(packed_attention.NAME)
+    try:
+        problem = _packed_problem(module, sequences, plain)
+    except NotPackable as error:
+        problem = str(error)
+    if problem is not None:
+        model.set_attn_implementation(own)
+    return problem
+
+
+def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> str | None:
+    numbers, embeddings = _traced(module, lambda: torch.cat(module.probe(sequences)))
+    lengths, start = [len(tokens) for tokens in sequences], 0
+    for length, alone, own in zip(lengths, plain, numbers.split(lengths), strict=True):
+        gradient, inside = _gradient(own, embeddings), slice(start, start + length)
+        others = gradient.clone()
+        others[inside] = 0
+        if not (seen := float(others.norm() / gradient.norm())) < _leak(module.model):
+            return f"packed, its numbers of a sequence depend on the others, by {seen:.2g} of their gradient"
+        if problem := _difference(module.model, _Answer(own.detach(), gradient[inside]), alone):
+            return f"packed, {problem}"
+        start += length
+    return None
+
+
+def _check_one_at_a_time(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> None:
+    """
+    Raises:
+        ValueError: Even so, numbers or gradients are not those of transformers.
+    """
+    run = partial(_run, module, problem="its decoder and its head, called one after the other, fail")
+    for tokens, alone in zip(sequences, plain, strict=True):
+        numbers, embeddings = run(lambda tokens=tokens: _traced(module, lambda: module.probe([tokens])[0]))
+        answer = _Answer(numbers.detach(), _gradient(numbers, embeddings))
+        if problem := _difference(module.model, answer, alone):
+            raise ValueError(
+                f"{type(module.model).__name__}: {problem}: it makes them of its decoder's hidden states in a way that "
+                "is not known here. Choose another model"
+            )
+
+
+def _difference(model: PreTrainedModel, ours: _Answer, theirs: _Answer) -> str | None:
+    """What is wrong with ours. In 16 bits, where a mixture of experts may route single tokens otherwise, most numbers
+    must agree; in float32 all."""
+    exact = model.dtype == torch.float32
+    differences = (ours.numbers - theirs.numbers).abs()
+    apart = float(differences.max() if exact else differences.median())
+    if not apart < (3e-4 if exact else 0.1):
+        return f"its numbers differ from those of transformers' own forward pass by {apart:.2g}"
+    apart = float((ours.gradient - theirs.gradient).norm() / theirs.gradient.norm())
+    if not apart < (1e-4 if exact else 0.3):
+        return f"its gradients differ from those of transformers' own forward pass by {apart:.2g} of their length"
+    return None
+
+
+@torch.enable_grad()
+def _traced(module: ProbedModule, numbers: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers [N], 0 where they mean nothing, and the embeddings [1, N, H] from which their gradients start."""
+    seen: list[torch.Tensor] = []
+
+    def start_here(_module: nn.Module, _arguments: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        # A module may call its model more than once.
+        if not seen:
+            seen.append(embeddings.detach().requires_grad_())
+        return seen[0]
+
+    handle = module.model.get_input_embeddings().register_forward_hook(start_here)
+    try:
+        return numbers().float(), seen[0]
+    finally:
+        handle.remove()
+
+
+def _gradient(numbers: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """[N, H] float32. No parameter gets any."""
+    return torch.autograd.grad(numbers.sum(), embeddings, retain_graph=True)[0].float().flatten(0, -2)
+
+
+def _leak(model: PreTrainedModel) -> float:
+    """The share of a gradient that is rounding: what a mask shuts out has exactly none."""
+    return 1e-6 if model.dtype == torch.float32 else 1e-3
+
+
+def _run(module: ProbedModule, call: Callable[[], _Result], problem: str) -> _Result:
+    """
+    Raises:
+        ValueError: The model's code fails.
+    """
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    # That code is not ours; whatever it wants beside token ids, we have not.
+    except Exception as error:
+        said = shorten(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{type(module.model).__name__}: {problem} ({said}). Choose another model") from error
+
+
+def _takes_options(decoder: nn.Module) -> bool:
+    parameters = inspect.signature(decoder.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any and "position_ids" in parameters
+
+
+def _caps_attention(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config().to_dict()
+    return config.get("attn_logit_softcapping") is not None
+
+
+def _texts(model: PreTrainedModel, lengths: Sequence[int], seed: int, device: torch.device) -> list[torch.Tensor]:
+    """Tokens other than the one for padding, by which transformers' classifiers find a text's end."""
+    config = model.config.get_text_config().to_dict()
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = range(min(config["vocab_size"], 4096))
+    usable = torch.tensor([token for token in vocabulary if token != config.get("pad_token_id")])
+    chosen = usable[torch.randint(len(usable), (sum(lengths),), generator=generator)]
+    return list(chosen.to(device).split(list(lengths)))
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within, no layer with a window or chunks sees farther than ``_WINDOW`` tokens."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    changed = []
+    for holder in [*configs.values(), *model.modules()]:
+        for name in _WINDOWS:
+            size = vars(holder).get(name)
+            if isinstance(size, int) and not isinstance(size, bool) and size > _WINDOW:
+                changed.append((holder, name, size))
+                setattr(holder, name, _WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, size in changed:
+            setattr(holder, name, size)
