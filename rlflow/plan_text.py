@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlflow.plan import GIB, Plan, gib
 from rlflow.recipe import ALGORITHMS, Recipe
+from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown
 
 
@@ -17,6 +18,7 @@ def render(plan: Plan) -> str:
         **({"stage": [recipe.stage]} if recipe.stage else {}),
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
         "model": [_model_line(plan)],
+        "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
         "actors": _actors_table(plan),

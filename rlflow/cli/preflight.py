@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
+from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
 from rlflow.cli.secret_checks import in_environment, in_masked
 from rlflow.cli.sequence_checks import in_sequence_parallel
@@ -97,6 +98,8 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         sources["evaluation.data"] = recipe.evaluation.data
     for key, source in sources.items():
         yield from _in_source(key, source)
+    yield from in_sources(sources)
+    yield from in_template(recipe)
     rewards = {f"rewards.{i}": reward for i, reward in enumerate(recipe.rewards)}
     if recipe.evaluation is not None and recipe.evaluation.reward is not None:
         rewards["evaluation.reward"] = recipe.evaluation.reward

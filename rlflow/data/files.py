@@ -105,7 +105,7 @@ def _read_json(text: str, path: Path) -> NumberedRows:
     except (ValueError, RecursionError) as error:
         end = "" if text.rstrip().endswith("]") else " The file is truncated: it has no closing bracket."
         raise DataError(
-            f"{path}, row {_first_damaged_element(text)}: not valid JSON ({error}).{end} "
+            f"{path}, row {sum(1 for _ in elements(text)) + 1}: not valid JSON ({error}).{end} "
             "A JSON array cannot be read past a damaged row: repair it, or store an object a line as .jsonl."
         ) from error
     return enumerate(values, 1)
@@ -121,21 +121,23 @@ def _read_json_objects(text: str, path: Path) -> NumberedRows:
     return enumerate(lists[0] if len(lists) == 1 else [value], 1)
 
 
-def _first_damaged_element(text: str) -> int:
-    """Number of the first element of a JSON array that does not parse."""
+def elements(text: str) -> Iterator[Any]:
+    """The elements of a JSON array up to the first that does not parse."""
     decoder = json.JSONDecoder()
     position = text.index("[") + 1
-    number = 1
     while True:
         try:
-            _, position = decoder.raw_decode(text, _skip_space(text, position))
+            value, position = decoder.raw_decode(text, _skip_space(text, position))
         except (ValueError, RecursionError):
-            return number
+            return
         position = _skip_space(text, position)
         if text[position : position + 1] != ",":
-            return number
+            # What follows an element belongs to it: it is damaged, or the array ends.
+            if text[position : position + 1] == "]":
+                yield value
+            return
+        yield value
         position += 1
-        number += 1
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -41,7 +41,7 @@ def arithmetic(
     Raises:
         DataError: an argument is out of its range.
     """
-    _check_arithmetic(operators, digits, split, heldout_fraction, template)
+    check_arithmetic(operators, digits, split, heldout_fraction, template=template)
     size = 10**digits
     a, b = (part.ravel() for part in np.divmod(np.arange(size * size), size))
     problems: list[tuple[int, str, int]] = []
@@ -62,7 +62,14 @@ def _arithmetic_row(a: int, op: str, b: int, template: str) -> dict[str, str]:
     return {"prompt": template.format(a=a, op=op, b=b), "response": answer, "solution": answer}
 
 
-def _check_arithmetic(operators: str, digits: int, split: str, heldout_fraction: float, template: str) -> None:
+def check_arithmetic(
+    operators: str, digits: int, split: str, heldout_fraction: float, *, template: str, **draw: int | None
+) -> None:
+    """Looks at the arguments alone; those of the draw are its own concern.
+
+    Raises:
+        DataError: one is out of its range.
+    """
     if not operators or set(operators) - set("+-*"):
         raise DataError(f"arithmetic: operators is {operators!r}; it takes any of + - *.")
     if not 1 <= digits <= MAX_DIGITS:
@@ -87,6 +94,8 @@ def _uniform(keys: np.ndarray, salt: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
 
 
+CHECKS: dict[str, Callable[..., None]] = {"arithmetic": check_arithmetic}
+"""What can be told of a generator's arguments before it runs."""
 GENERATORS: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "arithmetic": arithmetic,
 }

@@ -84,9 +84,6 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
         raise DataError("a data source has either `path` or `generator`.")
     path = Path(source.path).expanduser()
     if path.is_file():
-        if source.split != "train" or source.subset is not None:
-            key = "split" if source.split != "train" else "subset"
-            raise DataError(f"{path}: one file has no {key}s: remove `{key}: {getattr(source, key)}`.")
         return str(path), path.name.split(".")[0], read_file(path)
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):
         raise missing_file(path)

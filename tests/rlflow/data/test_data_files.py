@@ -137,6 +137,19 @@ def test_hostile_json_is_a_bad_row_like_any_other(tmp_path, read, text):
     assert [row.id for row in rows] == ["a:1", "a:3"]
 
 
+@pytest.mark.parametrize("key", ["data", "rows", "examples", "instances"])
+def test_a_json_object_may_have_the_rows_under_a_key(tmp_path, read, key):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": "2", key: [{"prompt": "a"}, {"prompt": "b"}]}, indent=1))
+    assert [(row.id, row.value.messages[0]["content"]) for row in read(path)] == [("rows:1", "a"), ("rows:2", "b")]
+
+
+def test_one_json_object_is_one_row(tmp_path, read):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}, indent=1))
+    assert [row.value.messages for row in read(path)] == [[{"role": "user", "content": "Hi"}]]
+
+
 def test_a_truncated_last_line_is_named_as_that(tmp_path, read):
     path = tmp_path / "a.jsonl"
     path.write_bytes(encoded("jsonl")[:-10])

@@ -55,6 +55,12 @@ CONVERSATIONS = [
         [SYSTEM, {"role": "user", "content": "Add\n1 and 2"}, {"role": "assistant", "content": "3"}],
     ),
     ({"instruction": "Hi", "input": "", "output": ""}, "instruction", [HI]),
+    ({"instruction": "Hi", "response": "Hello"}, "instruction", [HI, HELLO]),
+    (
+        {"instruction": "Hi", "context": "there", "completion": "Hello"},
+        "instruction",
+        [{"role": "user", "content": "Hi\nthere"}, HELLO],
+    ),
     (
         {"instruction": "Why?", "output": "Because", "history": [["Hi", "Hello"]]},
         "instruction",
@@ -116,7 +122,7 @@ def test_a_conversation_becomes_messages(read, write_jsonl, row, name, messages)
     row = row | {"solution": "42", "level": 3}
     detected = read(write_jsonl([row]))[0].value
     assert list(detected.messages) == messages
-    assert detected.columns.keys() <= {"solution", "level", "input", "output"}
+    assert detected.columns.keys() <= {"solution", "level", "input", "output", "system"}
     assert detected.columns["solution"] == "42" and detected.columns["level"] == 3
     assert to_record(Row(1, row), name) == detected
 
@@ -133,6 +139,19 @@ def test_a_preference_becomes_two_conversations(read, write_jsonl, row, chosen, 
 def test_a_labelled_answer_becomes_a_conversation_and_a_label(read, write_jsonl, row, label):
     record = read(write_jsonl([row]), judged=True)[0].value
     assert (list(record.messages), record.label) == ([HI, HELLO], label)
+
+
+@pytest.mark.parametrize(("row", "_label"), LABELLED)
+def test_without_kto_a_label_is_a_column_like_any_other(read, write_jsonl, row, _label):
+    record = read(write_jsonl([row | {"label": "12"}]))[0].value
+    assert (list(record.messages), record.label, record.columns) == ([HI, HELLO], None, {"label": "12"})
+
+
+@pytest.mark.parametrize("media", ["image", "images", "video", "videos", "audio", "audios"])
+def test_rows_with_images_video_or_audio_are_refused(media):
+    with pytest.raises(RowError, match=f"`{media}` is not empty; only text is supported"):
+        to_record(Row(1, {"prompt": "Hi", media: "dogs.png"}), "prompt")
+    assert to_record(Row(1, {"prompt": "Hi", media: None}), "prompt").messages == [HI]
 
 
 def test_text_is_left_as_it_is(read, write_jsonl):

@@ -122,3 +122,11 @@ def test_a_group_that_was_kept_waits_for_those_that_are_replaced(run):
     metrics, _, scored = run(["lively", "dull", "dull", "lively", "lively", "dull"] * 3, 5, **{"data.shuffle": False})
     assert [group["kind"] for group in scored[:5]] == ["lively", "dull", "dull", "lively", "lively"]
     assert metrics[0]["group/resampled"] == 2
+
+
+def test_a_prompt_has_new_samples_in_every_epoch(run):
+    _, (first, second), _ = run(["lively"] * 3, 1, **{"run.steps": 2, "trainer.learning_rate": 1e-12})
+    assert {row.prompt_id for row in first} == {row.prompt_id for row in second}
+    for row in first:
+        again = [other.token_ids.tolist() for other in second if other.prompt_id == row.prompt_id]
+        assert len(again) == 2 and row.token_ids.tolist() not in again

@@ -1,0 +1,128 @@
+"""Function calls and tools reach the template as it wants them; turns that are not to be trained are not."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlflow.data.chat import Chat
+from rlflow.data.errors import DataError, RowError
+from rlflow.data.examples import load_examples
+from rlflow.data.messages import to_message
+from rlflow.data.preferences import load_pairs
+from rlflow.recipe import DataBlock, SourceBlock
+
+AS_OBJECT = (
+    "{% for t in tools or [] %}{{ 'TOOL ' + (t | tojson) + '\n' }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name + ' ' + (c.function.arguments | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Qwen2.5's."""
+AS_TEXT = AS_OBJECT.replace("(c.function.arguments | tojson)", "c.function.arguments")
+"""As DeepSeek-V3's."""
+PRINTED = AS_TEXT.replace(
+    "{{ c.function.name + ' ' + c.function.arguments }}", "{{ c.function.name }} {{ c.function.arguments }}"
+)
+ASK = {"role": "user", "content": "Time?"}
+RESULT = {"role": "tool", "content": "12:00"}
+DONE = {"role": "assistant", "content": "Noon."}
+
+
+def call(name: str, arguments, **message) -> dict:
+    function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [function], **message}
+
+
+def tool(name: str, **properties) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+@pytest.mark.parametrize("template", [AS_OBJECT, AS_TEXT, PRINTED])
+@pytest.mark.parametrize("arguments", ['{"city": "Rome", "é": null}', {"city": "Rome", "é": None}])
+def test_arguments_are_written_as_json_once_whatever_the_row_and_the_template_have(
+    make_data, tokenizer, template, arguments
+):
+    tokenizer.chat_template = template
+    (example,) = load_examples(make_data([{"messages": [ASK, call("clock", arguments), RESULT, DONE]}]), tokenizer, 0)
+    trained = tokenizer.decode(example.token_ids[example.loss_mask])
+    assert trained == 'clock {"city": "Rome", "é": null}<|im_end|>Noon.<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("item", "calls"),
+    [
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": None}]}, [("f", {})]),
+        ({"role": "assistant", "tool_calls": json.dumps([{"name": "f", "arguments": '{"a": 1}'}])}, [("f", {"a": 1})]),
+        ({"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'}, [("f", {"a": 1})]),
+        ({"from": "function_call", "value": '[{"name": "f"}, {"name": "g"}]'}, [("f", {}), ("g", {})]),
+    ],
+)
+def test_a_message_with_calls_needs_no_content(item, calls):
+    message = to_message(item, "messages[1]")
+    assert message["content"] == "" and message["role"] == "assistant"
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [("{", "the arguments of f are not valid JSON"), ("[1]", "the arguments of f are not an object")],
+)
+def test_arguments_that_are_no_object_are_a_bad_row(arguments, says):
+    with pytest.raises(RowError, match=says):
+        to_message({"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}, "messages[1]")
+
+
+def test_keys_that_parquet_fills_with_null_vanish_and_those_of_json_stay(tmp_path, write_jsonl, tokenizer):
+    tokenizer.chat_template = AS_OBJECT
+    rows = [
+        {
+            "messages": [ASK, call("clock", {"city": "Rome"}), RESULT, DONE],
+            "tools": [tool("clock", city={"default": 1})],
+        },
+        {"messages": [ASK, call("sum", {"x": 1}), RESULT, DONE], "tools": [tool("sum", x={"default": 2})]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    from_json = [{**rows[0], "tools": [tool("clock", city={"default": None})]}, rows[1]]
+    texts = []
+    for path in (tmp_path / "rows.parquet", write_jsonl(rows), write_jsonl(from_json, "nulls.jsonl")):
+        data = DataBlock(train=SourceBlock(path=str(path)))
+        texts.append([tokenizer.decode(example.token_ids) for example in load_examples(data, tokenizer, 0)])
+    assert texts[0] == texts[1]
+    assert '"default": null' in texts[2][0] and '"default": 1' in texts[1][0]
+
+
+@pytest.mark.parametrize(
+    "weight", [{"weight": 0}, {"loss_weight": 0.0}, {"loss_scale": "0"}, {"loss": False}, {"loss": "False"}]
+)
+def test_a_turn_of_weight_0_is_not_trained(make_data, tokenizer, weight):
+    messages = [ASK, {**DONE, "content": "BAD", **weight}, ASK, {**DONE, "weight": 1}]
+    (example,) = load_examples(make_data([{"messages": messages}]), tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]) == "Noon.<|im_end|>"
+
+
+def test_nor_is_one_of_a_pair(make_data, tokenizer):
+    said = [{**DONE, "content": "One", "weight": 0}, ASK, DONE]
+    row = {"chosen": [ASK, *said], "rejected": [ASK, *said[:2], {**DONE, "content": "No."}]}
+    row["chosen"][1] = {**said[0], "content": "Two"}
+    (pair,) = load_pairs(make_data([row]), tokenizer, 0)
+    assert tokenizer.decode(pair.chosen.token_ids[pair.chosen.loss_mask]) == "Noon.<|im_end|>"
+    assert tokenizer.decode(pair.rejected.token_ids[pair.rejected.loss_mask]) == "No.<|im_end|>"
+
+
+def test_a_weight_between_is_a_bad_row(make_data, tokenizer):
+    with pytest.raises(DataError, match=r"row 1: `messages\[1\].weight` is 0.5: a message is trained .* or not"):
+        load_examples(make_data([{"messages": [ASK, {**DONE, "weight": 0.5}]}]), tokenizer, 0)
+
+
+def test_an_empty_system_message_is_rendered(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}DEFAULT{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }} "
+        "{% endfor %}"
+    )
+    chat = Chat(tokenizer)
+    assert chat.render_prompt([{"role": "system", "content": ""}, ASK]).text == "system: user:Time? "
+    assert chat.render_prompt([ASK]).text == "DEFAULTuser:Time? "
