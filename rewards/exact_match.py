@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from rlflow.rewards.references import ground_truth
+from rlflow.rewards.ground_truth import ground_truth
 
 
 def exact_match(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rlflow.rewards.references import ground_truth
+from rlflow.rewards.ground_truth import ground_truth
 
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)\]])[-\u2212])?[$€£¥]?(?<![\d.])"

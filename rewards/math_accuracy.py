@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlflow.rewards.answers import final_answer, reference_answer
+from rlflow.rewards.ground_truth import ground_truth
 from rlflow.rewards.mathematics.equality import are_equal
 from rlflow.rewards.mathematics.notation import clean, plain_text
-from rlflow.rewards.mathematics.reader import read
+from rlflow.rewards.mathematics.reader import MAX_ANSWER_CHARACTERS, read
 from rlflow.rewards.mathematics.readings import Number
 from rlflow.rewards.mathematics.symbolic import verdict
-from rlflow.rewards.references import ground_truth
-
-MAX_ANSWER_CHARACTERS = 400
-"""An answer that is longer and not the reference's own text is wrong without being read."""
 
 
 def math_accuracy(

@@ -45,7 +45,7 @@ def are_equal(answer: Reading, reference: Reading, undecided: Undecided) -> bool
     answer, reference = _without_repeats(answer), _without_repeats(reference)
     if isinstance(answer, Nothing) or isinstance(reference, Nothing):
         return False
-    if _holds_unknown(answer) or _holds_unknown(reference):
+    if holds_unknown(answer) or holds_unknown(reference):
         return undecided()
     return _equal(answer, reference)
 
@@ -58,16 +58,17 @@ def _without_repeats(reading: Reading) -> Reading:
     return first if all(_equal(first, other) for other in others) else reading
 
 
-def _holds_unknown(reading: Reading) -> bool:
+def holds_unknown(reading: Reading) -> bool:
+    """Whether a part of a reading is for math-verify to read."""
     match reading:
         case Unknown():
             return True
         case Named(value=inner) | Choice(content=inner):
-            return _holds_unknown(inner)
+            return holds_unknown(inner)
         case Collection(items=items):
-            return any(_holds_unknown(item) for item in items)
+            return any(holds_unknown(item) for item in items)
         case Relation(sides=sides):
-            return any(_holds_unknown(side) for side in sides)
+            return any(holds_unknown(side) for side in sides)
     return False
 
 

@@ -48,6 +48,9 @@ from rlflow.rewards.mathematics.readings import (
 )
 from rlflow.rewards.mathematics.values import are_same, value_at
 
+MAX_ANSWER_CHARACTERS = 400
+"""An answer that is longer, and not the reference's own text, is wrong without being read."""
+
 PLAIN_NUMBER = re.compile(r"\s*([-+]?)\s*\\?\$?(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d*)?(\\?%)?\s*\Z", re.ASCII)
 DECIMAL = re.compile(
     r"[-+]?\s*(?:\d+(?:\.(\d*))?|\.(\d+))(?:[eE]([-+]?\d{1,6})|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,6})\s*\}?)?\Z"
@@ -199,6 +202,8 @@ def _relation(sides: list[str], operators: list[str], text: str) -> Reading:
     while len(sides) > 2 and operators[-1] in (r"\approx", r"\sim", r"\simeq"):
         sides.pop()
         operators.pop()
+    if r"\equiv" in operators:
+        return Words(plain_text(text))
     if set(operators) <= {"=", r"\approx"}:
         return _equation(sides, text)
     if len(sides) == 3 and operators[0] in FLIPPED and operators[1] in FLIPPED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,11 @@ class _Question:
 
 
 def load_prompts(
-    sources: SourceBlock | Sequence[SourceBlock], data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
+    sources: SourceBlock | Sequence[SourceBlock],
+    data: DataBlock,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    reject: Callable[[Mapping[str, Any]], str | None] = lambda columns: None,
 ) -> Rows[Prompt]:
     """The prompts of the sources, in their order.
 
@@ -50,6 +54,7 @@ def load_prompts(
         data: system message, prompt limit and what is done beyond it.
         tokenizer: renders and tokenises them.
         seed: the run's.
+        reject: says of a row's columns why the rewards cannot use them, or None.
 
     Returns:
         The prompts; ``skipped`` names the rows that were left out, bad or overlong.
@@ -58,7 +63,13 @@ def load_prompts(
         DataError: a source or too many of its rows cannot be used, or prompts are overlong and must not be.
     """
     chat = Chat(tokenizer, data.template_date)
-    rows = load_records(sources, seed, lambda record: _render(record, data, chat))
+
+    def build(record: Record) -> _Question:
+        if problem := reject(record.columns):
+            raise RowError(problem)
+        return _render(record, data, chat)
+
+    rows = load_records(sources, seed, build)
     overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
     prompts: Rows[Prompt] = Rows(skipped=rows.skipped)
     for row, token_ids in zip(rows, chat.encode([row.value.rendered for row in rows]), strict=True):

@@ -78,16 +78,23 @@ def _build_rows(
             else:
                 rows.append(Loaded(f"{name}:{row.number}", table.place, row.number, value))
     rows.skipped.sort(key=lambda row: row.row)
-    num_bad = len(rows.skipped)
-    named = listing([f"row {bad.row}: {bad.reason}" for bad in rows.skipped])
-    if num_bad > source.max_bad_rows:
-        raise DataError(
-            f"{table.place}: {num_bad} bad row{'s' if num_bad > 1 else ''}, and max_bad_rows is {source.max_bad_rows}."
-            f"{named}\nRepair them, or leave them out with `max_bad_rows: {num_bad}` in this source."
-        )
+    refuse_bad_rows(table.place, rows.skipped, source.max_bad_rows)
     if not rows:
-        raise DataError(f"{table.place}: every row is bad.{named}")
+        raise DataError(f"{table.place}: every row is bad.{_named(rows.skipped)}")
     return rows
+
+
+def refuse_bad_rows(place: str, bad: Sequence[BadRow], most: int) -> None:
+    """Raises a DataError that names the bad rows of a source where they are more than its ``max_bad_rows``."""
+    if len(bad) > most:
+        raise DataError(
+            f"{place}: {len(bad)} bad row{'s' if len(bad) > 1 else ''}, and max_bad_rows is {most}.{_named(bad)}\n"
+            f"Repair them, or leave them out with `max_bad_rows: {len(bad)}` in this source."
+        )
+
+
+def _named(bad: Sequence[BadRow]) -> str:
+    return listing([f"row {row.row}: {row.reason}" for row in bad])
 
 
 def _draw(rows: Sequence[Loaded[T]], name: str, wanted: int | None, seed: int) -> Iterator[Loaded[T]]:

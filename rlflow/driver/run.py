@@ -25,7 +25,6 @@ from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.trainer import Trainer
 from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
-from rlflow.data.sources import read_table
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.clock import Clock
@@ -34,6 +33,7 @@ from rlflow.driver.errors import RunError
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
+from rlflow.driver.references import check_sources, reject_references
 from rlflow.driver.stage import Stage
 from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
@@ -58,8 +58,7 @@ def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_befo
     remember_secrets([recipe.model_dump(mode="json") for recipe in recipes])
     recipes = pin_template_dates(recipes, resume=resume)
     for recipe in recipes:
-        for source in _sources(recipe):
-            read_table(source)
+        check_sources(recipe)
     stop = StopSignals()
     stop.install()
     with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
@@ -148,13 +147,13 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
     data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
     if recipe.family == "online":
-        rows = load_prompts(data.train, data, tokenizer, seed)
+        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards))
     else:
         rows = load_units(recipe, data, tokenizer)
     if evaluation is None:
         return rows, Rows()
-    if recipe.evaluation_reward is not None:
-        return rows, load_prompts(evaluation.data, data, tokenizer, seed)
+    if (reward := recipe.evaluation_reward) is not None:
+        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]))
     return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
 
 
@@ -207,8 +206,3 @@ def _wait_ready(actors: Actors, recipe: Recipe) -> None:
     actors.wait_ready(recipe.run.startup_timeout_s)
     if actors.rewards:
         actors.rewards.call_all(RewardServer.self_check)
-
-
-def _sources(recipe: Recipe) -> list:
-    train = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
-    return [*train, *([recipe.evaluation.data] if recipe.evaluation else [])]
