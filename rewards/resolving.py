@@ -64,19 +64,28 @@ def resolve(block: RewardBlock) -> RewardFunction:
 
 def load(name: str | None, plugin: str | None, args: Mapping[str, Any]) -> RewardFunction:
     """`resolve` for a process that does not want to import the recipe's schema."""
+    target, label = find(name, plugin)
     options: Mapping[str, inspect.Parameter] = {}
-    if plugin is not None:
-        target, label = _load_plugin(plugin), plugin
-    elif name in REWARDS:
-        module, _, attribute = REWARDS[name].partition(":")
-        target, label = vars(importlib.import_module(module))[attribute], name
+    if plugin is None:
         options = _options(target)
         _check_options(options, args, label)
-    else:
-        raise RewardError(f"no reward is called {name!r}{_nearest(str(name), REWARDS)}; there are {', '.join(REWARDS)}")
     if isinstance(target, type):
         return _bind(_construct(target, args, label), {}, label, aliases={"response_token_ids": "completion_ids"})
     return _bind(target, args, label, options=options)
+
+
+def find(name: str | None, plugin: str | None) -> tuple[Any, str]:
+    """The function or class of a reward, and what errors call it.
+
+    Raises:
+        RewardError: There is none.
+    """
+    if plugin is not None:
+        return _load_plugin(plugin), plugin
+    if name not in REWARDS:
+        raise RewardError(f"no reward is called {name!r}{_nearest(str(name), REWARDS)}; there are {', '.join(REWARDS)}")
+    module, _, attribute = REWARDS[name].partition(":")
+    return vars(importlib.import_module(module))[attribute], name
 
 
 def _load_plugin(plugin: str) -> Any:

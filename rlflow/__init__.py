@@ -20,7 +20,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None, *, resum
         StopRequested: Somebody asked the run to stop; it can be resumed.
         RunError: The run failed.
     """
-    from rlflow.cli.preflight import load_checked
+    from rlflow.cli.preflight import load_runnable
     from rlflow.cli.run import run as run_stages
 
-    run_stages(load_checked(recipe, overrides or {}), resume=resume)
+    run_stages(load_runnable(recipe, overrides or {}), resume=resume)

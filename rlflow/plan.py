@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from rlflow import actor_memory, memory
@@ -84,6 +85,8 @@ class Plan:
     """Or why it is not known here."""
     roles: tuple[PlannedRole, ...]
     machine: Machine
+    num_rows: int | None = None
+    """Of training; None where they were not read."""
 
     @property
     def updates_per_step(self) -> int:
@@ -136,13 +139,20 @@ def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
             yield Setting(option.key, option.value, algorithm.name)
 
 
-def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> list[Plan]:
-    """What each stage will do on ``machine``, this one when it is left out."""
+def make_plans(
+    recipes: Sequence[Recipe], machine: Machine | None = None, num_rows: Sequence[int | None] = ()
+) -> list[Plan]:
+    """What each stage will do.
+
+    Args:
+        machine: Where; this one when it is left out.
+        num_rows: Rows of each stage's training data, as far as they were read.
+    """
     machine = machine or this_machine()
     shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
-    for recipe in recipes:
+    for recipe, rows in zip_longest(recipes, num_rows):
         # The model that an earlier stage will write has the shape of the one it starts from, and so has an adapter.
         model = (recipe.model.path, recipe.model.revision)
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
@@ -161,6 +171,7 @@ def make_plans(recipes: Sequence[Recipe], machine: Machine | None = None) -> lis
                 shape=shape,
                 roles=_planned(recipe, shape),
                 machine=machine,
+                num_rows=rows,
             )
         )
     return plans
@@ -296,6 +307,11 @@ def _oddities(plan: Plan) -> Iterator[str]:
     if recipe.family == "online" and prompts == updates:
         yield "one prompt an update: gradients will be noisy; raise data.prompts_per_step, or lower updates_per_step"
     yield from _cut_sampling(recipe)
+    if plan.num_rows is not None and prompts > plan.num_rows:
+        yield (
+            f"a step of {prompts} is more than the {plan.num_rows} rows of data.train, which then come several times "
+            "in it: lower data.prompts_per_step"
+        )
     yield from _idle_policy(recipe)
     if isinstance(plan.shape, str):
         yield f"memory is not estimated: {plan.shape}"

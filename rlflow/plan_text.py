@@ -19,6 +19,7 @@ def render(plan: Plan) -> str:
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
         "model": [_model_line(plan)],
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
+        **({"data": [f"{plan.num_rows:,} rows"]} if plan.num_rows is not None else {}),
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
         "actors": _actors_table(plan),

@@ -7,11 +7,12 @@ import math
 from dataclasses import replace
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
-from rlflow.cli.preflight import load_checked
+from rlflow.cli.preflight import check, check_in_use
 from rlflow.machine import this_machine
 from rlflow.plan import GIB, make_plans
 from rlflow.plan_text import render
 from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.recipe.loading import load_located
 
 SUMMARY = "say what a recipe will do and need, without starting anything"
 
@@ -22,6 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_recipe_arguments(parser)
     told = "of each GPU that the run will have; found out by itself on a machine with GPUs"
     parser.add_argument("--gpu-memory", type=_positive, metavar="GIB", help=told)
+    untold = "do not read the data: it is large, or on a hub; what is wrong with it is then told by the run"
+    parser.add_argument("--no-data", action="store_true", help=untold)
     return parser
 
 
@@ -29,7 +32,10 @@ def execute(arguments: argparse.Namespace) -> int:
     machine = this_machine()
     if arguments.gpu_memory:
         machine = replace(machine, gpu_memory=int(arguments.gpu_memory * GIB))
-    plans = make_plans(load_checked(arguments.recipe, arguments.overrides), machine)
+    stages = load_located(arguments.recipe, arguments.overrides)
+    check(stages)
+    readings = check_in_use(stages, read=lambda _: not arguments.no_data)
+    plans = make_plans([stage.recipe for stage in stages], machine, [reading.num_rows for reading in readings])
     print("\n\n".join(render(plan) for plan in plans))
     if (address := named_cluster()) is not None:
         require_answer(address)

@@ -1,26 +1,31 @@
 """What a recipe names must exist before anything starts: files, functions, models, reward names.
 
-Nothing is loaded or executed: plugins are parsed, models are judged by their files. Of a hub id
-the config and the tokenizer are looked at, where the hub can be reached.
+First nothing is loaded or executed: plugins are parsed, models are judged by their files. Of a hub id the config and
+the tokenizer are looked at, where the hub can be reached. Where all of that is right, plugins are imported, each in a
+process that can be killed, and the data is read.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
+from rlflow.cli.model_checks import config_problem, in_architecture
+from rlflow.cli.output_checks import in_output, in_space
+from rlflow.cli.plugin_checks import in_generators, in_rewards, rewards_of, sources_of
+from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
 from rlflow.plan import roles
-from rlflow.recipe import Recipe, RecipeError, RewardBlock, SourceBlock
+from rlflow.recipe import Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, load_located
 from rlflow.recipe.local_paths import is_hub_id
@@ -38,8 +43,10 @@ Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
 
 
-def load_checked(path: str | Path, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
-    """``load_recipe``, and everything that the recipe names exists.
+def load_runnable(path: str | Path, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
+    """``load_recipe`` for a run: everything that the recipe names is there and can be used.
+
+    Data that is large or elsewhere is left to the run, which reads it before anything else.
 
     Args:
         alone: It will run on this machine: the GPUs that it asks for must exist as well.
@@ -49,7 +56,43 @@ def load_checked(path: str | Path, overrides: Overrides = (), *, alone: bool = F
     """
     located = load_located(path, overrides)
     check(located, alone=alone)
+    check_in_use(located, read=is_small)
     return [stage.recipe for stage in located]
+
+
+def load_checked(path: str | Path, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
+    """``load_recipe``, and everything that the recipe names exists; see `check`."""
+    located = load_located(path, overrides)
+    check(located, alone=alone)
+    return [stage.recipe for stage in located]
+
+
+def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bool]) -> list[Reading]:
+    """Imports the functions of the stages, each in a process of its own, and reads their data.
+
+    Args:
+        read: Whether a stage's data is to be read.
+
+    Returns:
+        What was read of each stage.
+
+    Raises:
+        RecipeError: All that cannot be used, each with the place where it is named.
+    """
+    to_come: dict[str, Recipe] = {}
+    problems: list[Problem] = []
+    readings = []
+    for stage in stages:
+        recipe = stage.recipe
+        found = list(in_generators(recipe))
+        reading = read_data(recipe, to_come) if not found and read(recipe) else Reading()
+        found += [*reading.problems, *in_rewards(recipe, reading.row)]
+        problems += [stage.problem(key, message) for key, message in found]
+        readings.append(reading)
+        to_come[f"{recipe.run.output_dir}/final"] = recipe
+    if problems:
+        raise RecipeError(problems)
+    return readings
 
 
 def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
@@ -63,11 +106,18 @@ def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
     for stage in stages:
         for key, message in _missing(stage.recipe, to_come):
             problems.append(stage.problem(key, message))
-        of_this_machine = [*_in_gpus(stage.recipe), *in_environment(stage.recipe)] if alone else []
+        of_this_machine = _on_this_machine(stage.recipe, to_come) if alone else ()
         problems += [stage.problem(key, message) for key, message in of_this_machine]
         to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
     if problems:
         raise RecipeError(problems)
+
+
+def _on_this_machine(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
+    """What a run here needs, and a cluster may have."""
+    yield from _in_gpus(recipe)
+    yield from in_environment(recipe)
+    yield from in_space(recipe, to_come)
 
 
 def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
@@ -85,6 +135,8 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             if key != "algorithm.critic.path" and recipe.algorithm.name != "reward_model":
                 yield from _in_head(key, Path(path))
     yield from in_masked(recipe)
+    if recipe.model.architecture is not None:
+        yield from in_architecture(recipe.model.architecture)
     yield from in_adapter(recipe, to_come)
     yield from in_sequence_parallel(recipe, to_come)
     yield from in_ids(recipe, to_come)
@@ -92,23 +144,15 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():
         yield "model.chat_template", f"there is no file {template}"
-    train = recipe.data.train
-    sources = {f"data.train.{i}": s for i, s in enumerate(train)} if isinstance(train, list) else {"data.train": train}
-    if recipe.evaluation is not None:
-        sources["evaluation.data"] = recipe.evaluation.data
-    for key, source in sources.items():
+    for key, source in sources_of(recipe).items():
         yield from _in_source(key, source)
-    yield from in_sources(sources)
+    yield from in_sources(sources_of(recipe))
     yield from in_template(recipe)
-    rewards = {f"rewards.{i}": reward for i, reward in enumerate(recipe.rewards)}
-    if recipe.evaluation is not None and recipe.evaluation.reward is not None:
-        rewards["evaluation.reward"] = recipe.evaluation.reward
-    for key, reward in rewards.items():
+    for key, reward in rewards_of(recipe).items():
         yield from _in_reward(key, reward)
         if reward.name == "reward_model":
             yield from _in_reward_model(f"{key}.args", reward.args, to_come)
-    if Path(recipe.run.output_dir).is_file():
-        yield "run.output_dir", f"{recipe.run.output_dir} is a file: name a directory"
+    yield from in_output(recipe)
 
 
 def _in_model(key: str, path: str) -> Found:
@@ -122,6 +166,8 @@ def _in_model(key: str, path: str) -> Found:
         yield key, used_as_model(key, path)
     elif not (directory / "config.json").exists():
         yield key, f"{path} holds no model: it has no config.json"
+    elif problem := config_problem(directory):
+        yield key, problem
     else:
         yield from _in_weights(key, directory)
 
@@ -129,9 +175,10 @@ def _in_model(key: str, path: str) -> Found:
 def _in_head(key: str, directory: Path) -> Found:
     """What was saved as something else than a language model has no weights for the next token."""
     try:
-        names = json.loads((directory / "config.json").read_text()).get("architectures") or [""]
+        config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
         return
+    names = (config.get("architectures") if isinstance(config, dict) else None) or [""]
     if all(name.endswith(_OTHER_HEADS) and not name.endswith("LMHeadModel") for name in names):
         yield key, f"{directory} holds a {names[0]}, not a language model: name the policy that it was made from"
 
@@ -160,6 +207,8 @@ def _in_router(recipe: Recipe) -> Found:
             config = json.loads((Path(recipe.model.path or "") / "config.json").read_text())
         except (OSError, ValueError):
             return
+    if not isinstance(config, dict):
+        return
     if not str(config.get("model_type")).endswith("_moe") and not _EXPERTS & config.get("text_config", config).keys():
         yield "model.router", "is of mixtures of experts, and the model has no experts: remove it"
 
@@ -167,17 +216,23 @@ def _in_router(recipe: Recipe) -> Found:
 def _in_gpus(recipe: Recipe) -> Found:
     """Of this machine. An adapter in 4 bits is named alone: other keys cannot be 0 before it is gone."""
     asking = [role for role in roles(recipe) if role.gpus]
+    machine = this_machine()
     # What /dev/kfd stands for, AMD's GPUs, is not counted here: Ray will.
-    if not asking or this_machine().gpus or Path("/dev/kfd").exists():
+    if Path("/dev/kfd").exists() or sum(role.workers * role.gpus for role in asking) <= machine.gpus:
         return
     remedy = "or set RAY_ADDRESS to join a cluster that has some"
     adapter = recipe.model.adapter
-    if adapter is not None and adapter.quantize == "nf4":
+    if adapter is not None and adapter.quantize == "nf4" and not machine.gpus:
         yield "model.adapter.quantize", f"nf4 needs a GPU, and there is none here: set quantize: none, {remedy}"
         return
-    for role in asking:
+    all_of_them = ", ".join(f"{role.name} {role.workers} x {role.gpus:g}" for role in asking)
+    for role in asking if machine.gpus == 0 else asking[:1]:
         block = {"rewards": "reward_server", "critic": "algorithm.critic"}.get(role.name, role.name)
-        yield f"{block}.gpus_per_worker", f"asks for GPUs, and there are none here: set 0, {remedy}"
+        if machine.gpus == 0:
+            yield f"{block}.gpus_per_worker", f"asks for GPUs, and there are none here: set 0, {remedy}"
+        else:
+            reason = f"actors reserve more GPUs ({all_of_them}) than the {machine.gpus} that there are: lower them"
+            yield f"{block}.gpus_per_worker", f"{reason}, {remedy.replace('some', 'more')}"
 
 
 def _in_source(key: str, source: SourceBlock) -> Found:

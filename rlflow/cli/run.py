@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
-from rlflow.cli.preflight import load_checked
+from rlflow.cli.preflight import load_runnable
 from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StopRequested
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    recipes = load_checked(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
+    recipes = load_runnable(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
     run(recipes, resume=arguments.resume, seconds_before=process_age_s())
     return 0
 

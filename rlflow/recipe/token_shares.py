@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _ROTARY = ("rope_parameters", "rope_scaling")
 _BY_LENGTH = ("dynamic", "longrope")
 
@@ -29,6 +30,22 @@ def sharing_problem(config: Mapping[str, Any], ranks: int) -> str | None:
         return None
     key_value_heads = config.get("num_key_value_heads")
     return heads_problem(heads, key_value_heads if isinstance(key_value_heads, int) else heads, ranks)
+
+
+def split_problem(config: Mapping[str, Any]) -> str | None:
+    """Why a model's width cannot be divided into its attention heads; None when it can, or the fields are not there."""
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+    if heads is None:
+        return None
+    width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), None)
+    if heads < 1 or (width is not None and not isinstance(config.get("head_dim"), int) and width % heads):
+        return f"a width of {width} does not divide into {heads} attention heads"
+    shared = config.get("num_key_value_heads")
+    if isinstance(shared, int) and (shared < 1 or heads % shared):
+        return f"{heads} attention heads do not divide over num_key_value_heads: {shared}"
+    return None
 
 
 def heads_problem(heads: int, key_value_heads: int, ranks: int) -> str | None:

@@ -63,7 +63,7 @@ def is_secret_name(name: str) -> bool:
     if before and last in ("pwd", "pass"):
         return True
     if any(word.endswith(("key", "keys")) for word in words):
-        return "value" not in words and before not in _COLUMN_WORDS
+        return not {"value", "error"} & set(words) and before not in _COLUMN_WORDS
     if last == "tokens":
         return before in _AUTH_WORDS
     return last.endswith("token") and before not in _TOKENIZER_WORDS

@@ -178,7 +178,7 @@ def test_this_machines_smallest_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_command_takes_the_size_of_the_gpus(recipe_file: Path, hub: HubServer, capsys: pytest.CaptureFixture):
-    assert main(["plan", str(recipe_file), "--gpu-memory", "24"]) == 0
+    assert main(["plan", str(recipe_file), "--no-data", "--gpu-memory", "24"]) == 0
     printed = capsys.readouterr().out
     assert "24 GiB on a GPU" in printed
     assert "of a GPU's 24 GiB" in printed

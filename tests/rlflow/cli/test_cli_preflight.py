@@ -221,15 +221,26 @@ def test_gpus_that_a_run_on_this_machine_would_wait_for_are_missed_at_once(
     assert all(says in str(problem) for problem in raised.value.problems)
     # A cluster may have them, as may another machine, of which `rlflow plan` says what it needs.
     assert load_checked(recipe_file, given)
-    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(cpus=1, memory=1, gpus=1))
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(cpus=1, memory=1, gpus=4))
     assert load_checked(recipe_file, given, alone=True)
+
+
+def test_more_gpus_than_this_machine_has_are_missed_too(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(cpus=1, memory=1, gpus=1))
+    asked = ["trainer.gpus_per_worker=0.5", "rollout.gpus_per_worker=0.5"]
+    assert load_checked(recipe_file, asked, alone=True)
+    with pytest.raises(RecipeError) as raised:
+        load_checked(recipe_file, [*asked, "trainer.gpus_per_worker=1"], alone=True)
+    (problem,) = raised.value.problems
+    assert problem.key == "trainer.gpus_per_worker"
+    assert "(trainer 1 x 1, rollout 1 x 0.5) than the 1 that there are" in problem.message
 
 
 @pytest.mark.parametrize("address", ["", "local", "10.0.0.1:6379"])
 def test_a_run_that_joins_a_cluster_may_ask_for_gpus(monkeypatch: pytest.MonkeyPatch, address: str):
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(run, "load_checked", lambda path, overrides, alone: asked.append(alone))
+    monkeypatch.setattr(run, "load_runnable", lambda path, overrides, alone: asked.append(alone))
     monkeypatch.setattr(run, "run", lambda recipes, resume, seconds_before: None)
     run.execute(run.make_parser().parse_args(["recipe.yaml"]))
     assert asked == [address in ("", "local")]

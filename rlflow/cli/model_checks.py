@@ -1,0 +1,68 @@
+"""Whether a model's config is one that transformers takes, without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlflow.cli.config_fields import config_fields, model_types
+from rlflow.recipe.problems import nearest
+from rlflow.recipe.token_shares import split_problem
+
+Found = Iterator[tuple[str, str]]
+"""(dotted key, what is wrong with its value and what to do)."""
+_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
+
+
+def config_problem(directory: Path) -> str | None:
+    """What is wrong with a model directory's config.json, which exists."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{path} is no JSON, it may be cut off: fetch it again"
+    if not isinstance(config, dict):
+        return f"{path} holds no fields: fetch it again"
+    kind, kinds = config.get("model_type"), model_types()
+    if isinstance(kind, str) and kinds and kind not in kinds and "auto_map" not in config:
+        near = nearest(kind, list(kinds))
+        remedy = f"did you mean {near}?" if near else "a newer transformers may"
+        return f"{path}: transformers knows no model {kind} ({remedy})"
+    return f"{path}: {problem}" if (problem := split_problem(config)) else None
+
+
+def in_architecture(architecture: Mapping[str, Any]) -> Found:
+    """Of a new model: a field that its config does not know would be left at its default, a wrong one fail late."""
+    kind, kinds = architecture["model_type"], model_types()
+    if kinds and kind not in kinds:
+        near = nearest(kind, list(kinds))
+        remedy = f"did you mean {near}?" if near else "e.g. qwen3"
+        yield "model.architecture.model_type", f"transformers knows no model {kind} ({remedy})"
+        return
+    fields = config_fields(kind) or {}
+    wrong = False
+    for name, value in architecture.items():
+        key = f"model.architecture.{name}"
+        if fields and name not in fields:
+            # What is like no field may be one of a model's code alone.
+            if near := nearest(name, fields, cutoff=0.85):
+                yield key, f"a {kind} has no such field (did you mean {near}?)"
+        elif fields and not _is_of(value, fields[name]):
+            wrong = True
+            yield key, f"must be {' or '.join(sorted(fields[name] & _TYPES.keys()))}, is {value}"
+        elif type(value) is int and value < 1 and (name.startswith("num_") or name.endswith("_size")):
+            wrong = True
+            yield key, f"must be more than 0, is {value}"
+    if not wrong and (problem := split_problem(architecture)):
+        yield "model.architecture", problem
+
+
+def _is_of(value: Any, types: frozenset[str]) -> bool:
+    """Whether a value has one of a field's types; yes where some of them are more than plain values."""
+    if not types or not types <= {*_TYPES, *(f"{a} | {b}" for a in _TYPES for b in _TYPES)}:
+        return True
+    return any(type(value) is _TYPES[name] for name in types & _TYPES.keys())

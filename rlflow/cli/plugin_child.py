@@ -1,0 +1,135 @@
+"""The process in which a function of a recipe is tried: ``python -P -m rlflow.cli.plugin_child FD``.
+
+It reads a `Trial`, writes one JSON object a line to the descriptor: a few times a second how far the import is, and at
+last what is wrong with the function, or that nothing is. Standard output and error belong to the function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from rlflow.rewards.plugins import RewardError, import_plugin
+from rlflow.rewards.resolving import find, load
+
+TELLS_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is to be tried."""
+
+    kind: Literal["reward", "generator"]
+    name: str | None
+    """Of a built-in function."""
+    plugin: str | None
+    """``file.py:function``."""
+    args: Mapping[str, Any]
+    row: Mapping[str, Any] | None
+    """Columns of a row of the data, with which a built-in reward is called once, on an empty completion; a plugin is
+    only asked whether it needs others. None where the data was not read."""
+
+
+def main(descriptor: int) -> None:
+    trial: Trial = pickle.load(sys.stdin.buffer)
+    with os.fdopen(descriptor, "w", buffering=1) as said:
+        threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial)), daemon=True).start()
+        try:
+            problem = _reward_problem(trial) if trial.kind == "reward" else _generator_problem(trial)
+        except BaseException as error:  # the user's code: SystemExit is no Exception
+            problem = _describe(error, _file(trial))
+        print(json.dumps({"problem": problem}), file=said)
+        said.flush()
+        os._exit(0)  # threads that the plugin started go on otherwise
+
+
+def _tell(said: Any, main_thread: int, file: str) -> None:
+    """Says where the import is, for as long as somebody listens."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(TELLS_EVERY_S)
+        frame: FrameType | None = sys._current_frames().get(main_thread)
+        while frame is not None and frame.f_code.co_filename != file:
+            frame = frame.f_back
+        told = {"line": None if frame is None else frame.f_lineno, "modules": len(sys.modules)}
+        print(json.dumps(told), file=said)
+    os._exit(1)
+
+
+def _reward_problem(trial: Trial) -> str | None:
+    try:
+        target, label = find(trial.name, trial.plugin)
+        if isinstance(target, type):
+            inspect.signature(target).bind(**trial.args)
+            return None  # made once, by the reward server: it may load a model
+        function = load(trial.name, trial.plugin, trial.args)
+        if trial.row is None:
+            return None
+        if trial.plugin is None:
+            return _call_once(function, trial.row)
+        if missing := _missing(target, trial):
+            return f"needs the column {missing[0]}, and the data has {', '.join(trial.row) or 'none'}"
+    except RewardError as error:
+        return _describe(error.__cause__, _file(trial)) if error.__cause__ else str(error)
+    except TypeError as error:
+        return f"reward {label}: {error}"
+    return None
+
+
+def _call_once(function: Any, row: Mapping[str, Any]) -> str | None:
+    """What a built-in function says against its arguments when it judges an empty completion."""
+    columns = {name: [value] for name, value in row.items()}
+    try:
+        function([[{"role": "user", "content": ""}]], [""], [[]], **columns)
+    except RewardError:
+        raise
+    except Exception as error:
+        return f"cannot be called with these args: {type(error).__name__}: {error}"
+    return None
+
+
+def _missing(function: Any, trial: Trial) -> Sequence[str]:
+    """Parameters without a default that nothing gives a value."""
+    given = {"prompts", "completions", "completion_ids", *(trial.row or ()), *trial.args}
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]
+
+
+def _generator_problem(trial: Trial) -> str | None:
+    path, _, name = str(trial.plugin).rpartition(":")
+    try:
+        function = vars(import_plugin(Path(path), f"generator {trial.plugin}"))[name]
+    except RewardError as error:
+        return _describe(error.__cause__, path) if error.__cause__ else str(error)
+    try:
+        inspect.signature(function).bind(**trial.args)
+    except TypeError as error:
+        return f"{error}; its args are {', '.join(inspect.signature(function).parameters) or 'none'}"
+    return None
+
+
+def _file(trial: Trial) -> str:
+    return trial.plugin.rpartition(":")[0] if trial.plugin else ""
+
+
+def _describe(error: BaseException, file: str) -> str:
+    """What was raised, and at which line of the plugin."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f"{file}:{lines[-1]}: " if lines else ""
+    return f"{place}importing it raised {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""The data of a recipe, read and tokenised as a run does it, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlflow.cli.plugin_checks import sources_of
+from rlflow.cli.sequence_checks import config_of, resolved
+from rlflow.data.errors import DataError, Rows
+from rlflow.data.examples import load_examples
+from rlflow.data.preferences import load_labelled, load_pairs
+from rlflow.data.prompts import load_prompts
+from rlflow.data.tokenizer import load_tokenizer
+from rlflow.recipe import ModelBlock, Recipe, SourceBlock
+from rlflow.types import Prompt
+
+SMALL_BYTES = 64 << 20
+"""Files that are read twice, to say within seconds what is wrong with them; a run alone reads larger ones."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """What reading the data of a stage brought."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """(dotted key, what is wrong and what to do)."""
+    num_rows: int | None = None
+    """Of training; None where they were not read."""
+    row: Mapping[str, Any] | None = None
+    """The columns of a prompt, as rewards get them."""
+
+
+def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
+    """Reads what the stage trains and evaluates on.
+
+    Args:
+        to_come: The directory that each earlier stage will write, and the stage: its tokenizer is that of its start.
+    """
+    reading = Reading()
+    if config_of(recipe.model, to_come) is None:
+        return reading  # on a hub that cannot be reached, which a run will say
+    try:
+        tokenizer = load_tokenizer(_start(recipe.model, to_come))
+    except DataError as error:
+        reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
+        return reading
+    for key, load in _loaders(recipe, tokenizer).items():
+        try:
+            rows = load()
+        except DataError as error:
+            reading.problems.append((key, str(error)))
+            continue
+        if key == "data.train":
+            reading.num_rows = len(rows)
+        if reading.row is None and rows and isinstance(rows[0], Prompt):
+            reading.row = {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
+    return reading
+
+
+def is_small(recipe: Recipe) -> bool:
+    """Whether all of the data is here, and little enough to be read once more."""
+    paths = [Path(source.path) for source in sources_of(recipe).values() if source.path is not None]
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return all(path.exists() for path in paths) and sum(file.stat().st_size for file in files) <= SMALL_BYTES
+
+
+def _start(model: ModelBlock, to_come: Mapping[str, Recipe]) -> ModelBlock:
+    """The model whose tokenizer the stage will have, with the template that the recipe gives it."""
+    start = resolved(model, to_come)
+    template = model.chat_template if model.chat_template is not None else start.chat_template
+    return start.model_copy(update={"chat_template": template})
+
+
+def _loaders(recipe: Recipe, tokenizer: Any) -> Mapping[str, Callable[[], Rows[Any]]]:
+    """What reads the rows of each key."""
+    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
+
+    def prompts(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
+        return load_prompts(source, data, tokenizer, seed)
+
+    def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
+        of_pairs = load_labelled if recipe.algorithm.name == "kto" else load_pairs
+        load = load_examples if recipe.family == "sft" else of_pairs
+        return load(data.model_copy(update={"train": source}), tokenizer, seed)
+
+    loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}
+    if evaluation is not None:
+        read = examples if recipe.evaluation_reward is None else prompts
+        loaders["evaluation.data"] = partial(read, evaluation.data)
+    return loaders

@@ -1,0 +1,124 @@
+"""A recipe's functions are imported in processes of their own: whatever that does, it is one message with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlflow.cli import plugin_checks
+from rlflow.cli.main import main
+from rlflow.cli.plugin_checks import in_generators, in_rewards
+from rlflow.recipe import Recipe, load_recipe
+
+RECIPE = """\
+algorithm: {name: grpo}
+model: {path: org/model}
+data: {train: {path: org/data}}
+rewards: [{name: exact_match}]
+run: {steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe_with(tmp_path: Path):
+    def recipe_with(*overrides: str) -> Recipe:
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        (recipe,) = load_recipe(tmp_path / "recipe.yaml", overrides)
+        return recipe
+
+    return recipe_with
+
+
+def problem_of(tmp_path: Path, recipe_with, source: str, args: str = "{}", row: dict | None = None) -> str | None:
+    """What is said of a reward plugin ``f`` with this source."""
+    (tmp_path / "mine.py").write_text(source)
+    recipe = recipe_with(f"rewards=[{{plugin: '{tmp_path}/mine.py:f', args: {args}}}]")
+    found = list(in_rewards(recipe, row))
+    assert len(found) <= 1
+    for key, message in found:
+        assert key == "rewards.0.plugin"
+        return message
+    return None
+
+
+GOOD = "def f(completions, answer, scale=1.0):\n    return [0.0] * len(completions)\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "args", "says"),
+    [
+        ("\nraise RuntimeError('no GPU')\n", "{}", "mine.py:2: importing it raised RuntimeError: no GPU"),
+        ("import sys\nsys.exit(3)\n", "{}", "mine.py:2: importing it raised SystemExit: 3"),
+        ("import no_such_module\n", "{}", "mine.py:1: importing it raised ModuleNotFoundError"),
+        ("import os\nos._exit(7)\n", "{}", "importing it ended the process (exit code 7)"),
+        (GOOD, "{scael: 2}", "takes no argument 'scael'; did you mean 'scale'?"),
+        (GOOD, "{}", "needs the column answer, and the data has question"),
+        ("f = 3\n", "{}", "is a int, not a function"),
+        ("class f:\n    def __init__(self, path): pass\n", "{pth: x}", "missing a required argument: 'path'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_named_with_the_reason(tmp_path, recipe_with, source, args, says):
+    assert says in str(problem_of(tmp_path, recipe_with, source, args, {"question": "1"}))
+
+
+def test_a_plugin_that_can_be_used_is_let_pass_whatever_it_prints_and_starts(tmp_path, recipe_with):
+    noisy = "import threading, time, neighbour\nprint('x' * 100_000)\n"
+    noisy += "threading.Thread(target=time.sleep, args=(600,)).start()\n" + GOOD
+    (tmp_path / "neighbour.py").write_text("")
+    assert problem_of(tmp_path, recipe_with, noisy, "{scale: 2}", {"answer": "1"}) is None
+    judge = "class f:\n    def __init__(self, path): raise RuntimeError('loaded')\n"
+    assert problem_of(tmp_path, recipe_with, judge, "{path: x}") is None
+
+
+def test_an_import_that_does_not_end_is_given_up_with_its_line(tmp_path, recipe_with, monkeypatch):
+    monkeypatch.setattr(plugin_checks, "SILENCE_S", 1.0)
+    said = problem_of(tmp_path, recipe_with, "import time\nwhile True:\n    time.sleep(9)\n")
+    assert "importing it does not end: for 1 of" in str(said) and "is at line 3; move what takes long" in str(said)
+
+
+def test_an_import_that_goes_on_is_waited_for(tmp_path, recipe_with, monkeypatch):
+    monkeypatch.setattr(plugin_checks, "SILENCE_S", 2.0)
+    slow = "import time\n" + "time.sleep(0.8)\n" * 4 + GOOD
+    assert problem_of(tmp_path, recipe_with, slow) is None
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("{name: soft_overlong}", "soft_overlong needs max_tokens"),
+        ("{name: repetition, args: {ngram: 3}}", "repetition takes no argument ngram (did you mean ngram_size?)"),
+        ("{name: format, args: {pattern: '('}}", "cannot be called with these args: "),
+        ("{name: exact_match}", "exact_match needs the column solution, and the data has answer: map it in data.train"),
+    ],
+)
+def test_a_built_in_rewards_arguments_and_columns_are_checked(recipe_with, reward, says):
+    ((key, message),) = in_rewards(recipe_with(f"rewards=[{reward}]"), {"answer": "1"})
+    assert key == "rewards.0.args" and says in message
+    assert not list(in_rewards(recipe_with("rewards=[{name: exact_match}]"), {"solution": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "args", "says"),
+    [
+        ("rows.py:make", "{n: 3}", "missing a required argument: 'm'; its args are n, m"),
+        ("rows.py:broken", "{}", "rows.py:3: importing it raised ZeroDivisionError"),
+    ],
+)
+def test_a_generators_arguments_and_import_are_checked(tmp_path, recipe_with, monkeypatch, spec, args, says):
+    monkeypatch.chdir(tmp_path)
+    text = "def make(n, m): return []\ndef broken(): return []\n" + ("1 / 0\n" if "broken" in spec else "")
+    (tmp_path / "rows.py").write_text(text)
+    recipe = recipe_with(f"data.train={{path: null, generator: '{spec}', args: {args}}}")
+    ((key, message),) = in_generators(recipe)
+    assert key == "data.train.generator" and says in message
+
+
+def test_run_and_plan_say_so_with_the_recipes_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("raise SystemExit\nf = print\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("name: exact_match", f"plugin: '{tmp_path}/mine.py:f'"))
+    for command in ("run", "plan"):
+        assert main([command, str(recipe), f"run.output_dir={tmp_path}/out"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"{recipe}:4: rewards.0.plugin: {tmp_path}/mine.py:1: importing it raised SystemExit")
