@@ -235,9 +235,9 @@ class _Scoring:
 
     def _settle_row(self, function: int, row: int, score: float | str | None) -> None:
         if isinstance(score, str):
-            self._fail(function, row, f"returned {score}")
+            self._fail(function, row, f"returned {score}: return a number, or None to abstain")
         elif score is not None and not abs(score) <= LARGEST:
-            self._fail(function, row, f"returned {score:g}")
+            self._fail(function, row, f"returned {score:g}: return a number within float32, or None to abstain")
         elif score is not None:
             self.rewards[function][row] = score
 

@@ -35,14 +35,14 @@ tracking: [jsonl]
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
     use_local_actors(monkeypatch)
 
-    def run(score: str, steps: int, **overrides: Any) -> Path:
+    def run(score: str, steps: int, resume: bool = False, **overrides: Any) -> Path:
         """A run whose reward of each completion is the expression ``score`` of its ``text``."""
         rows, plugin, recipe = tmp_path / "rows.jsonl", tmp_path / "score.py", tmp_path / "recipe.yaml"
         rows.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(4)))
         plugin.write_text(f"def score(completions, **columns):\n    return [{score} for text in completions]\n")
         given = {"out": tmp_path / "out", "model": tiny_model_dir, "rows": rows, "plugin": plugin, "steps": steps}
         recipe.write_text(RECIPE.format(**given))
-        rlflow.run(recipe, overrides=overrides)
+        rlflow.run(recipe, overrides=overrides, resume=resume)
         return tmp_path / "out"
 
     return run
@@ -130,15 +130,18 @@ def test_a_run_that_trained_nothing_is_no_success(run, tmp_path, score):
     """No reward at all in fewer steps than the limit, or the same one for everything."""
     with pytest.raises(RunError, match="nothing was trained"):
         run(score, 2)
+    with pytest.raises(RunError, match="nothing was trained"):
+        run(score, 2, resume=True)
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_steps_without_a_signal_are_no_reason_to_stop(run):
+def test_steps_without_a_reward_are_no_reason_to_stop_when_others_are_between_them(run):
     calls = "open(__file__ + '.calls', 'a+')"
-    first_step = f"(lambda file: (file.write('x'), file.seek(0), len(file.read()))[-1])({calls}) <= 8"
-    directory = run(f"None if {first_step} else float(len(text) + ord((text + '?')[0]))", 2)
+    number = f"(lambda file: (file.write('x'), file.seek(0), len(file.read()))[-1])({calls})"
+    score = f"None if ({number} - 1) // 8 % 2 == 0 else float(len(text) + ord((text + '?')[0]))"
+    directory = run(score, 4, **{"run.max_skipped_steps": 2})
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["reward/unscored_fraction"] for line in lines[1:]] == [1.0, 0.0]
+    assert [line["reward/unscored_fraction"] for line in lines[1:]] == [1.0, 0.0, 1.0, 0.0]
     assert (directory / "final").exists()
 
 
@@ -157,3 +160,14 @@ def test_why_rewards_failed_is_told_below_the_limit_in_log_rollouts_report_and_o
     report = write_report(directory).read_text()
     assert "Why rewards failed" in report
     assert f'<td>{cause}</td><td class="num">{len(failed)}</td>' in report
+
+
+def test_why_a_reward_failed_in_an_evaluation_is_told(run, tmp_path):
+    evaluation = {"data": {"path": str(tmp_path / "rows.jsonl")}, "samples": 4, "temperature": 1.0}
+    limit = {"reward_server.max_error_fraction": 0.99}
+    directory = run("1 / (ord((text + '?')[0]) % 3)", 1, evaluation=evaluation, **limit)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    failed = round(16 * lines[0]["eval/heldout/unscored_fraction"])
+    assert 0 < failed < 16
+    told = f"evaluation heldout: {failed} of 16 completions could not be scored:\n  reward 'score', prompt 'rows:"
+    assert told in (directory / "logs" / "run.log").read_text()
