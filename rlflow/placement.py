@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlflow.actors.actor_group import ActorGroup, Pending
+from rlflow.actors.actor_group import ActorFailure, ActorGroup, Pending
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
@@ -33,6 +33,8 @@ from rlflow.ray_cluster import ask_for_a_token, named_cluster, on_loopback
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 _OBJECT_STORE_BYTES = 2 << 30
+CLOSE_TIMEOUT_S = 3.0
+"""A reward server that is busy for longer is killed with its call."""
 _TRAINERS = ("trainer", "critic")
 
 
@@ -65,6 +67,10 @@ class Actors:
         self.reference = None
 
     def close(self) -> None:
+        if self.rewards is not None:
+            # Killed with its actor, a reward child leaves behind what a function has detached from it.
+            with suppress(ActorFailure):
+                self.rewards.start_all(RewardServer.close).get(CLOSE_TIMEOUT_S)
         for group in (self.trainer, self.rollout, self.rewards, self.critic, self.reference):
             if group is not None:
                 group.kill()

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from rlflow.placement import _constructor, environment
+from rlflow.actors.actor_group import ActorFailure
+from rlflow.placement import Actors, _constructor, environment
 from rlflow.plan import Role, roles
 from rlflow.recipe import load_recipe
 
@@ -58,3 +59,31 @@ def test_a_recipe_that_trusts_its_models_code_trusts_that_of_critic_and_referenc
     for role, path in {"trainer": "org/policy", "critic": "org/critic", "reference": "org/reference"}.items():
         block = arguments[role]["model"]
         assert (block.path, block.dtype, block.trust_remote_code) == (path, "bfloat16", trusted)
+
+
+class Group:
+    """In the place of an ActorGroup: writes down what happens to it."""
+
+    def __init__(self, name: str, calls: list[str], failure: Exception | None = None) -> None:
+        self.name, self.calls, self.failure = name, calls, failure
+
+    def start_all(self, method) -> Group:
+        self.calls.append(f"{self.name}.{method.__name__}")
+        return self
+
+    def get(self, timeout_s: float) -> None:
+        assert timeout_s <= 5
+        if self.failure is not None:
+            raise self.failure
+
+    def kill(self) -> None:
+        self.calls.append(f"{self.name}.kill")
+
+
+@pytest.mark.parametrize("failure", [None, ActorFailure("rewards[0]", "close", "no answer within 3 s")])
+def test_reward_servers_end_what_functions_have_started_before_they_are_killed(monkeypatch, failure):
+    monkeypatch.setattr("rlflow.placement.remove_placement_group", lambda group: calls.append("removed"))
+    calls: list[str] = []
+    trainer, rewards = Group("trainer", calls), Group("rewards", calls, failure)
+    Actors(trainer, None, rewards, None, None, group=None).close()  # pyright: ignore[reportArgumentType]
+    assert calls == ["rewards.close", "trainer.kill", "rewards.kill", "removed"]
