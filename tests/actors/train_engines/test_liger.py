@@ -110,6 +110,9 @@ def test_what_the_fused_kernel_cannot_compute_is_left_to_the_chunks(
     assert module(*arguments, temperature, entropies).logprobs.isfinite().all()
     with pytest.raises(AssertionError, match="called"):
         module(*arguments, 1.0, "none")
+    # It has no place for ids that get no probability.
+    module.leave_out(np.array([7]))
+    assert module(*arguments, 1.0, "none").logprobs.isfinite().all()
 
 
 def test_a_missing_library_or_an_unknown_architecture_is_said(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
