@@ -20,7 +20,7 @@ from rlflow.cli.model_checks import config_problem, in_architecture
 from rlflow.cli.output_checks import in_output, in_space
 from rlflow.cli.plugin_checks import in_generators, in_rewards, rewards_of, sources_of
 from rlflow.cli.row_checks import Reading, is_small, read_data
-from rlflow.cli.secret_checks import in_environment, in_masked
+from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
@@ -101,6 +101,8 @@ def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
     Raises:
         RecipeError: All that is not there, each with the place where it is named.
     """
+    for stage in stages:
+        remember(stage.recipe)
     to_come: dict[str, Recipe] = {}
     problems = []
     for stage in stages:

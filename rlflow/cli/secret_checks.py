@@ -8,10 +8,17 @@ from typing import Any
 
 from rlflow.recipe import Recipe
 from rlflow.recipe.problems import Place, Problem
-from rlflow.tracking.redact import MASK, is_secret_name
+from rlflow.tracking.redact import MASK, is_secret_name, remember_secrets
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
+
+
+def remember(recipe: Recipe) -> None:
+    """Keeps what is secret in a recipe, and the variables that it names, out of everything that is said from now on."""
+    remember_secrets(recipe.model_dump(mode="json"))
+    named = recipe.reward_server.environment
+    remember_secrets({"secret": [os.environ[name] for name in named if name in os.environ]})
 
 
 def in_masked(recipe: Recipe) -> Found:

@@ -73,3 +73,14 @@ def test_a_secret_is_no_part_of_a_jobs_command(recipe_file: Path, capsys: pytest
     said = capsys.readouterr().err
     assert "rewards.0.args.credentials.key: is a secret, and everybody who sees the dashboard" in said
     assert "hunter2" not in said
+
+
+def test_a_plugin_that_fails_on_its_secrets_does_not_have_them_told(recipe_file: Path, monkeypatch, capsys):
+    (recipe_file.parent / "data.jsonl").write_text('{"prompt": "a"}\n')
+    plugin = "import os\nraise RuntimeError('hunter2-a and ' + os.environ['MY_SETTING'])\ndef score(): ...\n"
+    (recipe_file.parent / "judge.py").write_text(plugin)
+    monkeypatch.setenv("MY_SETTING", "hunter2-d")
+    assert main(["plan", str(recipe_file), "reward_server.environment=[MY_SETTING]"]) == 2
+    said = capsys.readouterr()
+    assert "RuntimeError: *** and ***" in said.err
+    assert "hunter2" not in said.out + said.err
