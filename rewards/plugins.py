@@ -31,7 +31,8 @@ def import_plugin(path: Path, label: str) -> ModuleType:
     name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
-    _make_importable(path.parent)
+    for folder in _import_folders(path):
+        _make_importable(folder)
     _require_own_neighbours(path, label)
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
@@ -43,6 +44,14 @@ def import_plugin(path: Path, label: str) -> ModuleType:
         del sys.modules[name]
         raise RewardError(f"{label}: importing it raised {type(error).__name__}: {error}") from error
     return module
+
+
+def _import_folders(path: Path) -> list[Path]:
+    """The folder of a plugin, and, of one in a package, the folder that holds the package."""
+    package = path.parent
+    while (package / "__init__.py").is_file():
+        package = package.parent
+    return list(dict.fromkeys([path.parent, package]))
 
 
 def _make_importable(folder: Path) -> None:

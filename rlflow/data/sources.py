@@ -139,6 +139,8 @@ def _load_function(spec: str) -> Callable[..., Iterable[Any]]:
         raise DataError(f"generator {spec}: {path} is not a Python file.")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

@@ -9,7 +9,8 @@ import pytest
 from rlflow.cli import plugin_checks
 from rlflow.cli.main import main
 from rlflow.cli.plugin_checks import in_generators, in_rewards
-from rlflow.recipe import Recipe, load_recipe
+from rlflow.data.sources import read_table
+from rlflow.recipe import Recipe, SourceBlock, load_recipe
 
 RECIPE = """\
 algorithm: {name: grpo}
@@ -69,6 +70,19 @@ def test_a_plugin_that_can_be_used_is_let_pass_whatever_it_prints_and_starts(tmp
     assert problem_of(tmp_path, recipe_with, noisy, "{scale: 2}", {"answer": "1"}) is None
     judge = "class f:\n    def __init__(self, path): raise RuntimeError('loaded')\n"
     assert problem_of(tmp_path, recipe_with, judge, "{path: x}") is None
+
+
+def test_a_plugin_in_a_package_and_a_generator_find_what_lies_beside_them(tmp_path, recipe_with):
+    package = tmp_path / "rewards"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "own_helper.py").write_text("ONE = 1.0\n")
+    source = "from rewards.own_helper import ONE\nimport own_helper\n"
+    (package / "mine.py").write_text(f"{source}def f(completions): return [ONE] * len(completions)\n")
+    assert list(in_rewards(recipe_with(f"rewards=[{{plugin: '{package}/mine.py:f'}}]"), None)) == []
+    (tmp_path / "own_rows.py").write_text("ROWS = [{'prompt': '1+1='}]\n")
+    (tmp_path / "made.py").write_text("import own_rows\ndef make(): return own_rows.ROWS\n")
+    assert len(read_table(SourceBlock(generator=f"{tmp_path}/made.py:make")).rows) == 1
 
 
 def test_an_import_that_does_not_end_is_given_up_with_its_line(tmp_path, recipe_with, monkeypatch):

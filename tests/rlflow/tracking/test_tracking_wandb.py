@@ -39,14 +39,10 @@ def test_without_a_key_the_run_is_offline_in_its_directory_and_holds_no_secret(
 ) -> None:
     said: list[str] = []
     tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=60)
-    slowest = 0.0
     for step in range(1, 21):
-        started = time.perf_counter()
         tracker.log(StepStats(step, {"reward/mean": step / 20, "loss/total": float("nan")}))
-        slowest = max(slowest, time.perf_counter() - started)
     tracker.finish({"best/pass@1": 0.5})
     tracker.close()
-    assert slowest < 0.1
     assert len(said) == 1 and said[0].startswith("wandb: offline; `wandb sync ")
     content = written(tmp_path)
     assert b"reward/mean" in content and b"best/pass@1" in content and b"math_accuracy" in content
@@ -64,18 +60,18 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path, make_recipe: Callable[..., R
     assert set(runs) == {(tmp_path / "wandb" / "run_id").read_text().strip()}
 
 
-def test_a_killed_process_costs_one_notice(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
+def test_a_killed_process_costs_one_notice_and_is_not_waited_for(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append)
+    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=3600)
     process = tracker._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     for step in range(3):
         tracker.log(StepStats(step, {"reward/mean": 0.0}))
-    started = time.monotonic()
     tracker.finish({})
-    assert time.monotonic() - started < 1.0
     assert len(said) == 1 and "ended early" in said[0]
 
 
@@ -85,12 +81,18 @@ def test_an_unreachable_service_is_waited_for_no_longer_than_the_deadline(
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=4.0)
+    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=1.0)
+    process = tracker._process
+    assert process is not None
+    waited: list[float | None] = []
+    wait = process.wait
+    monkeypatch.setattr(process, "wait", lambda timeout=None: waited.append(timeout) or wait(timeout))
     tracker.log(StepStats(1, {"reward/mean": 0.0}))
-    started = time.monotonic()
     tracker.finish({})
-    assert time.monotonic() - started < 5.0
-    assert "did not finish within 4 s" in said[-1]
+    assert "did not finish within 1 s" in said[-1]
+    # Once for what is left of the deadline, then for the process that was killed.
+    assert waited[0] is not None and waited[0] <= 1.0 and waited[1:] == [None]
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_child_that_does_not_read_loses_steps_which_are_counted(
@@ -104,7 +106,7 @@ def test_a_child_that_does_not_read_loses_steps_which_are_counted(
     os.kill(process.pid, signal.SIGSTOP)
     big = {f"group/metric_{i}": 0.123456789 for i in range(100)}
     for step in range(100):
-        tracker.log(StepStats(step, big))
+        tracker.log(StepStats(step, big))  # returns although nobody reads
     dropped = tracker.dropped
     assert 50 < dropped < 100
     os.kill(process.pid, signal.SIGCONT)
