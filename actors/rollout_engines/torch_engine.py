@@ -6,17 +6,22 @@ not depend on which others it is batched with (up to rounding in the forward pas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from rlflow.actors.checkpoint_names import to_model
+from rlflow.actors.rollout_engines.torch_reading import ONE_PROMPT, Reader, Reading, read_padded
+from rlflow.actors.train_engines.probe import narrow_windows, use_own_attention
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -38,25 +43,34 @@ class TorchEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_num_seqs = max_num_seqs
         self.left_out: torch.Tensor | None = None
+        self.reader: Reader = read_padded
+        self.is_settled = False
+        """The reader is known to be right for this model."""
         self.is_adapted = adapted is not None
         if adapted is not None:
             from rlflow.actors import adapters
 
-            options: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
             self.model: Any = adapters.load_adapted(adapted, seed=0, device=self.device, **options).eval()
             self.synced = adapters.adapter_parameters(self.model)
+            use_own_attention(self.model)
             return
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
         with no_init_weights():
             self.model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=trust_remote_code
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
         self.model.tie_weights()
         self.model.to(self.device).eval()
         self.synced = dict(self.model.named_parameters())
+        use_own_attention(self.model)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies every weight in. Raises ValueError for a name or shape the model does not have, or one left out."""
+        """Copies every weight in. The first time, it also settles how the model generates.
+
+        Raises:
+            ValueError: For a name or shape that the model does not have, or one left out.
+        """
         parameters = self.synced
         missing = set(parameters)
         with torch.no_grad():
@@ -70,6 +84,8 @@ class TorchEngine:
                 missing.discard(name)
         if missing:
             raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {sorted(missing)[0]}")
+        if not self.is_settled:
+            self._choose_reader()
 
     def leave_out(self, ids: np.ndarray) -> None:
         """Gives ``ids`` of the vocabulary no probability from now on, and those of an earlier call theirs back."""
@@ -84,7 +100,8 @@ class TorchEngine:
             wave = rows[start : start + self.max_num_seqs]
             place = {r: i for i, r in enumerate(sorted({r for r, _ in wave}))}
             prompts = [requests[r].prompt_token_ids for r in place]
-            completions += self._generate_wave(prompts, [place[r] for r, _ in wave], [s for _, s in wave], params)
+            which, seeds = [place[r] for r, _ in wave], [s for _, s in wave]
+            completions += self._generate_wave(prompts, which, seeds, params)
         return completions
 
     def sleep(self) -> None:
@@ -100,11 +117,16 @@ class TorchEngine:
     def _generate_wave(
         self, prompts: list[np.ndarray], which: list[int], seeds: list[int], params: SamplingParams
     ) -> list[Completion]:
-        """which [R]: the prompt of each row; seeds [R]."""
-        logits, cache, mask = self._prefill(prompts)
-        row_of = torch.tensor(which, device=self.device)
-        cache.batch_select_indices(row_of)
-        logits, mask = logits[row_of], mask[row_of]
+        """which [R]: the prompt of each row, in order; seeds [R]."""
+        if self.reader is read_padded:
+            return self._write(read_padded(self.model, prompts, which), seeds, params)
+        completions: list[Completion] = []
+        for index, prompt in enumerate(prompts):
+            own = [seed for seed, of_prompt in zip(seeds, which, strict=True) if of_prompt == index]
+            completions += self._write(self.reader(self.model, [prompt], [0] * len(own)), own, params)
+        return completions
+
+    def _write(self, reading: Reading, seeds: list[int], params: SamplingParams) -> list[Completion]:
         uniforms = torch.from_numpy(
             np.stack([np.random.Generator(np.random.Philox(key=s)).random(params.max_new_tokens) for s in seeds])
         ).to(self.device)
@@ -117,7 +139,7 @@ class TorchEngine:
         stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         alive = torch.arange(num_rows, device=self.device)
         for t in range(params.max_new_tokens):
-            token, logprob = sample(logits, uniforms[alive, t], params)
+            token, logprob = sample(self._of_tokens(reading.logits), uniforms[alive, t], params)
             running = ~stopped[alive]
             tokens[alive, t] = torch.where(running, token, 0)
             logprobs[alive, t] = torch.where(running, logprob, 0.0)
@@ -128,47 +150,63 @@ class TorchEngine:
             num_running = int(running.sum())
             if num_running == 0 or t + 1 == params.max_new_tokens:
                 break
-            if num_running <= len(alive) // 2:
+            if num_running <= len(alive) // 2 and reading.can_leave_out:
                 keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                alive, token, mask = alive[keep], token[keep], mask[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = self._decode(token, cache, mask)
+                reading.keep(keep)
+                alive, token = alive[keep], token[keep]
+            reading.write(token)
         return [
             _completion(tokens[r], logprobs[r], int(lengths[r]), "stop" if stopped[r] else "length")
             for r in range(num_rows)
         ]
 
-    def _prefill(self, prompts: list[np.ndarray]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Left-padded prompts -> logits of the next token [P, V], cache, mask [P, L]."""
-        longest = max(len(prompt) for prompt in prompts)
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        mask = np.zeros((len(prompts), longest), dtype=np.int64)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = prompt
-            mask[i, longest - len(prompt) :] = 1
-        attention_mask = torch.from_numpy(mask).to(self.device)
-        cache = DynamicCache(config=self.model.config)
-        output = self.model(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return self._of_tokens(output.logits[:, -1]), cache, attention_mask
+    @torch.inference_mode()
+    def _choose_reader(self) -> None:
+        """The first way of reading whose logprobs of a few tokens are those of transformers' forward pass of each
+        sequence alone; windows are made shorter than these texts meanwhile, so that they show."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(0, vocabulary, size=size).astype(np.int32) for size in (3, 9)]
+        requests = [GenerationRequest(prompts[0], (1, 2)), GenerationRequest(prompts[1], (3,))]
+        # Padding would enter a state that is carried from token to token; with small weights that does not show yet.
+        ways = ONE_PROMPT if self.model._is_stateful else (read_padded, *ONE_PROMPT)
+        with narrow_windows(self.model):
+            if not self._logits(prompts[1]).isfinite().all():
+                return
+            for self.reader in ways:
+                if self.reader is ways[-1] or self._is_right(requests):
+                    break
+        self.is_settled = True
+        if self.reader is not read_padded:
+            cache = "" if self.reader is ONE_PROMPT[0] else ", without a cache"
+            logger.warning("%s generates from one prompt at a time%s", type(self.model).__name__, cache)
 
-    def _decode(self, token: torch.Tensor, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
-        """token [R] -> logits of the next one [R, V]."""
-        output = self.model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return self._of_tokens(output.logits[:, -1])
+    def _is_right(self, requests: Sequence[GenerationRequest]) -> bool:
+        params = SamplingParams(max_new_tokens=6, temperature=1.0)
+        try:
+            completions = self.generate(requests, params)
+        except torch.OutOfMemoryError:
+            raise
+        # What a model's code makes of padding and caches is not ours; the next way may be right.
+        except Exception as error:
+            logger.info("%s: %s: %s", type(self.model).__name__, type(error).__name__, error)
+            return False
+        prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
+        differences = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            logits = self._logits(np.concatenate([prompt, completion.token_ids]))[len(prompt) - 1 : -1].float()
+            written = torch.from_numpy(completion.token_ids).long().to(self.device)
+            plain = torch.log_softmax(logits, dim=-1).gather(1, written[:, None]).squeeze(1)
+            differences.append((plain.cpu() - torch.from_numpy(completion.logprobs)).abs())
+        apart = torch.cat(differences)
+        # In 16 bits a mixture of experts may route single tokens otherwise.
+        exact = self.model.dtype == torch.float32
+        return bool(apart.max() < 3e-4) if exact else bool(apart.median() < 0.1)
+
+    def _logits(self, tokens: np.ndarray) -> torch.Tensor:
+        """Of a text alone, [L, V]."""
+        ids = torch.from_numpy(tokens).long().to(self.device)
+        return self._of_tokens(self.model(input_ids=ids[None]).logits[0])
 
     def _of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, V]."""

@@ -80,11 +80,9 @@ def choose_passes(module: ProbedModule, device: torch.device) -> None:
             than in transformers.
     """
     model = module.model
-    if _caps_attention(model):
-        # The default of these models, torch's scaled-dot-product attention, leaves the cap out without a word.
-        model.set_attn_implementation("eager")
+    use_own_attention(model)
     sequences = _texts(model, _LENGTHS, 0, device)
-    with _narrow_windows(model):
+    with narrow_windows(model):
         plain = [_plain_answer(module, tokens) for tokens in sequences]
         problem = _why_not_packed(module, sequences, plain)
         if problem is not None:
@@ -231,9 +229,11 @@ def _takes_options(decoder: nn.Module) -> bool:
     return takes_any and "position_ids" in parameters
 
 
-def _caps_attention(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config().to_dict()
-    return config.get("attn_logit_softcapping") is not None
+def use_own_attention(model: PreTrainedModel) -> None:
+    """What transformers chose for a model as it loaded it, but of those that cap attention's logits (Gemma 2): their
+    default, torch's scaled-dot-product attention, leaves the cap out without a word."""
+    if model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None:
+        model.set_attn_implementation("eager")
 
 
 def _texts(model: PreTrainedModel, lengths: Sequence[int], seed: int, device: torch.device) -> list[torch.Tensor]:
@@ -247,7 +247,7 @@ def _texts(model: PreTrainedModel, lengths: Sequence[int], seed: int, device: to
 
 
 @contextmanager
-def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
     """Within, no layer with a window or chunks sees farther than ``_WINDOW`` tokens."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     changed = []

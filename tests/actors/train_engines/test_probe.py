@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import GPT2, LLAMA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from rlflow.actors.train_engines import token_model
@@ -21,6 +20,7 @@ from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.batching import pack
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch, Sample
+from tests.actors.train_engines.architectures import GPT2, LLAMA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 19, 12)
