@@ -25,6 +25,7 @@ from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
 from rlflow.plan import roles
+from rlflow.ray_cluster import named_cluster, require_answer
 from rlflow.recipe import Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, load_located
@@ -53,9 +54,12 @@ def load_runnable(path: str | Path, overrides: Overrides = (), *, alone: bool = 
 
     Raises:
         RecipeError: All of what is wrong.
+        RunError: The cluster that RAY_ADDRESS names does not answer.
     """
     located = load_located(path, overrides)
     check(located, alone=alone)
+    if (address := named_cluster()) is not None:
+        require_answer(address)
     check_in_use(located, read=is_small)
     return [stage.recipe for stage in located]
 

@@ -11,7 +11,7 @@ from rlflow.cli.preflight import load_runnable
 from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StopRequested
-from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
 
 SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
@@ -40,8 +40,6 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0)
         DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
         RunError: Anything else that went wrong.
     """
-    if (address := named_cluster()) is not None:
-        require_answer(address)
     from rlflow.actors.actor_group import ActorFailure
     from rlflow.driver.run import run_recipes
 
