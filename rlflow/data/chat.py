@@ -169,7 +169,12 @@ class Chat:
             return text, turn
         last = len(messages) - 1
         prompt = render(messages[:last], generation_prompt=True)
-        if not prompt.startswith(text[: turn.content]):
+        differs = (index for index, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1])
+        shared = next(differs, len(text))
+        if not prompt[shared:].strip():
+            # The two part in white space alone, such as that of an empty thought.
+            return prompt + text[shared:], _moved(turn, len(prompt), len(prompt) - shared)
+        if shared < turn.content:
             return text, turn
         opened = prompt[turn.content :]
         said = with_thought(messages[last], text[turn.content : turn.end])
@@ -180,8 +185,8 @@ class Chat:
                 f"the generation prompt opens a thought ({opened.strip()!r}), and messages[{last}] has none: give it "
                 "one, or set a model.chat_template (or model.chat_template_kwargs) that opens none"
             )
-        end = len(prompt) + len(said)
-        return prompt + said + text[turn.end :], Turn(len(prompt), len(prompt), end, follows_prompt=True)
+        longer = len(prompt) + len(said) - turn.end
+        return prompt + said + text[turn.end :], _moved(turn, len(prompt), longer)
 
     def _closed(self, text: str, index: int, end: int, written: bool, *, is_last: bool) -> tuple[str, int]:
         """The text with an end of the turn behind ``end``, and where that ends."""
@@ -301,6 +306,11 @@ class Chat:
             if unknown:
                 raise RowError(f"the character {unknown[0]!r} is not in model.characters")
         return text
+
+
+def _moved(turn: Turn, start: int, by: int) -> Turn:
+    """A turn that begins at ``start``, behind its prompt, and ends ``by`` characters later than before."""
+    return Turn(start, start, turn.end + by, follows_prompt=True)
 
 
 def _characters(tokenizer: PreTrainedTokenizerFast) -> set[str] | None:

@@ -72,7 +72,8 @@ def encode_rows(
         examples = [Example(row.id, token_ids[:limit], loss_mask[:limit]) for token_ids, loss_mask in pieces]
         if all(example.loss_mask.any() for example in examples):
             kept.append((row, examples))
-            kept.notes.extend(row.bad(note) for text in texts(row.value) for note in text.notes)
+            notes = dict.fromkeys(note for text in texts(row.value) for note in text.notes)
+            kept.notes.extend(map(row.bad, notes))
         else:
             kept.skipped.append(row.bad(f"nothing is trained in its first {limit:,} tokens"))
     overlong.settle(kept)

@@ -170,6 +170,16 @@ def test_a_thought_that_the_template_cuts_goes_behind_the_generation_prompt_that
             assert tokenizer.decode(example.token_ids[example.loss_mask]).startswith("hm\n</think>\n\n")
 
 
+def test_an_empty_thought_that_the_template_puts_in_is_closed_behind_the_generation_prompt_that_opens_it(chat):
+    empty = CUTS_THOUGHTS.replace("{{ m['content'].split", "{{ ('<think></think>' if m['role'] == 'assistant' else '')")
+    empty = empty.replace(
+        "'')('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}", "'') + m['content'] }}"
+    )
+    rendered = chat(empty).render_conversation([user("Hi"), answer("two")], [1])
+    assert rendered.text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n</think>two<|im_end|>\n"
+    assert trained(chat(empty), rendered) == ["</think>two<|im_end|>"] and rendered.notes == ()
+
+
 def test_an_answer_without_the_thought_that_the_generation_prompt_opens_is_a_bad_row(chat):
     with pytest.raises(
         RowError, match=r"the generation prompt opens a thought \('<think>'\), and messages\[1\] has none"
