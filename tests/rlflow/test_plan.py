@@ -367,3 +367,9 @@ def test_a_config_without_the_common_fields_is_no_shape():
 def test_ranks_that_share_tokens_hold_that_share_of_the_activations(recipe_file: Path):
     alone, shared = (plan_of(recipe_file, f"trainer.sequence_parallel={n}").roles[0].parts or {} for n in (1, 2))
     assert shared["activations"] * 2 == alone["activations"]
+
+
+def test_a_plan_shows_what_the_chat_template_reads(recipe_file: Path):
+    assert "\ntemplate" not in render(plan_of(recipe_file))
+    plan = plan_of(recipe_file, "model.chat_template_kwargs={enable_thinking: false, effort: low}")
+    assert "template   reads enable_thinking: false\n           reads effort: low\n" in render(plan)

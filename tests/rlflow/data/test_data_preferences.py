@@ -54,6 +54,13 @@ def test_the_margin_is_a_column(make_data, tokenizer, value, margin):
     assert pairs[0].margin == margin
 
 
+def test_a_margin_that_no_loss_looks_at_is_refused(make_data, tokenizer):
+    with pytest.raises(DataError, match=r"a column `margin`, which only the loss of a reward_model looks at"):
+        load_pairs(make_data([ROW | {"margin": 0.5}]), tokenizer, 0)
+    renamed = make_data([ROW | {"margin": 0.5}], {"columns": {"unused": "margin"}})
+    assert load_pairs(renamed, tokenizer, 0)[0].margin == 0.0
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlflow.data.errors import DataError
 from rlflow.data.examples import Example
 from rlflow.data.preferences import Labelled
+from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.driver import learner
-from rlflow.driver.units import judged_units, make_batch
-from rlflow.recipe import AlgorithmBlock
+from rlflow.driver.units import judged_units, load_units, make_batch
+from rlflow.recipe import AlgorithmBlock, Recipe
 from rlflow.types import Sample
 
 
@@ -92,3 +94,18 @@ def test_aots_margins_are_of_sums_or_of_means_on_both_sides(monkeypatch, loss, n
     stage: Any = SimpleNamespace(algorithm=block, recipe=SimpleNamespace(data=data, is_paired=True))
     samples, _ = make_batch(stage, units)
     assert [sample.margin for sample in samples] == pytest.approx(expected)
+
+
+def test_margins_of_the_data_reach_a_reward_model_and_no_other_loss(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5}\n')
+    given = {"model": {"architecture": {"model_type": "llama"}, "characters": "abc"}, "run": {"steps": 1}}
+    recipes = {
+        name: Recipe.model_validate({"algorithm": {"name": name}, "data": {"train": {"path": str(rows)}}, **given})
+        for name in ("reward_model", "dpo")
+    }
+    tokenizer = build_character_tokenizer("abc")
+    ((chosen, rejected),) = load_units(recipes["reward_model"], recipes["reward_model"].data, tokenizer)
+    assert (chosen.margin, rejected.margin) == (0.5, 0.5)
+    with pytest.raises(DataError, match="a column `margin`, which only the loss of a reward_model looks at"):
+        load_units(recipes["dpo"], recipes["dpo"].data, tokenizer)
