@@ -187,11 +187,12 @@ def test_weights_out_of_bounds_are_cut_or_dropped(vector, mode, expected):
 
 def test_value_loss_takes_the_worse_of_the_clipped_and_the_plain_error(vector):
     # old 1, clip 0.2. V=2, R=0: plain 4, clipped 1.2 -> 1.44: 4/2, with gradient. V=2, R=3: plain 1, clipped 1.8^2.
-    values = vector([2.0, 2.0, 1.1], grad=True)
-    loss = value_loss(values, vector([1.0, 1.0, 1.0]), vector([0.0, 3.0, 0.1]), clip=0.2)
-    equal(loss, [2.0, 1.62, 0.5])
+    # Downwards, V=0, R=-3: plain 9, clipped 0.8 -> 3.8^2.
+    values = vector([2.0, 2.0, 1.1, 0.0], grad=True)
+    loss = value_loss(values, vector([1.0, 1.0, 1.0, 1.0]), vector([0.0, 3.0, 0.1, -3.0]), clip=0.2)
+    equal(loss, [2.0, 1.62, 0.5, 7.22])
     loss.sum().backward()
-    equal(values.grad, [2.0, 0.0, 1.0])
+    equal(values.grad, [2.0, 0.0, 1.0, 0.0])
 
 
 def test_value_loss_without_clip_is_half_the_squared_error(vector):

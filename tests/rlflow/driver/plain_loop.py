@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-EPS, MAX_GRAD_NORM, LEARNING_RATE, CRITIC_LEARNING_RATE = 1e-3, 1.0, 1e-2, 5e-3
+EPS, MAX_GRAD_NORM, LEARNING_RATE, CRITIC_LEARNING_RATE = 1e-3, 1.0, 1e-2, 5e-2
 TEMPERATURE = 0.8
 GROUP, UPDATES, EPOCHS = 2, 2, 2
 Tensor = torch.Tensor
