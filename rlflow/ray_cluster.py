@@ -13,6 +13,8 @@ from rlflow.driver.errors import RunError
 
 ANSWER_TIMEOUT_S = 3.0
 """A cluster that is silent for longer is gone. Ray itself goes on asking for minutes."""
+_REMEDY = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
+_TOKEN_FILE = "~/.ray/auth_token"
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, after the systems where it is off: without it all of Ray's processes,
 the metrics exporter included, listen on 127.0.0.1 alone."""
@@ -28,34 +30,48 @@ def require_answer(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
     """Asks whether a Ray head is there. ``auto`` is looked up by Ray, at once.
 
     Raises:
-        RunError: Nothing answers, or what answers is no Ray head.
+        RunError: Nothing answers, what answers is no Ray head, or it wants another token.
     """
     if address == "auto":
         return
-    remedy = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise RunError(f"RAY_ADDRESS is {address}, which is not HOST:PORT, ray://HOST:PORT or auto: {remedy}")
+        raise RunError(f"RAY_ADDRESS is {address}, which is not HOST:PORT, ray://HOST:PORT or auto: {_REMEDY}")
     host = host.strip("[]")
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or error
-        raise RunError(f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({reason}): {remedy}") from error
-    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(f"{host}:{port}", timeout_s):
-        raise RunError(f"RAY_ADDRESS is {address}, and what answers there is no Ray head, or one that hangs: {remedy}")
+        raise RunError(f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({reason}): {_REMEDY}") from error
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and (problem := _problem_of_head(f"{host}:{port}", timeout_s)):
+        raise RunError(f"RAY_ADDRESS is {address}, and {problem}")
 
 
-def _speaks_grpc(target: str, timeout_s: float) -> bool:
-    """Whether the other side begins a gRPC connection, as every Ray head does."""
+def _problem_of_head(target: str, timeout_s: float) -> str | None:
+    """Why what listens there cannot be joined, and what to do; None where it can, as far as can be told."""
     import grpc
 
     with grpc.insecure_channel(target) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=timeout_s)
         except grpc.FutureTimeoutError:
-            return False
-    return True
+            return f"what answers there is no Ray head, or one that hangs: {_REMEDY}"
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", metadata=(("authorization", f"Bearer {_token()}"),), timeout=timeout_s)
+        except grpc.RpcError as error:
+            # Anything else, such as a port of Ray's client, says nothing of whether it can be joined.
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return "that cluster wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them"
+    return None
+
+
+def _token() -> str:
+    """The user's own, where Ray looks for it; empty where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE).expanduser()
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def ask_for_a_token() -> None:
@@ -65,8 +81,7 @@ def ask_for_a_token() -> None:
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
-    own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if not own and not (Path.home() / ".ray" / "auth_token").is_file():
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]

@@ -63,19 +63,42 @@ def test_a_head_that_takes_connections_and_says_nothing_is_waited_for_no_longer_
         require_answer(f"127.0.0.1:{silent_port}", timeout_s=0.2)
 
 
-def test_who_speaks_as_a_ray_head_does_is_let_pass():
+@pytest.fixture
+def head():
+    """Starts what speaks as a Ray head does and lets in whoever has the token; gives its port."""
     from concurrent.futures import ThreadPoolExecutor
 
     import grpc
 
-    server = grpc.server(ThreadPoolExecutor(1))
+    class Head(grpc.GenericRpcHandler):
+        def service(self, handler_call_details):
+            allowed = ("authorization", "Bearer right") in handler_call_details.invocation_metadata
+
+            def answer(request, context):
+                return b"" if allowed else context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Head()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    try:
-        require_answer(f"127.0.0.1:{port}")
-    finally:
-        server.stop(None)
-    assert require_answer("auto") is None
+    yield port
+    server.stop(None)
+
+
+def test_a_head_lets_in_who_has_its_token_in_the_environment_or_in_a_file(head, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with pytest.raises(RunError, match="that cluster wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
+        require_answer(f"127.0.0.1:{head}")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("right\n")
+    require_answer(f"127.0.0.1:{head}")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(RunError, match="wants another token"):
+        require_answer(f"127.0.0.1:{head}")
+    require_answer("auto")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
