@@ -18,7 +18,8 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"####[ \t]*\**(?!\d+[.)][ \t]+\**[A-Za-z]{2})(?=[^\sA-Za-z#*]|[A-Za-z]\b)")
 """No Markdown heading: ``#### Step 2`` and ``#### 2. Divide`` state no answer."""
 ANSWER_IS = re.compile(
-    r"(?:\b(?:answer|(?:correct|right) (?:option|choice)|respuesta|réponse|antwort|risposta|resposta|ответ)\b"
+    r"(?:\b(?:(?<!to )answer(?! (?:the|this|these|your|choices|options)\b)|(?:correct|right|best) (?:option|choice)"
+    r"|respuesta|réponse|antwort|risposta|resposta|ответ)\b"
     r"[^\n.:=。]{0,60}?"
     r"(?:\b(?:is|are|was|be|es|est|ist|lautet|è|é)\b|\bis(?=n[o']?t)|:|=|\u2014)\**:?|答案(?:是|为|為|\uff1a|:)|答えは|정답은|^\**A:|(?<=\s)A:(?=[^\n]{1,40}$))\s*(?:\*+\s*)?(?=\S)",
     re.IGNORECASE | re.MULTILINE,
@@ -33,7 +34,7 @@ MOVED_ON = re.compile(
     re.IGNORECASE,
 )
 """Between two boxes it says that the second is no further answer, but the answer."""
-LEADING_SIGN = re.compile(r"^(?:=|\\approx(?![A-Za-z])|≈)\s*")
+LEADING_SIGN = re.compile(r"^(?:(?:\.{3}\s*)?=|\\approx(?![A-Za-z])|≈)\s*")
 QUOTED = re.compile(r"^\s*>\s+", re.MULTILINE)
 TAIL = 2000
 MAX_BETWEEN_BOXES = 70
@@ -180,7 +181,7 @@ def _line(text: str, start: int) -> str:
 
 def bare(answer: str) -> str:
     r"""Strips spaces, markdown emphasis, math delimiters and closing punctuation."""
-    answer = LEADING_SIGN.sub("", answer.strip().strip("*`#").rstrip(",;:").strip())
+    answer = LEADING_SIGN.sub("", answer.strip().strip("*`#_").rstrip(",;:").strip())
     answer = answer[:-1].rstrip() if answer.endswith(".") and not answer.endswith("..") else answer
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = answer[len(opening) : -len(closing)]

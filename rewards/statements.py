@@ -41,14 +41,15 @@ def _any_of(words: str) -> str:
 
 FILLERS = _any_of(
     "simply therefore thus then just exactly equal_to equals given_by option choice clearly the_number a_total_of "
-    "still indeed now found_to_be approximately about that letter as_follows only"
+    "still indeed now found_to_be approximately about that letter as_follows only of_course"
 )
 FILLER = re.compile(rf"(?:[\s*:,]|{FILLERS}(?![A-Za-z]))+", re.IGNORECASE)
 JOINING = _any_of("and so which since because as where but with while for he she it they we I this that there")
 SUBORDINATE = _any_of("because since which where when while after for per each in on at from as so if that with by who")
 CLAUSE = re.compile(
     rf"\s*[,;:\u2014\u2013(]\s*{JOINING}\s+(?![\d$\\(\ue000-\uf8ff])|\s[\u2014\u2013]\s|\s\(|\b{SUBORDINATE}\s"
-    r"|\s*,\s*(?:not|rather than|instead of)\s|;\s+(?!(?:and|or)\b)(?=[a-z]{2})",
+    r"|\s*,\s*(?:not|rather than|instead of)\s|;\s+(?!(?:and|or)\b)(?=[a-z]{2})|\s-\s+(?=[a-z]{3})"
+    r"|\s*,\s*(?:right|correct|ok|okay|of course)\b|\s+and\s+(?:that|it|this|he|she|they|we)\b",
     re.IGNORECASE,
 )
 QUALIFIERS = _any_of(
@@ -59,11 +60,14 @@ VERBS = _any_of(
     "is are has have had was were will would gets? costs? takes? makes? equals? needs? pays? they he she there we total"
 )
 VERB = re.compile(rf"\b{VERBS}\b", re.IGNORECASE)
-HEDGES = _any_of("or maybe perhaps possibly not than least most between never neither nor except")
+HEDGES = _any_of("or maybe perhaps possibly not than least most between never neither nor except from_\\S+_to")
+UP_TO = r"(?<!add )(?<!adds )(?<!sums )(?<!comes )\bup to"
 HEDGE = re.compile(
-    rf"(?:\b{HEDGES}|n't|[<>≠])\s*(?:(?:it is|it's|be|a|an|the)\s+)?[$(\[\s]*$",
+    rf"(?:\b{HEDGES}|n't|{UP_TO}|[<>≠])\s*(?:(?:it is|it's|be|a|an|the)\s+)?[$(\[\s]*$",
     re.IGNORECASE,
 )
+SHORT = re.compile(r"\(?[A-Z]\)?|yes|no|true|false", re.IGNORECASE)
+"""Answers without a number that may come before a reason with one."""
 NEGATION = re.compile(r"\s*(?:n't|not|never|no longer|neither)\b", re.IGNORECASE)
 AFTER_NEGATION = re.compile(
     r"[,;.]?\s*\b(?:but|rather|instead|it is|it's|it should be)\s+(?:rather\s+|it is\s+)?", re.IGNORECASE
@@ -112,8 +116,13 @@ def _of_sentence(rest: str, negated: bool) -> str | None:
     filler = FILLER.match(sentence)
     stated = sentence[filler.end() :] if filler else sentence
     for clause in CLAUSE.finditer(stated):
-        if re.search(rf"\d|{HIDDEN}|\\", stated[: clause.start()]) or not ITEM.search(stated, clause.end()):
-            return _only_number(stated[: clause.start()]) if clause.start() else stated
+        before = stated[: clause.start()]
+        if (
+            not ITEM.search(stated, clause.end())
+            or re.search(rf"\d|{HIDDEN}|\\", before)
+            or SHORT.fullmatch(before.strip(" ,;:"))
+        ):
+            return _only_number(before) if before else stated
     return _only_number(stated)
 
 
@@ -145,7 +154,7 @@ def answer_of_solution(text: str) -> str | None:
     )
     if HEDGE.search(hidden[max(0, start - 40) : start]):
         return None
-    if "=" in whole and not re.search(r"\b(?:and|or)\b", whole):
+    if "=" in whole and (not re.search(r"\b(?:and|or)\b", whole) or _are_steps(whole)):
         whole = whole[whole.rindex("=") + 1 :]
     if (
         any(whole.count(opening) != whole.count(closing) for opening, closing in ("()", "[]", "{}"))
@@ -153,6 +162,14 @@ def answer_of_solution(text: str) -> str | None:
     ):
         whole = last[0]
     return _show(whole, formulas).strip(" ,;:")
+
+
+def _are_steps(whole: str) -> bool:
+    """Whether equations that ``and`` joins lead to the last one, as ``2x = 8 and x = 4`` do: not all name a letter."""
+    sides = [part.partition("=") for part in re.split(r"\band\b|,", whole)]
+    return " or " not in whole and all(
+        equals and not re.fullmatch(r"\s*[A-Za-z]\s*", left) for left, equals, _ in sides[:-1]
+    )
 
 
 def _hide(text: str) -> tuple[str, list[str]]:

@@ -95,8 +95,7 @@ def _equal(answer: Reading, reference: Reading) -> bool:
                 answer.difference, reference.difference, positive=is_directed
             )
         case (Relation("=") as relation, Number() as number) | (Number() as number, Relation("=") as relation):
-            constants = [side for side in relation.sides if isinstance(side, Number)]
-            return len(constants) == 1 and _numbers_equal(constants[0], number)
+            return _asked_for(relation, number)
         case Collection(), Collection():
             return _collections_equal(answer, reference)
         case Number(), Number():
@@ -119,6 +118,16 @@ def _equal(answer: Reading, reference: Reading) -> bool:
         case (Words() as words, Formula() as formula) | (Formula() as formula, Words() as words):
             return words.text.casefold() == formula.text.casefold()
     return False
+
+
+def _asked_for(relation: Relation, number: Number) -> bool:
+    """Whether an equation says what a sum or product is, as ``m + n = 34`` does: one of a single variable, or with
+    powers, is a step on the way, and says nothing of the answer."""
+    formulas = [side for side in relation.sides if isinstance(side, Formula)]
+    constants = [side for side in relation.sides if isinstance(side, Number) and side.value != 0]
+    if len(formulas) != 1 or len(constants) != 1 or "'^'" in str(formulas[0].tree):
+        return False
+    return len(names(formulas[0].tree)) > 1 and _numbers_equal(constants[0], number)
 
 
 def _choice_equal(choice: Choice, other: Reading) -> bool:
@@ -154,17 +163,24 @@ def _as_share(number: Number) -> Number:
 
 
 def _close(first: Number, second: Number) -> bool:
+    """Whether two numbers are one, or a decimal is the other, rounded or cut off where it ends."""
     if are_same(first.value, second.value):
         return True
-    places = [number.last_place for number in (first, second) if number.last_place is not None]
-    if not places:
+    decimals = [number for number in (first, second) if number.last_place is not None]
+    if not decimals:
         return False
-    difference = abs(real(first.value) - real(second.value))
-    size = max(abs(real(first.value)), abs(real(second.value)))
-    if difference <= real(NOISE) * size:
+    one, other = first.value, second.value
+    if not (isinstance(one, Fraction) and isinstance(other, Fraction)):
+        one, other = real(one), real(other)
+    difference, size = abs(one - other), max(abs(one), abs(other))
+    exact = isinstance(difference, Fraction)
+    noise, rounded = (NOISE, ROUNDED) if exact else (real(NOISE), real(ROUNDED))
+    if difference <= noise * size:
         return True
-    allowed = max(places) / 2 if len(places) == 2 else places[0]
-    return bool(difference <= real(ROUNDED) * size and difference <= real(allowed))
+    place = max(number.last_place for number in decimals if number.last_place is not None)
+    place = place if exact else real(place)
+    is_cut_off = len(decimals) == 1 and abs(real(decimals[0].value)) < real(size) and difference < place
+    return bool(difference <= rounded * size and (difference <= place / 2 or is_cut_off))
 
 
 def _ratios_equal(answer: Ratio, reference: Ratio) -> bool:

@@ -216,7 +216,7 @@ def _relation(sides: list[str], operators: list[str], text: str) -> Reading:
 def _equation(sides: list[str], text: str) -> Reading:
     """``x = 3 + 4 = 7`` is named 7 where all that follows the name agrees; two formulas are an equation."""
     readings = [_read_cleaned(side) for side in sides]
-    if NAME.match(sides[0]) or isinstance(readings[0], Words):
+    if NAME.match(sides[0]) or (isinstance(readings[0], Words) and not NO_UNITS.intersection(readings[0].text.split())):
         if len(sides) == 2 or _agree(readings[1:]):
             return Named(sides[0], readings[-1])
         return Nothing()

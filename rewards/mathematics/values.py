@@ -22,6 +22,9 @@ mp.dps = 50
 SAME = mp.mpf(10) ** -30
 """Relative difference of two values, to 50 digits, that are one."""
 
+MAX_BITS = 4 * MAX_DIGITS
+"""Of what is added and multiplied, somewhat more than `MAX_DIGITS`."""
+
 Value = Any
 """A Fraction, or one of mpmath's real or complex numbers."""
 
@@ -78,12 +81,10 @@ def sample_points(
 
 def _power(base: Value, exponent: Value) -> Value:
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        digits = max(
-            len(str(abs(base.numerator))) if abs(base.numerator) < 10**300 else 300, base.denominator.bit_length() / 3
-        )
-        if base not in (0, 1, -1) and abs(exponent.numerator) * max(digits - 1, 0.31) > MAX_DIGITS:
+        if base in (0, 1, -1) or abs(exponent.numerator) * _bits(base) <= MAX_BITS:
+            return base ** int(exponent)
+        if base.denominator == 1:
             raise TooLarge
-        return base ** int(exponent)
     first, second = real(base), real(exponent)
     if first != 0 and abs(second) * (abs(mp.log(abs(first))) + 4) > 3 * MAX_DIGITS:
         raise TooLarge
@@ -125,9 +126,15 @@ def _binomial(above: Value, below: Value) -> Value:
     return Fraction(math.comb(int(above), int(below)))
 
 
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
 def _exactly(operation: Callable[[Any, Any], Any]) -> Callable[[Value, Value], Value]:
     def apply(first: Value, second: Value) -> Value:
         if isinstance(first, Fraction) and isinstance(second, Fraction):
+            if max(map(_bits, (first, second))) > MAX_BITS:
+                raise TooLarge
             return operation(first, second)
         return operation(real(first), real(second))
 
