@@ -30,7 +30,7 @@ from rlflow.rewards import REWARDS
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
-SILENCE_S = 4.0
+SILENCE_S = 3.0
 LONGEST_S = 60.0
 """Of a whole import."""
 _AT_A_TIME = 4
