@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
@@ -26,11 +27,21 @@ class ActorFailure(RuntimeError):
         self.actor, self.call, self.died, self.refused = actor, call, died, refused
 
 
+_WAITED_FOR: ContextVar[Pending[Any] | None] = ContextVar("waited_for", default=None)
+
+
 class Pending(Generic[R]):
     """Results on their way, each with the name of the actor that owes it."""
 
     def __init__(self, names: Sequence[str], call: str, refs: Sequence[ray.ObjectRef]) -> None:
         self.names, self.call, self.refs = list(names), call, list(refs)
+        self.owing = list(names)
+        """Those that have not answered yet, once somebody waits."""
+
+    @staticmethod
+    def current() -> Pending[Any] | None:
+        """What this thread waits for, if anything: for whoever interrupts it."""
+        return _WAITED_FOR.get()
 
     def get(self, timeout_s: float) -> list[R]:
         """Waits for all of them.
@@ -41,13 +52,17 @@ class Pending(Generic[R]):
         name_of = dict(zip(self.refs, self.names, strict=True))
         waiting = list(self.refs)
         deadline = time.monotonic() + timeout_s
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                owing = ", ".join(name_of[ref] for ref in waiting)
-                raise ActorFailure(owing, self.call, f"no answer within {timeout_s:.0f} s")
-            fetch(done[0], name_of[done[0]], self.call)
-        return ray.get(self.refs, timeout=60)
+        outer = _WAITED_FOR.set(self)
+        try:
+            while waiting:
+                self.owing = [name_of[ref] for ref in waiting]
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+                if not done:
+                    raise ActorFailure(", ".join(self.owing), self.call, f"no answer within {timeout_s:.0f} s")
+                fetch(done[0], name_of[done[0]], self.call)
+            return ray.get(self.refs, timeout=60)
+        finally:
+            _WAITED_FOR.reset(outer)
 
 
 def fetch(ref: ray.ObjectRef, actor: str, call: str) -> Any:

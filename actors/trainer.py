@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlflow.checkpoint import naming_the_disk
 from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
@@ -171,7 +172,11 @@ class Trainer:
         return None
 
     def save(self, directory: Path) -> None:
-        """Writes this rank's part of a checkpoint into an existing directory."""
+        """Writes this rank's part of a checkpoint into an existing directory.
+
+        Raises:
+            DiskError: It cannot be written.
+        """
         self.engine.save_state(directory)
 
     def load(self, directory: Path) -> None:
@@ -179,17 +184,24 @@ class Trainer:
         self.engine.load_state(directory)
 
     def export(self, directory: Path) -> None:
-        """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the rest of ``final/``."""
-        from rlflow.actors.model_files import save_generation_config, save_model
+        """Writes a Hugging Face directory, or an adapter's as PEFT has it. The driver adds the rest of ``final/``.
 
+        Raises:
+            DiskError: It cannot be written.
+        """
         # Whole tensors one by one: only rank 0 keeps them, in its host's memory.
         weights = {
             name: tensor.cpu()
             for name, tensor in self.engine.full_weights(trained_only=self.block.adapter is not None)
             if self.rank == 0
         }
-        if self.rank != 0:
-            return
+        if self.rank == 0:
+            with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
+                self._write_model(directory, weights)
+
+    def _write_model(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+        from rlflow.actors.model_files import save_generation_config, save_model
+
         model = self.module.model
         if self.block.adapter is not None:
             from rlflow.actors import adapters

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from rlflow.checkpoint import naming_the_disk
+
 _REMEDY = ": set the recipe's model and optimizer back, or choose another run.output_dir"
 
 
@@ -62,13 +64,18 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save(directory: Path, rank: int, world_size: int, shards: Mapping[str, Shard]) -> None:
-    """Writes ``state-<rank>-of-<world_size>.safetensors``."""
+    """Writes ``state-<rank>-of-<world_size>.safetensors``.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
     own = {name: shard for name, shard in shards.items() if not shard.is_copy}
     places = {name: [shard.start, list(shard.shape)] for name, shard in own.items()}
     path = directory / f"state-{rank:05d}-of-{world_size:05d}.safetensors"
     # On the host already, values may be views of one buffer, which safetensors refuses to write.
     values = {name: shard.values.to("cpu", copy=True) for name, shard in own.items()}
-    save_file(values, path, metadata={"places": json.dumps(places)})
+    with naming_the_disk(path, sum(value.nbytes for value in values.values())):
+        save_file(values, path, metadata={"places": json.dumps(places)})
 
 
 def load(directory: Path, shards: Mapping[str, Shard]) -> None:

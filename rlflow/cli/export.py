@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlflow.checkpoint import CheckpointError, verify_model
 from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.data.errors import DataError
@@ -97,6 +98,10 @@ def _source(arguments: argparse.Namespace) -> Path:
         stages = sorted(str(path.parent) for path in directory.glob("*/final"))
         remedy = f"name one of its stages: {', '.join(stages)}" if stages else "name a finished run, or its final/"
         raise DataError(f"{source} holds no model and no adapter: {remedy}")
+    try:
+        verify_model(source)
+    except CheckpointError as error:
+        raise DataError(f"{error}: remove {source}, and the run writes it again with --resume") from error
     if arguments.merge and not is_adapter(source):
         raise DataError(f"{source} holds no adapter to merge: leave out --merge to copy a model")
     if is_adapter(source):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlflow import memory
 from rlflow.cli.sequence_checks import resolved
+from rlflow.driver.directory import directory_problem
 from rlflow.recipe import Recipe
 
 Found = Iterator[tuple[str, str]]
@@ -28,6 +29,8 @@ def in_output(recipe: Recipe) -> Found:
         yield "run.output_dir", f"{existing} is read-only, or not yours to write in: name another directory"
     elif shutil.disk_usage(existing).free < _LEAST_BYTES:
         yield "run.output_dir", f"the disk of {existing} is full: make room, or name a directory on another"
+    elif problem := directory_problem(Path(recipe.run.output_dir), resume=True):
+        yield "run.output_dir", problem
 
 
 def in_space(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlflow.checkpoint import CheckpointError, DiskError
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import load_runnable
 from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
-from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
 
 SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+"""What a full, read-only or broken disk says."""
 _LOADING = {"setup", "load"}
 """Calls in which trainers read a model, an adapter or a checkpoint."""
 
@@ -29,11 +33,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace) -> int:
     recipes = load_runnable(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
-    run(recipes, resume=arguments.resume, seconds_before=process_age_s())
+    run(recipes, resume=arguments.resume, seconds_before=process_age_s(), process_ends=True)
     return 0
 
 
-def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0) -> None:
+def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0, process_ends: bool = False) -> None:
     """Runs the stages; a failure that one message explains also says where the logs are.
 
     Raises:
@@ -44,10 +48,12 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0)
     from rlflow.driver.run import run_recipes
 
     try:
-        run_recipes(recipes, resume=resume, seconds_before=seconds_before)
-    except StopRequested:
+        run_recipes(recipes, resume=resume, seconds_before=seconds_before, process_ends=process_ends)
+    except (StopRequested, StoppedUnsaved):
         raise
-    except (RunError, ActorFailure) as error:
+    except (RunError, ActorFailure, CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, DiskError) and error.errno not in _DISK_ERRORS:
+            raise
         logs = [str(path) for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
         is_wrong_input = isinstance(error, ActorFailure) and error.refused and error.call in _LOADING
         kind = DataError if is_wrong_input else RunError

@@ -19,6 +19,8 @@ class Clock:
         self.whole: dict[str, float] = defaultdict(float)
         self.before = before
         self.made = self.started = time.perf_counter()
+        self.phase = ""
+        """The phase under way, the innermost; empty between phases."""
         self.tell: Callable[[str], None] = lambda phase: None
         """Called with the name of each phase that begins."""
         if before:
@@ -28,7 +30,11 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         self.tell(phase)
         started = time.perf_counter()
-        yield
+        around, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = around
         seconds = time.perf_counter() - started
         self.seconds[phase] += seconds
         self.whole[phase] += seconds

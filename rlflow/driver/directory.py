@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rlflow.checkpoint import CheckpointError, verify_model
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import build_character_tokenizer
+from rlflow.driver.resuming import Inputs, changes_since, models_of, read_recipe, write_recipe
+from rlflow.driver.run_lock import LOCK
 from rlflow.memory import UnknownShape, read_shape
 from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
-from rlflow.recipe.adapter_files import CONFIG, same_model
+from rlflow.recipe.adapter_files import same_model
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
-from rlflow.recipe.yaml_source import dump
-from rlflow.tracking.redact import redact
+
+_OWN_FILES = {LOCK}
+"""What may lie in a directory that counts as empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,46 +29,66 @@ class RunDirectory:
 
     path: Path
     is_new: bool
+    """Nothing was there."""
     aside: Path | None
     """Where an earlier run's directory was moved to."""
+    notes: tuple[str, ...] = ()
+    """What people should know of it."""
 
     def discard(self) -> None:
         """Undoes prepare_directory: a run that cannot start leaves nothing."""
         if self.is_new:
-            shutil.rmtree(self.path)
+            for entry in _entries(self.path):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if self.aside is not None:
+            shutil.rmtree(self.path)
             self.aside.rename(self.path)
 
 
-def prepare_directory(recipe: Recipe, *, resume: bool) -> RunDirectory:
+def prepare_directory(recipe: Recipe, inputs: Inputs, *, resume: bool) -> RunDirectory:
     """Makes the stage's directory with its resolved recipe. Without ``resume`` an earlier run moves aside, whole.
 
     A run that is resumed keeps its recipe until the new one has taken up its checkpoint.
 
     Raises:
-        DataError: A run is to be resumed whose checkpoints are of another model.
+        DataError: The directory is no run's, or a run is to be resumed whose checkpoints are not this recipe's.
     """
     path = Path(recipe.run.output_dir)
+    if problem := directory_problem(path, resume=resume):
+        raise DataError(f"run.output_dir: {problem}")
+    notes: list[str] = []
     if resume:
         _require_same_model(recipe.model, path)
-    aside = _move_aside(path) if path.exists() and not resume else None
-    directory = RunDirectory(path, is_new=not path.exists(), aside=aside)
-    (path / "rollouts").mkdir(parents=True, exist_ok=True)
+        notes += [f"resumed with another recipe: {change}" for change in changes_since(recipe, inputs, path)]
+    aside = _move_aside(path) if not resume and _entries(path) else None
+    if aside is not None:
+        notes.append(f"{path} held an earlier run, which is now {aside}")
+    is_new = not _entries(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        write_recipe(recipe, inputs, path)
+    (path / "rollouts").mkdir(exist_ok=True)
     (path / "logs").mkdir(exist_ok=True)
-    if directory.is_new:
-        write_recipe(recipe, path)
-    return directory
+    return RunDirectory(path, is_new, aside, tuple(notes))
 
 
-def write_recipe(recipe: Recipe, directory: Path) -> None:
-    """The resolved recipe beside what it made, without its secrets: who resumes the run gives them again."""
-    (directory / "recipe.yaml").write_text(dump(redact(recipe.model_dump(mode="json"))))
+def directory_problem(path: Path, *, resume: bool = False) -> str | None:
+    """Why a run cannot have this directory, and what to do; None when it can.
 
-
-def finished(recipe: Recipe) -> bool:
-    """Whether the stage has left its final model or adapter."""
-    written = "config.json" if recipe.model.adapter is None else CONFIG
-    return (Path(recipe.run.output_dir) / "final" / written).exists()
+    It moves aside what an earlier run left, and nothing else: a folder of the user's own stays as it is.
+    """
+    remedy = "name a directory that is new, empty, or a run's"
+    if path.is_file():
+        return f"{path} is a file: {remedy}"
+    here = Path.cwd()
+    is_run = read_recipe(path) is not None
+    if path in (here, *here.parents) and not (resume and is_run):
+        return f"{path} is the current directory or one around it: {remedy}"
+    if _entries(path) and not is_run:
+        names = [entry.name for entry in _entries(path)]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{path} is not empty and no run of rlflow's (it holds {shown}): {remedy}"
+    return None
 
 
 def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
@@ -91,6 +113,21 @@ def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
     return model.model_copy(update={"path": str(path)})
 
 
+def verify_models(recipe: Recipe) -> None:
+    """Compares every model that the recipe names with its manifest, where it has one, as every ``final/`` has.
+
+    Raises:
+        DataError: One is damaged.
+    """
+    for key, path in models_of(recipe).items():
+        try:
+            verify_model(Path(path))
+        except CheckpointError as error:
+            raise DataError(
+                f"{key}: {error}. Of a run's own final/: remove it, and the run writes it again with --resume"
+            ) from error
+
+
 def _require_same_model(model: ModelBlock, directory: Path) -> None:
     """As far as configs and names tell: a model that was moved is the same, and one that nobody has may be.
 
@@ -99,10 +136,10 @@ def _require_same_model(model: ModelBlock, directory: Path) -> None:
     Raises:
         DataError: It is another than the one whose checkpoints are in ``directory``.
     """
-    written = directory / "recipe.yaml"
-    if not (written.exists() and (directory / "checkpoints").exists()):
+    written = read_recipe(directory)
+    if written is None or not (directory / "checkpoints").exists():
         return
-    before = ModelBlock.model_validate(yaml.safe_load(written.read_text())["model"])
+    before = ModelBlock.model_validate(written["model"])
     remedy = "set the model block back, or choose another run.output_dir"
     if (before.adapter is None) != (model.adapter is None) or _has_other_shape(before, model):
         raise DataError(
@@ -152,7 +189,21 @@ def _named(model: ModelBlock) -> str:
 
 
 def _move_aside(directory: Path) -> Path:
+    """Renames it. A lock that this process has on it stays with the name: it is in the new directory from the start."""
     number = 1
     while (aside := directory.with_name(f"{directory.name}.{number}")).exists():
         number += 1
-    return directory.rename(aside)
+    fresh = directory.with_name(f".{directory.name}.new")
+    fresh.mkdir(exist_ok=True)
+    directory.rename(aside)
+    if (aside / LOCK).exists():
+        (aside / LOCK).rename(fresh / LOCK)
+    fresh.rename(directory)
+    return aside
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What lies in it, but for what this run has put there by itself."""
+    if not directory.is_dir():
+        return []
+    return sorted(entry for entry in directory.iterdir() if entry.name not in _OWN_FILES)

@@ -8,4 +8,8 @@ class RunError(RuntimeError):
 
 
 class StopRequested(RunError):
-    """Somebody asked the run to stop, and a checkpoint was written: it goes on with ``--resume``."""
+    """Somebody asked the run to stop, and there is a checkpoint: it goes on with ``--resume``."""
+
+
+class StoppedUnsaved(RunError):
+    """Somebody asked the run to stop before anything was saved: it starts anew."""

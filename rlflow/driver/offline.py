@@ -30,7 +30,7 @@ def train_offline(stage: Stage, units: Sequence[Unit], num_steps: int, *, resume
     sampler = Sampler(len(units), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
     first = 0
     if resume:
-        first, state = stage.resume()
+        first, state = stage.resume(num_steps)
         if first:
             sampler.restore(state["sampler"])
     if recipe.needs_reference and recipe.reference.precompute:
@@ -39,6 +39,7 @@ def train_offline(stage: Stage, units: Sequence[Unit], num_steps: int, *, resume
         stage.sync_weights(0)
         stage.report_start()
     for step in range(first, num_steps):
+        stage.begin_step(step + 1)
         chosen = [units[index] for _, index in sampler.take(recipe.data.prompts_per_step)]
         with stage.clock("reference"):
             chosen = with_reference(stage, chosen)

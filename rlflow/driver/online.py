@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from rlflow.driver import assemble, learner
 from rlflow.driver.rollouts import RolloutPipeline
+from rlflow.driver.saving import keeping_rollouts, rollouts_path
 from rlflow.driver.stage import Stage
 from rlflow.tracking.rollouts import write_rollouts
 from rlflow.types import Prompt, Sample, StepStats
@@ -38,29 +39,31 @@ def train_online(stage: Stage, prompts: Sequence[Prompt], num_steps: int, *, res
     )
     first = 0
     if resume:
-        first, state = stage.resume()
+        first, state = stage.resume(num_steps)
         if first:
             pipeline.restore(first, state)
     stage.sync_weights(first)
     if first == 0:
         stage.report_start()
-    for step in range(first, num_steps):
-        stats = StepStats(step + 1)
-        pipeline.fill(step)
-        with stage.clock("rollout"):
-            groups, stats.metrics = pipeline.take(step)
-        rollout = stage.recipe.rollout
-        uncut = rollout.cut_by is None
-        batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
-        stats.metrics |= assemble.rollout_metrics(batch, step)
-        samples, metrics = learn(stage, batch, step, num_steps)
-        stats.metrics |= metrics
-        stage.sync_weights(step + 1)
-        if step % stage.recipe.run.log_rollouts_every == 0:
-            path = stage.directory / "rollouts" / f"step_{step + 1:06d}.parquet"
-            write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
-        if stage.end_step(stats, pipeline.state(), last=step + 1 == num_steps):
-            break
+    with keeping_rollouts(stage, pipeline):
+        for step in range(first, num_steps):
+            stage.begin_step(step + 1)
+            stats = StepStats(step + 1)
+            pipeline.fill(step)
+            with stage.clock("rollout"):
+                groups, stats.metrics = pipeline.take(step)
+            rollout = stage.recipe.rollout
+            uncut = rollout.cut_by is None
+            batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
+            stats.metrics |= assemble.rollout_metrics(batch, step)
+            samples, metrics = learn(stage, batch, step, num_steps)
+            stats.metrics |= metrics
+            stage.sync_weights(step + 1)
+            if step % stage.recipe.run.log_rollouts_every == 0:
+                path = rollouts_path(stage.directory, step + 1)
+                write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
+            if stage.end_step(stats, pipeline.state(), last=step + 1 == num_steps):
+                break
 
 
 def learn(stage: Stage, batch: assemble.Batch, step: int, num_steps: int) -> tuple[list[Sample], dict[str, float]]:

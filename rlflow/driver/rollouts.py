@@ -179,6 +179,8 @@ class RolloutPipeline:
         self.params = stage.sampling_params()
         self.build_groups = build_groups
         self.ledger = Ledger()
+        self.at_hand: tuple[int, list[Group]] = (0, [])
+        """The step, counted from 0, that was taken last, and what of it has come back."""
         self._next = 0
         self._drawn: dict[int, list[tuple[int, int]]] = {}
         """Of steps that are not yet trained: the (epoch, row) of what was drawn for them first."""
@@ -203,6 +205,7 @@ class RolloutPipeline:
         block = self.stage.recipe.algorithm.groups
         wanted = self.stage.recipe.data.prompts_per_step
         groups: list[Group] = []
+        self.at_hand = (step, groups)
         is_kept: list[bool] = []
         missing = wanted
         timing = RolloutTiming()

@@ -10,12 +10,11 @@ prompts are being tokenised; nothing here imports torch.
 from __future__ import annotations
 
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +27,121 @@ from rlflow.data.prompts import load_prompts
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.driver.clock import Clock
-from rlflow.driver.directory import finished, prepare_directory, prepare_model
-from rlflow.driver.errors import RunError
+from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
+from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.references import check_sources, reject_references
+from rlflow.driver.resuming import (
+    Inputs,
+    changes_since,
+    check_resumable,
+    is_finished,
+    sums_of_rows,
+    trained_steps,
+)
+from rlflow.driver.run_lock import RunLock
+from rlflow.driver.saving import saving_what_failed
 from rlflow.driver.stage import Stage
+from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker
 from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
+from rlflow.tracking.tracker import StderrMessages
+
+_STOP_S = 10.0
+"""How long a run that is asked to stop waits for actors that are being placed."""
 
 
-def run_recipes(recipes: Sequence[Recipe], *, resume: bool = False, seconds_before: float = 0.0) -> None:
+def run_recipes(
+    recipes: Sequence[Recipe], *, resume: bool = False, seconds_before: float = 0.0, process_ends: bool = False
+) -> None:
     """Runs the stages in order; with ``resume``, from where they stopped.
 
     Args:
         seconds_before: That had passed since the user's command, for the account of the time to the first step.
+        process_ends: This is all that the process does: once it was asked to stop, signals are ignored to its end.
 
     Raises:
-        DataError: The data is wrong; nothing was started.
-        StopRequested: SIGTERM or SIGINT came and a checkpoint was written.
+        DataError: The data is wrong, or the directory, or the checkpoints are of another recipe; nothing was started.
+        StopRequested: SIGTERM or SIGINT came and there is a checkpoint.
+        StoppedUnsaved: SIGTERM or SIGINT came before anything was saved.
         RunError, ActorFailure: The run failed; the message says where.
     """
     begun = time.perf_counter() - seconds_before
     remember_secrets([recipe.model_dump(mode="json") for recipe in recipes])
+    for recipe in recipes:
+        if problem := directory_problem(Path(recipe.run.output_dir), resume=resume):
+            raise DataError(f"run.output_dir: {problem}")
     recipes = pin_template_dates(recipes, resume=resume)
     for recipe in recipes:
         check_sources(recipe)
     stop = StopSignals()
     stop.install()
+    try:
+        sums = [sums_of_rows(recipe) for recipe in recipes]
+        with ExitStack() as held:
+            for recipe in recipes:
+                lock = RunLock(Path(recipe.run.output_dir))
+                lock.take()
+                held.callback(lock.release)
+            if resume:
+                check_resumable(recipes)
+            _run_stages(recipes, sums, stop, begun, resume=resume)
+    except KeyboardInterrupt:
+        raise stopped(recipes) from None
+    finally:
+        stop.restore(process_ends=process_ends)
+
+
+def _run_stages(
+    recipes: Sequence[Recipe], sums: Sequence[dict[str, str]], stop: StopSignals, begun: float, *, resume: bool
+) -> None:
+    """Starts Ray, runs what is not finished, ends Ray."""
     with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
         ray_started = starter.submit(start_ray, recipes)
         try:
-            for recipe in recipes:
-                if not (resume and finished(recipe)):
-                    clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
-                    run_stage(recipe, ray_started, stop, clock, resume=resume)
+            for recipe, sums_of_recipe in zip(recipes, sums, strict=True):
+                inputs = Inputs.of(recipe, sums_of_recipe)
+                if resume and is_finished(recipe):
+                    tell_of_finished(recipe, inputs)
+                    continue
+                clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
+                run_stage(recipe, inputs, ray_started, stop, clock, resume=resume)
+                if stop.asked() and recipe is not recipes[-1]:
+                    raise StopRequested(f"stopped after stage {recipe.stage}; go on with --resume")
         finally:
+            stop.end()
             failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)
             if failed is None and ray_started.result(timeout=0):
                 ray.shutdown()
-            stop.restore()
 
 
-def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool) -> None:
+def tell_of_finished(recipe: Recipe, inputs: Inputs) -> None:
+    """Says what the recipe has changed of a stage that has ended.
+
+    Raises:
+        DataError: It is another run's.
+    """
+    directory = Path(recipe.run.output_dir)
+    for change in changes_since(recipe, inputs, directory):
+        StderrMessages().message(f"{directory} is finished: it is left as it is, although {change}")
+
+
+def run_stage(
+    recipe: Recipe, inputs: Inputs, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool
+) -> None:
     """One stage, from its directory to its ``final/``."""
-    directory = prepare_directory(recipe, resume=resume)
+    verify_models(recipe)
+    directory = prepare_directory(recipe, inputs, resume=resume)
     stage = None
     try:
         model = prepare_model(recipe, directory.path)
-        with _placing(recipe, model, directory.path, ray_started) as placing:
+        with _placing(recipe, model, directory.path, ray_started, stop) as placing:
             with clock("startup_tokenizer"):
                 tokenizer = load_tokenizer(model)
             with clock("startup_data"):
@@ -89,38 +149,53 @@ def run_stage(recipe: Recipe, ray_started: Future[bool], stop: StopSignals, cloc
             with clock("startup_ray"):
                 actors = placing.result(timeout=recipe.run.startup_timeout_s)
                 stop.install()
-            stage = Stage(recipe, directory.path, model, tokenizer, actors, stop.asked, clock)
-            _train(stage, rows, held_out, resume=resume)
-    except (DataError, RunError):
-        if stage is None:
+            stage = Stage(recipe, directory.path, model, tokenizer, actors, stop.asked, clock, inputs=inputs)
+            _train(stage, rows, held_out, stop, directory.notes, resume=resume)
+    except (DataError, RunError, KeyboardInterrupt) as error:
+        if stage is None or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
             directory.discard()
         raise
 
 
 @contextmanager
-def _placing(recipe: Recipe, model: ModelBlock, directory: Path, ray_started: Future[bool]) -> Iterator[Future[Actors]]:
+def _placing(
+    recipe: Recipe, model: ModelBlock, directory: Path, ray_started: Future[bool], stop: StopSignals
+) -> Iterator[Future[Actors]]:
     """Places the actors in a thread as soon as Ray is up; ends them on the way out."""
+    placing: Future[Actors] = Future()
 
-    def place_when_ready() -> Actors:
-        ray_started.result(timeout=recipe.run.startup_timeout_s)
-        return place(recipe, model, directory, max_model_len(recipe))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="place") as thread:
-        placing = thread.submit(place_when_ready)
+    def place_when_ready() -> None:
         try:
-            yield placing
-        finally:
-            if placing.exception(timeout=2 * recipe.run.startup_timeout_s) is None:
-                placing.result(timeout=0).close()
+            ray_started.result(timeout=recipe.run.startup_timeout_s)
+            placing.set_result(place(recipe, model, directory, max_model_len(recipe)))
+        except BaseException as error:
+            placing.set_exception(error)
+        # What a thread has started may be bound to its life, as the children of a reward server are.
+        is_over.wait()
+
+    is_over = threading.Event()
+    # A daemon: a process that is asked to stop does not wait for a cluster that has no room.
+    threading.Thread(target=place_when_ready, name="place", daemon=True).start()
+    try:
+        yield placing
+    finally:
+        wait_s = _STOP_S if stop.asked() else 2 * recipe.run.startup_timeout_s
+        done, _ = wait([placing], timeout=wait_s)
+        # Actors that are not placed by then end with Ray, or with this process's job.
+        if done and placing.exception(timeout=0) is None:
+            placing.result(timeout=0).close()
+        is_over.set()
 
 
-def _train(stage: Stage, rows: Rows, held_out: Rows, *, resume: bool) -> None:
+def _train(stage: Stage, rows: Rows, held_out: Rows, stop: StopSignals, notes: Sequence[str], *, resume: bool) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
     recipe, clock = stage.recipe, stage.clock
     steps = num_steps(recipe, len(rows))
     stage.tracker = tracker = make_tracker(recipe, stage.directory, total_steps=steps)
     clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
     try:
+        for note in notes:
+            tracker.message(note)
         for name, loaded in (("data.train", rows), ("evaluation.data", held_out)):
             if loaded.skipped:
                 of_all = len(loaded) + len(loaded.skipped)
@@ -133,9 +208,12 @@ def _train(stage: Stage, rows: Rows, held_out: Rows, *, resume: bool) -> None:
             trainer = stage.actors.trainer
             stage.attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
         train = train_online if recipe.family == "online" else train_offline
-        train(stage, rows, steps, resume=resume)
-        stage.require_trained()
-        stage.export()
+        with stop.finishing_steps(lambda: notice_of(stage)):
+            with saving_what_failed(stage):
+                train(stage, rows, steps, resume=resume)
+            stage.require_trained()
+            with clock("export"):
+                stage.export()
         if "jsonl" in recipe.tracking:
             write_report(stage.directory)
         tracker.finish({})
@@ -178,28 +256,6 @@ def max_model_len(recipe: Recipe) -> int:
     evaluation = recipe.evaluation
     longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
     return recipe.data.max_prompt_tokens + longest
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask the run to stop at the end of its step; a second one changes nothing."""
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._before: dict[int, Any] = {}
-
-    def asked(self) -> bool:
-        return self._asked.is_set()
-
-    def install(self) -> None:
-        """Ray puts its own handlers in place when it starts, so this is called again afterwards."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before = signal.signal(number, lambda *_: self._asked.set())
-                self._before.setdefault(number, before)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _wait_ready(actors: Actors, recipe: Recipe) -> None:

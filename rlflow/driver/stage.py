@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from rlflow.actors.trainer import Trainer
 from rlflow.algorithms.kl_reward import adapt_kl_coef
 from rlflow.data.tokenizer import save_tokenizer, stop_token_ids, write_stop_tokens
 from rlflow.driver.clock import Clock
-from rlflow.driver.directory import write_recipe
 from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
+from rlflow.driver.saving import EndedStep, SaveSchedule, save_trainers
 from rlflow.placement import Actors
 from rlflow.recipe import AlgorithmBlock, ModelBlock, Recipe
 from rlflow.tracking.model_card import write_card
@@ -40,6 +42,15 @@ class Stage:
     tracker: Tracker = field(default_factory=Trackers)
     evaluator: Evaluator | None = None
     best: float = -math.inf
+    inputs: Inputs = field(default_factory=lambda: Inputs({}, {}, {}))
+    """What the recipe's names stand for."""
+    step: int | None = None
+    """The step under way, counted from 1; None before the first of this process."""
+    unsaved: EndedStep | None = None
+    """The step that ended last, until a checkpoint holds it."""
+    has_moved: bool = False
+    """Parameters have changed since that step ended."""
+    schedule: SaveSchedule = field(init=False)
     skipped_in_a_row: int = 0
     has_trained: bool = False
     """Whether any update had a gradient."""
@@ -50,6 +61,9 @@ class Stage:
     """Of the KL to the reference, once it has adapted."""
     version: int = 0
     """Of the weights that the rollout workers were given last."""
+
+    def __post_init__(self) -> None:
+        self.schedule = SaveSchedule(self.recipe.run)
 
     @property
     def algorithm(self) -> AlgorithmBlock:
@@ -95,11 +109,12 @@ class Stage:
 
     def count_skipped(self, metrics: Mapping[str, float], step: int) -> None:
         """Counts what an update did. Raises RunError when too many in a row had no finite gradient."""
-        skipped = any(value for name, value in metrics.items() if name.endswith("/skipped"))
+        skipped = [bool(value) for name, value in metrics.items() if name.endswith("/skipped")]
+        self.has_moved |= not all(skipped)
         self.has_trained |= any(
             value > 0 and math.isfinite(value) for name, value in metrics.items() if name.endswith("/grad_norm")
         )
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if any(skipped) else 0
         limit = self.recipe.run.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise RunError(
@@ -123,23 +138,39 @@ class Stage:
         self.kl_coef = adapt_kl_coef(block.coef, kl, block.target, block.horizon, num_samples)
         return {"kl/coef": block.coef, "kl/sequence": kl}
 
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the newest valid checkpoint. Returns the step to go on with and the driver's saved state."""
+    def resume(self, num_steps: int) -> tuple[int, dict[str, Any]]:
+        """Loads the newest valid checkpoint. Returns how many steps are done and the driver's saved state.
+
+        All ``num_steps`` are done where the evaluation ended the stage before, and the recipe asks for no more.
+        """
         path = checkpoint.newest_valid(self.checkpoints, self.tracker.message)
         if path is None:
-            write_recipe(self.recipe, self.directory)
+            write_recipe(self.recipe, self.inputs, self.directory)
+            self.tracker.message("there is nothing to resume: starts at step 1")
             return 0, {}
         self.actors.trainer.call_all(Trainer.load, path)
         if self.actors.critic is not None:
             self.actors.critic.call_all(Trainer.load, path / "critic")
         state = checkpoint.read_driver_state(path)
         self.kl_coef = state["kl_coef"]
-        self.best = state["best"] if state["best"] is not None else -math.inf
         # Checkpoints of an earlier version do not say.
         self.has_trained = state.get("has_trained", True)
-        write_recipe(self.recipe, self.directory)
+        if state["best"] is not None and state.get("measure", self._measure) == self._measure:
+            self.best = state["best"]
+        elif state["best"] is not None:
+            self.tracker.message("the evaluation is another one: the best checkpoint is looked for anew")
+        write_recipe(self.recipe, self.inputs, self.directory)
+        is_over = state.get("ended") is not None and not lasts_longer(state["ended"], self.recipe)
         self.tracker.message(f"resumed from {path.name}")
-        return state["step"], state
+        return num_steps if is_over else state["step"], state
+
+    @property
+    def _measure(self) -> str:
+        return sum_of_measure(self.recipe, self.inputs)
+
+    def begin_step(self, step: int) -> None:
+        """From now on a stop waits for the end of ``step``, counted from 1."""
+        self.step = step
 
     def evaluates_after(self, step: int, *, last: bool) -> bool:
         every = self.recipe.evaluation.every if self.recipe.evaluation else None
@@ -157,7 +188,10 @@ class Stage:
         self.tracker.log(StepStats(0, self.evaluate() | self.clock.metrics()))
 
     def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> bool:
-        """Evaluates and saves when it is due, logs. ``state``: what the loop needs to go on from here.
+        """Evaluates and saves when it is due, after the last step and when asked to stop; logs.
+
+        Args:
+            state: What the loop needs to go on from here.
 
         Returns:
             Whether the stage is over: it was the last step, or the evaluation reached ``run.stop_at_score``.
@@ -173,50 +207,45 @@ class Stage:
         stats.metrics |= self.clock.metrics()
         self.tracker.log(stats)
         stopping = self.should_stop() and not last
+        ended = length_of(self.recipe) if last else None
+        own_state = {"step": stats.step, "kl_coef": self.kl_coef, "has_trained": self.has_trained}
+        driver_state = {**own_state, "measure": self._measure, "ended": ended, **state}
+        measured = self.evaluator is not None and any(name.startswith("eval/") for name in stats.metrics)
+        score = self.evaluator.score(stats.metrics) if self.evaluator and measured else None
+        self.unsaved, self.has_moved = EndedStep(stats.step, driver_state, score), False
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
-        self._save_if_due(stats, state, last=last, stopping=stopping)
+        if last or stopping or self.schedule.is_due(stats.step):
+            self.save(self.unsaved)
         if stopping:
             raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
         return last
 
-    def _save_if_due(self, stats: StepStats, state: dict[str, Any], *, last: bool, stopping: bool) -> None:
-        """Saves every ``save_every`` steps, after the last one, and when asked to stop."""
-        every = self.recipe.run.save_every
-        if not (last or stopping or (every and stats.step % every == 0)):
-            return
-        measured = self.evaluator is not None and any(name.startswith("eval/") for name in stats.metrics)
-        score = self.evaluator.score(stats.metrics) if self.evaluator and measured else -math.inf
-        improved = score > self.best
-        self.best = max(self.best, score)
+    def save(self, ended: EndedStep) -> None:
+        """Writes the checkpoint of the step that has just ended, and forgets the oldest."""
+        improved = ended.score is not None and ended.score > self.best
+        if ended.score is not None:
+            self.best = max(self.best, ended.score)
         best = self.best if math.isfinite(self.best) else None
-        own_state = {"step": stats.step, "best": best, "kl_coef": self.kl_coef, "has_trained": self.has_trained}
         with self.clock("save"):
             path = checkpoint.publish(
-                self.checkpoints,
-                stats.step,
-                {**own_state, **state},
-                self._save_trainers,
+                self.checkpoints, ended.step, {**ended.state, "best": best}, partial(save_trainers, self)
             )
+        self.unsaved = None
+        self.schedule.saved()
         if improved:
             checkpoint.link(self.checkpoints, "best", path)
         checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
 
-    def _save_trainers(self, directory: Path) -> None:
-        self.actors.trainer.call_all(Trainer.save, directory)
-        if self.actors.critic is not None:
-            (directory / "critic").mkdir()
-            self.actors.critic.call_all(Trainer.save, directory / "critic")
-
     def export(self) -> Path:
-        """Writes ``final/``, a Hugging Face directory with a model card, under a temporary name first."""
-        final, temporary = self.directory / "final", self.directory / ".final.writing"
-        temporary.mkdir(exist_ok=True)
-        save_tokenizer(self.tokenizer, temporary)
-        # A reward model's has a padding token of its own, and takes its place.
-        self.actors.trainer.call_all(Trainer.export, temporary)
-        write_stop_tokens(temporary, stop_token_ids(self.tokenizer, self.model))
-        write_card(temporary, self.directory)
-        if final.exists():
-            raise RunError(f"{final} exists already")
-        temporary.rename(final)
-        return final
+        """Writes ``final/``, a Hugging Face directory with a model card and a manifest; an older one is replaced."""
+
+        def write(directory: Path) -> None:
+            save_tokenizer(self.tokenizer, directory)
+            # A reward model's has a padding token of its own, and takes its place.
+            self.actors.trainer.call_all(Trainer.export, directory)
+            write_stop_tokens(directory, stop_token_ids(self.tokenizer, self.model))
+            write_card(directory, self.directory)
+
+        steps = checkpoint.saved_steps(self.checkpoints)
+        facts = {"step": steps[-1] if steps else 0, "length": length_of(self.recipe)}
+        return checkpoint.publish_directory(self.directory / "final", facts, write, checkpoint.FINAL_MANIFEST)

@@ -197,6 +197,8 @@ class RunBlock(Block):
     """Where results go."""
     save_every: PositiveInt | None = None
     """Checkpoint after every so many steps; after the last in any case."""
+    save_every_minutes: PositiveFloat | None = 15.0
+    """Checkpoint at the end of a step when the last one is so old; null: by steps alone."""
     keep_checkpoints: PositiveInt = 2
     """The newest so many stay, and the best."""
     log_rollouts_every: PositiveInt = 1

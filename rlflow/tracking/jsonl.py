@@ -11,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from rlflow.checkpoint import naming_the_disk
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
 
@@ -22,7 +23,7 @@ class JsonlTracker(Tracker):
     """Appends ``{"step": 12, "time": 1732168800.123, "reward/mean": 0.4, ...}``; NaN and infinities are null.
 
     The first step logged replaces itself and all later lines, so a resumed run's file equals that of a run never
-    stopped. Raises OSError when the disk is full: a run without a record should stop.
+    stopped. Raises DiskError when the disk is full: a run without a record should stop.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,8 +38,9 @@ class JsonlTracker(Tracker):
         numbers = {name: _finite(value) for name, value in stats.metrics.items()}
         line = {"step": stats.step, "time": round(time.time(), 3)} | numbers
         left = json.dumps(line, allow_nan=False).encode() + b"\n"
-        while left:
-            left = left[self._file.write(left) :]
+        with naming_the_disk(self.path):
+            while left:
+                left = left[self._file.write(left) :]
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlflow.checkpoint import naming_the_disk
 from rlflow.types import FinishReason, Group, Prompt
 
 RolloutState = Literal["trained", "masked", "filtered"]
@@ -68,7 +69,7 @@ def write_rollouts(
 
     Raises:
         ValueError: Lengths disagree.
-        OSError: Writing failed; nothing is left of the attempt.
+        DiskError: Writing failed; nothing is left of the attempt.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     flat_advantages = np.concatenate([np.asarray(a, dtype=np.float32) for a in advantages] or [np.zeros(0)])
@@ -182,7 +183,8 @@ def _ragged(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> pa.Array:
 def _publish(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
+        with naming_the_disk(path, table.nbytes):
+            pq.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

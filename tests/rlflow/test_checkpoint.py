@@ -4,7 +4,20 @@ import json
 
 import pytest
 
-from rlflow.checkpoint import CheckpointError, link, newest_valid, prune, publish, read_driver_state, verify
+from rlflow.checkpoint import (
+    FINAL_MANIFEST,
+    CheckpointError,
+    DiskError,
+    link,
+    newest_valid,
+    prune,
+    publish,
+    publish_directory,
+    read_driver_state,
+    saved_steps,
+    verify,
+    verify_model,
+)
 
 
 def write(directory):
@@ -42,6 +55,61 @@ def test_any_damage_is_detected_and_falls_back_to_the_checkpoint_before(tmp_path
     assert "step_000002" in warnings[0]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "driver.json"])
+def test_every_flipped_bit_falls_back_or_changes_nothing(tmp_path, name):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    path = bad / name
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            path.write_bytes(content)
+            found = newest_valid(tmp_path, lambda _: None)
+            assert found == good or (found == bad and name == "manifest.json"), (position, bit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[]",
+        '{"step": 2}',
+        '{"step": 2, "files": {}}',
+        '{"step": 2, "files": []}',
+        '{"step": 2, "files": {"driver.json": {}}}',
+        '{"step": 2, "files": {"driver.json": "abc"}}',
+        '{"step": 2, "files": {"../step_000001/driver.json": {"sha256": "0", "bytes": 1}}}',
+        '{"step": 2, "files": {"/etc/hostname": {"sha256": "0", "bytes": 1}}}',
+    ],
+)
+def test_a_manifest_of_another_kind_falls_back(tmp_path, text):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    (bad / "manifest.json").write_text(text)
+    assert newest_valid(tmp_path, lambda _: None) == good
+
+
+def test_a_checkpoint_with_the_state_of_another_run_or_step_falls_back(tmp_path):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    stray = bad / "state-00000-of-00002.safetensors"
+    stray.write_bytes(b"more")
+    assert newest_valid(tmp_path, lambda _: None) == good
+    stray.unlink()
+    bad.rename(tmp_path / "step_000003")
+    assert newest_valid(tmp_path, lambda _: None) == good
+
+
+def test_steps_are_ordered_by_number_and_other_names_are_none(tmp_path):
+    for step in (999_999, 1_000_000, 7):
+        save(tmp_path, step)
+    (tmp_path / "step_abc").mkdir()
+    (tmp_path / "step_000009.bak").mkdir()
+    assert saved_steps(tmp_path) == [7, 999_999, 1_000_000]
+    assert newest_valid(tmp_path, pytest.fail) == tmp_path / "step_1000000"
+    prune(tmp_path, keep=1)
+    assert saved_steps(tmp_path) == [1_000_000]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_at_zero(tmp_path):
     (save(tmp_path, 1) / "driver.json").unlink()
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
@@ -55,7 +123,7 @@ def test_a_failed_write_leaves_nothing_and_the_older_checkpoint_stands(tmp_path)
         write(directory)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match=r"step_000002: writing failed with [\d,]+ bytes free: .*No space left"):
         publish(tmp_path, 2, {}, fail)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
     assert newest_valid(tmp_path, pytest.fail) == good
@@ -75,3 +143,42 @@ def test_the_manifest_lists_every_file_with_its_hash(tmp_path):
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {"driver.json", "state-00000-of-00001.safetensors"}
     assert all(len(entry["sha256"]) == 64 for entry in files.values())
+
+
+def test_a_model_that_changed_behind_its_manifest_is_told_but_for_its_card(tmp_path):
+    final = tmp_path / "final"
+
+    def write_model(directory):
+        for name in ("config.json", "model.safetensors", "README.md"):
+            (directory / name).write_text(name)
+
+    (tmp_path / ".final.writing").mkdir()
+    (tmp_path / ".final.writing" / "left_by_a_killed_run").touch()
+    publish_directory(final, {"step": 3}, write_model, FINAL_MANIFEST)
+    assert {path.name for path in tmp_path.iterdir()} == {"final"}
+    assert {path.name for path in final.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        FINAL_MANIFEST,
+    }
+    (final / "README.md").write_text("by hand")
+    (final / "model.gguf").write_text("made from it")
+    verify_model(final)
+    (final / "model.safetensors").write_text("model.safetensorz")
+    with pytest.raises(CheckpointError, match="safetensors: differs from the manifest"):
+        verify_model(final)
+    publish_directory(final, {"step": 4}, write_model, FINAL_MANIFEST)
+    verify_model(final)
+    (final / FINAL_MANIFEST).unlink()
+    verify_model(final)
+
+
+def test_what_is_replaced_stands_when_writing_fails(tmp_path):
+    def fail(directory):
+        raise OSError(28, "No space left on device")
+
+    path = save(tmp_path, 1)
+    with pytest.raises(DiskError):
+        publish(tmp_path, 1, {}, fail)
+    verify(path)

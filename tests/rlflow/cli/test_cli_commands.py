@@ -40,14 +40,18 @@ class FakeDriver:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failure: BaseException | None = None
         self.calls: list[tuple[list, bool]] = []
+        self.logs: Path | None = None
+        """Made by the run, where it is given."""
         module = SimpleNamespace(run_recipes=self.run_recipes)
         monkeypatch.setitem(sys.modules, "rlflow.driver.run", module)  # type: ignore[arg-type]
         actors = SimpleNamespace(ActorFailure=FakeActorFailure)
         monkeypatch.setitem(sys.modules, "rlflow.actors.actor_group", actors)  # type: ignore[arg-type]
 
-    def run_recipes(self, recipes: list, *, resume: bool, seconds_before: float) -> None:
+    def run_recipes(self, recipes: list, *, resume: bool, seconds_before: float, process_ends: bool = False) -> None:
         assert seconds_before >= 0
         self.calls.append((recipes, resume))
+        if self.logs is not None:
+            self.logs.mkdir(parents=True)
         if self.failure is not None:
             raise self.failure
 
@@ -92,7 +96,7 @@ def test_a_failure_that_is_understood_is_its_message_and_an_exit_code(
 ):
     driver.failure = failure
     logs = recipe_file.parent / "runs" / "recipe" / "logs"
-    logs.mkdir(parents=True)
+    driver.logs = logs
     assert main(["run", str(recipe_file)]) == code
     error = capsys.readouterr().err
     assert error.splitlines()[0] == str(failure)

@@ -241,6 +241,6 @@ def test_a_run_that_joins_a_cluster_may_ask_for_gpus(monkeypatch: pytest.MonkeyP
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(run, "load_runnable", lambda path, overrides, alone: asked.append(alone))
-    monkeypatch.setattr(run, "run", lambda recipes, resume, seconds_before: None)
+    monkeypatch.setattr(run, "run", lambda recipes, **options: None)
     run.execute(run.make_parser().parse_args(["recipe.yaml"]))
     assert asked == [address in ("", "local")]

@@ -8,7 +8,7 @@ import pytest
 
 from rlflow.cli.main import main
 from rlflow.cli.preflight import load_checked
-from rlflow.driver.directory import write_recipe
+from rlflow.driver.resuming import Inputs, write_recipe
 from rlflow.recipe import RecipeError
 
 RECIPE = """\
@@ -42,7 +42,7 @@ def test_the_recipe_that_a_run_leaves_has_no_secrets_and_asks_for_them(recipe_fi
     out = recipe_file.parent / "out"
     out.mkdir()
     (recipe,) = load_checked(recipe_file)
-    write_recipe(recipe, out)
+    write_recipe(recipe, Inputs({}, {}, {}), out)
     written = out / "recipe.yaml"
     assert "hunter2" not in written.read_text()
     keys = [f"rewards.0.args.{key}" for key in ("credentials.key", "headers.Authorization", "url")]

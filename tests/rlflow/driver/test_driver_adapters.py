@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlflow
 from rlflow import checkpoint
+from rlflow.driver import learner
 from tests.local_actors import use_local_actors
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -172,6 +173,32 @@ def test_the_base_as_reference_gives_the_run_that_a_reference_model_gives(run: R
     assert all(torch.equal(one[key], other[key]) for key in one)
     losses = [[line["loss/total"] for line in metrics_of(path) if line["step"]] for path in (shared, placed)]
     assert losses[0] == losses[1]
+
+
+def test_another_model_as_reference_is_the_one_that_scores(
+    run: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir).requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.mul_(0.8)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "other")
+    trained: list[Any] = []
+    update = learner.update
+
+    def watched_update(stage: Any, samples: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        trained.extend(samples)
+        return update(stage, samples, *args, **kwargs)
+
+    monkeypatch.setattr(learner, "update", watched_update)
+    run("dpo", **{"reference.path": str(tmp_path / "other"), "run.steps": 1})
+    assert len(trained) == 8
+    for sample in trained:
+        tokens = torch.from_numpy(sample.token_ids).long()
+        logprobs = other(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        mask = torch.from_numpy(sample.loss_mask[1:])
+        found = torch.from_numpy(sample.ref_logprobs[1:])
+        torch.testing.assert_close(found[mask], logprobs[mask], rtol=0, atol=1e-4)
 
 
 def test_reference_logprobs_may_be_computed_before_the_run(run: Run):

@@ -10,7 +10,10 @@ import pytest
 
 from rlflow.data.errors import DataError
 from rlflow.driver.directory import prepare_directory
+from rlflow.driver.resuming import Inputs
 from rlflow.recipe import Recipe
+
+NOTHING = Inputs({}, {}, {})
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def recipe_of(directory: Path, base: Path | str, adapter: dict[str, Any] | None,
 
 def start(recipe: Recipe) -> None:
     """As far as its first checkpoint."""
-    prepare_directory(recipe, resume=False)
+    prepare_directory(recipe, NOTHING, resume=False)
     (Path(recipe.run.output_dir) / "checkpoints").mkdir()
 
 
@@ -50,38 +53,38 @@ def start(recipe: Recipe) -> None:
 def test_another_adapter_is_refused(base: Path, tmp_path: Path, adapter: dict[str, Any], says: str):
     start(recipe_of(tmp_path / "run", base, {"rank": 4}))
     with pytest.raises(DataError, match=f"run has checkpoints of an adapter with .*{says}"):
-        prepare_directory(recipe_of(tmp_path / "run", base, adapter), resume=True)
+        prepare_directory(recipe_of(tmp_path / "run", base, adapter), NOTHING, resume=True)
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(base: Path, tmp_path: Path):
     other = shutil.copytree(base, tmp_path / "other")
     start(recipe_of(tmp_path / "run", base, {}))
     with pytest.raises(DataError, match=rf"another model\.path \(was {base}, is {other}\).*another run\.output_dir"):
-        prepare_directory(recipe_of(tmp_path / "run", other, {}), resume=True)
+        prepare_directory(recipe_of(tmp_path / "run", other, {}), NOTHING, resume=True)
 
 
 def test_an_adapter_of_another_revision_of_its_base_is_refused(tmp_path: Path):
     start(recipe_of(tmp_path / "run", "org/base", {}, revision="v1"))
     with pytest.raises(DataError, match=r"another model\.revision \(was v1, is v2\)"):
-        prepare_directory(recipe_of(tmp_path / "run", "org/base", {}, revision="v2"), resume=True)
+        prepare_directory(recipe_of(tmp_path / "run", "org/base", {}, revision="v2"), NOTHING, resume=True)
 
 
 def test_what_an_adapter_may_change_is_taken_up(base: Path, tmp_path: Path):
     given = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
     start(recipe_of(tmp_path / "run", base, given))
     changes = {"target_modules": ["v_proj", "q_proj"], "dropout": 0.1, "lora_plus_ratio": 4.0}
-    assert not prepare_directory(recipe_of(tmp_path / "run", base, given | changes), resume=True).is_new
+    assert not prepare_directory(recipe_of(tmp_path / "run", base, given | changes), NOTHING, resume=True).is_new
 
 
 def test_a_base_that_was_moved_is_the_same(base: Path, tmp_path: Path):
     start(recipe_of(tmp_path / "run", base, {}))
     (tmp_path / "elsewhere").mkdir()
     moved = base.rename(tmp_path / "elsewhere" / "base")
-    assert not prepare_directory(recipe_of(tmp_path / "run", moved, {}), resume=True).is_new
+    assert not prepare_directory(recipe_of(tmp_path / "run", moved, {}), NOTHING, resume=True).is_new
 
 
 def test_a_whole_model_may_start_from_another_of_the_same_shape(base: Path, tmp_path: Path):
     """Its checkpoints replace all weights."""
     other = shutil.copytree(base, tmp_path / "other")
     start(recipe_of(tmp_path / "run", base, None))
-    assert not prepare_directory(recipe_of(tmp_path / "run", other, None), resume=True).is_new
+    assert not prepare_directory(recipe_of(tmp_path / "run", other, None), NOTHING, resume=True).is_new

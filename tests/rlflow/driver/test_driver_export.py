@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import rlflow
+from rlflow.checkpoint import FINAL_MANIFEST
 from rlflow.cli.main import main
 from rlflow.data.tokenizer import load_tokenizer, stop_token_ids
 from rlflow.recipe import ModelBlock
@@ -107,7 +108,7 @@ def said_by_the_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_policy_is_whole_and_stops_where_its_rollouts_stopped(run: Run, model_dir: Path, monkeypatch):
     final = run("grpo") / "final"
-    assert {path.name for path in final.iterdir()} == MODEL_FILES
+    assert {path.name for path in final.iterdir()} == MODEL_FILES | {FINAL_MANIFEST}
     model = ModelBlock(path=str(model_dir))
     tokenizer = load_tokenizer(model)
     stops = generation_config_of(final)["eos_token_id"]
@@ -141,6 +142,7 @@ def test_an_adapter_and_what_it_is_merged_into_stop_there_too(run: Run, tmp_path
         "adapter_model.safetensors",
         "chat_template.jinja",
         "generation_config.json",
+        FINAL_MANIFEST,
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -162,6 +164,7 @@ def test_a_reward_model_scores_as_its_card_says(run: Run, monkeypatch):
         "chat_template.jinja",
         "config.json",
         "model.safetensors",
+        FINAL_MANIFEST,
         "tokenizer.json",
         "tokenizer_config.json",
     }

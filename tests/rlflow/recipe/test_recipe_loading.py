@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from rlflow.recipe import ALGORITHMS, ModelBlock, Recipe, RecipeError, RewardBlock, dump_recipe, load_recipe
+from rlflow.recipe import (
+    ALGORITHMS,
+    AdapterBlock,
+    ModelBlock,
+    Recipe,
+    RecipeError,
+    RewardBlock,
+    dump_recipe,
+    load_recipe,
+)
 
 SHARED = """\
 algorithm: {name: grpo}
@@ -164,6 +173,13 @@ def test_a_stage_starts_from_the_model_of_the_one_before(recipe_file: Path):
     sft, grpo = load_recipe(write(recipe_file, SHARED + STAGES))
     assert sft.model == ModelBlock(path="org/model", revision="main", dtype="bfloat16")
     assert grpo.model == ModelBlock(path=f"{recipe_file.parent}/runs/arithmetic/sft/final", dtype="bfloat16")
+
+
+def test_a_stage_goes_on_from_an_adapter_on_the_same_revision_of_its_base(recipe_file: Path):
+    with_adapter = SHARED.replace("dtype: bfloat16", "dtype: bfloat16, adapter: {rank: 4, lora_plus_ratio: 4.0}")
+    sft, grpo = load_recipe(write(recipe_file, with_adapter + STAGES))
+    adapter = AdapterBlock(path=f"{sft.run.output_dir}/final", lora_plus_ratio=4.0)
+    assert grpo.model == ModelBlock(path="org/model", revision="main", dtype="bfloat16", adapter=adapter)
 
 
 def test_a_new_model_is_made_by_the_first_stage_only(recipe_file: Path):

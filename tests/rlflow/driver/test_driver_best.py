@@ -1,0 +1,135 @@
+"""Which checkpoint is the best, and when the evaluation ends a stage: also across a resume. Scores are scripted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import rlflow
+from rlflow.driver import learner
+from rlflow.driver.evaluation import PassEvaluator
+from tests.local_actors import use_local_actors
+
+SHARED: dict[str, Any] = {
+    "model": {
+        "characters": "0123456789+=",
+        "architecture": {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+        },
+    },
+    "algorithm": {"name": "sft"},
+    "data": {"train": {"generator": "arithmetic", "args": {"digits": 1}}, "prompts_per_step": 4, "max_tokens": 32},
+    "tracking": ["jsonl"],
+}
+HELDOUT = {"generator": "arithmetic", "args": {"digits": 1, "split": "heldout"}, "rows": 2}
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    use_local_actors(monkeypatch)
+
+    def make(resume: bool = False, *, evaluation: dict[str, Any], **run_block: Any) -> Path:
+        directory = tmp_path / "run"
+        block = {"steps": 4, "save_every": 1, "keep_checkpoints": 9, "output_dir": str(directory), **run_block}
+        recipe = {**SHARED, "run": block, "evaluation": {"data": HELDOUT, "every": 1, **evaluation}}
+        if "reward" in evaluation:
+            recipe["data"] = {**SHARED["data"], "max_prompt_tokens": 16}
+            recipe["rollout"] = {"engine": "torch", "max_new_tokens": 4}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        rlflow.run(path, resume=resume)
+        return directory
+
+    return make
+
+
+def script_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """What evaluations measure, from that before the first step on."""
+    left: Iterator[float] = iter(losses)
+    monkeypatch.setattr(learner, "evaluate", lambda *_: {"loss/sft": next(left)})
+
+
+def script_passes(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    left: Iterator[float] = iter(scores)
+    monkeypatch.setattr(PassEvaluator, "run", lambda evaluator: {evaluator.metric: next(left)})
+
+
+def best_of(directory: Path) -> str:
+    return (directory / "checkpoints" / "best").readlink().name
+
+
+def steps_of(directory: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_if_killed_after(directory: Path, step: int) -> None:
+    shutil.rmtree(directory / "final")
+    for path in (directory / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+
+
+def test_the_best_checkpoint_has_the_least_held_out_loss(run: Run, monkeypatch):
+    script_losses(monkeypatch, [9.0, 3.0, 1.0, 2.0, 4.0])
+    assert best_of(run(evaluation={})) == "step_000002"
+
+
+def test_the_best_checkpoint_has_the_most_passes(run: Run, monkeypatch):
+    script_passes(monkeypatch, [0.0, 0.25, 0.5, 0.75, 0.5])
+    assert best_of(run(evaluation={"reward": {"name": "exact_match"}})) == "step_000003"
+
+
+@pytest.mark.parametrize(("losses", "best"), [([2.0, 3.0], "step_000002"), ([2.0, 0.5], "step_000004")])
+def test_the_best_of_before_counts_when_a_run_is_resumed(run: Run, monkeypatch, losses: list[float], best: str):
+    script_losses(monkeypatch, [9.0, 3.0, 1.0])
+    directory = run(evaluation={}, steps=2)
+    as_if_killed_after(directory, 2)
+    script_losses(monkeypatch, losses)
+    assert best_of(run(resume=True, evaluation={})) == best
+
+
+def test_scores_of_another_evaluation_are_not_compared_with_those_of_before(run: Run, monkeypatch, capsys):
+    script_losses(monkeypatch, [9.0, 3.0, 1.0])
+    as_if_killed_after(run(evaluation={}, steps=2), 2)
+    script_losses(monkeypatch, [5.0, 6.0])
+    directory = run(resume=True, evaluation={"data": {**HELDOUT, "args": {"digits": 1}}})
+    assert best_of(directory) == "step_000003"
+    said = capsys.readouterr().err
+    assert "evaluation.data has other rows" in said and "the best checkpoint is looked for anew" in said
+
+
+def test_a_stage_that_reached_its_score_is_over_when_it_is_resumed(run: Run, monkeypatch):
+    evaluation = {"reward": {"name": "exact_match"}}
+    script_passes(monkeypatch, [0.0, 0.25, 0.5])
+    directory = run(evaluation=evaluation, stop_at_score=0.5)
+    assert steps_of(directory) == [0, 1, 2]
+    shutil.rmtree(directory / "final")
+    run(resume=True, evaluation=evaluation, stop_at_score=0.5)
+    assert steps_of(directory) == [0, 1, 2] and (directory / "final" / "config.json").exists()
+
+
+def test_a_stage_that_reached_its_score_goes_on_to_a_higher_one(run: Run, monkeypatch):
+    evaluation = {"reward": {"name": "exact_match"}}
+    script_passes(monkeypatch, [0.0, 0.5, 0.75, 1.0])
+    directory = run(evaluation=evaluation, stop_at_score=0.5)
+    assert steps_of(directory) == [0, 1]
+    run(resume=True, evaluation=evaluation, stop_at_score=0.75)
+    assert steps_of(directory) == [0, 1, 2]
+    run(resume=True, evaluation=evaluation, stop_at_score=0.75)
+    assert steps_of(directory) == [0, 1, 2]
