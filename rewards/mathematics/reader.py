@@ -307,7 +307,8 @@ def _expression(text: str) -> Reading:
             return Formula(tree, core, said)
         value = value_at(tree, {}) * scale
     except Unreadable:
-        return Words(plain_text(text)) if words(text) or "\\" not in text else Unknown(text)
+        has_words = any(len(word) > 2 for word in words(text))  # dx is none
+        return Words(plain_text(text)) if has_words or "\\" not in text else Unknown(text)
     except (ArithmeticError, ValueError):
         return Nothing()
     return Number(value, _last_place(core, scale), is_percentage, unit if scale > 1 or is_percentage else unit or said)

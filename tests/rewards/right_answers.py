@@ -381,4 +381,5 @@ RIGHT_ANSWERS: list[tuple[str, object]] = [
     (boxed(r"\left(\frac12,1\right)"), "(1/2,1)"),
     (boxed(r"1,2,\ldots,10"), r"1,2,\ldots,10"),
     (boxed(r"\dfrac{\pi}{2}+k\pi"), r"k\pi+\frac{\pi}{2}"),
+    (boxed(r"\int_0^2 x^2 dx"), r"\frac{8}{3}"),
 ]
