@@ -111,20 +111,31 @@ def read_shape(model: ModelBlock) -> ModelShape:
     Raises:
         UnknownShape: Its config is not to be had, or has not the common fields.
     """
+    config = read_model_config(model)
+    if model.architecture is not None:
+        return shape_of(config)
+    assert model.path is not None
+    return shape_of(config, count_stored(Path(model.path)))
+
+
+def read_model_config(model: ModelBlock) -> Mapping[str, Any]:
+    """Fields of a model's config, or of a new one's.
+
+    Raises:
+        UnknownShape: They are not to be had.
+    """
     if model.architecture is not None:
         size = len(set(model.characters or "")) + _SPECIAL_TOKENS
-        return shape_of({"tie_word_embeddings": True, **model.architecture, "vocab_size": size})
+        return {"tie_word_embeddings": True, **model.architecture, "vocab_size": size}
     assert model.path is not None
     directory = Path(model.path)
     try:
         if not directory.exists() and is_hub_id(model.path):
-            config = hub_config(model.path, model.revision)
-        else:
-            config = json.loads((directory / "config.json").read_text())
+            return hub_config(model.path, model.revision)
+        return json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UnknownShape(f"cannot read config.json of {model.path}: {' '.join(lines[:2])}") from error
-    return shape_of(config, count_stored(directory))
 
 
 def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelShape:

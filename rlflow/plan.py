@@ -16,6 +16,7 @@ from rlflow import actor_memory, memory
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
+from rlflow.recipe.architectures import why_one_at_a_time
 from rlflow.recipe.reference import options
 from rlflow.remedies import enough, remedies, shown
 
@@ -87,6 +88,8 @@ class Plan:
     machine: Machine
     num_rows: int | None = None
     """Of training; None where they were not read."""
+    one_at_a_time: str | None = None
+    """Why sequences are not packed; None where they are."""
 
     @property
     def updates_per_step(self) -> int:
@@ -150,6 +153,7 @@ def make_plans(
     """
     machine = machine or this_machine()
     shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
+    reasons: dict[tuple[str | None, str | None], str | None] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
     for recipe, rows in zip_longest(recipes, num_rows):
@@ -158,6 +162,8 @@ def make_plans(
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
         final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
         shapes[model] = shapes[final, None] = shape
+        reason = reasons[model] if model[0] and model in reasons else _one_at_a_time(recipe)
+        reasons[model] = reasons[final, None] = reason
         if adapter is not None:
             adapters[final] = adapters.get(adapter.path, adapter)
             shape = _with_adapter(shape, adapters[final])
@@ -172,6 +178,7 @@ def make_plans(
                 roles=_planned(recipe, shape),
                 machine=machine,
                 num_rows=rows,
+                one_at_a_time=reason,
             )
         )
     return plans
@@ -182,6 +189,13 @@ def _shape(recipe: Recipe) -> ModelShape | str:
         return memory.read_shape(recipe.model)
     except memory.UnknownShape as error:
         return str(error)
+
+
+def _one_at_a_time(recipe: Recipe) -> str | None:
+    try:
+        return why_one_at_a_time(memory.read_model_config(recipe.model))
+    except memory.UnknownShape:
+        return None
 
 
 def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape | str:

@@ -17,7 +17,7 @@ def render(plan: Plan) -> str:
     sections = {
         **({"stage": [recipe.stage]} if recipe.stage else {}),
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
-        "model": [_model_line(plan)],
+        "model": _model_lines(plan),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
         **({"data": [f"{plan.num_rows:,} rows"]} if plan.num_rows is not None else {}),
         "a step": _step_lines(plan),
@@ -36,6 +36,12 @@ def render(plan: Plan) -> str:
 
 def _settings_table(plan: Plan) -> list[str]:
     return [f"  {s.key:<26} {shown(s.value):<14} {s.source}" for s in plan.settings]
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    if plan.one_at_a_time is None:
+        return [_model_line(plan)]
+    return [_model_line(plan), f"trained and scored one sequence at a time: {plan.one_at_a_time}"]
 
 
 def _model_line(plan: Plan) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlflow.recipe.architectures import why_one_at_a_time
+
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _ROTARY = ("rope_parameters", "rope_scaling")
@@ -17,6 +19,10 @@ def sharing_problem(config: Mapping[str, Any], ranks: int) -> str | None:
     Args:
         config: Fields of a transformers config.
     """
+    if reason := why_one_at_a_time(config):
+        return (
+            f"it is run one sequence at a time, which ranks cannot share ({reason}): set trainer.sequence_parallel: 1"
+        )
     if isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     for block in _rotary_blocks(config):

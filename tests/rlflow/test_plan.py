@@ -373,3 +373,11 @@ def test_a_plan_shows_what_the_chat_template_reads(recipe_file: Path):
     assert "\ntemplate" not in render(plan_of(recipe_file))
     plan = plan_of(recipe_file, "model.chat_template_kwargs={enable_thinking: false, effort: low}")
     assert "template   reads enable_thinking: false\n           reads effort: low\n" in render(plan)
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2"])
+def test_the_plan_says_whether_sequences_are_run_one_at_a_time(recipe_file: Path, kind: str):
+    """An architecture whose convolutions would run from one packed sequence into the next, and one without."""
+    recipe_file.write_text(TINY.replace("model_type: llama", f"model_type: {kind}"))
+    text = render(make_plans(load_recipe(recipe_file), LAPTOP)[0])
+    assert ("trained and scored one sequence at a time: its layers carry a state" in text) == (kind == "lfm2")

@@ -19,6 +19,7 @@ from rlflow.actors.train_engines.sequence_parallel import share_tokens
 from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.batching import pack
 from rlflow.recipe import ModelBlock
+from rlflow.recipe.architectures import why_one_at_a_time
 from rlflow.types import MicroBatch, Sample
 from tests.actors.train_engines.architectures import GPT2, LLAMA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
 
@@ -70,6 +71,7 @@ def test_logprobs_and_gradients_of_packed_sequences_are_those_of_each_alone_in_t
     ours = load(tmp_path)
     assert type(ours.model) is type(made)
     assert ours.passes.packs == (kind in PACKED)
+    assert (why_one_at_a_time(made.config.to_dict()) is None) == ours.passes.packs, "the plan says otherwise"
     expected, got = plain_logprobs(plain, batch), ours.of_batch(batch, CPU, entropies="none").logprobs
     torch.testing.assert_close(got, expected, **EXACT)
     one, other = gradients(ours.model, got), gradients(plain, expected)

@@ -55,3 +55,9 @@ def test_a_rotary_embedding_that_depends_on_the_longest_sequence_is_refused(rota
 def test_a_rotary_embedding_of_positions_alone_is_fine():
     yarn = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_scaling": None}
     assert sharing_problem({"num_attention_heads": 4, **yarn}, 2) is None
+
+
+def test_a_model_that_is_run_one_sequence_at_a_time_cannot_be_shared():
+    config = {"model_type": "qwen3_next", "num_attention_heads": 4}
+    for given in (config, {"model_type": "of_pictures", "text_config": config}):
+        assert "one sequence at a time, which ranks cannot share" in str(sharing_problem(given, 2))
