@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -39,6 +40,8 @@ class Worker:
 
 @pytest.fixture
 def group(ray_session: None) -> Iterator[ActorGroup[Worker]]:
+    # Ray's processes cannot import a test.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     made = ActorGroup[Worker]("worker", [ray.remote(Worker).remote(rank) for rank in range(3)], timeout_s=60.0)
     made.call_all(Worker.add, 0)
     yield made
