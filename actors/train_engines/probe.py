@@ -130,6 +130,11 @@ def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], pla
         problem = _packed_problem(module, sequences, plain)
     except NotPackable as error:
         problem = str(error)
+    except torch.OutOfMemoryError:
+        raise
+    # What a model's code makes of packed sequences is not ours; one at a time it may be right.
+    except Exception as error:
+        problem = shorten(f"packed, it fails ({type(error).__name__}: {error})", 200)
     if problem is not None:
         model.set_attn_implementation(own)
     return problem

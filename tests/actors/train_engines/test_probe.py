@@ -126,6 +126,14 @@ def test_a_model_without_gradients_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_head_that_does_not_fit_the_decoder_is_refused_with_a_sentence(tmp_path):
+    """ELECTRA has a layer between them, from hidden states to embeddings of another size."""
+    sizes = {"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    write(tmp_path, "electra", sizes | {"intermediate_size": 48, "is_decoder": True})
+    with pytest.raises(ValueError, match=r"ElectraForCausalLM: its decoder and its head, called .* Choose another"):
+        load(tmp_path)
+
+
 def test_packed_attention_that_leaks_is_found(tmp_path, batch, monkeypatch):
     """One long sequence in the place of all."""
     write(tmp_path, "llama", PACKED["llama"])
