@@ -2,6 +2,7 @@
 
 transformers 5 writes names that version 4 does not know, and version 4 puts defaults in the place of what it does not
 find, without a word: another base of the rotary embeddings, another number of experts. config.json has both names.
+Both leave a cap on attention's logits (Gemma 2) out in their default attention: config.json names one that has it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def with_old_names(config: Any, written: Mapping[str, Any]) -> dict[str, Any]:
     for other_name, name in config.attribute_map.items():
         if name in fields:
             fields.setdefault(other_name, fields[name])
+    if fields.get("attn_logit_softcapping") is not None:
+        fields["attn_implementation"] = "eager"
     if isinstance(fields.get("dtype"), str):
         fields["torch_dtype"] = fields["dtype"]
     if isinstance(fields.get("rope_parameters"), dict):

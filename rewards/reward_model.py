@@ -157,6 +157,7 @@ def _load_model(path: str) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from rlflow.actors.pretrained import load_whole
+    from rlflow.actors.train_engines.probe import use_own_attention
 
     try:
         config = AutoConfig.from_pretrained(path)
@@ -171,6 +172,7 @@ def _load_model(path: str) -> Any:
             f"reward_model: {path} cannot be loaded ({cause}): give a directory that save_pretrained wrote, or a hub "
             "id that this machine can reach"
         ) from error
+    use_own_attention(model)
     model.config.use_cache = False
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -43,12 +43,12 @@ def token_problem(batch: RolloutBatch, is_token: np.ndarray) -> str | None:
     inside = (ids >= 0) & (ids < len(is_token))
     known = inside & is_token[np.where(inside, ids, 0)]
     is_logprob = np.isfinite(batch.logprobs) & (batch.logprobs <= MOST_LOGPROB)
-    for name, values, good in (("token id", ids.astype(str), known), ("logprob", batch.logprobs, is_logprob)):
+    for name, values, good in (("token id", ids, known), ("logprob", batch.logprobs, is_logprob)):
         wrong = np.flatnonzero(~good)
         if len(wrong):
             row = int(np.searchsorted(batch.offsets, wrong[0], side="right")) - 1
             place = f"row {row}, token {wrong[0] - batch.offsets[row]}"
-            return f"{len(wrong)} of {len(values)} {name}s are none, the first {values[wrong[0]]:.6} ({place})"
+            return f"{len(wrong)} of {len(values)} {name}s are none, the first {values[wrong[0]]!s} ({place})"
     return None
 
 

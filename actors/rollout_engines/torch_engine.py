@@ -66,7 +66,8 @@ class TorchEngine:
         use_own_attention(self.model)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies every weight in. The first time, it also settles how the model generates.
+        """Copies every weight in. The first time, it also settles how the model generates; a cache of the model's own
+        is looked at every time, as what it gets wrong may be too small to see in weights that are new.
 
         Raises:
             ValueError: For a name or shape that the model does not have, or one left out.
@@ -84,7 +85,7 @@ class TorchEngine:
                 missing.discard(name)
         if missing:
             raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {sorted(missing)[0]}")
-        if not self.is_settled:
+        if not self.is_settled or self.reader is ONE_PROMPT[0]:
             self._choose_reader()
 
     def leave_out(self, ids: np.ndarray) -> None:
@@ -170,6 +171,7 @@ class TorchEngine:
         requests = [GenerationRequest(prompts[0], (1, 2)), GenerationRequest(prompts[1], (3,))]
         # Padding would enter a state that is carried from token to token; with small weights that does not show yet.
         ways = ONE_PROMPT if self.model._is_stateful else (read_padded, *ONE_PROMPT)
+        before = self.reader
         with narrow_windows(self.model):
             if not self._logits(prompts[1]).isfinite().all():
                 return
@@ -177,7 +179,7 @@ class TorchEngine:
                 if self.reader is ways[-1] or self._is_right(requests):
                     break
         self.is_settled = True
-        if self.reader is not read_padded:
+        if self.reader is not before:
             cache = "" if self.reader is ONE_PROMPT[0] else ", without a cache"
             logger.warning("%s generates from one prompt at a time%s", type(self.model).__name__, cache)
 
@@ -194,9 +196,9 @@ class TorchEngine:
         prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
         differences = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            logits = self._logits(np.concatenate([prompt, completion.token_ids]))[len(prompt) - 1 : -1].float()
+            logits = self._logits(np.concatenate([prompt, completion.token_ids]))[len(prompt) - 1 : -1]
             written = torch.from_numpy(completion.token_ids).long().to(self.device)
-            plain = torch.log_softmax(logits, dim=-1).gather(1, written[:, None]).squeeze(1)
+            plain = torch.log_softmax(self._of_tokens(logits).float(), dim=-1).gather(1, written[:, None]).squeeze(1)
             differences.append((plain.cpu() - torch.from_numpy(completion.logprobs)).abs())
         apart = torch.cat(differences)
         # In 16 bits a mixture of experts may route single tokens otherwise.
@@ -204,9 +206,9 @@ class TorchEngine:
         return bool(apart.max() < 3e-4) if exact else bool(apart.median() < 0.1)
 
     def _logits(self, tokens: np.ndarray) -> torch.Tensor:
-        """Of a text alone, [L, V]."""
+        """Of a text alone, [L, V], of all ids."""
         ids = torch.from_numpy(tokens).long().to(self.device)
-        return self._of_tokens(self.model(input_ids=ids[None]).logits[0])
+        return self.model(input_ids=ids[None]).logits[0]
 
     def _of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, V]."""

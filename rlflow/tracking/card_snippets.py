@@ -110,7 +110,10 @@ def readers(directory: Path) -> str:
             "Read by transformers 5 and newer: the bases of rotary embeddings differ between kinds of layers, and "
             "version 4's config has one."
         )
-    return "Files have the names of transformers 4.57 and those of 5: both read them, where they have the architecture."
+    both = "Files have the names of transformers 4.57 and those of 5: both read them, where they have the architecture."
+    if text.get("attn_logit_softcapping") is None:
+        return both
+    return f'{both} Version 4 needs `attn_implementation="eager"`: its default leaves attention\'s logits uncapped.'
 
 
 def is_reward_model(directory: Path) -> bool:

@@ -107,6 +107,22 @@ def test_old_names_have_the_values_of_the_new_ones_and_change_nothing_for_versio
     assert torch.equal(one, other)
 
 
+def test_transformers_reads_a_model_that_caps_attentions_logits_with_the_cap(tmp_path: Path):
+    """Its default attention leaves it out."""
+    config: Any = AutoConfig.for_model("gemma2", **SIZES, head_dim=16, attn_logit_softcapping=1.0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_model(model, tmp_path)
+    tokens = torch.arange(28)[None]
+    with torch.no_grad():
+        served = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+        uncapped = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")(tokens).logits
+        torch.testing.assert_close(served, model(tokens).logits)
+    assert (served - uncapped).abs().max() > 1e-2
+
+
 def test_a_model_that_sees_has_the_old_names_of_its_text_model():
     config: Any = AutoConfig.for_model("gemma3", text_config={**SIZES, "rope_parameters": LAYERS, "head_dim": 16})
     fields = with_old_names(config, json.loads(config.to_json_string(use_diff=True)))

@@ -83,12 +83,13 @@ def conversation_ids(path: Path, prompt: list[dict[str, str]], completion: str) 
     return tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def forward_alone(path: Path, rows: list[list[int]]) -> list[float]:
+def forward_alone(path: Path, rows: list[list[int]], attention: str | None = None) -> list[float]:
     """What transformers says of each row, without padding."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    model = AutoModelForSequenceClassification.from_pretrained(path, **options).eval()
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
 
@@ -103,6 +104,35 @@ def test_padding_changes_no_score_whatever_the_pad_token(copied: Path, pad: int 
     expected = forward_alone(copied, rows)
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(score(copied, batch_size=batch_size), expected, atol=1e-5)
+
+
+def test_a_cap_on_attentions_logits_is_not_left_out(copied: Path) -> None:
+    """As transformers' default attention leaves out that of Gemma 2."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForSequenceClassification
+
+    config = Gemma2Config(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=1.0,
+        initializer_range=0.5,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma2ForSequenceClassification(config).save_pretrained(copied)
+    rows = [conversation_ids(copied, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
+    expected, uncapped = forward_alone(copied, rows, "eager"), forward_alone(copied, rows, "sdpa")
+    assert np.abs(np.subtract(expected, uncapped)).max() > 1e-2
+    np.testing.assert_allclose(score(copied), expected, atol=1e-5)
 
 
 def test_an_overlong_conversation_loses_the_beginning_of_its_prompt(reward_model_dir: Path) -> None:

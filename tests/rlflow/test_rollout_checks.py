@@ -63,6 +63,7 @@ def ids(value: int) -> np.ndarray:
         ({"logprobs": np.full(5, 5.0, np.float32)}, "5 of 5 logprobs are none, the first 5.0 (row 0, token 0)"),
         ({"token_ids": ids(6)}, "1 of 5 token ids are none, the first 6 (row 1, token 0)"),
         ({"token_ids": ids(-1)}, "1 of 5 token ids are none, the first -1"),
+        ({"token_ids": ids(1234567890)}, "1 of 5 token ids are none, the first 1234567890 (row 1, token 0)"),
         ({"token_ids": ids(2)}, "1 of 5 token ids are none, the first 2"),
         ({"texts": GOOD.texts[:2]}, "it has 2 texts for 3 completions that were asked for"),
         ({"finish_reasons": ("stop",) * 4}, "it has 4 finish reasons for 3"),

@@ -14,7 +14,7 @@ from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.rollout_engines.torch_reading import ONE_PROMPT, PaddedReading, read_padded
 from rlflow.types import GenerationRequest, SamplingParams
-from tests.actors.train_engines.architectures import ONE_AT_A_TIME, PACKED, VOCABULARY, write
+from tests.actors.train_engines.architectures import LLAMA, MAMBA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
 
 PADDED = ["gpt2", "gemma3_text", "cohere2", "gemma2", "gpt_oss", "bloom", "stablelm", "llama4_text"]
 UNPADDED = ["lfm2", "mamba", "granitemoehybrid", "qwen3_next"]
@@ -66,6 +66,25 @@ def test_a_cache_that_forgets_is_found_and_left_out(tmp_path, monkeypatch):
     engine = engine_of(tmp_path, "gpt2")
     assert engine.reader is ONE_PROMPT[-1]
     assert_right(engine, tmp_path, "gpt2")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lfm2"])
+def test_ids_that_are_left_out_before_the_weights_come_keep_nothing_from_being_settled(tmp_path, kind):
+    model = write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])
+    engine = TorchEngine(str(tmp_path), dtype="float32", max_num_seqs=4)
+    engine.leave_out(np.array([VOCABULARY - 1]))
+    engine.load_weights(to_checkpoint(model, model.named_parameters()))
+    assert engine.is_settled and (engine.reader is read_padded) == (kind in PADDED)
+
+
+def test_a_cache_that_is_wrong_is_found_once_the_weights_are_large_enough(tmp_path):
+    """Of a new Bamba, whose cached numbers are not those of its forward pass."""
+    config = LLAMA | MAMBA | {"attn_layer_indices": [1]}
+    model = write(tmp_path, "bamba", {key: value for key, value in config.items() if key != "head_dim"})
+    engine = TorchEngine(str(tmp_path), dtype="float32", max_num_seqs=4)
+    engine.load_weights(to_checkpoint(model, ((name, p * 0.01) for name, p in model.named_parameters())))
+    engine.load_weights(to_checkpoint(model, model.named_parameters()))
+    assert_right(engine, tmp_path, "bamba")
 
 
 def test_weights_that_are_no_numbers_settle_nothing(tmp_path):

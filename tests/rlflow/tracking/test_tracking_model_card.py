@@ -163,3 +163,5 @@ def test_the_card_says_which_versions_of_transformers_read_the_files(write: Writ
     assert "Read by transformers 5 and newer: the bases" in card_of(write("new", {"config.json": only_new})).text
     gemma = {**only_new, "rope_local_base_freq": 1e4}
     assert "both read them" in card_of(write("gemma", {"config.json": gemma})).text
+    capped = {"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0}
+    assert 'Version 4 needs `attn_implementation="eager"`' in card_of(write("capped", {"config.json": capped})).text
