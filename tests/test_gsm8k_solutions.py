@@ -100,7 +100,8 @@ def test_the_rows_are_of_the_format_that_training_needs(tmp_path, function, form
     path = tmp_path / "solutions.jsonl"
     path.write_text(json.dumps(problem(1, (True, False, True, False))) + "\n")
     args = {"path": str(path), "split": "all"}
-    assert format_of(read_table(SourceBlock(generator=f"{FILE}:{function}", args=args))) == form
+    table = read_table(SourceBlock(generator=f"{FILE}:{function}", args=args))
+    assert format_of(table, judged=form == "kto") == form
 
 
 def test_a_missing_file_says_where_to_fetch_it(tmp_path):

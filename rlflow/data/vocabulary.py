@@ -15,6 +15,7 @@ import numpy as np
 
 from rlflow.data.tokenizer import character_vocabulary, load_tokenizer
 from rlflow.recipe import ModelBlock
+from rlflow.recipe.hub_files import hub_text
 from rlflow.recipe.local_paths import is_hub_id
 
 if TYPE_CHECKING:
@@ -26,12 +27,11 @@ Vocabulary = Mapping[str, int]
 OTHER_MODALITIES = ("<image_soft_token>",)
 """Tokens for which a text-only model has no row, though it shares a tokenizer with models that see (Gemma 3)."""
 _TOKENIZER = "tokenizer.json"
-_TIMEOUT_S = 10.0
 _OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
 
 
 def read_vocabulary(model: ModelBlock) -> Vocabulary | None:
-    """The vocabulary of a model in a directory or on the hub, whose cache then has it, or of a new one's characters.
+    """The vocabulary of a model in a directory, in the hub's cache or on the hub, or of a new one's characters.
 
     Returns:
         None where there are no tokenizer files, or the hub cannot be reached.
@@ -41,15 +41,15 @@ def read_vocabulary(model: ModelBlock) -> Vocabulary | None:
     """
     if model.path is None:
         return character_vocabulary(model.characters or "")
-    file = _tokenizer_file(model.path, model.revision)
-    if file is not None:
+    text = _tokenizer_text(model.path, model.revision)
+    if text is not None:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+            return Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         except Exception as error:
             # Whatever a damaged file makes the tokenizers library raise, it is about that file.
-            raise ValueError(f"{file} cannot be read: {error}: fetch it again") from error
+            raise ValueError(f"{model.path}/{_TOKENIZER} cannot be read: {error}: fetch it again") from error
     if not any((Path(model.path) / name).is_file() for name in _OTHER_FILES):
         return None
     return load_tokenizer(model).get_vocab()
@@ -91,14 +91,11 @@ def ids_without_token(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> np.n
     return np.flatnonzero(~is_token)
 
 
-def _tokenizer_file(path: str, revision: str | None) -> Path | None:
-    if Path(path).is_dir() or not is_hub_id(path):
-        file = Path(path) / _TOKENIZER
-        return file if file.is_file() else None
-    from huggingface_hub import hf_hub_download
-
+def _tokenizer_text(path: str, revision: str | None) -> str | None:
+    """None where there is no tokenizer.json, or the hub cannot be reached."""
     try:
-        return Path(hf_hub_download(path, _TOKENIZER, revision=revision, etag_timeout=_TIMEOUT_S))
+        if Path(path).is_dir() or not is_hub_id(path):
+            return (Path(path) / _TOKENIZER).read_text(encoding="utf-8", errors="replace")
+        return hub_text(path, _TOKENIZER, revision)
     except OSError:
-        # The hub has no such file, or cannot be reached.
         return None
