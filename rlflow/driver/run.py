@@ -118,7 +118,7 @@ def _run_stages(
             stop.end()
             failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)
             if failed is None and ray_started.result(timeout=0):
-                ray.shutdown()
+                stop.kept_while(ray.shutdown)
 
 
 def tell_of_finished(recipe: Recipe, inputs: Inputs) -> None:

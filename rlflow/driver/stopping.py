@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SAME_PRESS_S = 1.0
 """A terminal, and what started the run there, may both pass one Ctrl-C on: two that come so close are one."""
+_REINSTALL_S = 0.01
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -51,6 +52,19 @@ class StopSignals:
             for number in _SIGNALS:
                 before = signal.signal(number, self._handle)
                 self._before.setdefault(number, before)
+
+    def kept_while(self, work: Callable[[], None], timeout_s: float = 120.0) -> None:
+        """Does ``work`` in a thread, and puts the handlers back in place all the while.
+
+        Ray sets SIGTERM to its default, which ends the process, in the middle of its own shutdown.
+        """
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + timeout_s
+        while thread.is_alive() and time.monotonic() < deadline:
+            self.install()
+            thread.join(_REINSTALL_S)
+        self.install()
 
     def restore(self, *, process_ends: bool = False) -> None:
         """Args: process_ends: where the run was asked to stop, no further signal changes the process's exit code."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -189,6 +191,29 @@ def test_a_process_that_ends_ignores_signals_once_it_was_asked_to_stop(press):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     stop.restore()
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, before)
+
+
+def test_handlers_that_a_library_resets_at_its_end_are_put_back(press):
+    stop, send, waits_for = press
+    c_library, default = ctypes.CDLL(None), ctypes.c_void_p(0)
+    c_library.signal.restype, c_library.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    found: list[bool] = []
+
+    def work() -> None:
+        c_library.signal(signal.SIGTERM, default)
+        for _ in range(1000):
+            # The call returns the handler that it replaces.
+            handler = c_library.signal(signal.SIGTERM, default)
+            if handler:
+                c_library.signal(signal.SIGTERM, handler)
+                found.append(True)
+                return
+            time.sleep(0.01)
+
+    stop.kept_while(work)
+    assert found == [True]
+    with stop.finishing_steps(lambda: waits_for[0]):
+        assert not send(signal.SIGTERM, 1.0) and stop.asked()
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("sft", SFT), ("grpo", GRPO)])
