@@ -54,6 +54,13 @@ def functions(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
             yield call["function"]
 
 
+def described(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool in OpenAI's form, which templates are written for: LLaMA-Factory's data has functions bare."""
+    if "function" in tool or not isinstance(tool.get("name"), str):
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
 def tool_name(tool: dict[str, Any]) -> str | None:
     """The name of a described function, in OpenAI's form or bare."""
     described = tool["function"] if isinstance(tool.get("function"), dict) else tool

@@ -11,7 +11,6 @@ is a token (GLM's models stop at it), or else eos.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlflow.data.calls import functions, is_python, tool_name, with_text_arguments
 from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
-from rlflow.data.shown import THOUGHT_SWITCHES, left_out, with_thought
+from rlflow.data.shown import left_out, with_thought
 from rlflow.data.template import clock_at, names_read, template_text
 from rlflow.data.turns import MARKER, Render, Turn, find_turns
 from rlflow.types import Message
@@ -71,7 +70,7 @@ class Chat:
         render = self.renderer(tools, generation_prompt=True)
         text = self._check_characters(render(messages))
         self._require_calls_and_tools(text, messages, tools)
-        notes = left_out(text, messages, (), render, lambda _: None)
+        notes = left_out(messages, (), render)
         return Rendered(text, starts=self._starts(text, messages, render), notes=tuple(notes))
 
     def render_whole(self, messages: Sequence[Message]) -> Rendered:
@@ -119,9 +118,13 @@ class Chat:
             text, places[last] = self._behind_its_prompt(text, messages, places[last], render)
         ends = {}
         for index in trained & places.keys():
-            text, ends[index] = self._closed(text, index, places[index].end, written, is_last=index == last)
+            calls = "tool_calls" in messages[index]
+            text, ends[index] = self._closed(
+                text, index, places[index].end, written, is_last=index == last, is_call=calls
+            )
         self._check_characters(text)
-        notes = left_out(text, messages, trained, render, lambda thought: self._switch_for(thought, messages, render))
+        said = text[places[last].start : places[last].end] if last in places else ""
+        notes = left_out(messages, trained, render, said, lambda: names_read(self._template))
         starts = tuple(sorted(turn.start for turn in places.values()))
         if turns is None:
             return Rendered(text, ((0, len(text)),), starts, tuple(notes))
@@ -188,17 +191,25 @@ class Chat:
         longer = len(prompt) + len(said) - turn.end
         return prompt + said + text[turn.end :], _moved(turn, len(prompt), longer)
 
-    def _closed(self, text: str, index: int, end: int, written: bool, *, is_last: bool) -> tuple[str, int]:
-        """The text with an end of the turn behind ``end``, and where that ends."""
+    def _closed(
+        self, text: str, index: int, end: int, written: bool, *, is_last: bool, is_call: bool
+    ) -> tuple[str, int]:
+        """The text with an end of the turn behind ``end``, and where that ends.
+
+        A call may have an end of its own (Llama 3's ``<|eom_id|>``, gpt-oss' ``<|call|>``), of which
+        generation_config.json tells.
+        """
         if self._closing and text.startswith(self._closing, end):
             return text, end + len(self._closing)
         if not written:
             return text, end
-        if token := self._special_token.match(text, end):
+        token = self._special_token.match(text, end)
+        if token and (is_call or self.tokenizer.convert_tokens_to_ids(token[0]) in self.end_ids):
             return text, token.end()
         if not is_last:
+            closing = f"{token[0]}, at which the policy does not" if token else "nothing that the policy could"
             raise RowError(
-                f"the chat template ends messages[{index}] with nothing that the policy could stop at: train the last "
+                f"the chat template ends messages[{index}] with {closing} stop at: train the last "
                 "turn alone (data.loss_on: last_assistant), which eos ends, or set a model.chat_template that ends "
                 "every answer with {{ eos_token }}"
             )
@@ -265,14 +276,6 @@ class Chat:
                 raise RowError("it has `tools`, which the chat template does not show to the policy")
         if not all(function["name"] in text for function in functions(messages)):
             raise RowError("it has function calls, which the chat template leaves out")
-
-    def _switch_for(self, thought: str, messages: Sequence[Message], render: Render) -> str | None:
-        """The setting with which the template shows a thought that it leaves out otherwise."""
-        read = names_read(self._template)
-        for name, value in THOUGHT_SWITCHES.items():
-            if name in read and thought in render(messages, **{name: value}):
-                return f"{{{name}: {json.dumps(value)}}}"
-        return None
 
     def _find_closing(self, special: str) -> tuple[str, list[str]]:
         """The special tokens behind the last answer, as text; where there are none, those that open the next turn."""

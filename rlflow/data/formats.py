@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlflow.data.calls import described
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.messages import (
     from_json_text,
@@ -224,9 +226,13 @@ def _rejected_beside_messages(columns: dict[str, Any], chosen: list[Message]) ->
 
 def _take_tools(columns: dict[str, Any]) -> list[Any]:
     tools = from_json_text(_take(columns, "tools"), "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    try:
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (TypeError, ValueError, RecursionError):
+        tools = None
+    if tools is None or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("`tools` is not a list of function descriptions")
-    return tools
+    return [described(tool) for tool in tools]
 
 
 def _has(columns: dict[str, Any], name: str) -> bool:

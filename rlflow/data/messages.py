@@ -23,6 +23,10 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")
+"""Roles of ShareGPT's and ms-swift's whose content is a call; of parts of a content, LLaMA-Factory's."""
+PARTS = ("reasoning", "text", "tool_call")
+"""In the order in which templates write them."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where a message may keep its thoughts, for the chat template."""
 KEPT_KEYS = ("tool_call_id", "name", *REASONING_KEYS)
@@ -41,7 +45,13 @@ def to_messages(value: Any, column: str) -> list[Message]:
     value = from_json_text(value, column)
     if not isinstance(value, list) or not value:
         raise RowError(f"`{column}` is {kind(value) if value else 'empty'}, not a list of messages")
-    messages = [to_message(item, f"{column}[{index}]") for index, item in enumerate(value)]
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        message = to_message(item, place := f"{column}[{index}]")
+        if messages and messages[-1]["role"] == "assistant" and item.get("from", item.get("role")) in CALLS:
+            messages[-1] = _with_call(messages[-1], message, place)
+        else:
+            messages.append(message)
     if all(message["role"] == "system" and not message["content"].strip() for message in messages):
         raise RowError(f"`{column}` holds only an empty system message")
     return messages
@@ -58,11 +68,16 @@ def to_message(item: Any, place: str) -> Message:
     role = item[role_key]
     if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"`{place}` has the role {role!r}; roles are {', '.join(ROLES)}")
-    message: Message = {"role": ROLES[role], "content": _content(item.get(content_key), f"{place}.{content_key}")}
+    content, place_of_content = item.get(content_key), f"{place}.{content_key}"
+    message: Message = {"role": ROLES[role], "content": ""}
     message |= {key: item[key] for key in KEPT_KEYS if isinstance(item.get(key), str)}
-    if role in ("function_call", "tool_call"):
-        message |= {"content": "", "tool_calls": to_calls(message["content"], place)}
-    elif calls:
+    if role in CALLS:
+        message["tool_calls"] = to_calls(content, place)
+    elif isinstance(content, list) and message["role"] == "assistant":
+        message |= _answer_of_parts(content, place_of_content)
+    else:
+        message["content"] = _content(content, place_of_content)
+    if calls:
         message["tool_calls"] = to_calls(calls, f"{place}.tool_calls")
     for key in WEIGHT_KEYS:
         if item.get(key) is not None:
@@ -70,6 +85,15 @@ def to_message(item: Any, place: str) -> Message:
     if not message["content"].strip() and message["role"] in ("user", "assistant") and "tool_calls" not in message:
         raise RowError(f"`{place}` is empty")
     return message
+
+
+def _with_call(message: Message, call: Message, place: str) -> Message:
+    """A turn with the call that a message of its own adds to it: the assistant says and calls in one turn, and does
+    all calls of a turn at once."""
+    if message.get("loss", call.get("loss")) != call.get("loss", message.get("loss")):
+        raise RowError(f"`{place}` is a call of the turn before it, and one of them is trained and the other is not")
+    calls = [*message.get("tool_calls", ()), *call["tool_calls"]]
+    return {**message, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
 
 
 def pairs_to_messages(value: Any, column: str, user: str | int, assistant: str | int) -> list[Message]:
@@ -121,11 +145,31 @@ def _content(value: Any, place: str) -> str:
     return "".join(_part(part, f"{place}[{index}]") for index, part in enumerate(value))
 
 
-def _part(part: Any, place: str) -> str:
+def _answer_of_parts(parts: list[Any], place: str) -> Message:
+    """What an assistant's message holds whose parts may be thoughts and calls, as LLaMA-Factory's."""
+    by_type: dict[str, list[str]] = {name: [] for name in PARTS}
+    last = 0
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in PARTS:
+            kind = "text"
+        if PARTS.index(kind) < last:
+            raise RowError(f"`{place}[{index}]`: {kind} comes behind {PARTS[last]}, where no chat template writes it")
+        last = PARTS.index(kind)
+        by_type[kind].append(_part(part, f"{place}[{index}]", kind))
+    message: Message = {"content": "".join(by_type["text"])}
+    if by_type["reasoning"]:
+        message["reasoning_content"] = "".join(by_type["reasoning"])
+    if by_type["tool_call"]:
+        message["tool_calls"] = [call for text in by_type["tool_call"] for call in to_calls(text, place)]
+    return message
+
+
+def _part(part: Any, place: str, kind_of_part: str = "text") -> str:
     """The text of one content part, OpenAI's ``text`` or LLaMA-Factory's ``value``."""
     if not isinstance(part, dict) or "type" not in part:
         raise RowError(f"`{place}` is {kind(part)}, not a content part")
-    if part["type"] != "text":
+    if part["type"] != kind_of_part:
         raise RowError(f"`{place}` is of type {part['type']!r}; only text is supported")
     texts = [part[key] for key in ("text", "value") if key in part and isinstance(part[key], str)]
     if not texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,45 +32,48 @@ class Piece(NamedTuple):
     field: str
     text: str
     """Without the space around it."""
+    marker: str
+    """No other message's."""
     marked: Message
     """The message with the marker in its place."""
     is_thought: bool
 
 
 def left_out(
-    text: str,
     messages: Sequence[Message],
     trained: Collection[int],
     render: Render,
-    switch_for: Callable[[str], str | None],
+    last_said: str = "",
+    read: Callable[[], Collection[str]] = tuple,
 ) -> list[str]:
     """The thoughts of turns that are not trained and that the template leaves out, a sentence each.
 
     Args:
-        text: What the messages are rendered to.
         messages: The conversation.
         trained: Indices of the turns that are trained.
-        render: Renders other messages as ``text`` was rendered.
-        switch_for: The setting with which the template shows a thought, if there is one.
+        render: Renders messages.
+        last_said: What the last turn is trained to say, where that is not what the template has.
+        read: The variables that the template reads.
 
     Raises:
         RowError: The template leaves out what somebody says, or a thought that is to be trained.
     """
     notes = []
-    for piece in _pieces(messages):
-        if _is_in(piece.text, text) or MARKER in render(_with_marker(messages, piece)):
-            continue
+    for piece in _hidden(messages, render):
         place = f"messages[{piece.index}].{piece.field}"
+        is_last = piece.index == len(messages) - 1
+        if is_last and piece.is_thought and last_said and with_thought(messages[-1], last_said) == last_said:
+            continue
         if not piece.is_thought:
             role = messages[piece.index]["role"]
             raise RowError(f"the chat template leaves out {place}, what the {role} says")
         if piece.index in trained:
-            switch = switch_for(piece.text)
+            switch = _switch_for(piece, messages, render, read())
             keep = f"model.chat_template_kwargs: {switch} keeps it, " if switch else ""
             last_alone = ", and data.loss_on: last_assistant trains the last turn alone"
             raise RowError(
                 f"the chat template leaves out {place}, a thought that is to be trained: {keep}model.chat_template "
-                f"sets another template{last_alone if piece.index < len(messages) - 1 else ''}"
+                f"sets another template{'' if is_last else last_alone}"
             )
         notes.append(f"the chat template leaves out {place}, a thought of a turn that is not trained")
     return notes
@@ -79,38 +83,67 @@ def with_thought(message: Message, rendered: str) -> str:
     """What a turn says as its template rendered it, with the thought in front that the template took out."""
     thought = THOUGHT.match(message["content"])
     if thought is not None:
-        opening, said, closing, _ = thought.groups()
-        return rendered if said.strip() in rendered else f"{opening.lstrip()}{said}{closing}{rendered}"
+        opening, said, closing, answer = thought.groups()
+        shown = said.strip() in _before(answer, rendered)
+        return rendered if shown else f"{opening.lstrip()}{said}{closing}{rendered}"
     said = next((message[key].strip() for key in REASONING_KEYS if key in message), "")
-    return rendered if said in rendered else f"<think>\n{said}\n</think>\n\n{rendered}"
+    return rendered if said in _before(message["content"], rendered) else f"<think>\n{said}\n</think>\n\n{rendered}"
 
 
-def _pieces(messages: Sequence[Message]) -> Iterator[Piece]:
-    """The texts of a conversation that are not empty."""
-    for index, message in enumerate(messages):
-        for field, text, marked, is_thought in _texts(message):
-            if text.strip():
-                yield Piece(index, field, text.strip(), marked, is_thought)
+def _before(answer: str, rendered: str) -> str:
+    """What a turn says before its answer, which may repeat the thought."""
+    return rendered.rstrip().removesuffix(answer.strip())
 
 
-def _texts(message: Message) -> Iterator[tuple[str, str, Message, bool]]:
+def _hidden(messages: Sequence[Message], render: Render) -> Iterator[Piece]:
+    """The texts of a conversation that are not shown.
+
+    A text that is found in the rendering may be another's, or the template's own: markers are looked for in its place.
+    They stand for one text of every message at a time, and where one is missing for that text alone, because templates
+    look at what others say.
+    """
+    pieces = [[piece for piece in _texts(index, message) if piece.text] for index, message in enumerate(messages)]
+    for turn in itertools.zip_longest(*pieces):
+        marked = [message if piece is None else piece.marked for piece, message in zip(turn, messages, strict=True)]
+        try:
+            rendered = render(marked)
+        except RowError:
+            rendered = ""
+        for piece in turn:
+            if (
+                piece is not None
+                and piece.marker not in rendered
+                and piece.marker not in render(_alone(piece, messages))
+            ):
+                yield piece
+
+
+def _alone(piece: Piece, messages: Sequence[Message]) -> list[Message]:
+    return [*messages[: piece.index], piece.marked, *messages[piece.index + 1 :]]
+
+
+def _switch_for(piece: Piece, messages: Sequence[Message], render: Render, read: Collection[str]) -> str | None:
+    """The setting with which the template shows a thought that it leaves out otherwise."""
+    for name, value in THOUGHT_SWITCHES.items():
+        if name in read and piece.marker in render(_alone(piece, messages), **{name: value}):
+            return f"{{{name}: {json.dumps(value)}}}"
+    return None
+
+
+def _texts(index: int, message: Message) -> Iterator[Piece]:
     content = message["content"]
     thought = THOUGHT.match(content) if message["role"] == "assistant" else None
+    marker = f"{MARKER}{index}{MARKER}"
+
+    def piece(field: str, text: str, before: str = "", behind: str = "", *, is_thought: bool = False) -> Piece:
+        return Piece(index, field, text.strip(), marker, {**message, field: f"{before}{marker}{behind}"}, is_thought)
+
     if thought is None:
-        yield "content", content, {**message, "content": MARKER}, False
+        yield piece("content", content)
     else:
         before, said, closing, answer = thought.groups()
-        yield "content", said, {**message, "content": f"{before}{MARKER}{closing}{answer}"}, True
-        yield "content", answer, {**message, "content": f"{before}{said}{closing}{MARKER}"}, False
+        yield piece("content", said, before, closing + answer, is_thought=True)
+        yield piece("content", answer, before + said + closing)
     for key in REASONING_KEYS:
         if key in message:
-            yield key, message[key], {**message, key: MARKER}, True
-
-
-def _is_in(piece: str, text: str) -> bool:
-    """As it is, or as JSON text."""
-    return piece in text or any(json.dumps(piece, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False))
-
-
-def _with_marker(messages: Sequence[Message], piece: Piece) -> list[Message]:
-    return [*messages[: piece.index], piece.marked, *messages[piece.index + 1 :]]
+            yield piece(key, message[key], is_thought=True)

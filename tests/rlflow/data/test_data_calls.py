@@ -67,6 +67,64 @@ def test_a_message_with_calls_needs_no_content(item, calls):
     assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == calls
 
 
+@pytest.mark.parametrize("calls", [("tool_call", "role", "content"), ("function_call", "from", "value")])
+def test_calls_in_messages_of_their_own_are_one_turn_with_the_answer_before_them(make_data, tokenizer, calls):
+    tokenizer.chat_template = AS_OBJECT
+    role, role_key, content_key = calls
+    clock, add = {"name": "clock", "arguments": {"city": "Rome"}}, {"name": "sum", "arguments": '{"x": 1}'}
+    messages = [
+        ASK,
+        {"role": "assistant", "content": "Let me see. "},
+        {role_key: role, content_key: json.dumps(clock)},
+        {role_key: role, content_key: [add]},
+        RESULT,
+        RESULT,
+        {role_key: role, content_key: clock},
+        RESULT,
+        DONE,
+    ]
+    (example,) = load_examples(make_data([{"messages": messages}]), tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]) == (
+        'Let me see. clock {"city": "Rome"}sum {"x": 1}<|im_end|>clock {"city": "Rome"}<|im_end|>Noon.<|im_end|>'
+    )
+    messages[1]["loss"], messages[3]["loss"] = False, True
+    with pytest.raises(DataError, match=r"`messages\[3\]` is a call of the turn before it, and one of them is trained"):
+        load_examples(make_data([{"messages": messages}]), tokenizer, 0)
+
+
+def test_thoughts_texts_and_calls_may_be_parts_of_a_content():
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "value": "Let me see."},
+        {"type": "tool_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"type": "tool_call", "value": '{"name": "g", "arguments": {}}'},
+    ]
+    message = to_message({"role": "assistant", "content": parts}, "messages[1]")
+    calls = message.pop("tool_calls")
+    assert message == {"role": "assistant", "content": "Let me see.", "reasoning_content": "hm"}
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in calls] == [("f", {"a": 1}), ("g", {})]
+    with pytest.raises(RowError, match=r"messages\[1\].content\[1\]`: reasoning comes behind text"):
+        to_message({"role": "assistant", "content": [parts[1], parts[0]]}, "messages[1]")
+    with pytest.raises(RowError, match="of type 'reasoning'; only text is supported"):
+        to_message({"role": "user", "content": parts}, "messages[0]")
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"name": "clock", "parameters": {}}],
+        [{"type": "function", "name": "clock", "parameters": {}}],
+        ['{"name": "clock", "parameters": {}}'],
+        '[{"type": "function", "function": {"name": "clock", "parameters": {}}}]',
+    ],
+)
+def test_tools_reach_the_template_in_the_form_that_it_is_written_for(make_data, tokenizer, tools):
+    tokenizer.chat_template = AS_OBJECT
+    (example,) = load_examples(make_data([{"messages": [ASK, DONE], "tools": tools}]), tokenizer, 0)
+    shown = tokenizer.decode(example.token_ids).partition("\n")[0]
+    assert shown == 'TOOL {"type": "function", "function": {"name": "clock", "parameters": {}}}'
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [("{", "the arguments of f are not valid JSON"), ("[1]", "the arguments of f are not an object")],

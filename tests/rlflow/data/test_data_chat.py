@@ -107,7 +107,7 @@ def test_a_character_of_several_tokens_is_trained_whole_or_not_at_all(tokenizer)
 def test_a_template_that_rewrites_earlier_turns_still_shows_where_they_are(tokenizer):
     tokenizer.chat_template = STRIPS_THINKING
     messages = [HI, answer("<think>\nhm\n</think>\n\nTwo"), WHY, answer("<think>\nhm\n</think>\n\nYes")]
-    assert trained(tokenizer, messages, [1, 3]) == ["Two<|im_end|>", "<think>\nhm\n</think>\n\nYes<|im_end|>"]
+    assert trained(tokenizer, messages, [3]) == ["<think>\nhm\n</think>\n\nYes<|im_end|>"]
     messages = [HI, answer("Two"), WHY, answer("Yes")]
     assert trained(tokenizer, messages, [1, 3]) == ["Two<|im_end|>", "<think>\n\n</think>\n\nYes<|im_end|>"]
 

@@ -195,7 +195,7 @@ def test_function_calls_and_their_results_keep_their_roles(read, write_jsonl):
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
     assert record.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert record.messages[2] == {"role": "tool", "content": "sunny"}
-    assert record.tools == [{"name": "weather"}]
+    assert record.tools == [{"type": "function", "function": {"name": "weather"}}]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,16 @@ def test_a_thought_of_the_last_turn_is_trained_where_the_template_shows_it(make_
     assert tokenizer.decode(example.token_ids[example.loss_mask]) == "<think>hm</think>Two<|im_end|>"
 
 
+@pytest.mark.parametrize("later", ["<think>hm</think>Yes", "hm", "Yes"])
+@pytest.mark.parametrize("thought", ["hm", "user", "Yes"])
+def test_a_thought_is_left_out_though_the_same_words_are_shown_elsewhere(tokenizer, thought, later):
+    tokenizer.chat_template = LAST_THOUGHT
+    messages = [HI, answer("Two", reasoning_content=thought), WHY, answer(later)]
+    with pytest.raises(RowError, match=r"leaves out messages\[1\].reasoning_content.*preserve_thinking: true"):
+        Chat(tokenizer).render_conversation(messages, [1, 3])
+    assert Chat(tokenizer).render_conversation(messages[:2], [1]).notes == ()
+
+
 @pytest.mark.parametrize("change", ["| trim", "| upper", "| tojson", "| replace('e', '3')"])
 def test_a_text_that_the_template_writes_in_its_own_way_is_not_left_out(tokenizer, change):
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"(message['content'] {change})")

@@ -138,6 +138,22 @@ def test_an_earlier_answer_that_nothing_ends_cannot_be_trained(chat):
         chat(NOTHING_ENDS_TURN).render_conversation([user("Hi"), answer("one"), user("Why?"), answer("two")], [1, 3])
 
 
+def test_nor_can_one_that_ends_otherwise_than_what_the_policy_stops_at(chat):
+    """As gpt-oss' ``<|end|>``, which thoughts have as well: its answers end with ``<|return|>`` where they are last."""
+    template = ROLE_ENDS_TURN.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ '<|im_end|>' if loop.last else '<|end|>' }}"
+    )
+    chat = chat(template, "<|user|>", "<|assistant|>", "<|end|>")
+    messages = [user("Hi"), answer("one"), user("Why?"), answer("two")]
+    assert trained(chat, chat.render_conversation(messages, [3])) == ["two<|im_end|>"]
+    with pytest.raises(
+        RowError, match=r"ends messages\[1\] with <\|end\|>, at which the policy does not stop at: .*loss_on"
+    ):
+        chat.render_conversation(messages, [1, 3])
+    call = {**answer("one"), "tool_calls": [{"type": "function", "function": {"name": "o", "arguments": {}}}]}
+    assert trained(chat, chat.render_conversation([user("Hi"), call, *messages[2:]], [1])) == ["one<|end|>"]
+
+
 def test_without_any_token_to_stop_at_nothing_is_trained(chat, tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="neither the chat template nor the tokenizer has a token that ends an answer"):
@@ -168,6 +184,12 @@ def test_a_thought_that_the_template_cuts_goes_behind_the_generation_prompt_that
         assert seen.replace("</think>\n\n\n\n", "</think>\n\n") == text
         if loss_on != "all":
             assert tokenizer.decode(example.token_ids[example.loss_mask]).startswith("hm\n</think>\n\n")
+
+
+def test_so_does_one_that_the_answer_repeats(chat):
+    chat = chat(CUTS_THOUGHTS)
+    for said in (answer("<think>\ntwo\n</think>\n\ntwo."), {**answer("two."), "reasoning_content": "two"}):
+        assert trained(chat, chat.render_conversation([user("Hi"), said], [1])) == ["two\n</think>\n\ntwo.<|im_end|>"]
 
 
 def test_an_empty_thought_that_the_template_puts_in_is_closed_behind_the_generation_prompt_that_opens_it(chat):
