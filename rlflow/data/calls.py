@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlflow.data.errors import RowError
 from rlflow.types import Message
+
+PROBE = {"zqx": "xqz"}
 
 
 def to_calls(value: Any, place: str) -> list[dict[str, Any]]:
@@ -27,31 +30,61 @@ def to_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return [_to_call(call, place) for call in calls]
 
 
-def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """The messages with all arguments as JSON text."""
+def with_arguments(messages: Sequence[Message], change: Callable[[dict[str, Any]], Any]) -> list[Message]:
+    """The messages with other arguments in the place of all."""
 
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+        return {**call, "function": {**function, "arguments": change(function["arguments"])}}
 
     return [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages
     ]
 
 
-def is_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether a template wrote arguments as Python writes them, which no parser of calls reads."""
-    return any(str(function["arguments"]) in text for function in functions(messages) if not _is_alike(function))
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with all arguments as JSON text."""
+    return with_arguments(messages, lambda arguments: json.dumps(arguments, ensure_ascii=False))
 
 
-def functions(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    """What every call of a conversation calls."""
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            yield call["function"]
+def is_python(messages: Sequence[Message], text: str, apply: Callable[[Sequence[Message]], str]) -> bool:
+    """Whether a template writes arguments as Python does, which no parser of calls reads.
+
+    Args:
+        messages: The conversation.
+        text: What it is rendered to. It may hold what looks like arguments for another reason.
+        apply: Renders other messages alike.
+    """
+    functions = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    if not any(str(function["arguments"]) in text for function in functions if not _is_alike(function)):
+        return False
+    return str(PROBE) in apply(with_arguments(messages, lambda _: PROBE))
+
+
+def with_other_names(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a name of its own for every call, which no text has."""
+    numbers = itertools.count()
+    return [
+        {**message, "tool_calls": [renamed(call, f"called_{next(numbers)}") for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def renamed(tool: dict[str, Any], name: str) -> dict[str, Any]:
+    """A call or a described function under a name made of this one, which no text has."""
+    function = tool.get("function")
+    name = f"zqx_{name}_xqz"
+    return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
+
+
+def function_name(tool: dict[str, Any]) -> str:
+    """The name of what ``renamed`` returned."""
+    return tool["function"]["name"] if isinstance(tool.get("function"), dict) else tool["name"]
 
 
 def described(tool: dict[str, Any]) -> dict[str, Any]:
@@ -59,13 +92,6 @@ def described(tool: dict[str, Any]) -> dict[str, Any]:
     if "function" in tool or not isinstance(tool.get("name"), str):
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-
-
-def tool_name(tool: dict[str, Any]) -> str | None:
-    """The name of a described function, in OpenAI's form or bare."""
-    described = tool["function"] if isinstance(tool.get("function"), dict) else tool
-    name = described.get("name")
-    return name if isinstance(name, str) else None
 
 
 def _to_call(call: Any, place: str) -> dict[str, Any]:

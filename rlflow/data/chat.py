@@ -17,7 +17,7 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from rlflow.data.calls import functions, is_python, tool_name, with_text_arguments
+from rlflow.data.calls import function_name, is_python, renamed, with_other_names, with_text_arguments
 from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.shown import left_out, with_thought
@@ -69,7 +69,7 @@ class Chat:
         """
         render = self.renderer(tools, generation_prompt=True)
         text = self._check_characters(render(messages))
-        self._require_calls_and_tools(text, messages, tools)
+        self._require_calls_and_tools(messages, tools, generation_prompt=True)
         notes = left_out(messages, (), render)
         return Rendered(text, starts=self._starts(text, messages, render), notes=tuple(notes))
 
@@ -109,7 +109,7 @@ class Chat:
         """
         render = self.renderer(tools)
         text = render(messages)
-        self._require_calls_and_tools(text, messages, tools)
+        self._require_calls_and_tools(messages, tools)
         last = len(messages) - 1
         answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
         trained = answers if turns is None else set(turns)
@@ -242,8 +242,11 @@ class Chat:
         try:
             text = self._apply(messages, tools, **variables)
         except RowError:
-            return self._apply(as_text, tools, **variables)
-        return self._apply(as_text, tools, **variables) if is_python(messages, text) else text
+            with suppress(RowError):
+                return self._apply(as_text, tools, **variables)
+            raise
+        printed = is_python(messages, text, lambda other: self._apply(other, tools, **variables))
+        return self._apply(as_text, tools, **variables) if printed else text
 
     def _apply(
         self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool, **variables: Any
@@ -269,12 +272,18 @@ class Chat:
         assert isinstance(text, str)
         return text
 
-    def _require_calls_and_tools(self, text: str, messages: Sequence[Message], tools: list[Any] | None) -> None:
-        for tool in tools or ():
-            name = tool_name(tool)
-            if "tools" not in self._template or (name is not None and name not in text):
-                raise RowError("it has `tools`, which the chat template does not show to the policy")
-        if not all(function["name"] in text for function in functions(messages)):
+    def _require_calls_and_tools(
+        self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool = False
+    ) -> None:
+        """Renders them once more under other names: theirs may be in the text for another reason."""
+        if not tools and not any("tool_calls" in message for message in messages):
+            return
+        described = [renamed(tool, f"described_{number}") for number, tool in enumerate(tools or ())]
+        called = with_other_names(messages)
+        text = self.renderer(described or None, generation_prompt=generation_prompt)(called)
+        if not all(function_name(tool) in text for tool in described):
+            raise RowError("it has `tools`, which the chat template does not show to the policy")
+        if not all(function_name(call) in text for message in called for call in message.get("tool_calls", ())):
             raise RowError("it has function calls, which the chat template leaves out")
 
     def _find_closing(self, special: str) -> tuple[str, list[str]]:

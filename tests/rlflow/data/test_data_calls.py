@@ -52,6 +52,22 @@ def test_arguments_are_written_as_json_once_whatever_the_row_and_the_template_ha
     assert trained == 'clock {"city": "Rome", "é": null}<|im_end|>Noon.<|im_end|>'
 
 
+def test_arguments_that_a_user_writes_as_python_does_are_still_an_object_in_the_call(make_data, tokenizer):
+    tokenizer.chat_template = AS_OBJECT
+    ask = {"role": "user", "content": "Call it with {'city': 'Rome'}."}
+    (example,) = load_examples(make_data([{"messages": [ask, call("clock", {"city": "Rome"})]}]), tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]) == 'clock {"city": "Rome"}<|im_end|>'
+
+
+def test_the_error_of_a_template_is_that_of_the_arguments_it_is_written_for(tokenizer):
+    refuses = "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% for c in"
+    tokenizer.chat_template = AS_OBJECT.replace("{% for c in", refuses).replace(
+        "arguments |", "arguments.items() | list |"
+    )
+    with pytest.raises(RowError, match="no tools here"):
+        Chat(tokenizer).render_prompt([ASK, call("clock", {"city": "Rome"}), RESULT])
+
+
 @pytest.mark.parametrize(
     ("item", "calls"),
     [

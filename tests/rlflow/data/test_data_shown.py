@@ -106,9 +106,21 @@ def test_a_text_that_the_template_writes_in_its_own_way_is_not_left_out(tokenize
 
 
 def test_a_tool_that_the_template_does_not_show_is_refused(tokenizer):
+    shows = "message['content'] + (message.tool_calls | string if message.tool_calls else '')"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", shows)
     tokenizer.chat_template += "{{ tools[0].function.name if tools }}"
     chat = Chat(tokenizer)
     tools = [{"type": "function", "function": {"name": name}} for name in ("clock", "sum")]
     assert chat.render_prompt([HI], tools[:1]).text.endswith("clock")
-    with pytest.raises(RowError, match="`tools`, which the chat template does not show"):
-        chat.render_prompt([HI], tools)
+    call = {"type": "function", "function": {"name": "sum", "arguments": {}}}
+    for messages in ([HI], [{**HI, "content": "What is the sum?"}], [HI, answer("", tool_calls=[call]), RESULT]):
+        with pytest.raises(RowError, match="`tools`, which the chat template does not show"):
+            chat.render_prompt(messages, tools)
+
+
+def test_a_call_that_the_template_does_not_show_is_refused_though_its_name_is_in_the_text(tokenizer):
+    tokenizer.chat_template += "{{ tools[0].function.name if tools }}"
+    clock = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages = [HI, answer("I look at the clock.", tool_calls=[clock]), RESULT, answer("Noon.")]
+    with pytest.raises(RowError, match="function calls, which the chat template leaves out"):
+        Chat(tokenizer).render_conversation(messages, [1, 3], [clock])

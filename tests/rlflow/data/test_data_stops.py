@@ -143,6 +143,9 @@ def test_nor_can_one_that_ends_otherwise_than_what_the_policy_stops_at(chat):
     template = ROLE_ENDS_TURN.replace(
         "{{ m['content'] }}", "{{ m['content'] }}{{ '<|im_end|>' if loop.last else '<|end|>' }}"
     )
+    template = template.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls[0].function.name if m.tool_calls }}"
+    )
     chat = chat(template, "<|user|>", "<|assistant|>", "<|end|>")
     messages = [user("Hi"), answer("one"), user("Why?"), answer("two")]
     assert trained(chat, chat.render_conversation(messages, [3])) == ["two<|im_end|>"]
@@ -151,7 +154,7 @@ def test_nor_can_one_that_ends_otherwise_than_what_the_policy_stops_at(chat):
     ):
         chat.render_conversation(messages, [1, 3])
     call = {**answer("one"), "tool_calls": [{"type": "function", "function": {"name": "o", "arguments": {}}}]}
-    assert trained(chat, chat.render_conversation([user("Hi"), call, *messages[2:]], [1])) == ["one<|end|>"]
+    assert trained(chat, chat.render_conversation([user("Hi"), call, *messages[2:]], [1])) == ["oneo<|end|>"]
 
 
 def test_without_any_token_to_stop_at_nothing_is_trained(chat, tokenizer):
