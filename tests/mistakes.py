@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from queue import Queue
 
@@ -183,9 +184,8 @@ def is_noticed(mistake: Mistake, folder: str, copy: Path, quick: bool) -> bool:
     lines[mistake.line - 1] = mistake.after + "\n"
     target.write_text("".join(lines), encoding="utf-8")
     kind = "not ray and not slow and not gpu" if quick else "(ray or slow) and not gpu"
-    stem = mistake.path.rpartition("/")[2].removesuffix(".py")
-    own = [str(p.relative_to(ROOT)) for d in TESTS[folder] for p in sorted((ROOT / d).rglob(f"test_*{stem}*.py"))]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", kind, *own, *TESTS[folder]]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", kind]
+    command += [*nearest_tests(mistake.path), *TESTS[folder]]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         command, cwd=copy, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -199,6 +199,18 @@ def is_noticed(mistake: Mistake, folder: str, copy: Path, quick: bool) -> bool:
             os.killpg(process.pid, signal.SIGKILL)
         target.write_text(right, encoding="utf-8")
     return code not in (0, 5)
+
+
+def nearest_tests(path: str) -> list[str]:
+    """Test files that import the module, those of its name first: most mistakes end there."""
+    module = ".".join(Path(path).with_suffix("").parts)
+    module = module if module.startswith("rlflow.") else f"rlflow.{module}"
+    parent, _, name = module.rpartition(".")
+    imports = re.compile(
+        rf"from {re.escape(module)} import|import {re.escape(module)}\b|from {re.escape(parent)} import .*\b{name}\b"
+    )
+    found = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if imports.search(p.read_text(encoding="utf-8"))]
+    return [str(p.relative_to(ROOT)) for p in sorted(found, key=lambda p: name not in p.stem)]
 
 
 def make_copy(directory: Path) -> Path:
@@ -226,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
     given = parser.parse_args(arguments)
-    made = [(folder, mistake) for folder in given.folders for mistake in chosen(folder, given.n, given.seed)]
+    of_folders = [[(folder, mistake) for mistake in chosen(folder, given.n, given.seed)] for folder in given.folders]
+    # By turns, so that what was seen when somebody stops it is of all folders.
+    made = [one for of_turn in zip_longest(*of_folders) for one in of_turn if one is not None]
     started, missed = time.monotonic(), []
     workers = min(4, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(workers) as pool:
