@@ -5,6 +5,7 @@ The oracle is transformers' own model, from the same files, given one sequence a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,14 @@ EXACT = {"atol": 2e-5, "rtol": 0}
 @pytest.fixture(scope="module")
 def batch() -> MicroBatch:
     """Sequences longer than the windows of the models, packed together."""
+    return packed_batch(LENGTHS)
+
+
+def packed_batch(lengths: Sequence[int]) -> MicroBatch:
     generator = np.random.default_rng(0)
     samples = [
         Sample(generator.integers(2, VOCABULARY, n).astype(np.int32), np.arange(n) > 0, np.ones(n, np.float32))
-        for n in LENGTHS
+        for n in lengths
     ]
     return pack(samples, max_tokens=99, num_ranks=1)[0][0]
 
@@ -150,6 +155,23 @@ def test_packed_attention_that_leaks_is_found(tmp_path, batch, monkeypatch):
         torch.testing.assert_close(ours.of_batch(batch, CPU, entropies="none").logprobs, expected, **EXACT)
 
 
+def test_packed_attention_whose_gradients_are_wrong_is_found(tmp_path, monkeypatch):
+    """Its numbers are right."""
+    write(tmp_path, "llama", PACKED["llama"])
+    attend = PackedLayout.attend
+    monkeypatch.setattr(PackedLayout, "attend", lambda layout, q, *args: attend(layout, q.detach(), *args))
+    ours = load(tmp_path)
+    assert not ours.passes.packs and "its gradients differ from those of transformers'" in ours.passes.reason
+
+
+def test_packed_attention_without_a_window_is_found_though_the_window_is_longer_than_the_texts(tmp_path, monkeypatch):
+    write(tmp_path, "gemma3_text", PACKED["gemma3_text"] | {"sliding_window": 40})
+    attend = PackedLayout.attend
+    monkeypatch.setattr(PackedLayout, "attend", lambda layout, *args: attend(layout, *args[:-1], None))
+    ours = load(tmp_path)
+    assert not ours.passes.packs and "its numbers differ" in ours.passes.reason
+
+
 def test_windows_and_chunks_are_as_wide_after_the_probe_as_before(tmp_path):
     for kind, name in (("gemma3_text", "sliding_window"), ("llama4_text", "attention_chunk_size")):
         write(tmp_path / kind, kind, (PACKED | ONE_AT_A_TIME)[kind])
@@ -185,8 +207,9 @@ def test_ranks_cannot_share_the_tokens_of_a_model_that_is_run_one_sequence_at_a_
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_a_rotary_embedding_of_long_texts_is_not_that_of_short_ones_beside_them(tmp_path, batch, kind):
-    """Beyond 15 tokens these turn by other angles: of three sequences, one is long."""
+def test_a_rotary_embedding_of_long_texts_is_not_that_of_others_beside_them(tmp_path, kind):
+    """Beyond 15 tokens these turn by other angles, and dynamic ones by others for each length."""
+    lengths = (7, 24, 19, 12)
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind == "longrope":
         factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 15}
@@ -194,7 +217,7 @@ def test_a_rotary_embedding_of_long_texts_is_not_that_of_short_ones_beside_them(
     else:
         config = LLAMA | {"rope_parameters": rope, "max_position_embeddings": 15}
     write(tmp_path, "llama", config)
-    ours = load(tmp_path)
+    ours, batch = load(tmp_path), packed_batch(lengths)
     with torch.no_grad():
         for _ in range(2):
             got = ours.of_batch(batch, CPU, entropies="none").logprobs

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import (
     build_character_tokenizer,
+    give_own_pad,
     load_tokenizer,
     save_tokenizer,
     stop_token_ids,
@@ -117,6 +118,18 @@ def test_a_hub_is_asked_once_for_its_stop_tokens(tmp_path, tokenizer, monkeypatc
 def test_the_end_of_turn_stops_although_eos_is_another_token(tokenizer):
     tokenizer.eos_token = "<|endoftext|>"
     assert stop_token_ids(tokenizer, ModelBlock(characters="a")) == (0, 2)
+
+
+def test_a_pad_that_ends_completions_is_replaced_by_a_special_token_for_padding(tmp_path):
+    """As that of Qwen2.5, whose generation config has it among the stops, and whose <|fim_pad|> is one of text."""
+    tokenizer = build_character_tokenizer("abc")
+    tokenizer.add_tokens(["<|fim_pad|>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<|vision_pad|>"]})
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    pad = give_own_pad(tokenizer, ModelBlock(path=str(tmp_path)))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|vision_pad|>", pad)
+    assert tokenizer.eos_token == "<eos>"
 
 
 def test_loading_from_a_directory_imports_no_torch(tmp_path, tokenizer):

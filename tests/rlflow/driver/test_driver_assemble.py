@@ -45,9 +45,10 @@ def test_the_stop_token_the_policy_wrote_is_trained_and_nothing_of_the_prompt_is
 
 
 @pytest.mark.parametrize(("masked", "state"), [(True, "masked"), (False, "trained")])
-def test_a_truncated_completion_is_trained_unless_the_recipe_filters_it(masked, state):
+@pytest.mark.parametrize("reason", ["length", "abort"])
+def test_a_truncated_completion_is_trained_unless_the_recipe_filters_it(masked, state, reason):
     block = algorithm("dapo", groups={"mask_truncated": masked})
-    batch = assemble.assemble([group(rollout([20, 21], 1.0, "length"), rollout([EOS], 0.0))], block, 2)
+    batch = assemble.assemble([group(rollout([20, 21], 1.0, reason), rollout([EOS], 0.0))], block, 2)
     assert batch.states == [state, "trained"]
 
 
