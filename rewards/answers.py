@@ -180,10 +180,10 @@ def _line(text: str, start: int) -> str:
 
 
 def bare(answer: str) -> str:
-    r"""Strips spaces, markdown emphasis, math delimiters and closing punctuation."""
+    r"""Strips spaces, markdown emphasis, math delimiters, quotes and closing punctuation."""
     answer = LEADING_SIGN.sub("", answer.strip().strip("*`#_").rstrip(",;:").strip())
     answer = answer[:-1].rstrip() if answer.endswith(".") and not answer.endswith("..") else answer
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ('"', '"'), ("'", "'")):
         inner = answer[len(opening) : -len(closing)]
         if len(answer) > len(opening + closing) and answer == opening + inner + closing and opening not in inner:
             return bare(inner)

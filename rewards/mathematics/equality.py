@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -26,7 +27,10 @@ from rlflow.rewards.mathematics.values import Value, are_same, real, sample_poin
 ROUNDED = Fraction(1, 10**6)
 """Largest relative difference between a number and a decimal that is rounded or cut off: six digits or more."""
 NOISE = Fraction(1, 10**9)
-"""Largest relative difference of two decimals that were computed in floating point."""
+"""Largest relative difference of two decimals that were computed in floating point. Whole numbers have no noise."""
+NAME = re.compile(
+    r"(?P<letter>[A-Za-z])|(?P<command>\\[A-Za-z]+)|(?P<indexed>\\?[A-Za-z]+_\w+)|(?P<segment>[A-Z]{2,3})"
+)
 KNOWN_UNITS = frozenset((
     "mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "lb", "oz", "s", "min", "h", "day", "week",
     "month", "year", "cent", "dollar", "ml", "l", "gal",
@@ -81,8 +85,7 @@ def _equal(answer: Reading, reference: Reading) -> bool:
         case _, Choice():
             return _choice_equal(reference, answer)
         case Named(), Named():
-            letters = len(answer.name) == len(reference.name) == 1
-            return (not letters or answer.name == reference.name) and _equal(answer.value, reference.value)
+            return _are_one_name(answer.name, reference.name) and _equal(answer.value, reference.value)
         case (Named() as named, Relation("=") as relation) | (Relation("=") as relation, Named() as named):
             return isinstance(named.value, Number | Formula) and _proportional(_difference(named), relation.difference)
         case Named(), _:
@@ -137,6 +140,13 @@ def _choice_equal(choice: Choice, other: Reading) -> bool:
     return (isinstance(other, Words) and other.text == choice.letter) or _equal(choice.content, other)
 
 
+def _are_one_name(answer: str, reference: str) -> bool:
+    """``x`` is not ``y`` and ``x_1`` not ``x_2``, but either may be called ``AB``, which is ``BA``."""
+    answer, reference = (re.sub(r"[\s{}]", "", name) for name in (answer, reference))
+    kinds = [match.lastgroup if (match := NAME.fullmatch(name)) else None for name in (answer, reference)]
+    return None in kinds or kinds[0] != kinds[1] or reference in (answer, answer[::-1])
+
+
 def _difference(named: Named) -> Tree:
     value = named.value
     assert isinstance(value, Number | Formula)
@@ -175,7 +185,8 @@ def _close(first: Number, second: Number) -> bool:
     difference, size = abs(one - other), max(abs(one), abs(other))
     exact = isinstance(difference, Fraction)
     noise, rounded = (NOISE, ROUNDED) if exact else (real(NOISE), real(ROUNDED))
-    if difference <= noise * size:
+    are_whole = exact and one.denominator == other.denominator == 1
+    if difference <= noise * size and not are_whole:
         return True
     place = max(number.last_place for number in decimals if number.last_place is not None)
     place = place if exact else real(place)
@@ -237,7 +248,8 @@ def _proportional(first: Tree, second: Tree, *, positive: bool = False) -> bool:
 def _values(first: Tree, second: Tree) -> list[tuple[Value, Value]]:
     both = str(first) + str(second)
     whole = "'!'" in both or "'binomial'" in both
-    points = sample_points(names(first) | names(second), 4, signed="'abs'" in both, whole=whole)
+    pieces = any(f"'{name}'" in both for name in ("abs", "floor", "ceiling"))
+    points = sample_points(names(first) | names(second), 8 if pieces else 4, signed=pieces, whole=whole)
     values = []
     for point in points:
         try:

@@ -46,7 +46,7 @@ FROM_UNICODE = str.maketrans(
 )  # fmt: skip
 
 TEXT = re.compile(
-    r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|mathrm|mathbf|mathit|mathsf|operatorname\*?|mbox|hbox|rm)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|mathrm|mathbf|mathit|mathsf|operatorname\*?|mbox|hbox|rm|boldsymbol|bm|underline)\s*\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|(?<!\\)\\!")
 SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![A-Za-z])|[,;:> ])|~")
@@ -105,9 +105,13 @@ PERCENT = frozenset(("percent", "percentage", "pct", "per cent", "percentage poi
 NO_UNITS = frozenset((
     "or", "and", "not", "nor", "but", "maybe", "perhaps", "possibly", "either", "neither", "to", "than",
     "through", "until", "wrong", "incorrect", "false", "isnt", "if", "minus", "plus", "times", "divided",
-    "over", "hundred", "dozen", "of", "is", "are", "was", "equals", "equal",
+    "over", "hundred", "dozen", "of", "is", "are", "was", "equals", "equal", "below", "halves", "thirds", "fourths",
+    "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths", "hundredths",
 ))  # fmt: skip
 """Words after a number that make it another answer, or none."""
+POWERS = frozenset(("squared", "cubed", "factorial"))
+"""They do so right behind a number; ``5 feet squared`` is a unit."""
+REPEATING = re.compile(r"(?<![\d.,])(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}")
 TWO_LETTER_WORDS = frozenset((
     "no", "on", "up", "so", "it", "he", "we", "us", "me", "my", "is", "to", "be", "by", "do", "go", "if", "in",
     "of", "or", "at", "as", "am", "an",
@@ -131,6 +135,7 @@ def clean(text: str) -> str:
     text = THOUSANDS.sub(lambda match: match[1].replace(",", ""), text)
     text = SPACED_THOUSANDS.sub(lambda match: match[1].replace(" ", ""), text)
     text = DOTTED_THOUSANDS.sub(_dotted, text)
+    text = REPEATING.sub(_repeating, text)
     return MIXED.sub(r"(\1+\2/\3)", text).strip()
 
 
@@ -141,6 +146,13 @@ def _text(match: re.Match[str]) -> str:
     return (
         content if len(content) == 1 and content.isalpha() and match[0].startswith(r"\math") else f"\x02{match[1]}\x03"
     )
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""Writes ``0.1\overline{6}`` as ``(16-1)/90``."""
+    whole, once, again = match.groups()
+    above, below = int(whole + once + again) - int(whole + once or "0"), 10 ** len(once) * (10 ** len(again) - 1)
+    return rf"(\frac{{{above}}}{{{below}}})"
 
 
 def _dotted(match: re.Match[str]) -> str:
@@ -178,6 +190,7 @@ def words(text: str) -> list[str]:
 
 
 def plain_text(text: str) -> str:
-    """Returns a cleaned text as words are compared: lower case, single spaces, no closing full stop."""
-    text = re.sub(r"[\x02\x03]|(?<!\\)[{}]", " ", text).replace("\\", "")
+    """Returns a cleaned text as words are compared: lower case, single spaces, no closing full stop. Braces stay where
+    they hold more than a word, as in ``2^{n+1}``."""
+    text = re.sub(r"(?<!\\)\{(\w*)\}|[\x02\x03]", lambda match: f" {match[1] or ''} ", text).replace("\\", "")
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.casefold().split())).strip(" .\"'")

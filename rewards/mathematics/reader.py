@@ -23,6 +23,7 @@ from rlflow.rewards.mathematics.notation import (
     LETTER_UNITS,
     NO_UNITS,
     PERCENT,
+    POWERS,
     SCALES,
     TWO_LETTER_WORDS,
     UNITS,
@@ -55,7 +56,11 @@ PLAIN_NUMBER = re.compile(r"\s*([-+]?)\s*\\?\$?(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))
 DECIMAL = re.compile(
     r"[-+]?\s*(?:\d+(?:\.(\d*))?|\.(\d+))(?:[eE]([-+]?\d{1,6})|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,6})\s*\}?)?\Z"
 )
-CHOICE = re.compile(r"\\?\(?\s*\x02?\s*\(?([A-J])(?:\)|[.:]\x03?(?=\s)|\)?\x03)\s*:?\s*(.*)\Z", re.DOTALL)
+CHOICE = re.compile(
+    r"\\?\(?\s*\x02?\s*\(?([A-J])(?:\)|[.:]\x03?(?=\s)|\)?\x03)"
+    r"(?!\s*:?\s*(?:or|and)(?![A-Za-z]))\s*:?\s*(.*)\Z",
+    re.DOTALL,
+)
 LONE_LETTER = re.compile(r"[(\x02\s]*([A-Za-z])[)\x03\s]*\.?\Z")
 CLOCK_OR_DATE = re.compile(
     r"\d{1,2}:\d\d(?::\d\d)?\s*\x02?\s*(?:[ap]\.?\s?m\.?)?\x03?\Z|\d{4}-\d\d-\d\d\Z|\d{1,2}/\d{1,2}/\d{4}\Z",
@@ -126,12 +131,23 @@ def _read_cleaned(text: str) -> Reading:
         )
     if (match := CHOICE.match(text)) and match[2]:
         content = match[2].lstrip(" :\x03")
-        return Choice(
-            match[1], _read_cleaned(content if content.count("\x02") == content.count("\x03") else content[:-1])
-        )
+        said = _read_cleaned(content if content.count("\x02") == content.count("\x03") else content[:-1])
+        return Words(plain_text(text)) if _names_choices(said) else Choice(match[1], said)
     if r"\pm" in text or r"\mp" in text:
         return _plus_and_minus(text)
     return _structure(text)
+
+
+def _names_choices(reading: Reading) -> bool:
+    """Whether what stands behind a letter is another: ``A. B`` chooses neither."""
+    match reading:
+        case Choice():
+            return True
+        case Words(text=text):
+            return text in set("ABCDEFGHIJ")
+        case Collection(items=items):
+            return any(map(_names_choices, items))
+    return False
 
 
 def _structure(text: str) -> Reading:
@@ -339,7 +355,9 @@ def _without_unit(text: str) -> tuple[str, str]:
         if is_unit and before and not before.endswith(("(", "^", "_", "+", "-", "*", "/", "=")):
             said = " ".join(re.sub(r"[\x02\x03]", " ", text[start:]).split()).casefold().strip(". ")
             parts = re.findall(r"[a-z]+", said)
-            if not re.search(r"(?<![\^{])\d(?!\s*$)|(?<![\^{a-z])\d|[=<>]", said) and not NO_UNITS.intersection(parts):
+            if not re.search(r"(?<![\^{])\d(?!\s*$)|(?<![\^{a-z])\d|[=<>]", said) and not (
+                NO_UNITS.intersection(parts) or POWERS.intersection(parts[:1])
+            ):
                 return before.rstrip("-"), unit_of(said)
             return text, ""
     return text, ""

@@ -41,7 +41,8 @@ def parsed(answer: str, timeout_s: int) -> Parsed:
         TimeoutError: Not in that time.
     """
     try:
-        found = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=timeout_s, raise_on_error=True)
+        inside = answer.replace("$", " ")  # so that none of it stands outside the delimiters
+        found = parse(f"${inside}$", [LatexExtractionConfig()], parsing_timeout=timeout_s, raise_on_error=True)
     except TimeoutException as error:
         raise TimeoutError(f"parsing the answer {answer[:80]!r} took over {timeout_s} s") from error
     return tuple(expression for expression in found if isinstance(expression, sympy.Basic | sympy.MatrixBase))

@@ -68,14 +68,17 @@ def are_same(first: Value, second: Value) -> bool:
 def sample_points(
     variables: frozenset[str], count: int, *, signed: bool = False, whole: bool = False
 ) -> list[dict[str, Fraction]]:
-    """Returns points for some variables, the same in every process: fractions between 1 and 3, of both signs where they
-    are to be, or whole numbers from 2 to 40."""
+    """Returns points for some variables, the same in every process: fractions between 1 and 3, or whole numbers from 2
+    to 40; where they are to be signed of both signs, and half of them up to 300."""
     points = []
     for number in range(count):
         hashes = [zlib.crc32(f"{name}/{number}".encode()) for name in sorted(variables)]
         signs = [-1 if signed and (number + index) % 2 else 1 for index in range(len(hashes))]
         values = [Fraction(2 + hashed % 39) if whole else Fraction(5003 + hashed % 9973, 5009) for hashed in hashes]
-        points.append({name: sign * value for name, sign, value in zip(sorted(variables), signs, values, strict=True)})
+        scale = 100 if signed and number % 4 > 1 else 1
+        points.append(
+            {name: scale * sign * value for name, sign, value in zip(sorted(variables), signs, values, strict=True)}
+        )
     return points
 
 

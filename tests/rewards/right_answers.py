@@ -9,6 +9,14 @@ def boxed(answer: str) -> str:
 
 RIGHT_ANSWERS: list[tuple[str, object]] = [
     (boxed("[0, 5)"), "[0,5)"),
+    (boxed(r"0.\overline{3}"), r"\frac13"),
+    (boxed(r"-1.1\overline{6}"), "-7/6"),
+    (boxed("BA = 3"), "AB = 3"),
+    (boxed("x = 5"), "AB = 5"),
+    (boxed(r"|5-x|"), "|x-5|"),
+    (boxed("25 feet squared"), "25"),
+    (boxed("0.30000000000000004"), "0.3"),
+    (boxed(r"\boldsymbol{6}"), "6"),
     (boxed(r"(-\infty, 3]"), r"\left(-\infty, 3\right]"),
     (boxed(r"(-\infty,1)\cup(2,\infty)"), r"(-\infty, 1) \cup (2, \infty)"),
     (boxed(r"\{3, 1, 2\}"), r"\{1,2,3\}"),

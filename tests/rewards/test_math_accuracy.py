@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from near_answers import NEAR_ANSWERS
 from right_answers import RIGHT_ANSWERS
 from wrong_answers import WRONG_ANSWERS
 
@@ -25,7 +26,7 @@ def test_an_equal_answer_scores_one(completion: str, solution: object) -> None:
     assert verdict(completion, solution) == 1.0
 
 
-@pytest.mark.parametrize(("completion", "solution"), WRONG_ANSWERS)
+@pytest.mark.parametrize(("completion", "solution"), WRONG_ANSWERS + NEAR_ANSWERS)
 def test_another_answer_scores_zero(completion: str, solution: object) -> None:
     assert verdict(completion, solution) == 0.0
 
