@@ -18,6 +18,7 @@ from rlflow.memory import ModelShape
 from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
 from rlflow.recipe.architectures import why_one_at_a_time
 from rlflow.recipe.reference import options
+from rlflow.recipe.token_shares import longest_with_one_rotation
 from rlflow.remedies import enough, remedies, shown
 
 GIB = 2**30
@@ -90,6 +91,8 @@ class Plan:
     """Of training; None where they were not read."""
     one_at_a_time: str | None = None
     """Why sequences are not packed; None where they are."""
+    one_rotation: int | None = None
+    """Tokens up to which all sequences have the same rotary embedding; None where it never changes."""
 
     @property
     def updates_per_step(self) -> int:
@@ -153,7 +156,7 @@ def make_plans(
     """
     machine = machine or this_machine()
     shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
-    reasons: dict[tuple[str | None, str | None], str | None] = {}
+    configs: dict[tuple[str | None, str | None], Mapping[str, Any]] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
     for recipe, rows in zip_longest(recipes, num_rows):
@@ -162,8 +165,8 @@ def make_plans(
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
         final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
         shapes[model] = shapes[final, None] = shape
-        reason = reasons[model] if model[0] and model in reasons else _one_at_a_time(recipe)
-        reasons[model] = reasons[final, None] = reason
+        config = configs[model] if model[0] and model in configs else _config(recipe)
+        configs[model] = configs[final, None] = config
         if adapter is not None:
             adapters[final] = adapters.get(adapter.path, adapter)
             shape = _with_adapter(shape, adapters[final])
@@ -178,7 +181,8 @@ def make_plans(
                 roles=_planned(recipe, shape),
                 machine=machine,
                 num_rows=rows,
-                one_at_a_time=reason,
+                one_at_a_time=why_one_at_a_time(config),
+                one_rotation=longest_with_one_rotation(config),
             )
         )
     return plans
@@ -191,11 +195,12 @@ def _shape(recipe: Recipe) -> ModelShape | str:
         return str(error)
 
 
-def _one_at_a_time(recipe: Recipe) -> str | None:
+def _config(recipe: Recipe) -> Mapping[str, Any]:
+    """Fields of the model's config; none where it is not to be had."""
     try:
-        return why_one_at_a_time(memory.read_model_config(recipe.model))
+        return memory.read_model_config(recipe.model)
     except memory.UnknownShape:
-        return None
+        return {}
 
 
 def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape | str:
@@ -321,6 +326,7 @@ def _oddities(plan: Plan) -> Iterator[str]:
     if recipe.family == "online" and prompts == updates:
         yield "one prompt an update: gradients will be noisy; raise data.prompts_per_step, or lower updates_per_step"
     yield from _cut_sampling(recipe)
+    yield from _other_rotations(plan)
     if plan.num_rows is not None and prompts > plan.num_rows:
         yield (
             f"a step of {prompts} is more than the {plan.num_rows} rows of data.train, which then come several times "
@@ -338,6 +344,18 @@ def _cut_sampling(recipe: Recipe) -> Iterator[str]:
         yield (
             f"rollout.{recipe.rollout.cut_by} cuts sampling, so the engine's logprobs are of another distribution than "
             f"the trainer's: nothing corrects for their difference{stale}, and mismatch/... is not measured"
+        )
+
+
+def _other_rotations(plan: Plan) -> Iterator[str]:
+    """An engine has turned the first tokens of a sequence before it knows how long it will be, or turns all alike."""
+    data, rollout, limit = plan.recipe.data, plan.recipe.rollout, plan.one_rotation
+    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    if plan.recipe.family == "online" and limit is not None and longest > limit:
+        yield (
+            f"the model's rotary embedding is another one in sequences of more than {limit} tokens, and these may have "
+            f"{longest} (data.max_prompt_tokens + rollout.max_new_tokens): engines and trainer then differ, by what "
+            f"mismatch/... says; keep them within {limit}"
         )
 
 

@@ -316,6 +316,19 @@ def test_what_is_probably_not_meant_is_said(recipe_file: Path):
     assert unknown.startswith("memory is not estimated: cannot read config.json of org/model: it is not in the cache")
 
 
+def test_rollouts_beyond_what_a_rotary_embedding_turns_alike_are_named(recipe_file: Path):
+    rope = "model.architecture.rope_parameters={rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}"
+    lengths = (
+        "data.max_prompt_tokens=40",
+        "rollout.max_new_tokens=24",
+        "model.architecture.max_position_embeddings=64",
+    )
+    assert plan_of(recipe_file, rope, *lengths).warnings == []
+    (said,) = plan_of(recipe_file, rope, *lengths, "rollout.max_new_tokens=25").warnings
+    assert "in sequences of more than 64 tokens, and these may have 65" in said and "keep them within 64" in said
+    assert plan_of(recipe_file, *lengths, "rollout.max_new_tokens=25").warnings == []
+
+
 def test_a_critic_that_learns_alone_for_too_long_is_named(recipe_file: Path):
     ppo = ("algorithm={name: ppo}", "data.prompts_per_step=8")
     never = "the policy is never trained: algorithm.critic.warmup_steps is 10 of 10 steps"
