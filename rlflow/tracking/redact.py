@@ -6,6 +6,7 @@ and password, by the shape of a well-known service's tokens, or because its valu
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 MASK = "***"
 SHORTEST = 6
 """Characters of a value that is replaced wherever it turns up: shorter ones would be words of every sentence."""
+LONG_LINE = 16
+"""Characters of a line of a longer secret, a private key say, that is replaced where it stands alone."""
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
 _ALWAYS_SECRET = ("secret", "password", "passwd", "passphrase", "credential", "apikey", "authorization", "cookie")
@@ -45,7 +49,7 @@ _ASSIGNMENT = re.compile(
     r"""(?P<name>[A-Za-z][\w-]*)(?P<between>["']?\s*[=:]\s*)(?P<value>"[^"]+"|'[^']+'|[^\s"',;&?=]{8,})"""
 )
 _KNOWN_SHAPES = re.compile(
-    r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA|AIza|gsk_|npm_|pypi-|eyJ|Bearer )[A-Za-z0-9_.-]{8,}"
+    r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-|A[KS]IA|AIza|gsk_|npm_|pypi-|eyJ|Bearer )[A-Za-z0-9_.-]{8,}"
 )
 
 _met: set[str] = set()
@@ -89,7 +93,8 @@ def redact(value: Any, *, secret: bool = False) -> Any:
 
 def redact_text(text: str) -> str:
     """``text`` without URL userinfo, values of secret names, tokens of well-known services, and secrets met before."""
-    for value in sorted(_met | _of_environment(), key=len, reverse=True):
+    spellings = {spelling for value in _met | _of_environment() for spelling in _spellings(value)}
+    for value in sorted(spellings, key=len, reverse=True):
         text = text.replace(value, MASK)
     text = _URL_USERINFO.sub(f"{MASK}@", text)
     text = _QUERY.sub(_mask_query, text)
@@ -141,6 +146,13 @@ def _secrets_in(data: Any, *, secret: bool) -> Iterator[str]:
 
 def _long_enough(values: Iterable[str]) -> Iterator[str]:
     return (value for value in values if len(value) >= SHORTEST)
+
+
+@lru_cache(maxsize=4096)
+def _spellings(value: str) -> frozenset[str]:
+    """How a secret turns up: as it is, in Python's and JSON's escapes, in a URL, and line by line."""
+    lines = [line for line in value.splitlines() if len(line) >= LONG_LINE]
+    return frozenset((value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe=""), *lines))
 
 
 def _is_secret_query(name: str) -> bool:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from functools import partial
+from urllib.parse import quote
 
 import pytest
 
@@ -131,6 +134,14 @@ def test_a_secret_that_was_met_is_replaced_wherever_it_turns_up(nothing_met: Non
     remember_secrets([{"args": {**args, "url": "https://ann:pa55word@host/x?sig=s1gnature&n=12345678"}}])
     said = "no plain words, 0123456 or zyxwvu; pa55word, s1gnature, 12345678 at host"
     assert redact_text(said) == "no ***, *** or ***; ***, ***, 12345678 at host"
+
+
+def test_a_secret_of_several_lines_or_with_quotes_is_replaced_in_every_spelling(nothing_met: None) -> None:
+    key, password = "-----BEGIN KEY-----\nc2VjcmV0IGtleSBvZiBhbm4=\n-----END KEY-----", "pa\"55'w\\rd/é"
+    remember_secrets({"private_key": key, "password": password})
+    spellings = [f(secret) for secret in (key, password) for f in (str, repr, json.dumps, partial(quote, safe=""))]
+    assert [redact_text(text).strip("\"'") for text in spellings] == ["***"] * 8
+    assert redact_text("line 2: c2VjcmV0IGtleSBvZiBhbm4= is no key") == "line 2: *** is no key"
 
 
 def test_short_values_are_no_secrets_that_could_be_told_from_words(nothing_met: None) -> None:
