@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from rlflow.rewards.mathematics.formulas import Tree, names
+from rlflow.rewards.mathematics.formulas import Tree, names, parse_formula
 from rlflow.rewards.mathematics.notation import LETTER_UNITS
 from rlflow.rewards.mathematics.readings import (
     Choice,
@@ -119,7 +119,12 @@ def _equal(answer: Reading, reference: Reading) -> bool:
             is_letter = len(answer.text) == 1
             return answer.text == reference.text or (is_letter and answer.text.lower() == reference.text.lower())
         case (Words() as words, Formula() as formula) | (Formula() as formula, Words() as words):
-            return words.text.casefold() == formula.text.casefold()
+            is_letter = len(words.text) == 1
+            return words.text.casefold() == formula.text.casefold() or (
+                is_letter and _formulas_equal(parse_formula(words.text), formula.tree)
+            )
+        case (Words("e" | "i" as letter), Number() as number) | (Number() as number, Words("e" | "i" as letter)):
+            return _numbers_equal(Number(value_at((letter,), {})), number)
     return False
 
 

@@ -22,6 +22,8 @@ NEAR_ANSWERS: list[tuple[str, object]] = [
     (boxed("5-x"), "|x-5|"),
     (boxed(r"\lfloor x/4 \rfloor + 2x"), "2x"),
     (boxed("5 squared"), "5"),
+    (boxed("2.72"), "e"),
+    (boxed("x"), "2x - 1"),
     (boxed("2 thirds"), "2"),
     (boxed("10 degrees below zero"), "10"),
     (boxed(r"0.\overline{3}"), "0.3"),
