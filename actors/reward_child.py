@@ -57,18 +57,18 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
     """What a function says of its rows: ``scores``, or ``error`` and whether calling it row by row is of ``use``."""
     try:
         request: Request = pickle.loads(body)
-        num_rows = len(request.completions)
+        given = list(request.completions)
         scores = functions[request.function](
             request.prompts,
             request.completions,
             [array.array("i", ids).tolist() for ids in request.completion_ids],
             **request.columns,
         )
-        if problem := _no_list_of_scores(scores, num_rows, len(request.completions)):
+        if problem := _no_list_of_scores(scores, len(given), list(request.completions) != given):
             return {"error": f"{problem}: return a list, one number (or None) for each completion, in their order"}
         plain = [_plain(score) for score in scores]
-        if len(plain) != num_rows:
-            return {"error": f"returned a {type(scores).__name__} that has no {num_rows} entries: return a list"}
+        if len(plain) != len(given):
+            return {"error": f"returned a {type(scores).__name__} that has no {len(given)} entries: return a list"}
         return {"scores": plain}
     except RewardError as error:
         return {"error": f"cannot be called: {error}"}
@@ -76,14 +76,15 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
         return {"error": f"raised {_describe(error)}", "retry": True}
 
 
-def _no_list_of_scores(scores: Any, num_rows: int, num_rows_after: int) -> str | None:
-    """What else a function returned. What has no order, a set, cannot be told which row a score is of."""
+def _no_list_of_scores(scores: Any, num_rows: int, is_changed: bool) -> str | None:
+    """What else a function returned. What has no order, a set, cannot be told which row a score is of, and neither can
+    the scores of a list that the function has sorted."""
     if scores is None:
         return "returned None, not a list of numbers"
     if isinstance(scores, str | bytes | Mapping) or not (hasattr(scores, "__len__") and hasattr(scores, "__getitem__")):
         return f"returned a {type(scores).__name__}, not a list of numbers"
-    if num_rows_after != num_rows:
-        return f"changed the list of completions it was given, from {num_rows} to {num_rows_after}"
+    if is_changed:
+        return "changed the list of completions it was given (work on a copy)"
     if len(scores) != num_rows:
         noun = "score" if len(scores) == 1 else "scores"
         return f"returned {len(scores)} {noun} for {num_rows} completions"

@@ -106,8 +106,9 @@ def test_an_abstention_is_no_failure(serve: Any) -> None:
         ("{1.0, 2.0, 3.0, 4.0}", "returned a set, not a list"),
         ("{0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}", "returned a dict, not a list"),
         ("(1.0 for _ in completions)", "returned a generator, not a list"),
-        ("completions.clear() or []", "changed the list of completions it was given, from 4 to 0"),
-        ("completions.append('e') or [1.0] * 4", "changed the list of completions it was given, from 4 to 5"),
+        ("completions.clear() or []", "changed the list of completions it was given (work on a copy)"),
+        ("completions.reverse() or [1.0, 2.0, 3.0, 4.0]", "changed the list of completions it was given"),
+        ("completions.append('e') or [1.0] * 4", "changed the list of completions it was given"),
         ("Short([1.0])", "returned a Short that has no 4 entries"),
     ],
 )
