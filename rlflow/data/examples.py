@@ -87,10 +87,10 @@ def render_example(record: Record, data: DataBlock, chat: Chat) -> Rendered:
     answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError("it has no assistant answer to learn")
+    if data.loss_on == "all":
+        return chat.render_conversation(with_system(record.messages, data.system), None, record.tools)
     # What comes behind the last answer has no influence on it.
     messages = with_system(record.messages[: answers[-1] + 1], data.system)
-    if data.loss_on == "all":
-        return chat.render_conversation(messages, None, record.tools)
     turns = trained_turns(messages, last_only=data.loss_on == "last_assistant")
     return chat.render_conversation(messages, turns, record.tools, ignore_empty_think=data.ignore_empty_think)
 

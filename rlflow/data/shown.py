@@ -13,7 +13,9 @@ from rlflow.data.messages import REASONING_KEYS
 from rlflow.data.turns import MARKER, Render
 from rlflow.types import Message
 
-THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
+TAG = re.compile(r"(</?think>)")
+THOUGHT = re.compile(r"(\s*<think>)?((?:(?!<think>).)*?)(</think>)(.*)", re.DOTALL)
+"""A thought at the beginning of an answer. What a model wrote behind a prompt that opens it has no opening tag."""
 THOUGHT_SWITCHES: dict[str, Any] = {
     "preserve_thinking": True,
     "keep_thinking": True,
@@ -85,7 +87,7 @@ def with_thought(message: Message, rendered: str) -> str:
     if thought is not None:
         opening, said, closing, answer = thought.groups()
         shown = said.strip() in _before(answer, rendered)
-        return rendered if shown else f"{opening.lstrip()}{said}{closing}{rendered}"
+        return rendered if shown else f"{(opening or '<think>').lstrip()}{said}{closing}{rendered}"
     said = next((message[key].strip() for key in REASONING_KEYS if key in message), "")
     return rendered if said in _before(message["content"], rendered) else f"<think>\n{said}\n</think>\n\n{rendered}"
 
@@ -131,19 +133,16 @@ def _switch_for(piece: Piece, messages: Sequence[Message], render: Render, read:
 
 
 def _texts(index: int, message: Message) -> Iterator[Piece]:
-    content = message["content"]
-    thought = THOUGHT.match(content) if message["role"] == "assistant" else None
+    """The texts of a message. Templates cut answers at the tags of thoughts, so each side of a tag is one."""
+    parts = TAG.split(message["content"]) if message["role"] == "assistant" else [message["content"]]
     marker = f"{MARKER}{index}{MARKER}"
 
     def piece(field: str, text: str, before: str = "", behind: str = "", *, is_thought: bool = False) -> Piece:
         return Piece(index, field, text.strip(), marker, {**message, field: f"{before}{marker}{behind}"}, is_thought)
 
-    if thought is None:
-        yield piece("content", content)
-    else:
-        before, said, closing, answer = thought.groups()
-        yield piece("content", said, before, closing + answer, is_thought=True)
-        yield piece("content", answer, before + said + closing)
+    for at in range(0, len(parts), 2):
+        is_thought = parts[at + 1 : at + 2] == ["</think>"]
+        yield piece("content", parts[at], "".join(parts[:at]), "".join(parts[at + 1 :]), is_thought=is_thought)
     for key in REASONING_KEYS:
         if key in message:
             yield piece(key, message[key], is_thought=True)

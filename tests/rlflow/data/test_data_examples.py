@@ -55,9 +55,12 @@ def test_a_question_and_an_answer_are_a_conversation_of_one_turn(trained, row):
     assert trained(row) == "Two<|im_end|>"
 
 
-def test_what_follows_the_last_answer_is_left_off(make_data, tokenizer):
-    (example,) = load_examples(make_data([{"messages": [HI, answer("Two"), WHY]}]), tokenizer, 0)
+def test_what_follows_the_last_answer_is_left_off_unless_all_is_trained(make_data, tokenizer):
+    rows = [{"messages": [HI, answer("Two"), WHY]}]
+    (example,) = load_examples(make_data(rows), tokenizer, 0)
     assert tokenizer.decode(example.token_ids).endswith("Two<|im_end|>\n")
+    (example,) = load_examples(make_data(rows, loss_on="all"), tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]).endswith(f"{WHY['content']}<|im_end|>\n")
 
 
 def test_the_system_message_is_seen_and_not_trained(make_data, tokenizer):

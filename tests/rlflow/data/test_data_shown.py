@@ -98,6 +98,15 @@ def test_a_thought_is_left_out_though_the_same_words_are_shown_elsewhere(tokeniz
     assert Chat(tokenizer).render_conversation(messages[:2], [1]).notes == ()
 
 
+@pytest.mark.parametrize(
+    "content", ["<think>hm</think>So<think>so</think>Two", "So <think>hm</think>Two", "So</think>Two"]
+)
+def test_what_stands_before_the_tag_at_which_a_template_cuts_an_answer_is_left_out(tokenizer, content):
+    tokenizer.chat_template = LAST_THOUGHT.replace("or loop.last or", "or")
+    with pytest.raises(RowError, match=r"leaves out messages\[1\].content"):
+        Chat(tokenizer).render_conversation([HI, answer(content)], [1])
+
+
 @pytest.mark.parametrize("change", ["| trim", "| upper", "| tojson", "| replace('e', '3')"])
 def test_a_text_that_the_template_writes_in_its_own_way_is_not_left_out(tokenizer, change):
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"(message['content'] {change})")

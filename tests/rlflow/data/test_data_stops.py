@@ -189,9 +189,10 @@ def test_a_thought_that_the_template_cuts_goes_behind_the_generation_prompt_that
             assert tokenizer.decode(example.token_ids[example.loss_mask]).startswith("hm\n</think>\n\n")
 
 
-def test_so_does_one_that_the_answer_repeats(chat):
+def test_so_does_one_that_the_answer_repeats_or_that_has_no_opening_tag(chat):
     chat = chat(CUTS_THOUGHTS)
-    for said in (answer("<think>\ntwo\n</think>\n\ntwo."), {**answer("two."), "reasoning_content": "two"}):
+    written = ("<think>\ntwo\n</think>\n\ntwo.", "two\n</think>\n\ntwo.", "\ntwo\n</think>\n\ntwo.")
+    for said in (*map(answer, written), {**answer("two."), "reasoning_content": "two"}):
         assert trained(chat, chat.render_conversation([user("Hi"), said], [1])) == ["two\n</think>\n\ntwo.<|im_end|>"]
 
 
