@@ -111,13 +111,19 @@ def _hidden(messages: Sequence[Message], render: Render) -> Iterator[Piece]:
             rendered = render(marked)
         except RowError:
             rendered = ""
-        for piece in turn:
-            if (
-                piece is not None
-                and piece.marker not in rendered
-                and piece.marker not in render(_alone(piece, messages))
-            ):
-                yield piece
+        yield from (
+            piece
+            for piece in turn
+            if piece is not None and piece.marker not in rendered and _is_hidden(piece, messages, render)
+        )
+
+
+def _is_hidden(piece: Piece, messages: Sequence[Message], render: Render) -> bool:
+    """Of a template that refuses markers (it may want JSON there) nothing can be told."""
+    try:
+        return piece.marker not in render(_alone(piece, messages))
+    except RowError:
+        return False
 
 
 def _alone(piece: Piece, messages: Sequence[Message]) -> list[Message]:

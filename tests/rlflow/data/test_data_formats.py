@@ -114,6 +114,9 @@ LABELLED = [
     ({"prompt": "Hi", "completion": "Hello", "label": False}, False),
     ({"query": "Hi", "response": "Hello", "label": 1}, True),
     ({"prompt": [HI], "completion": [HELLO], "label": "False"}, False),
+    ({"prompt": "Hi", "response": "Hello", "label": True}, True),
+    ({"instruction": "Hi", "output": "Hello", "label": False}, False),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "label": True}, True),
 ]
 
 

@@ -114,6 +114,16 @@ def test_a_text_that_the_template_writes_in_its_own_way_is_not_left_out(tokenize
     assert Chat(tokenizer).render_prompt(messages).notes == ()
 
 
+def test_a_text_in_whose_place_the_template_refuses_anything_else_is_not_left_out(tokenizer):
+    wants = "{% if m.role == 'tool' and m.content[0] != '{' %}{{ raise_exception('no JSON') }}{% endif %}"
+    tokenizer.chat_template = LAST_THOUGHT.replace("{% for m in messages %}", "{% for m in messages %}" + wants)
+    messages = [HI, answer("One", reasoning_content="hm"), {**RESULT, "content": "{}"}, answer("Two")]
+    rendered = Chat(tokenizer).render_conversation(messages, [3])
+    assert rendered.notes == (
+        "the chat template leaves out messages[1].reasoning_content, a thought of a turn that is not trained",
+    )
+
+
 def test_a_tool_that_the_template_does_not_show_is_refused(tokenizer):
     shows = "message['content'] + (message.tool_calls | string if message.tool_calls else '')"
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", shows)
