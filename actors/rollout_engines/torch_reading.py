@@ -5,6 +5,7 @@ The first way that gives the logprobs of transformers' forward pass of each sequ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -84,6 +85,9 @@ class PromptReading:
         self.model, self.is_cached, self.can_leave_out = model, is_cached, not is_cached
         self.ids = torch.from_numpy(prompt.astype(np.int64)).to(model.device).expand(len(which), -1)
         self.cache: dict[str, Any] = {}
+        # Logits of a whole prompt, for each of its rows, take more memory than all else.
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options = {"use_cache": is_cached} | ({"logits_to_keep": 1} if keeps else {})
         self._read(self.ids)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -94,7 +98,7 @@ class PromptReading:
         self._read(token[:, None] if self.is_cached else self.ids)
 
     def _read(self, ids: torch.Tensor) -> None:
-        output = self.model(input_ids=ids, use_cache=self.is_cached, **self.cache)
+        output = self.model(input_ids=ids, **self.options, **self.cache)
         self.logits = output.logits[:, -1]
         if self.is_cached:
             names = ("past_key_values", "cache_params")

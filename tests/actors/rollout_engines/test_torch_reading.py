@@ -68,6 +68,17 @@ def test_a_cache_that_forgets_is_found_and_left_out(tmp_path, monkeypatch):
     assert_right(engine, tmp_path, "gpt2")
 
 
+@pytest.mark.parametrize("read", [read_padded, *ONE_PROMPT], ids=["padded", "one prompt", "no cache"])
+def test_logits_of_a_prompts_last_token_alone_are_held(tmp_path, read):
+    model = write(tmp_path, "gpt2", PACKED["gpt2"])
+    with torch.inference_mode():
+        reading = read(model, [np.arange(2, 32, dtype=np.int32)], [0, 0])
+        for _ in range(2):
+            assert reading.logits.shape == (2, VOCABULARY)
+            assert reading.logits.untyped_storage().nbytes() == 2 * VOCABULARY * 4
+            reading.write(torch.tensor([3, 4]))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "lfm2"])
 def test_ids_that_are_left_out_before_the_weights_come_keep_nothing_from_being_settled(tmp_path, kind):
     model = write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])
