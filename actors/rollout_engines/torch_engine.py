@@ -22,6 +22,9 @@ from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
+_HEATS = (1.0, 10.0)
+"""Temperatures at which ways of reading are compared: where one token has nearly all of the probability, its logprob is
+0 whatever the others' are."""
 
 
 class TorchEngine:
@@ -176,15 +179,15 @@ class TorchEngine:
             if not self._logits(prompts[1]).isfinite().all():
                 return
             for self.reader in ways:
-                if self.reader is ways[-1] or self._is_right(requests):
+                if self.reader is ways[-1] or all(self._is_right(requests, heat) for heat in _HEATS):
                     break
         self.is_settled = True
         if self.reader is not before:
             cache = "" if self.reader is ONE_PROMPT[0] else ", without a cache"
             logger.warning("%s generates from one prompt at a time%s", type(self.model).__name__, cache)
 
-    def _is_right(self, requests: Sequence[GenerationRequest]) -> bool:
-        params = SamplingParams(max_new_tokens=6, temperature=1.0)
+    def _is_right(self, requests: Sequence[GenerationRequest], temperature: float) -> bool:
+        params = SamplingParams(max_new_tokens=6, temperature=temperature)
         try:
             completions = self.generate(requests, params)
         except torch.OutOfMemoryError:
@@ -198,7 +201,8 @@ class TorchEngine:
         for prompt, completion in zip(prompts, completions, strict=True):
             logits = self._logits(np.concatenate([prompt, completion.token_ids]))[len(prompt) - 1 : -1]
             written = torch.from_numpy(completion.token_ids).long().to(self.device)
-            plain = torch.log_softmax(self._of_tokens(logits).float(), dim=-1).gather(1, written[:, None]).squeeze(1)
+            logits = self._of_tokens(logits).float() / temperature
+            plain = torch.log_softmax(logits, dim=-1).gather(1, written[:, None]).squeeze(1)
             differences.append((plain.cpu() - torch.from_numpy(completion.logprobs)).abs())
         apart = torch.cat(differences)
         # In 16 bits a mixture of experts may route single tokens otherwise.

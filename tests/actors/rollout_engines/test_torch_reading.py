@@ -98,6 +98,16 @@ def test_a_cache_that_is_wrong_is_found_once_the_weights_are_large_enough(tmp_pa
     assert_right(engine, tmp_path, "bamba")
 
 
+def test_a_cache_that_is_wrong_is_found_where_one_token_has_nearly_all_of_the_probability(tmp_path):
+    """Of RecurrentGemma, whose embeddings are scaled up: at temperature 1 what it writes has logprobs of 0."""
+    config = LLAMA | {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8}
+    model = write(tmp_path, "recurrent_gemma", config)
+    engine = TorchEngine(str(tmp_path), dtype="float32", max_num_seqs=4)
+    engine.load_weights(to_checkpoint(model, model.named_parameters()))
+    assert engine.reader is ONE_PROMPT[-1]
+    assert_right(engine, tmp_path, "recurrent_gemma")
+
+
 def test_weights_that_are_no_numbers_settle_nothing(tmp_path):
     model = write(tmp_path, "gpt2", PACKED["gpt2"])
     engine = TorchEngine(str(tmp_path), dtype="float32", max_num_seqs=4)
