@@ -21,7 +21,7 @@ ANSWER_IS = re.compile(
     r"(?:\b(?:(?<!to )answer(?! (?:the|this|these|your|choices|options)\b)|(?:correct|right|best) (?:option|choice)"
     r"|respuesta|réponse|antwort|risposta|resposta|ответ)\b"
     r"[^\n.:=。]{0,60}?"
-    r"(?:\b(?:is|are|was|be|es|est|ist|lautet|è|é)\b|\bis(?=n[o']?t)|:|=|\u2014)\**:?|答案(?:是|为|為|\uff1a|:)|答えは|정답은|^\**A:|(?<=\s)A:(?=[^\n]{1,40}$))\s*(?:\*+\s*)?(?=\S)",
+    r"(?:\b(?:is|are|was|be|es|est|ist|lautet|è|é)\b|\bis(?=n[o']?t)|:|=|\u2014)\**:?|答案(?:是|为|為|\uff1a|:)|答えは|정?답은|^\**A:|(?<=\s)A:(?=[^\n]{1,40}$))\s*(?:\*+\s*)?(?=\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")

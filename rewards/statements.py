@@ -60,10 +60,13 @@ VERBS = _any_of(
     "is are has have had was were will would gets? costs? takes? makes? equals? needs? pays? they he she there we total"
 )
 VERB = re.compile(rf"\b{VERBS}\b", re.IGNORECASE)
-HEDGES = _any_of("or maybe perhaps possibly not than least most between never neither nor except from_\\S+_to")
+HEDGES = _any_of(
+    "or maybe perhaps possibly not than least most between never neither nor except from_\\S+_to "
+    "minus negative under over below not_equal_to square_of cube_of root_of"
+)
 UP_TO = r"(?<!add )(?<!adds )(?<!sums )(?<!comes )\bup to"
 HEDGE = re.compile(
-    rf"(?:\b{HEDGES}|n't|{UP_TO}|[<>≠])\s*(?:(?:it is|it's|be|a|an|the)\s+)?[$(\[\s]*$",
+    rf"(?:\b{HEDGES}|n't|{UP_TO}|[<>≠]=?)\s*(?:(?:it is|it's|be|a|an|the)\s+)?[$(\[\s]*$",
     re.IGNORECASE,
 )
 SHORT = re.compile(r"\(?[A-Z]\)?|yes|no|true|false", re.IGNORECASE)

@@ -71,6 +71,7 @@ REWRITES = (
     (re.compile(r"\*\*(?=\s*[-\d({a-zA-Z])"), "^"),
     (re.compile(r"(?<=\d)\s*x\s*(?=\d)"), "*"),
     (re.compile(r"\\%"), "%"),
+    (re.compile(r"\A\s*(?:minus|negative)\s+(?=[\d.])", re.IGNORECASE), "-"),
 )
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,]*\d)")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])([1-9]\d{0,2}(?: \d{3})+)(?![\d/]|[.,]?\d| \d)")
