@@ -61,14 +61,17 @@ VERBS = _any_of(
 )
 VERB = re.compile(rf"\b{VERBS}\b", re.IGNORECASE)
 HEDGES = _any_of(
-    "or maybe perhaps possibly not than least most between never neither nor except from_\\S+_to "
-    "minus negative under over below not_equal_to square_of cube_of root_of"
+    "or maybe perhaps possibly not than least most between never neither nor except from_\\S+_to not_equal_to"
 )
 UP_TO = r"(?<!add )(?<!adds )(?<!sums )(?<!comes )\bup to"
 HEDGE = re.compile(
     rf"(?:\b{HEDGES}|n't|{UP_TO}|[<>≠]=?)\s*(?:(?:it is|it's|be|a|an|the)\s+)?[$(\[\s]*$",
     re.IGNORECASE,
 )
+OPERATION = re.compile(
+    rf"\b{_any_of('minus negative under over below square_of cube_of root_of')}\s*[$(\[\s]*$", re.IGNORECASE
+)
+"""Before a number it makes another of it; before an equation it does so on the left of it alone."""
 SHORT = re.compile(r"\(?[A-Z]\)?|yes|no|true|false", re.IGNORECASE)
 """Answers without a number that may come before a reason with one."""
 NEGATION = re.compile(r"\s*(?:n't|not|never|no longer|neither)\b", re.IGNORECASE)
@@ -155,7 +158,8 @@ def answer_of_solution(text: str) -> str | None:
         min(span.start(), last.start()),
         hidden[min(span.start(), last.start()) : max(span.end(), last.end())],
     )
-    if HEDGE.search(hidden[max(0, start - 40) : start]):
+    before = hidden[max(0, start - 40) : start]
+    if HEDGE.search(before) or ("=" not in whole and OPERATION.search(before)):
         return None
     if "=" in whole and (not re.search(r"\b(?:and|or)\b", whole) or _are_steps(whole)):
         whole = whole[whole.rindex("=") + 1 :]

@@ -12,6 +12,8 @@ RIGHT_ANSWERS: list[tuple[str, object]] = [
     (boxed(r"0.\overline{3}"), r"\frac13"),
     (boxed(r"-1.1\overline{6}"), "-7/6"),
     (boxed("BA = 3"), "AB = 3"),
+    ("She has 20 minus 15 = 5 apples", "5"),
+    ("That is 10 over 2 = 5", "5"),
     ("The answer is negative 5.", "-5"),
     ("답은 5입니다. 3단계 끝", "5"),
     (boxed(r"\frac{x^2}{x}"), "x"),
