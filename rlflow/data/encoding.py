@@ -2,7 +2,8 @@
 
 A rollout's prompt is encoded before its answer is known, so no token of an example may reach over the place where an
 answer begins. Text is encoded whole; where a token does reach over such a place (``ASSISTANT: `` and ``yes`` of a
-byte-level BPE, which knows `` yes``), what is before and behind it is encoded apart, as a rollout has it.
+byte-level BPE, which knows `` yes``), what is before and behind it is encoded apart, as a rollout has it. So it is
+where a tokenizer divides space by what follows (GPT-2's parts two line ends before a word, and joins them at the end).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self._end_ids = np.array(end_ids, dtype=np.int64)
+        self._divided: dict[str, bool] = {}
 
     def encode(self, rendered: Sequence[Rendered]) -> list[np.ndarray]:
         """Token ids of each text, int32 [T]."""
@@ -84,8 +86,20 @@ class Encoder:
             tokens = self._tokenize([item.text for item in batch], offsets=True)
             for item, ids, offsets in zip(batch, tokens["input_ids"], tokens["offset_mapping"], strict=True):
                 whole = _encoded(ids, offsets)
-                reached_over = [start for start in item.starts if ((whole.starts < start) & (whole.ends > start)).any()]
-                yield self._encode_apart(item.text, reached_over) if reached_over else whole
+                places = [
+                    start
+                    for start in item.starts
+                    if ((whole.starts < start) & (whole.ends > start)).any()
+                    or self._divides(_space_at(item.text, start))
+                ]
+                yield self._encode_apart(item.text, places) if places else whole
+
+    def _divides(self, space: str) -> bool:
+        """Whether this space is other tokens before a word than at the end of a text."""
+        if len(space) > 1 and space not in self._divided:
+            alone, before = (self._encode_one(f"a{space}{word}").token_ids for word in ("", "b"))
+            self._divided[space] = not np.array_equal(before[: len(alone)], alone)
+        return self._divided.get(space, False)
 
     def _encode_apart(self, text: str, places: Sequence[int]) -> Encoded:
         """The pieces of ``text`` between ``places``, each encoded on its own."""
@@ -143,6 +157,14 @@ def _encoded(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
     # Byte-level tokenizers leave a token's leading space out of its offsets.
     starts = np.minimum(starts, np.concatenate([[0], ends[:-1]]))
     return Encoded(np.array(ids, dtype=np.int32), starts, ends)
+
+
+def _space_at(text: str, place: int) -> str:
+    """The white space that ends at a place."""
+    start = place
+    while start and text[start - 1].isspace():
+        start -= 1
+    return text[start:place]
 
 
 def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

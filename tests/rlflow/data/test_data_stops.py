@@ -116,6 +116,19 @@ def test_what_follows_a_prompt_gets_no_space_that_the_tokenizer_puts_before_a_te
     assert mask.tolist() == [False, False, False, True]
 
 
+def test_space_that_a_tokenizer_divides_by_what_follows_is_encoded_as_the_prompt_has_it():
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: id_ for id_, symbol in enumerate([*symbols, "ĊĊ"])}, [("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("A\n\nB").input_ids) == ["A", "Ċ", "Ċ", "B"], "GPT-2's habit"
+    encoder = Encoder(tokenizer, ())
+    ((token_ids, mask),) = encoder.encode_trained([Rendered("A\n\nB", ((3, 4),), (3,))])
+    (prompt,) = encoder.encode([Rendered("A\n\n")])
+    assert tokenizer.convert_ids_to_tokens(token_ids.tolist()) == ["A", "ĊĊ", "B"]
+    assert prompt.tolist() == token_ids[:2].tolist() and mask.tolist() == [False, False, True]
+
+
 def test_a_turn_that_the_next_roles_marker_ends_is_trained_to_stop_at_it(chat, tokenizer, tmp_path):
     chat = chat(ROLE_ENDS_TURN, "<|user|>", "<|assistant|>", "<|tool|>")
     messages = [user("Hi"), answer("two"), user("Why?"), answer("one")]
