@@ -24,13 +24,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A process runs the tests of a file, and one process all that need Ray: what they share is made once."""
-    for item in items:
-        name = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of 8 logical CPUs for the whole session, whatever cluster the environment names."""

@@ -149,7 +149,9 @@ def test_short_values_are_no_secrets_that_could_be_told_from_words(nothing_met: 
     assert redact_text("a short True") == "a short True"
 
 
-def test_values_of_secret_variables_are_replaced_as_the_environment_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secret_variables_are_replaced_as_the_environment_is_now(
+    nothing_met: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter2")
     monkeypatch.setenv("SOME_PROXY", "http://ann:pa55word@proxy:80/")
     monkeypatch.setenv("MY_SETTING", "blue sky")

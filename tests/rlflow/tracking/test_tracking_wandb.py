@@ -55,7 +55,8 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path, make_recipe: Callable[..., R
         tracker = WandbTracker(make_recipe(), tmp_path, say=print, finish_seconds=60)
         tracker.log(StepStats(step, {"reward/mean": 0.0}))
         tracker.finish({})
-    runs = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    # offline-run-<date>_<time>-<id>, and a number behind the second of one second
+    runs = [path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert set(runs) == {(tmp_path / "wandb" / "run_id").read_text().strip()}
 
