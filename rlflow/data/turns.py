@@ -100,11 +100,23 @@ def _find_content(text: str, messages: Sequence[Message], index: int, render: Re
     """Where one turn's content begins, where that can be told, and where what it says ends."""
     try:
         before, found, behind = render(_mark(messages, {index})).partition(MARKER)
+        next_said = _start_of_result(messages, index + 1, render)
     except RowError:
         return None
-    if not found or not text.endswith(behind):
+    end = len(text) - len(behind)
+    if not found or not text.endswith(behind) or (next_said is not None and end > next_said):
         return None
-    return len(before) if text.startswith(before) else None, len(text) - len(behind)
+    return len(before) if text.startswith(before) else None, end
+
+
+def _start_of_result(messages: Sequence[Message], index: int, render: Render) -> int | None:
+    """Where this message begins, if it is a tool's result that the template shows. Gemma 4's puts results into the
+    turn that calls, and without the call into a turn of their own."""
+    if index == len(messages) or messages[index]["role"] != "tool":
+        return None
+    marked = [*messages[:index], {**messages[index], "content": MARKER}, *messages[index + 1 :]]
+    before, found, _ = render(marked).partition(MARKER)
+    return len(before) if found else None
 
 
 def _mark(messages: Sequence[Message], indices: Collection[int]) -> list[Message]:

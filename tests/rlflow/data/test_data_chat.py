@@ -222,6 +222,20 @@ def test_tools_and_function_calls_that_the_template_would_drop_are_refused(token
         chat.render_conversation([HI, CALL], [1])
 
 
+def test_a_result_that_the_template_puts_into_the_turn_that_calls_is_not_trained(tokenizer):
+    """As Gemma 4's: without the call the result has no place."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls %}"
+        "{{ c.function.name }}={{ messages[loop.index0 + 2].content }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [HI, CALL, {"role": "tool", "content": "sunny"}, answer("Two")]
+    assert trained(tokenizer, messages, [3]) == ["Two<|im_end|>"]
+    with pytest.raises(RowError, match=r"changes what is around it"):
+        trained(tokenizer, messages, [1, 3])
+
+
 def test_a_function_call_is_trained_as_the_template_writes_it(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message['content'] +",
