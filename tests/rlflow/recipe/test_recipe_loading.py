@@ -289,6 +289,9 @@ def test_relative_paths_are_seen_from_here_or_else_from_the_file(recipe_file: Pa
     assert measured is not None and measured.reward is not None
     assert measured.reward.args == {"path": recipe.model.path}
     assert recipe.run.output_dir == str(here / "out")
+    templates = {"missing.jinja": str(here / "missing.jinja"), "no template": "no template"}
+    for given, read in templates.items():
+        assert load_one(path, f"model.chat_template={given}").model.chat_template == read
 
 
 def test_a_path_is_read_as_a_shell_reads_it_and_other_texts_are_not(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):

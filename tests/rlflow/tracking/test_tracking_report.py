@@ -13,7 +13,7 @@ import pytest
 from rlflow.cli import report as command
 from rlflow.tracking import charts
 from rlflow.tracking.history import HistoryError, Series, bucket, read_stages, smooth
-from rlflow.tracking.report import LONGEST_TEXT, shorten, write_curve_svg, write_report
+from rlflow.tracking.report import LONGEST_TEXT, _time_panel, shorten, write_curve_svg, write_report
 from rlflow.tracking.rollouts import write_rollouts
 from rlflow.types import Group, Prompt, Rollout
 
@@ -70,6 +70,19 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in self.VOID:
             assert self._open.pop() == tag
+
+
+def test_seconds_a_step_are_of_steps_alone_and_not_of_what_came_before_them(tmp_path: Path) -> None:
+    make_stage(tmp_path / "run", num_steps=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    start = json.dumps(json.loads(lines[0]) | {"time/startup_actors_s": 7.0, "time/step_s": 1000.0})
+    metrics.write_text("\n".join([start, *lines[1:]]) + "\n")
+    (stage,) = read_stages(tmp_path / "run")
+    panel = _time_panel(stage)
+    assert panel is not None
+    # 6 s of training and 3 s of rollouts in steps of 10 s
+    assert {entry.name: entry.value for entry in panel.legend} == {"train": "60%", "rollout": "30%", "other": "10%"}
 
 
 def test_the_page_needs_nothing_but_itself_and_runs_no_script(tmp_path: Path) -> None:
