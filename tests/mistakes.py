@@ -5,7 +5,7 @@
 
 A mistake is one small change of one line: a comparison, an operator, a number, a condition, a call left out. Which
 ones are made follows from the code and the seed. Each is met by the quick tests that import its module and those of the
-folder that mirrors its own, and when these notice nothing by the slow ones. CONTRIBUTING.md has the last table.
+folder that mirrors its own, and when these notice nothing by the slow ones.
 """
 
 from __future__ import annotations

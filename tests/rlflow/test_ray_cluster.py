@@ -109,7 +109,7 @@ def test_a_dead_cluster_is_one_line_before_anything_starts(command, closed_port,
     assert main([command, str(tmp_path / "recipe.yaml"), f"run.output_dir={tmp_path}/out"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"RAY_ADDRESS is 127.0.0.1:{closed_port}, and no Ray cluster answers there")
-    assert threading.active_count() == threads and not (tmp_path / "out").exists()
+    assert threading.active_count() <= threads and not (tmp_path / "out").exists()
 
 
 STARTED = """
