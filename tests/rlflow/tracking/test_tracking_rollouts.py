@@ -66,6 +66,15 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert records[2].completion == "? <b>"
 
 
+def test_only_texts_that_repeat_are_looked_up_in_a_dictionary(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    row_group = pq.ParquetFile(path).metadata.row_group(0)
+    columns = [row_group.column(index) for index in range(row_group.num_columns)]
+    looked_up = {column.path_in_schema for column in columns if column.has_dictionary_page}
+    assert looked_up == {"prompt_id", "prompt", "messages", "error", "finish_reason", "state"}
+
+
 def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path) -> None:
     path = tmp_path / "step_000001.parquet"
     write_rollouts(path, *make_groups())
