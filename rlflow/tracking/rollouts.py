@@ -184,15 +184,14 @@ def _ragged(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> pa.Array:
 
 def _publish(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.writing")
+    # pyarrow's annotations know of no lists.
+    of_columns: dict[str, Any] = {
+        "use_dictionary": _REPEATED_COLUMNS,
+        "write_statistics": [name for name in table.column_names if name not in _TOKEN_COLUMNS],
+    }
     try:
         with naming_the_disk(path, table.nbytes):
-            pq.write_table(
-                table,
-                temporary,
-                compression="zstd",
-                use_dictionary=_REPEATED_COLUMNS,
-                write_statistics=[name for name in table.column_names if name not in _TOKEN_COLUMNS],
-            )
+            pq.write_table(table, temporary, compression="zstd", **of_columns)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
