@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.trainer import Objective, Trainer
-from rlflow.recipe import ALGORITHMS, AlgorithmBlock, ModelBlock, TrainerBlock
+from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class PolicyTrainer(Trainer):
         """Preference losses have no use for them; Liger's kernel, which has none, is worth more than SFT's metric."""
         if algorithm.loss.entropy_coef:
             return "gradient"
-        family = ALGORITHMS[algorithm.name].family
-        return "none" if family == "preference" or (family == "sft" and self.block.liger) else "values"
+        learning = algorithm.learning
+        return "values" if learning.has_entropies and not (learning.family == "sft" and self.block.liger) else "none"
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probabilities of the loss tokens under the current policy, float32 [N] for each micro-batch."""

@@ -45,7 +45,7 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the trainer."""
     trainer = recipe.trainer
     state = state_bytes(recipe, shape, trainer.workers, bool(trainer.gpus_per_worker))
-    scores = recipe.algorithm.name != "reward_model"
+    scores = recipe.algorithm.learning.head == "token"
     moments = _step(recipe, shape, state, trainer.workers, scores=scores, on_gpu=bool(trainer.gpus_per_worker))
     if recipe.needs_rollouts and not trainer.gpus_per_worker:
         moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})

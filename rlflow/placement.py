@@ -174,7 +174,7 @@ def _constructor(
     match role.name:
         case "trainer":
             arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
-            if recipe.algorithm.name == "reward_model":
+            if recipe.algorithm.learning.head == "scalar":
                 return RewardTrainer, arguments
             return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
         case "critic":

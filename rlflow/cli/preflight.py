@@ -138,7 +138,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from to_come_as_model(key, path, to_come[path])
         elif path is not None:
             yield from _in_model(key, path)
-            if key != "algorithm.critic.path" and recipe.algorithm.name != "reward_model":
+            if key != "algorithm.critic.path" and recipe.algorithm.learning.head == "token":
                 yield from _in_head(key, Path(path))
     yield from in_masked(recipe)
     if recipe.model.architecture is not None:
@@ -263,9 +263,9 @@ def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Re
         return
     path = args["path"]
     if path in to_come:
-        algorithm = to_come[path].algorithm.name
-        if algorithm != "reward_model":
-            yield f"{key}.path", f"{path} will be a policy ({algorithm}): name the final/ of a reward_model stage"
+        algorithm = to_come[path].algorithm
+        if algorithm.learning.head != "scalar":
+            yield f"{key}.path", f"{path} will be a policy ({algorithm.name}): name the final/ of a reward_model stage"
         else:
             yield from to_come_as_model(f"{key}.path", path, to_come[path])
     elif problems := list(_in_model(f"{key}.path", path)):

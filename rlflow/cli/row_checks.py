@@ -10,9 +10,8 @@ from typing import Any
 
 from rlflow.cli.plugin_checks import sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
+from rlflow.data.answers import LOADERS
 from rlflow.data.errors import DataError, Rows
-from rlflow.data.examples import load_examples
-from rlflow.data.preferences import load_labelled, load_pairs
 from rlflow.data.prompts import load_prompts
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, SourceBlock
@@ -83,8 +82,7 @@ def _loaders(recipe: Recipe, tokenizer: Any) -> Mapping[str, Callable[[], Rows[A
         return load_prompts(source, data, tokenizer, seed)
 
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
-        of_pairs = load_labelled if recipe.algorithm.name == "kto" else load_pairs
-        load = load_examples if recipe.family == "sft" else of_pairs
+        load = LOADERS[recipe.algorithm.learning.data_row]
         return load(data.model_copy(update={"train": source}), tokenizer, seed)
 
     loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}

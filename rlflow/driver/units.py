@@ -11,7 +11,7 @@ kto              judged       (answer, another's answer to its prompt)      marg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 
 from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 from rlflow.algorithms.reductions import preference_weights
+from rlflow.data.answers import LOADERS
 from rlflow.data.errors import Rows
-from rlflow.data.examples import Example, load_examples
-from rlflow.data.preferences import Labelled, load_labelled, load_pairs
+from rlflow.data.examples import Example
+from rlflow.data.preferences import Labelled, Pair
 from rlflow.driver import learner
 from rlflow.driver.assemble import weigh
 from rlflow.driver.stage import Stage
@@ -37,19 +38,22 @@ def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any) -> Rows[Unit]:
     Raises:
         DataError: The rows cannot be used; which, and why.
     """
-    seed = recipe.run.seed
-    if recipe.family == "sft":
-        examples = load_examples(data, tokenizer, seed)
-        return Rows([(_sample(example),) for example in examples], examples.skipped, examples.notes)
-    if recipe.algorithm.name == "kto":
-        labelled = load_labelled(data, tokenizer, seed)
-        return Rows(judged_units(labelled, data.max_tokens), labelled.skipped, labelled.notes)
-    pairs = load_pairs(data, tokenizer, seed, for_reward_model=recipe.algorithm.name == "reward_model")
-    units = [
+    data_row = recipe.algorithm.learning.data_row
+    rows = LOADERS[data_row](data, tokenizer, recipe.run.seed)
+    return Rows(_UNITS[data_row](rows, data.max_tokens), rows.skipped, rows.notes)
+
+
+def example_units(rows: Sequence[Example], max_tokens: int) -> list[Unit]:
+    """Each example alone."""
+    return [(_sample(example),) for example in rows]
+
+
+def pair_units(rows: Sequence[Pair], max_tokens: int) -> list[Unit]:
+    """The chosen answer, then the rejected one."""
+    return [
         (_sample(pair.chosen, label=1.0, margin=pair.margin), _sample(pair.rejected, label=-1.0, margin=pair.margin))
-        for pair in pairs
+        for pair in rows
     ]
-    return Rows(units, pairs.skipped, pairs.notes)
 
 
 def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
@@ -76,6 +80,15 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
     return units
 
 
+_UNITS: dict[str, Callable[[Sequence[Any], int], list[Unit]]] = {
+    "example": example_units,
+    "pair": pair_units,
+    "margin_pair": pair_units,
+    "labelled": judged_units,
+}
+"""An algorithm's ``data_row`` -> function of the rows and the longest sequence."""
+
+
 def with_reference(stage: Stage, units: Sequence[Unit]) -> list[Unit]:
     """The units with their reference logprobs; nothing to do when they have them."""
     if not stage.recipe.needs_reference or all(unit[0].ref_logprobs is not None for unit in units):
@@ -87,7 +100,7 @@ def with_reference(stage: Stage, units: Sequence[Unit]) -> list[Unit]:
 def make_batch(stage: Stage, units: Sequence[Unit]) -> tuple[list[Sample], Denominators]:
     """The samples of one optimizer update: what needs the whole batch is put into margins and weights here."""
     algorithm, max_tokens = stage.algorithm, stage.recipe.data.max_tokens
-    if algorithm.name == "kto":
+    if algorithm.learning.batch_targets == "mismatched_kl":
         kl = _mismatched_kl(stage, [mismatched for _, mismatched in units])
         return weigh([replace(answer, margin=kl) for answer, _ in units], 1, algorithm, max_tokens)
     samples = [sample for unit in units for sample in unit]

@@ -18,7 +18,7 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         return
     if recipe.model.architecture is not None:
         yield Conflict(("model.adapter", "model.architecture"), "has nothing to adapt in a new model: remove it")
-    if name == "reward_model":
+    if recipe.algorithm.learning.head == "scalar":
         reason = "is of a policy; a reward model is trained whole: remove adapter"
         yield Conflict(("model.adapter", "algorithm.name"), reason)
     if adapter.dropout and recipe.family != "sft":

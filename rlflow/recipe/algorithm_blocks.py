@@ -17,7 +17,7 @@ from rlflow.recipe.block import (
     PositiveFloat,
     PositiveInt,
 )
-from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import did_you_mean
 from rlflow.recipe.used_options import unused_options
 
@@ -230,24 +230,27 @@ class AlgorithmBlock(Block):
         return name
 
     @property
+    def learning(self) -> Learning:
+        """What it learns from, and how: the row's columns."""
+        return ALGORITHMS[self.name].learning
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a frozen model scores what is trained."""
-        row = ALGORITHMS[self.name]
-        if row.family == "preference":
-            return row.objective != "reward_model" and not self.preference.reference_free
-        return row.family == "online" and self.kl.coef > 0
+        uses = {"none": False, "kl": self.kl.coef > 0, "loss": not self.preference.reference_free}
+        return uses[self.learning.reference]
 
     @property
     def needs_critic(self) -> bool:
         """Whether a value model learns beside the policy."""
-        return ALGORITHMS[self.name].family == "online" and self.advantage.estimator == "gae"
+        return self.learning.family == "online" and self.advantage.estimator == "gae"
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from unused_options(self)
         yield from self._group_conflicts()
 
     def _group_conflicts(self) -> Iterator[Conflict]:
-        if ALGORITHMS[self.name].family != "online" or self.group_size > 1:
+        if self.learning.family != "online" or self.group_size > 1:
             return
         if self.advantage.estimator in ("group_mean", "leave_one_out"):
             reason = (

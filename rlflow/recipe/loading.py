@@ -64,7 +64,7 @@ def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRec
     for stage in _split_stages(document, changes, problems):
         of_stage = found.setdefault(stage.name, [])
         resolved = _resolve(stage, path, starts_from, of_stage)
-        if _block(resolved.data, "algorithm").get("name") != "reward_model":
+        if not _leaves_scores(resolved.data):
             starts_from = _left_by(resolved.data)
         recipe = validate(resolved, of_stage)
         if recipe is not None:
@@ -195,6 +195,13 @@ def _other_algorithm(own: Document, shared: Document) -> bool:
 def _block(data: dict[str, Any], name: str) -> dict[str, Any]:
     """A block as it was given, empty when it was not."""
     return data[name] if name in data and isinstance(data[name], dict) else {}
+
+
+def _leaves_scores(data: dict[str, Any]) -> bool:
+    """Whether the stage leaves a model that scores, and is no policy."""
+    algorithm = _block(data, "algorithm")
+    name = algorithm.get("name")
+    return isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].learning.head == "scalar"
 
 
 def _left_by(data: dict[str, Any]) -> dict[str, Any]:

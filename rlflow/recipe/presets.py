@@ -12,16 +12,60 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class AlgorithmRow:
+class Learning:
+    """What algorithms that learn from the same kind of row have in common, from the row to the loss."""
+
     family: Literal["online", "sft", "preference"]
     """online: rollouts and rewards; sft: demonstrations; preference: judged answers."""
     objective: Literal["policy", "sft", "preference", "kto", "reward_model"]
     """What the trainer minimises: a key of rlflow.algorithms.objectives.OBJECTIVES."""
+    data_row: Literal["prompt", "example", "pair", "margin_pair", "labelled"]
+    """What a row of data is: a prompt, an example, two answers of which one is better (with a margin by which it should
+    win), or an answer with a label."""
+    head: Literal["token", "scalar"] = "token"
+    """What the trained model puts out: logits of every token, or one score."""
+    reference: Literal["none", "kl", "loss"] = "none"
+    """Who compares with a frozen model: nobody; the KL term, while its coefficient is not 0; or the loss, unless it is
+    ``reference_free``."""
+    batch_targets: Literal["none", "pair_loss", "mismatched_kl"] = "none"
+    """What the loss needs to know of the whole batch, from a forward pass before the update: what ``preference.loss``
+    asks for, or KTO's KL. A key of rlflow.algorithms.preference_targets.BATCH_TARGETS."""
+    has_entropies: bool = True
+    """Whether the entropy of the policy is among the metrics."""
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row is two answers, which are trained together."""
+        return self.data_row in ("pair", "margin_pair")
+
+
+FROM_ROLLOUTS = Learning("online", "policy", "prompt", reference="kl")
+FROM_EXAMPLES = Learning("sft", "sft", "example")
+FROM_PAIRS = Learning(
+    "preference", "preference", "pair", reference="loss", batch_targets="pair_loss", has_entropies=False
+)
+FROM_LABELS = Learning(
+    "preference", "kto", "labelled", reference="loss", batch_targets="mismatched_kl", has_entropies=False
+)
+REWARDS_FROM_PAIRS = Learning("preference", "reward_model", "margin_pair", head="scalar", has_entropies=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AlgorithmRow:
+    learning: Learning
     summary: str
     source: str
     """The paper that defines the row."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Recipe keys under ``algorithm`` that differ from the schema's neutral defaults."""
+
+    @property
+    def family(self) -> Literal["online", "sft", "preference"]:
+        return self.learning.family
+
+    @property
+    def objective(self) -> Literal["policy", "sft", "preference", "kto", "reward_model"]:
+        return self.learning.objective
 
     def value(self, key: str, otherwise: Any) -> Any:
         """The row's default of a dotted key; ``otherwise`` where it has none of its own."""
@@ -37,8 +81,7 @@ _GROUP_STD = {"estimator": "group_mean", "scale": "group_std", "ddof": 1}
 
 ALGORITHMS: dict[str, AlgorithmRow] = {
     "grpo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "group-normalised advantages, PPO clip, KL (k3) in the loss",
         "arXiv 2402.03300",
         {
@@ -49,15 +92,13 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "dr_grpo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "GRPO without its two biases: no division by the group's std, none by the answer's length",
         "arXiv 2503.20783",
         {"group_size": 8, "advantage": {"estimator": "group_mean"}, "loss": {"reduction": "fixed_length"}},
     ),
     "dapo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "clip-higher, dynamic sampling, soft overlong punishment, mean over all tokens, no KL",
         "arXiv 2503.14476",
         {
@@ -68,8 +109,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "gspo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "ratio and clip of whole sequences (geometric mean)",
         "arXiv 2507.18071",
         {
@@ -79,8 +119,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "gspo_token": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "GSPO's ratio with a gradient for each token",
         "arXiv 2507.18071, section 4.3",
         {
@@ -90,8 +129,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "ppo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "a critic's advantages (GAE), PPO clip, KL (k1) in the reward, whitening",
         "arXiv 1707.06347, 2203.02155",
         {
@@ -101,8 +139,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "rloo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "REINFORCE on whole answers, the mean of the group's other rewards as baseline, KL (k1) in the reward",
         "arXiv 2402.14740",
         {
@@ -113,8 +150,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "reinforce++": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "no baseline, advantages whitened over the batch's tokens, KL (k1) in the reward, PPO clip",
         "arXiv 2501.03262",
         {
@@ -124,8 +160,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "reinforce++_baseline": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "the group's mean as baseline, advantages whitened over the batch's tokens, KL (k2) in the loss, PPO clip",
         "arXiv 2501.03262",
         {
@@ -136,8 +171,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "cispo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "clipped importance weights under a stop-gradient: no token's gradient is lost",
         "arXiv 2506.13585",
         {
@@ -147,8 +181,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "sapo": AlgorithmRow(
-        "online",
-        "policy",
+        FROM_ROLLOUTS,
         "a smooth gate on the ratio instead of a clip",
         "arXiv 2511.20347",
         {
@@ -162,25 +195,22 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
             },
         },
     ),
-    "sft": AlgorithmRow("sft", "sft", "cross-entropy on the loss tokens of the batch", "arXiv 2203.02155"),
-    "pretrain": AlgorithmRow("sft", "sft", "cross-entropy on every token of plain text", "arXiv 2005.14165"),
+    "sft": AlgorithmRow(FROM_EXAMPLES, "cross-entropy on the loss tokens of the batch", "arXiv 2203.02155"),
+    "pretrain": AlgorithmRow(FROM_EXAMPLES, "cross-entropy on every token of plain text", "arXiv 2005.14165"),
     "dpo": AlgorithmRow(
-        "preference",
-        "preference",
+        FROM_PAIRS,
         "logistic loss on the implicit reward's margin; preference.loss has the other pairwise losses",
         "arXiv 2305.18290",
         {"preference": {"loss": "sigmoid", "beta": 0.1}},
     ),
     "cpo": AlgorithmRow(
-        "preference",
-        "preference",
+        FROM_PAIRS,
         "DPO without a reference, and the chosen answers' likelihood",
         "arXiv 2401.08417",
         {"preference": {"loss": "sigmoid", "beta": 0.1, "reference_free": True, "sft_coef": 1.0}},
     ),
     "simpo": AlgorithmRow(
-        "preference",
-        "preference",
+        FROM_PAIRS,
         "mean logprobs as reward, a target margin, no reference",
         "arXiv 2405.14734",
         {
@@ -194,8 +224,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "orpo": AlgorithmRow(
-        "preference",
-        "preference",
+        FROM_PAIRS,
         "likelihood of the chosen answers and the log odds ratio to the rejected, no reference",
         "arXiv 2403.07691",
         {
@@ -210,15 +239,13 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         },
     ),
     "kto": AlgorithmRow(
-        "preference",
-        "kto",
+        FROM_LABELS,
         "desirable and undesirable answers, unpaired, against the batch's KL",
         "arXiv 2402.01306",
         {"preference": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}},
     ),
     "reward_model": AlgorithmRow(
-        "preference",
-        "reward_model",
+        REWARDS_FROM_PAIRS,
         "Bradley-Terry loss on pairs, with margins and centring",
         "arXiv 2203.02155",
         {"preference": {"center_coef": 0.0, "reference_free": True}},

@@ -27,7 +27,6 @@ from rlflow.recipe.block import (
     malformed_function,
 )
 from rlflow.recipe.model_blocks import ModelBlock
-from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
@@ -241,7 +240,7 @@ class Recipe(Block):
     @property
     def family(self) -> Literal["online", "sft", "preference"]:
         """Which driver runs it."""
-        return ALGORITHMS[self.algorithm.name].family
+        return self.algorithm.learning.family
 
     @property
     def needs_rollouts(self) -> bool:
@@ -266,7 +265,7 @@ class Recipe(Block):
     @property
     def is_paired(self) -> bool:
         """Whether a row is two answers, which are trained together."""
-        return ALGORITHMS[self.algorithm.name].objective in ("preference", "reward_model")
+        return self.algorithm.learning.is_paired
 
     @property
     def evaluation_reward(self) -> RewardBlock | None:
@@ -335,9 +334,10 @@ class Recipe(Block):
         if self.run.stop_at_score is not None and self.evaluation_reward is None:
             reason = "is a share of answers that pass, and nothing decides what passes: give evaluation.reward"
             yield Conflict(("run.stop_at_score", "evaluation.reward"), reason)
-        if self.algorithm.name == "reward_model" and self.evaluation_reward is not None:
+        is_policy = self.algorithm.learning.head == "token"
+        if not is_policy and self.evaluation_reward is not None:
             yield Conflict(("evaluation.reward", "algorithm.name"), "a reward model writes no answers: remove it")
-        if self.algorithm.name == "reward_model" and self.model.liger:
+        if not is_policy and self.model.liger:
             yield Conflict(("model.liger", "algorithm.name"), "has kernels for policies alone: remove it")
         for label, count in Counter(reward.label for reward in self.scoring).items():
             if count > 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlflow.cli import preflight, run
-from rlflow.cli.preflight import load_checked
+from rlflow.cli.preflight import load_checked, load_runnable
 from rlflow.machine import Machine
 from rlflow.recipe import RecipeError
 
@@ -244,3 +244,16 @@ def test_a_run_that_joins_a_cluster_may_ask_for_gpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, "run", lambda recipes, **options: None)
     run.execute(run.make_parser().parse_args(["recipe.yaml"]))
     assert asked == [address in ("", "local")]
+
+
+def test_a_margin_is_accepted_before_a_run_where_a_reward_model_learns_from_it(tmp_path: Path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{characters: abc, architecture: {{model_type: llama}}}}\nalgorithm: {{name: reward_model}}\n"
+        f"data: {{train: {{path: {tmp_path}/rows.jsonl}}}}\nrun: {{steps: 1, output_dir: {tmp_path}/run}}\n"
+    )
+    assert load_runnable(recipe, {})
+    with pytest.raises(RecipeError, match="a column `margin`, which only the loss of a reward_model looks at"):
+        load_runnable(recipe, {"algorithm.name": "dpo"})
