@@ -113,8 +113,8 @@ def log_of(settings: Settings, name: str, rank: int) -> str:
 def train_rlflow(connection: Connection, name: str, settings: Settings, rank: int, address: str | None) -> None:
     from rlflow.actors.policy_trainer import PolicyTrainer
     from rlflow.actors.train_engines import token_model
+    from rlflow.algorithms.weighing import weigh
     from rlflow.batching import num_real_tokens, pack
-    from rlflow.driver.assemble import weigh
     from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
     from rlflow.recipe.presets import ALGORITHMS
     from rlflow.types import Sample
@@ -138,7 +138,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
         samples = [Sample(e.token_ids, e.loss_mask, np.zeros(len(e.token_ids), np.float32)) for e in step]
         connection.recv()
         started = time.perf_counter()
-        weighed, denominators = weigh(samples, 1, algorithm, max_tokens)
+        weighed, denominators = weigh(samples, algorithm, max_tokens)
         packed = pack(weighed, max_tokens=max_tokens, num_ranks=variant.ranks)
         own = [padded(batch) for batch in packed[rank]] if variant.padded else packed[rank]
         metrics = trainer.forward_backward(own, algorithm, denominators)

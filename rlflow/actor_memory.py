@@ -129,7 +129,7 @@ def sequences_per_step(recipe: Recipe) -> int:
     """Rollouts, examples, or both answers of every pair."""
     if recipe.family == "online":
         return recipe.data.prompts_per_step * recipe.algorithm.group_size
-    return recipe.data.prompts_per_step * (2 if recipe.is_paired else 1)
+    return recipe.data.prompts_per_step * recipe.algorithm.learning.unit_size
 
 
 def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores: bool, on_gpu: bool) -> list[Parts]:

@@ -60,12 +60,6 @@ class Actors:
             seconds[role] = max(r if isinstance(r, float) else r.seconds for r in ready)
         return seconds
 
-    def release_reference(self) -> None:
-        """Ends the reference actors; their memory is free for others."""
-        assert self.reference is not None
-        self.reference.kill()
-        self.reference = None
-
     def close(self) -> None:
         if self.rewards is not None:
             # Killed with its actor, a reward child leaves behind what a function has detached from it.

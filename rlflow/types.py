@@ -167,6 +167,8 @@ class Sample:
     """float32 [T]: the critic's, before the update (PPO)."""
     returns: np.ndarray | None = None
     """float32 [T] (PPO)."""
+    group: int = 0
+    """Which prompt, pair or row of its batch it is of."""
     label: float = 0.0
     """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
     margin: float = 0.0

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,16 @@ def test_every_module_belongs_to_a_layer_and_imports_downward_only():
             if layer_of(imported) > layer_of(module):
                 upward.append(f"{path.relative_to(ROOT)}:{line}: {module} imports {imported}, which is above it")
     assert upward == []
+
+
+def test_the_drivers_modules_import_each_other_without_a_circle():
+    """Imports for types alone count too: who must be read with whom is a circle all the same."""
+    driver = {
+        module: {name for _, name in imported_modules(path) if within(name, "rlflow.driver")}
+        for module, path in MODULES.items()
+        if within(module, "rlflow.driver")
+    }
+    TopologicalSorter(driver).prepare()
 
 
 def test_nothing_imports_actors_or_rewards_but_through_rlflow():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from rlflow.types import Sample
 
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are cut to +-20 before they are exponentiated: beyond, float32 gradients are noise or infinite."""
@@ -41,3 +45,20 @@ def adapt_kl_coef(coef: float, kl: float, target: float, horizon: int, num_sampl
     """
     error = float(np.clip(kl / target - 1.0, -0.2, 0.2))
     return coef * (1.0 + error * num_samples / horizon)
+
+
+def policy_logprobs(sample: Sample) -> np.ndarray | None:
+    """float32 [T]: of the policy before the update; the trainer's own where it computed them, else the engine's."""
+    return sample.old_logprobs if sample.proximal_logprobs is None else sample.proximal_logprobs
+
+
+def kl_of_sequences(samples: Sequence[Sample]) -> float:
+    """Mean over the trained sequences of their summed log-ratio (k1) between policy and reference."""
+    kl = [
+        float((logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
+        for sample in samples
+        if sample.loss_mask.any()
+        and sample.ref_logprobs is not None
+        and (logprobs := policy_logprobs(sample)) is not None
+    ]
+    return float(np.mean(kl)) if kl else 0.0

@@ -1,4 +1,4 @@
-"""Scored groups -> samples: rewards to advantages, advantages to tokens, reductions to weights."""
+"""Scored groups -> samples: rewards to advantages, advantages to tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
-from rlflow.algorithms.kl_reward import kl_penalty
-from rlflow.algorithms.reductions import count_denominators, loss_weights
+from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
 from rlflow.driver.rollouts import ScoredChunk
 from rlflow.recipe import AlgorithmBlock, RewardBlock
-from rlflow.types import Denominators, Group, Rollout, Sample
+from rlflow.types import Group, Rollout, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ def assemble(
         punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)
         rewards = rewards + block.overlong_penalty * punishment
     samples = []
-    for group in groups:
+    for number, group in enumerate(groups):
         prompt = group.prompt.token_ids
         for rollout in group.rollouts:
             truncated = block.mask_truncated and rollout.finish_reason != "stop"
@@ -106,6 +105,7 @@ def assemble(
                     loss_mask=mask,
                     loss_weights=np.zeros(len(mask), dtype=np.float32),
                     old_logprobs=_after_prompt(len(prompt), rollout.logprobs) if engine_logprobs else None,
+                    group=number,
                 )
             )
     return Batch(list(groups), rewards, samples)
@@ -130,23 +130,6 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: Algorith
     ]
 
 
-def policy_logprobs(sample: Sample) -> np.ndarray | None:
-    """float32 [T]: of the policy before the update; the trainer's own where it computed them, else the engine's."""
-    return sample.old_logprobs if sample.proximal_logprobs is None else sample.proximal_logprobs
-
-
-def kl_of_sequences(samples: Sequence[Sample]) -> float:
-    """Mean over the trained sequences of their summed log-ratio (k1) between policy and reference."""
-    kl = [
-        float((logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
-        for sample in samples
-        if sample.loss_mask.any()
-        and sample.ref_logprobs is not None
-        and (logprobs := policy_logprobs(sample)) is not None
-    ]
-    return float(np.mean(kl)) if kl else 0.0
-
-
 def _penalty(sample: Sample, algorithm: AlgorithmBlock) -> np.ndarray:
     """float64 [L]: what the KL takes off the reward of each loss token."""
     kl, mask = algorithm.kl, sample.loss_mask
@@ -155,33 +138,6 @@ def _penalty(sample: Sample, algorithm: AlgorithmBlock) -> np.ndarray:
     logprobs = policy_logprobs(sample)
     assert logprobs is not None, "a KL in the reward needs the policy's logprobs"
     return kl.coef * kl_penalty(kl.estimator, logprobs[mask], sample.ref_logprobs[mask])
-
-
-def weigh(
-    samples: Sequence[Sample],
-    group_size: int,
-    algorithm: AlgorithmBlock,
-    max_new_tokens: int,
-    counts: np.ndarray | None = None,
-) -> tuple[list[Sample], Denominators]:
-    """Gives the samples of one optimizer update their loss weights, by the algorithm's reduction.
-
-    Args:
-        counts: int [S], tokens of each sample that its weight is divided by; its loss tokens when absent.
-
-    Returns:
-        The samples, and the counts of what is trained, which the metrics are means over.
-    """
-    trained = np.array([int(sample.loss_mask.sum()) for sample in samples])
-    counts = trained if counts is None else counts
-    group_of = np.arange(len(samples)) // group_size
-    counted = count_denominators(counts, group_of)
-    weights = loss_weights(algorithm.loss.reduction, counts, group_of, counted, max_new_tokens)
-    weighed = [
-        replace(sample, loss_weights=np.where(sample.loss_mask, weight, 0.0).astype(np.float32))
-        for sample, weight in zip(samples, weights, strict=True)
-    ]
-    return weighed, count_denominators(trained, group_of)
 
 
 def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:

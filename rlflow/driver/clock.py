@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Clock:
-    """Seconds spent in each named phase of a step."""
+    """Seconds spent in each named phase of a step. Those of a phase within another are its own alone."""
 
     def __init__(self, before: float = 0.0) -> None:
         """Args: before: seconds that had passed when this clock was made; they are the phase ``startup_process``."""
@@ -23,6 +23,8 @@ class Clock:
         """The phase under way, the innermost; empty between phases."""
         self.tell: Callable[[str], None] = lambda phase: None
         """Called with the name of each phase that begins."""
+        self._within: list[float] = []
+        """Of every phase under way, the outermost first: the seconds of those that ended within it."""
         if before:
             self.seconds["startup_process"] = self.whole["startup_process"] = before
 
@@ -31,13 +33,17 @@ class Clock:
         self.tell(phase)
         started = time.perf_counter()
         around, self.phase = self.phase, phase
+        self._within.append(0.0)
         try:
             yield
         finally:
             self.phase = around
+            within = self._within.pop()
         seconds = time.perf_counter() - started
-        self.seconds[phase] += seconds
-        self.whole[phase] += seconds
+        if self._within:
+            self._within[-1] += seconds
+        self.seconds[phase] += seconds - within
+        self.whole[phase] += seconds - within
 
     def metrics(self) -> dict[str, float]:
         """``time/<phase>_s`` and ``time/step_s`` since the last call."""

@@ -2,82 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import comb
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from rlflow.driver import learner
-from rlflow.driver.rollouts import collect, generate_and_score, listed
-from rlflow.driver.units import make_batch, with_reference
-from rlflow.recipe import EvaluationBlock
+from rlflow.algorithms.batch_targets import Unit, with_targets
+from rlflow.driver.learner import Learner
+from rlflow.driver.rollouts import Generation, collect, generate_and_score, listed
+from rlflow.driver.units import score_units
+from rlflow.recipe import EvaluationBlock, RewardBlock
 from rlflow.types import Prompt
 
-if TYPE_CHECKING:
-    from rlflow.driver.stage import Stage
-    from rlflow.driver.units import Unit
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a held-out measurement found."""
+
+    metrics: dict[str, float]
+    """Keys are ``eval/<name>/<metric>``."""
+    score: float
+    """What the best checkpoint has most of."""
 
 
 class Evaluator(Protocol):
     def prepare(self) -> None:
         """Takes what it needs of actors that will end before the steps begin."""
 
-    def run(self) -> dict[str, float]:
-        """Measures. Keys are ``eval/<name>/<metric>``."""
-        ...
-
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """Of a step that was measured: what the best checkpoint has most of."""
+    def run(self) -> Evaluation:
+        """Measures."""
         ...
 
 
 class LossEvaluator:
     """The algorithm's objective on held-out rows, as one batch, without a gradient."""
 
-    def __init__(self, stage: Stage, block: EvaluationBlock, units: list[Unit]) -> None:
-        self.stage, self.units = stage, units
+    def __init__(self, learner: Learner, block: EvaluationBlock, units: Sequence[Unit]) -> None:
+        self.learner, self.units = learner, list(units)
         self.prefix = f"eval/{block.name}"
 
     def prepare(self) -> None:
-        self.units = with_reference(self.stage, self.units)
+        self.units = score_units(self.learner, self.units)
 
-    def run(self) -> dict[str, float]:
-        """The metrics of training, e.g. ``eval/heldout/loss/total``, ``eval/heldout/preference/accuracy``."""
+    def run(self) -> Evaluation:
+        """The metrics of training, e.g. ``eval/heldout/loss/total``, and the loss, less being better."""
         self.prepare()
-        metrics = learner.evaluate(self.stage, *make_batch(self.stage, self.units))
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
-
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """The loss, less being better."""
-        losses = {name: value for name, value in metrics.items() if name.startswith(f"{self.prefix}/loss/")}
-        return -losses.get(f"{self.prefix}/loss/total", next(iter(losses.values())))
+        learner = self.learner
+        found = learner.evaluate(with_targets(self.units, learner.algorithm, learner.logprobs))
+        losses = {name: value for name, value in found.items() if name.startswith("loss/")}
+        score = -losses.get("loss/total", next(iter(losses.values())))
+        return Evaluation({f"{self.prefix}/{name}": value for name, value in found.items()}, score)
 
 
 class PassEvaluator:
-    """pass@1 and pass@k, by the workers and reward servers of the stage."""
+    """pass@1 and pass@k, by the workers and reward servers of the run."""
 
-    def __init__(self, stage: Stage, block: EvaluationBlock, prompts: Sequence[Prompt]) -> None:
-        self.stage, self.block, self.prompts = stage, block, prompts
-        reward = stage.recipe.evaluation_reward
-        assert reward is not None
+    def __init__(
+        self, generation: Generation, block: EvaluationBlock, reward: RewardBlock, prompts: Sequence[Prompt]
+    ) -> None:
+        self.generation, self.block, self.prompts = generation, block, prompts
         self.reward = reward.label
         self.rewards_wanted = [reward]
         self.metric = f"eval/{block.name}/pass@1"
         self.params = replace(
-            stage.sampling_params(),
+            generation.params,
             temperature=block.temperature,
-            max_new_tokens=block.max_new_tokens or stage.recipe.rollout.max_new_tokens,
+            max_new_tokens=block.max_new_tokens or generation.params.max_new_tokens,
         )
 
     def prepare(self) -> None:
         pass
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        return metrics[self.metric]
+    def run(self) -> Evaluation:
+        metrics = self.measure()
+        return Evaluation(metrics, metrics[self.metric])
 
-    def run(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Generates ``samples`` completions a prompt, the same seeds every time, and scores them.
 
         Returns:
@@ -89,8 +91,8 @@ class PassEvaluator:
         passed_P: list[int] = []
         tokens = failed = 0
         errors: list[str] = []
-        chunks = generate_and_score(self.stage, items, num_samples, self.params, self.rewards_wanted, "eval/")
-        for chunk in collect(self.stage, chunks):
+        chunks = generate_and_score(self.generation, items, num_samples, self.params, self.rewards_wanted, "eval/")
+        for chunk in collect(self.generation, chunks):
             rewards = chunk.scores.rewards[self.reward].reshape(-1, num_samples)
             passed_P += [int(n) for n in (rewards >= self.block.threshold).sum(axis=1)]
             failed += int(chunk.scores.failed[self.reward].sum())
@@ -98,7 +100,9 @@ class PassEvaluator:
             tokens += len(chunk.rollouts.token_ids)
         if failed:
             of_all = f"{failed} of {len(self.prompts) * num_samples} completions"
-            self.stage.tracker.message(f"evaluation {self.block.name}: {of_all} could not be scored:{listed(errors)}")
+            self.generation.tracker.message(
+                f"evaluation {self.block.name}: {of_all} could not be scored:{listed(errors)}"
+            )
         prefix = f"eval/{self.block.name}"
         metrics = {
             f"{prefix}/pass@1": float(np.mean([pass_at_k(num_samples, n, 1) for n in passed_P])),

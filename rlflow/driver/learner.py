@@ -1,142 +1,261 @@
-"""What the loops ask of the models: logprobs and values of samples, and one optimizer update from them."""
+"""The learner: it owns the models that are trained and those that score, and knows when each is asked.
+
+samples --score--> with logprobs and values --update--> every trainer rank: forward_backward, optim_step
+                   (reference, trainer, critic)         the critic's beside them
+
+verb       waits for                                      consumes -> produces
+score      a forward pass of every scorer that is needed  samples -> samples with its field
+update     every trainer rank, updates of a step          samples -> metrics
+weights    nothing                                        -> a reference to the policy's snapshot
+save, load, export: every trainer rank
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 
 from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
-from rlflow.actors.trainer import Trainer, combine
+from rlflow.actors.trainer import Trainer, UpdateStats, combine
 from rlflow.actors.value_trainer import ValueTrainer
-from rlflow.batching import num_real_tokens, pack, unpack
-from rlflow.driver.stage import Stage
-from rlflow.types import Denominators, MicroBatch, Sample
+from rlflow.algorithms.kl_reward import kl_of_sequences
+from rlflow.algorithms.weighing import weigh
+from rlflow.driver.clock import Clock
+from rlflow.driver.errors import RunError
+from rlflow.driver.model_ranks import ModelRanks
+from rlflow.driver.schedules import KLController, LearningRate
+from rlflow.driver.scorers import scorers_of
+from rlflow.recipe import AlgorithmBlock, Recipe
+from rlflow.types import Denominators, Sample
 
-T = TypeVar("T")
+_ANSWER_S = 30.0
+"""A trainer that says nothing for so long is not asked for a checkpoint."""
 
 
-def update(
-    stage: Stage,
-    samples: Sequence[Sample],
-    denominators: Denominators,
-    *,
-    learning_rate: float,
-    temperature: float = 1.0,
-    critic_only: bool = False,
-) -> dict[str, float]:
-    """forward_backward on every rank, then one optimizer step: of the policy, and of the critic where there is one.
+class Learner:
+    def __init__(
+        self,
+        recipe: Recipe,
+        clock: Clock,
+        num_steps: int,
+        *,
+        trainer: ActorGroup[Trainer],
+        critic: ActorGroup[ValueTrainer] | None = None,
+        reference: ActorGroup[ReferenceModel] | None = None,
+        attention_cost: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            num_steps: Of the whole run, for the schedules.
+            attention_cost: Of the trainer's model, see `rlflow.batching.pack`.
+        """
+        self.recipe, self.clock = recipe, clock
+        groups = recipe.algorithm.groups
+        self._num_updates = groups.updates_per_step * groups.epochs_per_step
+        self._critic_steps = recipe.algorithm.critic.warmup_steps if recipe.needs_critic else 0
+        self._learning_rate = LearningRate(recipe.trainer, num_steps, self._num_updates, self._critic_steps)
+        self._kl = KLController(recipe.algorithm.kl)
+        is_online = recipe.algorithm.learning.family == "online"
+        self._temperature = recipe.rollout.temperature if is_online else 1.0
+        self._max_tokens = recipe.rollout.max_new_tokens if is_online else recipe.data.max_tokens
+        self._models = _models(recipe, attention_cost, {"trainer": trainer, "critic": critic, "reference": reference})
+        self._scorers = scorers_of(recipe, self._models)
+        self.num_moves = 0
+        """Updates of this process that have changed parameters."""
+        self.has_trained = False
+        """Whether any update had a gradient."""
+        self._skipped_in_a_row = 0
 
-    Returns:
-        The update's metrics.
-    """
-    learners: dict[str, tuple[ActorGroup, float]] = {}
-    if not critic_only:
-        learners["trainer"] = (stage.actors.trainer, learning_rate)
-    if stage.actors.critic is not None:
-        learners["critic"] = (stage.actors.critic, stage.algorithm.critic.learning_rate)
-    started = time.perf_counter()
-    batches = {name: _pack(stage, samples, group) for name, (group, _) in learners.items()}
-    pending = [
-        group.start_each(
-            Trainer.forward_backward, _dealt(batches[name], group), stage.algorithm, denominators, temperature
-        )
-        for name, (group, _) in learners.items()
-    ]
-    metrics: dict[str, float] = {}
-    for (name, (group, _)), of_group in zip(learners.items(), pending, strict=True):
-        metrics |= _combined(_once(of_group.get(group.timeout_s), batches[name]))
-    for name, (group, rate) in learners.items():
-        stats = group.call_all(Trainer.optim_step, rate)[0]
-        metrics |= {
-            f"{name}/grad_norm": stats.grad_norm,
-            f"{name}/learning_rate": rate,
-            f"{name}/skipped": float(stats.skipped),
+    @property
+    def algorithm(self) -> AlgorithmBlock:
+        """The recipe's, with the KL coefficient of this step."""
+        return self.recipe.algorithm.model_copy(update={"kl": self._kl.current})
+
+    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with what the models say of them, as far as the algorithm needs it and they do not have it."""
+        scored = list(samples)
+        for scorer in self._scorers:
+            if all(getattr(sample, scorer.field) is not None for sample in scored):
+                continue
+            with self.clock(scorer.name):
+                settings = (self._temperature,) if scorer.is_tempered else ()
+                values = self._models[scorer.model].per_token(scorer.method, scored, *settings)
+            scored = [
+                replace(sample, **{scorer.field: of_sample}) for sample, of_sample in zip(scored, values, strict=True)
+            ]
+        return scored
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Of the current policy, float32 [T] of each sample, 0 where nothing is trained."""
+        return self._models["trainer"].per_token(PolicyTrainer.logprobs, samples, self._temperature)
+
+    def update(self, samples: Sequence[Sample], step: int, counts: np.ndarray | None = None) -> dict[str, float]:
+        """Trains on the samples of a step: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates.
+
+        Args:
+            samples: Scored. Those of a group stand next to each other; every update gets as many groups.
+            step: Counted from 0.
+            counts: See `rlflow.algorithms.weighing.weigh`.
+
+        Returns:
+            The updates' metrics: their mean, but the engine's mismatch is of the first update, before the policy moved.
+            That update's ratio is 1 to the bit: its denominator is its own logprobs, not those of another forward pass,
+            which may round otherwise.
+
+        Raises:
+            RunError: Too many updates in a row had no finite gradient.
+        """
+        parts = _by_group(samples, self.recipe.algorithm.groups.updates_per_step)
+        all_metrics = []
+        with self.clock("train"):
+            for update in range(self._num_updates):
+                part = parts[update % len(parts)]
+                weighed, denominators = weigh(
+                    samples[part], self.algorithm, self._max_tokens, None if counts is None else counts[part]
+                )
+                if update == 0:
+                    weighed = [replace(sample, proximal_logprobs=None) for sample in weighed]
+                all_metrics.append(self._update_once(weighed, denominators, step, update))
+        metrics = {name: over_updates(name, [m[name] for m in all_metrics]) for name in all_metrics[0]}
+        metrics |= {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}
+        if self._kl.block.target is not None and step >= self._critic_steps:
+            metrics |= self._kl.adapt(kl_of_sequences(samples), len(samples))
+        return metrics
+
+    def _update_once(
+        self, samples: Sequence[Sample], denominators: Denominators, step: int, update: int
+    ) -> dict[str, float]:
+        """forward_backward on every rank, then one optimizer step: of the policy, and of the critic beside it."""
+        rates = {"trainer": self._learning_rate.of(step, update)} if step >= self._critic_steps else {}
+        if "critic" in self._models:
+            rates["critic"] = self.algorithm.critic.learning_rate
+        began = time.perf_counter()
+        started = {
+            name: self._models[name].start(
+                Trainer.forward_backward, samples, self.algorithm, denominators, self._temperature
+            )
+            for name in rates
         }
-    trained = num_real_tokens(next(iter(batches.values())))
-    return metrics | {"perf/trained_tokens_per_s": trained / (time.perf_counter() - started)}
+        metrics: dict[str, float] = {}
+        for under_way in started.values():
+            metrics |= _over_ranks(under_way.get())
+        done: list[UpdateStats] = []
+        for name, rate in rates.items():
+            stats = self._models[name].actors.call_all(Trainer.optim_step, rate)[0]
+            done.append(stats)
+            metrics |= {
+                f"{name}/grad_norm": stats.grad_norm,
+                f"{name}/learning_rate": rate,
+                f"{name}/skipped": float(stats.skipped),
+            }
+        num_tokens = next(iter(started.values())).num_tokens
+        metrics["perf/trained_tokens_per_s"] = num_tokens / (time.perf_counter() - began)
+        self._count(done, step)
+        return metrics
+
+    def _count(self, done: Sequence[UpdateStats], step: int) -> None:
+        """Counts what an update did: ``done`` of each model that is trained."""
+        self.num_moves += not all(stats.skipped for stats in done)
+        self.has_trained |= any(stats.grad_norm > 0 and math.isfinite(stats.grad_norm) for stats in done)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if any(stats.skipped for stats in done) else 0
+        limit = self.recipe.run.max_skipped_steps
+        if self._skipped_in_a_row >= limit:
+            raise RunError(
+                f"step {step + 1}: the gradient was not finite for {limit} updates in a row; parameters are those of "
+                "the last good step. Lower trainer.learning_rate, or look at the rollouts of these steps"
+            )
+
+    def evaluate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The objective's metrics on samples that are not trained."""
+        weighed, denominators = weigh(samples, self.algorithm, self._max_tokens)
+        started = self._models["trainer"].start(
+            Trainer.evaluate, weighed, self.algorithm, denominators, self._temperature
+        )
+        return _over_ranks(started.get())
+
+    def weights(self, version: int) -> ray.ObjectRef:
+        """A reference to the snapshot of the policy's weights, which will be version ``version``. Waits for nothing."""
+        return self._models["trainer"].actors.start_all(Trainer.weights, version).refs[0]
+
+    def release(self, model: str) -> None:
+        """Ends the actors of a model that nobody will ask any more; their memory is free for others."""
+        if model in self._models:
+            self._models.pop(model).actors.kill()
+            self._scorers = [scorer for scorer in self._scorers if scorer.model != model]
+
+    def require_answers(self) -> None:
+        """Raises ActorFailure when a trainer does not answer soon: it could not save either."""
+        for ranks in self._trained():
+            ranks.actors.start_all(Trainer.attention_cost).get(_ANSWER_S)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the learner beside the trainers' state."""
+        return {"kl_coef": self._kl.coef, "has_trained": self.has_trained}
+
+    def save(self, directory: Path) -> None:
+        """Writes every rank's state into a directory that exists."""
+        for ranks, place in zip(self._trained(), (directory, directory / "critic"), strict=False):
+            place.mkdir(exist_ok=True)
+            ranks.actors.call_all(Trainer.save, place)
+
+    def load(self, directory: Path, state: Mapping[str, Any]) -> None:
+        """Takes up what ``save`` and ``state`` gave."""
+        for ranks, place in zip(self._trained(), (directory, directory / "critic"), strict=False):
+            ranks.actors.call_all(Trainer.load, place)
+        self._kl.coef = state["kl_coef"]
+        # Checkpoints of an earlier version do not say.
+        self.has_trained = state.get("has_trained", True)
+
+    def export(self, directory: Path) -> None:
+        """Writes the trained model, or its adapter, as others read it."""
+        self._models["trainer"].actors.call_all(Trainer.export, directory)
+
+    def _trained(self) -> list[ModelRanks[Any]]:
+        """The policy's ranks, then the critic's where there is one."""
+        return [self._models[name] for name in ("trainer", "critic") if name in self._models]
 
 
-def evaluate(stage: Stage, samples: Sequence[Sample], denominators: Denominators) -> dict[str, float]:
-    """The objective's metrics on samples that are not trained."""
-    trainer = stage.actors.trainer
-    batches = _pack(stage, samples, trainer)
-    per_rank = trainer.call_each(Trainer.evaluate, _dealt(batches, trainer), stage.algorithm, denominators)
-    return _combined(_once(per_rank, batches))
+def _models(
+    recipe: Recipe, attention_cost: float, groups: Mapping[str, ActorGroup[Any] | None]
+) -> dict[str, ModelRanks[Any]]:
+    return {
+        name: ModelRanks(
+            actors,
+            max_tokens=recipe.trainer.tokens_per_micro_batch,
+            unit_size=recipe.algorithm.learning.unit_size,
+            # Those of a reference never share tokens.
+            share=1 if name == "reference" else recipe.trainer.sequence_parallel,
+            attention_cost=attention_cost,
+        )
+        for name, actors in groups.items()
+        if actors is not None
+    }
 
 
-def trainer_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
-    """Of the current policy, float32 [T] a sample, 0 where nothing is trained."""
-    return _each(stage, stage.actors.trainer, PolicyTrainer.logprobs, samples, temperature)
+def _by_group(samples: Sequence[Sample], num_parts: int) -> list[slice]:
+    """The samples of each update: as many groups in each, in their order."""
+    starts = [i for i, sample in enumerate(samples) if i == 0 or sample.group != samples[i - 1].group]
+    per_part = len(starts) // num_parts
+    edges = [*starts[:: max(1, per_part)][:num_parts], len(samples)]
+    return [slice(start, end) for start, end in pairwise(edges)]
 
 
-def reference_logprobs(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[np.ndarray]:
-    """Of the reference, float32 [T] a sample: by its own actors, or by a trainer of adapters."""
-    if not stage.recipe.places_reference:
-        return _each(stage, stage.actors.trainer, PolicyTrainer.reference_logprobs, samples, temperature)
-    assert stage.actors.reference is not None
-    return _each(stage, stage.actors.reference, ReferenceModel.logprobs, samples, temperature)
+def over_updates(name: str, values: Sequence[float]) -> float:
+    """Their mean, or the largest where the name says so."""
+    return max(values) if name.endswith("_max") else sum(values) / len(values)
 
 
-def with_reference(stage: Stage, samples: Sequence[Sample], temperature: float = 1.0) -> list[Sample]:
-    """Adds the reference's logprobs to every sample."""
-    logprobs = reference_logprobs(stage, samples, temperature)
-    return [replace(sample, ref_logprobs=values) for sample, values in zip(samples, logprobs, strict=True)]
-
-
-def with_proximal(stage: Stage, samples: Sequence[Sample], temperature: float) -> list[Sample]:
-    """Adds the trainer's own logprobs, taken before the first update of the batch."""
-    logprobs = trainer_logprobs(stage, samples, temperature)
-    return [replace(sample, proximal_logprobs=values) for sample, values in zip(samples, logprobs, strict=True)]
-
-
-def with_values(stage: Stage, samples: Sequence[Sample]) -> list[Sample]:
-    """Adds the critic's values, taken before the first update of the batch."""
-    assert stage.actors.critic is not None
-    values = _each(stage, stage.actors.critic, ValueTrainer.values, samples)
-    return [replace(sample, old_values=of_sample) for sample, of_sample in zip(samples, values, strict=True)]
-
-
-def _each(
-    stage: Stage, group: ActorGroup, method: Callable[..., list[np.ndarray]], samples: Sequence[Sample], *args: Any
-) -> list[np.ndarray]:
-    """One number a token from a forward pass, back in the order of the samples."""
-    batches = _pack(stage, samples, group, unit_size=1)
-    per_rank = group.call_each(method, _dealt(batches, group), *args)
-    values = [value for of_one in _once(per_rank, batches) for value in of_one]
-    return unpack(samples, [batch for of_one in batches for batch in of_one], values)
-
-
-def _pack(
-    stage: Stage, samples: Sequence[Sample], group: ActorGroup, unit_size: int | None = None
-) -> list[list[MicroBatch]]:
-    """A list of micro-batches for each rank, or for each few ranks that share them: those of a reference never do."""
-    share = 1 if group is stage.actors.reference else stage.recipe.trainer.sequence_parallel
-    return pack(
-        samples,
-        max_tokens=stage.recipe.trainer.tokens_per_micro_batch,
-        num_ranks=len(group) // share,
-        unit_size=unit_size or (2 if stage.recipe.is_paired else 1),
-        attention_cost=stage.attention_cost,
-    )
-
-
-def _dealt(batches: Sequence[list[MicroBatch]], group: ActorGroup) -> list[list[MicroBatch]]:
-    """What each rank is given: neighbours that share micro-batches the same."""
-    return [of_one for of_one in batches for _ in range(len(group) // len(batches))]
-
-
-def _once(per_rank: Sequence[T], batches: Sequence[list[MicroBatch]]) -> Sequence[T]:
-    """Of ranks that share micro-batches, and so have the same results, those of one."""
-    return per_rank[:: len(per_rank) // len(batches)]
-
-
-def _combined(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
+def _over_ranks(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for of_rank in per_rank:
         for name, value in of_rank.items():

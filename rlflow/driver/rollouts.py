@@ -13,23 +13,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import ray
 
+from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.rollout_worker import RolloutWorker, decode_completions
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
+from rlflow.data.tokenizer import stop_token_ids
 from rlflow.data.vocabulary import token_table
+from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError
-from rlflow.recipe import RewardBlock
+from rlflow.recipe import ModelBlock, Recipe, RewardBlock
 from rlflow.rollout_checks import layout_problem, text_problem, token_problem, version_problem
+from rlflow.tracking.tracker import Tracker
 from rlflow.types import GenerationRequest, Group, Prompt, RolloutBatch, SamplingParams, ScoreBatch
-
-if TYPE_CHECKING:
-    from rlflow.driver.stage import Stage
 
 SHOWN_ERRORS = 3
 
@@ -88,8 +89,42 @@ def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
+def sampling_params(recipe: Recipe, tokenizer: Any, model: ModelBlock) -> SamplingParams:
+    """How completions are drawn that are trained."""
+    rollout = recipe.rollout
+    return SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=stop_token_ids(tokenizer, model),
+    )
+
+
+@dataclass(slots=True)
+class Generation:
+    """Who generates and who scores, and what they need to know of the run."""
+
+    rollout: ActorGroup[RolloutWorker]
+    rewards: ActorGroup[RewardServer]
+    tokenizer: Any
+    params: SamplingParams
+    seed: int
+    """The run's."""
+    tracker: Tracker
+    clock: Clock
+    version: int = 0
+    """Of the weights that the workers were given last."""
+
+    def publish(self, weights: ray.ObjectRef, version: int) -> None:
+        """Gives weights to every rollout worker; they are version ``version`` from then on."""
+        self.version = version
+        with self.clock("sync"):
+            self.rollout.call_all(RolloutWorker.load_weights, weights)
+
+
 def generate_and_score(
-    stage: Stage,
+    generation: Generation,
     items: Sequence[Item],
     num_samples: int,
     params: SamplingParams,
@@ -98,8 +133,7 @@ def generate_and_score(
 ) -> list[Chunk]:
     """Starts generation of ``num_samples`` completions a prompt, and their scoring. Waits for nothing."""
     labels = tuple(block.label for block in rewards_wanted)
-    rollout, rewards = stage.actors.rollout, stage.actors.rewards
-    assert rollout is not None and rewards is not None
+    rollout, rewards = generation.rollout, generation.rewards
     chunks = []
     for worker, share in enumerate(np.array_split(np.arange(len(items)), len(rollout))):
         if not len(share):
@@ -109,8 +143,7 @@ def generate_and_score(
             GenerationRequest(
                 prompt.token_ids,
                 tuple(
-                    sample_seed(stage.recipe.run.seed, f"{purpose}{prompt.id}", epoch, index)
-                    for index in range(num_samples)
+                    sample_seed(generation.seed, f"{purpose}{prompt.id}", epoch, index) for index in range(num_samples)
                 ),
             )
             for epoch, prompt in chosen
@@ -123,7 +156,7 @@ def generate_and_score(
     return chunks
 
 
-def collect(stage: Stage, chunks: Sequence[Chunk], max_staleness: int = 0) -> list[ScoredChunk]:
+def collect(generation: Generation, chunks: Sequence[Chunk], max_staleness: int = 0) -> list[ScoredChunk]:
     """Waits for chunks, in order.
 
     Args:
@@ -132,13 +165,12 @@ def collect(stage: Stage, chunks: Sequence[Chunk], max_staleness: int = 0) -> li
     Raises:
         RunError: What a worker returned cannot be what was asked for: which worker, and what it returned.
     """
-    rollout, rewards = stage.actors.rollout, stage.actors.rewards
-    assert rollout is not None and rewards is not None
+    rollout, rewards = generation.rollout, generation.rewards
     collected = []
     for number, chunk in enumerate(chunks):
-        stage.tracker.progress("generating", number, len(chunks))
+        generation.tracker.progress("generating", number, len(chunks))
         batch = rollout.get(chunk.worker, RolloutWorker.generate, chunk.rollouts)
-        problem = _problem_of(stage, chunk, batch, max_staleness)
+        problem = _problem_of(generation, chunk, batch, max_staleness)
         if problem is not None:
             raise RunError(
                 f"{rollout.name_of(chunk.worker)}.generate returned what cannot be trained or measured: {problem}. "
@@ -149,16 +181,16 @@ def collect(stage: Stage, chunks: Sequence[Chunk], max_staleness: int = 0) -> li
     return collected
 
 
-def _problem_of(stage: Stage, chunk: Chunk, batch: RolloutBatch, max_staleness: int) -> str | None:
+def _problem_of(generation: Generation, chunk: Chunk, batch: RolloutBatch, max_staleness: int) -> str | None:
     """What keeps a batch from being what its chunk asked for; None where nothing does."""
 
     def decode(completions: Sequence[np.ndarray]) -> Sequence[str]:
-        return decode_completions(stage.tokenizer, completions, chunk.params.stop_token_ids)
+        return decode_completions(generation.tokenizer, completions, chunk.params.stop_token_ids)
 
     return (
         layout_problem(batch, len(chunk.items) * chunk.num_samples, chunk.params.max_new_tokens)
-        or version_problem(batch, stage.version, max_staleness)
-        or token_problem(batch, token_table(stage.tokenizer))
+        or version_problem(batch, generation.version, max_staleness)
+        or token_problem(batch, token_table(generation.tokenizer))
         or text_problem(batch, decode)
     )
 
@@ -168,15 +200,14 @@ class RolloutPipeline:
 
     def __init__(
         self,
-        stage: Stage,
+        recipe: Recipe,
+        generation: Generation,
         prompts: Sequence[Prompt],
         num_steps: int,
         build_groups: Callable[[ScoredChunk], list[Group]],
     ) -> None:
-        recipe = stage.recipe
-        self.stage, self.prompts, self.num_steps = stage, prompts, num_steps
+        self.recipe, self.generation, self.prompts, self.num_steps = recipe, generation, prompts, num_steps
         self.sampler = Sampler(len(prompts), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
-        self.params = stage.sampling_params()
         self.build_groups = build_groups
         self.ledger = Ledger()
         self.at_hand: tuple[int, list[Group]] = (0, [])
@@ -189,9 +220,9 @@ class RolloutPipeline:
 
     def fill(self, step: int) -> None:
         """Issues the prompts of every step up to ``step + max_staleness``."""
-        while self._next <= min(step + self.stage.recipe.run.max_staleness, self.num_steps - 1):
+        while self._next <= min(step + self.recipe.run.max_staleness, self.num_steps - 1):
             if self._next not in self._drawn:
-                self._drawn[self._next] = self.sampler.take(self.stage.recipe.data.prompts_per_step)
+                self._drawn[self._next] = self.sampler.take(self.recipe.data.prompts_per_step)
             self._chunks[self._next] = self._issue(self._drawn[self._next])
             self._next += 1
 
@@ -202,8 +233,8 @@ class RolloutPipeline:
         ``max_resamples`` times, and every group that has signal is kept. Where that is not enough, the first ones
         without fill up; all are in the order in which they were drawn.
         """
-        block = self.stage.recipe.algorithm.groups
-        wanted = self.stage.recipe.data.prompts_per_step
+        block = self.recipe.algorithm.groups
+        wanted = self.recipe.data.prompts_per_step
         groups: list[Group] = []
         self.at_hand = (step, groups)
         is_kept: list[bool] = []
@@ -212,7 +243,7 @@ class RolloutPipeline:
         chunks = self._chunks.pop(step)
         for attempt in range(block.max_resamples + 1):
             timing.next_round()
-            for chunk in collect(self.stage, chunks, self.stage.recipe.run.max_staleness):
+            for chunk in collect(self.generation, chunks, self.recipe.run.max_staleness):
                 timing.add(chunk)
                 groups += self.build_groups(chunk)
             is_kept = [not block.require_signal or has_signal(group.rewards) for group in groups]
@@ -220,9 +251,9 @@ class RolloutPipeline:
             if not missing or attempt == block.max_resamples:
                 break
             chunks = self._issue(self.sampler.take(missing))
-        require_few_errors(timing, self.stage.recipe.reward_server.max_error_fraction)
+        require_few_errors(timing, self.recipe.reward_server.max_error_fraction)
         if timing.failed:
-            self.stage.tracker.message(f"step {step + 1}: {timing.account}")
+            self.generation.tracker.message(f"step {step + 1}: {timing.account}")
         self._count_unscored(timing, step + 1)
         left_out = set(np.flatnonzero(~np.array(is_kept))[missing:])
         trained = [group for index, group in enumerate(groups) if index not in left_out]
@@ -236,10 +267,10 @@ class RolloutPipeline:
         self._unscored_in_a_row = 0 if timing.scored else self._unscored_in_a_row + 1
         if timing.scored:
             return
-        limit = self.stage.recipe.run.max_skipped_steps
+        limit = self.recipe.run.max_skipped_steps
         said = f"step {step}: none of its {timing.rows} rollouts has a reward: {timing.silence}"
         if self._unscored_in_a_row < limit:
-            self.stage.tracker.message(f"{said}. Nothing is trained in this step")
+            self.generation.tracker.message(f"{said}. Nothing is trained in this step")
             return
         raise RunError(
             f"{said}. So it was in {limit} steps in a row (run.max_skipped_steps), and nothing was trained. A reward "
@@ -259,8 +290,8 @@ class RolloutPipeline:
     def _issue(self, rows: Sequence[tuple[int, int]]) -> list[Chunk]:
         self.ledger.issued += len(rows)
         items = [(epoch, self.prompts[row]) for epoch, row in rows]
-        recipe = self.stage.recipe
-        return generate_and_score(self.stage, items, recipe.algorithm.group_size, self.params, recipe.rewards)
+        recipe, params = self.recipe, self.generation.params
+        return generate_and_score(self.generation, items, recipe.algorithm.group_size, params, recipe.rewards)
 
 
 class RolloutTiming:

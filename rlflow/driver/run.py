@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
+from rlflow.driver.book import Book
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
+from rlflow.driver.failures import saving_what_failed
+from rlflow.driver.final import write_final
+from rlflow.driver.learner import Learner
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.references import check_sources, reject_references
@@ -41,9 +46,8 @@ from rlflow.driver.resuming import (
     sums_of_rows,
     trained_steps,
 )
+from rlflow.driver.rollouts import Generation, sampling_params
 from rlflow.driver.run_lock import RunLock
-from rlflow.driver.saving import saving_what_failed
-from rlflow.driver.stage import Stage
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.units import load_units
 from rlflow.placement import Actors, place, start_ray
@@ -51,7 +55,20 @@ from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker
 from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
-from rlflow.tracking.tracker import StderrMessages
+from rlflow.tracking.tracker import StderrMessages, Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a stage works on, beside its actors."""
+
+    model: ModelBlock
+    """The recipe's, with a path that exists."""
+    tokenizer: Any
+    rows: Rows
+    """Prompts or units."""
+    held_out: Rows
+
 
 _STOP_S = 10.0
 """How long a run that is asked to stop waits for actors that are being placed."""
@@ -138,7 +155,7 @@ def run_stage(
     """One stage, from its directory to its ``final/``."""
     verify_models(recipe)
     directory = prepare_directory(recipe, inputs, resume=resume)
-    stage = None
+    is_placed = False
     try:
         model = prepare_model(recipe, directory.path)
         with _placing(recipe, model, directory.path, ray_started, stop) as placing:
@@ -149,10 +166,20 @@ def run_stage(
             with clock("startup_ray"):
                 actors = placing.result(timeout=recipe.run.startup_timeout_s)
                 stop.install()
-            stage = Stage(recipe, directory.path, model, tokenizer, actors, stop.asked, clock, inputs=inputs)
-            _train(stage, rows, held_out, stop, directory.notes, resume=resume)
+            is_placed = True
+            tracker = make_tracker(recipe, directory.path, total_steps=num_steps(recipe, len(rows)))
+            clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
+            material = Material(model, tokenizer, rows, held_out)
+            try:
+                _tell_of_rows(tracker, directory.notes, material)
+                _learn(recipe, inputs, directory.path, material, actors, tracker, clock, stop, resume=resume)
+                if "jsonl" in recipe.tracking:
+                    write_report(directory.path)
+                tracker.finish({})
+            finally:
+                tracker.close()
     except (DataError, RunError, KeyboardInterrupt) as error:
-        if stage is None or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
+        if not is_placed or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
             directory.discard()
         raise
 
@@ -187,38 +214,58 @@ def _placing(
         is_over.set()
 
 
-def _train(stage: Stage, rows: Rows, held_out: Rows, stop: StopSignals, notes: Sequence[str], *, resume: bool) -> None:
+def _tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> None:
+    """Says what was found in the run's directory, and which rows are not trained as they are."""
+    for note in notes:
+        tracker.message(note)
+    for name, loaded in (("data.train", material.rows), ("evaluation.data", material.held_out)):
+        if loaded.skipped:
+            of_all = len(loaded) + len(loaded.skipped)
+            tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
+        if loaded.notes:
+            tracker.message(f"{name}: not all of these rows is shown to the model:{listing(loaded.notes, 3)}")
+
+
+def _learn(
+    recipe: Recipe,
+    inputs: Inputs,
+    directory: Path,
+    material: Material,
+    actors: Actors,
+    tracker: Tracker,
+    clock: Clock,
+    stop: StopSignals,
+    *,
+    resume: bool,
+) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
-    recipe, clock = stage.recipe, stage.clock
-    steps = num_steps(recipe, len(rows))
-    stage.tracker = tracker = make_tracker(recipe, stage.directory, total_steps=steps)
-    clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
-    try:
-        for note in notes:
-            tracker.message(note)
-        for name, loaded in (("data.train", rows), ("evaluation.data", held_out)):
-            if loaded.skipped:
-                of_all = len(loaded) + len(loaded.skipped)
-                tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
-            if loaded.notes:
-                tracker.message(f"{name}: not all of these rows is shown to the model:{listing(loaded.notes, 3)}")
-        stage.evaluator = _evaluator(stage, held_out)
-        with clock("startup_actors"):
-            _wait_ready(stage.actors, recipe)
-            trainer = stage.actors.trainer
-            stage.attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
-        train = train_online if recipe.family == "online" else train_offline
-        with stop.finishing_steps(lambda: notice_of(stage)):
-            with saving_what_failed(stage):
-                train(stage, rows, steps, resume=resume)
-            stage.require_trained()
-            with clock("export"):
-                stage.export()
-        if "jsonl" in recipe.tracking:
-            write_report(stage.directory)
-        tracker.finish({})
-    finally:
-        tracker.close()
+    steps = num_steps(recipe, len(material.rows))
+    with clock("startup_actors"):
+        _wait_ready(actors, recipe)
+        trainer = actors.trainer
+        attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
+    learner = Learner(
+        recipe,
+        clock,
+        steps,
+        trainer=trainer,
+        critic=actors.critic,
+        reference=actors.reference,
+        attention_cost=attention_cost,
+    )
+    generation = _generation(recipe, actors, material, tracker, clock)
+    evaluator = _evaluator(recipe, learner, generation, material.held_out)
+    book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked)
+    with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
+        with saving_what_failed(book):
+            if recipe.family == "online":
+                assert generation is not None
+                train_online(recipe, learner, book, generation, material.rows, steps, resume=resume)
+            else:
+                train_offline(recipe, learner, book, generation, material.rows, steps, resume=resume)
+        book.require_trained()
+        with clock("export"):
+            write_final(directory, recipe, learner, material.tokenizer, material.model)
 
 
 def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
@@ -235,12 +282,24 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
 
 
-def _evaluator(stage: Stage, held_out: Rows) -> Evaluator | None:
-    block = stage.recipe.evaluation
+def _generation(
+    recipe: Recipe, actors: Actors, material: Material, tracker: Tracker, clock: Clock
+) -> Generation | None:
+    """None where nobody generates."""
+    if actors.rollout is None or actors.rewards is None:
+        return None
+    params = sampling_params(recipe, material.tokenizer, material.model)
+    return Generation(actors.rollout, actors.rewards, material.tokenizer, params, recipe.run.seed, tracker, clock)
+
+
+def _evaluator(recipe: Recipe, learner: Learner, generation: Generation | None, held_out: Rows) -> Evaluator | None:
+    block, reward = recipe.evaluation, recipe.evaluation_reward
     if block is None:
         return None
-    kind = LossEvaluator if stage.recipe.evaluation_reward is None else PassEvaluator
-    return kind(stage, block, held_out)
+    if reward is None:
+        return LossEvaluator(learner, block, held_out)
+    assert generation is not None
+    return PassEvaluator(generation, block, reward, held_out)
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:

@@ -15,15 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlflow import checkpoint
 from rlflow.actors.actor_group import Pending
+from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rlflow.driver.stage import Stage
 
 SAME_PRESS_S = 1.0
 """A terminal, and what started the run there, may both pass one Ctrl-C on: two that come so close are one."""
@@ -104,16 +102,16 @@ class StopSignals:
                 print(f"rlflow: {told}", file=sys.stderr, flush=True)
 
 
-def notice_of(stage: Stage) -> str:
+def notice_of(step: int | None, checkpoints: Path, clock: Clock) -> str:
     """What a stop waits for, and what a second Ctrl-C would leave; empty when no step is under way."""
-    if stage.step is None:
+    if step is None:
         return ""
     waiting = Pending.current()
     owed = f" ({', '.join(waiting.owing)}: {waiting.call})" if waiting is not None else ""
-    steps = checkpoint.saved_steps(stage.checkpoints)
+    steps = checkpoint.saved_steps(checkpoints)
     left = f"with the checkpoint of step {steps[-1]}" if steps else "and nothing is saved yet"
-    phase = stage.clock.phase or "its end"
-    return f"stopping after step {stage.step}, waiting for {phase}{owed}; Ctrl-C again stops at once, {left}"
+    phase = clock.phase or "its end"
+    return f"stopping after step {step}, waiting for {phase}{owed}; Ctrl-C again stops at once, {left}"
 
 
 def stopped(recipes: Sequence[Recipe]) -> RunError:

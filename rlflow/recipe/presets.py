@@ -29,25 +29,36 @@ class Learning:
     ``reference_free``."""
     batch_targets: Literal["none", "pair_loss", "mismatched_kl"] = "none"
     """What the loss needs to know of the whole batch, from a forward pass before the update: what ``preference.loss``
-    asks for, or KTO's KL. A key of rlflow.algorithms.preference_targets.BATCH_TARGETS."""
+    asks for, or KTO's KL. A key of rlflow.algorithms.batch_targets.BATCH_TARGETS."""
+    weights: Literal["all", "chosen"] = "all"
+    """Whose tokens ``loss.reduction`` weighs: those of all samples, or of the chosen answers, whose likelihood a
+    preference loss may add. A key of rlflow.algorithms.weighing.WEIGHTS."""
     has_entropies: bool = True
     """Whether the entropy of the policy is among the metrics."""
 
     @property
-    def is_paired(self) -> bool:
-        """Whether a row is two answers, which are trained together."""
-        return self.data_row in ("pair", "margin_pair")
+    def unit_size(self) -> int:
+        """Samples that the objective must see together, in order: a pair's two."""
+        return 2 if self.data_row in ("pair", "margin_pair") else 1
 
 
 FROM_ROLLOUTS = Learning("online", "policy", "prompt", reference="kl")
 FROM_EXAMPLES = Learning("sft", "sft", "example")
 FROM_PAIRS = Learning(
-    "preference", "preference", "pair", reference="loss", batch_targets="pair_loss", has_entropies=False
+    "preference",
+    "preference",
+    "pair",
+    reference="loss",
+    batch_targets="pair_loss",
+    weights="chosen",
+    has_entropies=False,
 )
 FROM_LABELS = Learning(
     "preference", "kto", "labelled", reference="loss", batch_targets="mismatched_kl", has_entropies=False
 )
-REWARDS_FROM_PAIRS = Learning("preference", "reward_model", "margin_pair", head="scalar", has_entropies=False)
+REWARDS_FROM_PAIRS = Learning(
+    "preference", "reward_model", "margin_pair", head="scalar", weights="chosen", has_entropies=False
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,11 +263,6 @@ class Recipe(Block):
         return self.algorithm.needs_critic
 
     @property
-    def is_paired(self) -> bool:
-        """Whether a row is two answers, which are trained together."""
-        return self.algorithm.learning.is_paired
-
-    @property
     def evaluation_reward(self) -> RewardBlock | None:
         """What decides whether an answer passes; None when the evaluation generates nothing."""
         if self.evaluation is None:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlflow.algorithms.reductions import preference_weights
+from rlflow.algorithms.weighing import weigh
 from rlflow.batching import pack
-from rlflow.driver.assemble import weigh
 from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.types import Denominators, Sample
@@ -97,8 +96,7 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
     """
     generator = np.random.default_rng(7)
     algorithm = algorithm_of(name)
-    family = ALGORITHMS[algorithm.name].family
-    paired = ALGORITHMS[algorithm.name].objective in ("preference", "reward_model")
+    family, paired = algorithm.learning.family, algorithm.learning.unit_size == 2
     samples = []
     for i in range(2 if paired and kind == "lone" else NUM_SAMPLES[kind]):
         length = int(generator.integers(4, 24))
@@ -123,18 +121,11 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
                 returns=noise[2] if name == "critic" else None,
                 label=(1.0 if i % 2 == 0 else -1.0) if family == "preference" else 0.0,
                 margin=0.3,
+                group=i // (2 if online or paired else 1),
             )
         )
-    if paired:
-        counts, labels = np.array([s.loss_mask.sum() for s in samples]), np.array([s.label for s in samples])
-        weights, denominators = preference_weights(algorithm.loss.reduction, counts, labels, 32)
-        weighed = [
-            Sample(**{f: getattr(s, f) for f in s.__slots__} | {"loss_weights": (s.loss_mask * w).astype(np.float32)})
-            for s, w in zip(samples, weights, strict=True)
-        ]
-        return weighed, denominators, 2
-    weighed, denominators = weigh(samples, 2 if family == "online" else 1, algorithm, 32)
-    return weighed, denominators, 1
+    weighed, denominators = weigh(samples, algorithm, 32)
+    return weighed, denominators, algorithm.learning.unit_size
 
 
 @torch.no_grad()

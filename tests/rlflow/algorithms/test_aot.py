@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from toy_policy import algorithm, logprobs_of, new_policy, run, samples_for
 
+from rlflow.algorithms.batch_targets import with_targets
+from rlflow.algorithms.weighing import weigh
 from rlflow.batching import pack
-from rlflow.driver import learner
-from rlflow.driver.units import make_batch
 from rlflow.types import Sample
 
 MARGIN = 5e-6
@@ -41,16 +39,12 @@ def sorted_loss(loss: str, policy: torch.Tensor, samples: list[Sample], length_n
 
 @pytest.mark.parametrize("length_normalized", [False, True])
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
-def test_any_split_has_the_sorted_batchs_loss_and_gradient(monkeypatch, loss, length_normalized):
+def test_any_split_has_the_sorted_batchs_loss_and_gradient(loss, length_normalized):
     policy, samples = new_policy(), samples_for("dpo")
     block = algorithm("dpo", preference={"loss": loss, "beta": 0.3, "length_normalized": length_normalized})
-    recipe = SimpleNamespace(data=SimpleNamespace(max_tokens=64), is_paired=True)
-    stage = SimpleNamespace(algorithm=block, recipe=recipe)
-    monkeypatch.setattr(
-        learner, "trainer_logprobs", lambda _, asked: [x.detach().numpy() for x in logprobs(policy, asked)]
-    )
     units = list(zip(samples[::2], samples[1::2], strict=True))
-    weighed, denominators = make_batch(stage, units)  # pyright: ignore[reportArgumentType]
+    targeted = with_targets(units, block, lambda asked: [x.detach().numpy() for x in logprobs(policy, asked)])
+    weighed, denominators = weigh(targeted, block, 64)
     expected = sorted_loss(loss, policy, samples, length_normalized)
     (gradient,) = torch.autograd.grad(expected, policy)
     paired = scores(logprobs(policy, samples), samples, length_normalized).detach().numpy()

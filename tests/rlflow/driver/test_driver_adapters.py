@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlflow
 from rlflow import checkpoint
-from rlflow.driver import learner
+from rlflow.driver.learner import Learner
 from tests.local_actors import use_local_actors
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -184,13 +184,13 @@ def test_another_model_as_reference_is_the_one_that_scores(
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "other")
     trained: list[Any] = []
-    update = learner.update
+    update = Learner.update
 
-    def watched_update(stage: Any, samples: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def watched_update(learner: Learner, samples: Any, *args: Any) -> dict[str, float]:
         trained.extend(samples)
-        return update(stage, samples, *args, **kwargs)
+        return update(learner, samples, *args)
 
-    monkeypatch.setattr(learner, "update", watched_update)
+    monkeypatch.setattr(Learner, "update", watched_update)
     run("dpo", **{"reference.path": str(tmp_path / "other"), "run.steps": 1})
     assert len(trained) == 8
     for sample in trained:

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlflow.algorithms.kl_reward import kl_of_sequences
+from rlflow.algorithms.weighing import weigh
 from rlflow.driver import assemble
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.presets import ALGORITHMS
@@ -72,10 +74,10 @@ def test_soft_overlong_punishment_is_added_to_the_reward():
 def test_masked_completions_count_in_the_weights_only_when_the_recipe_says_so():
     block = algorithm("dapo", groups={"mask_truncated": True})
     batch = assemble.assemble([group(rollout([20, 21, 22], 1.0, "length"), rollout([EOS], 0.0))], block, 3)
-    samples, denominators = assemble.weigh(batch.samples, 2, block, 3)
+    samples, denominators = weigh(batch.samples, block, 3)
     assert denominators.num_tokens == 1
     assert weights_of(samples) == [[0] * 6, [0, 0, 0, 1.0]]
-    samples, denominators = assemble.weigh(batch.samples, 2, block, 3, counts=batch.num_sampled_tokens)
+    samples, denominators = weigh(batch.samples, block, 3, counts=batch.num_sampled_tokens)
     assert weights_of(samples) == [[0] * 6, [0, 0, 0, 0.25]]
     assert denominators.num_tokens == 1, "metrics are means over what is trained"
 
@@ -106,7 +108,7 @@ def test_a_critics_values_make_advantages_and_returns():
 def test_the_kl_of_a_sequence_is_summed_over_its_trained_tokens():
     batch = assemble.assemble([group(rollout([20, EOS], 1.0), rollout([EOS], float("nan")))], algorithm(), 8)
     samples = [replace(s, ref_logprobs=np.full(len(s.token_ids), -3.0, np.float32)) for s in batch.samples]
-    assert assemble.kl_of_sequences(samples) == pytest.approx((-1 + 3) + (-2 + 3))
+    assert kl_of_sequences(samples) == pytest.approx((-1 + 3) + (-2 + 3))
 
 
 @pytest.mark.parametrize(("ddof", "expected"), [(0, 1.0), (1, 0.5**0.5)])

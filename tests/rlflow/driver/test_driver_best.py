@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import rlflow
-from rlflow.driver import learner
 from rlflow.driver.evaluation import PassEvaluator
+from rlflow.driver.learner import Learner
 from tests.local_actors import use_local_actors
 
 SHARED: dict[str, Any] = {
@@ -62,12 +62,12 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 def script_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """What evaluations measure, from that before the first step on."""
     left: Iterator[float] = iter(losses)
-    monkeypatch.setattr(learner, "evaluate", lambda *_: {"loss/sft": next(left)})
+    monkeypatch.setattr(Learner, "evaluate", lambda *_: {"loss/sft": next(left)})
 
 
 def script_passes(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     left: Iterator[float] = iter(scores)
-    monkeypatch.setattr(PassEvaluator, "run", lambda evaluator: {evaluator.metric: next(left)})
+    monkeypatch.setattr(PassEvaluator, "measure", lambda evaluator: {evaluator.metric: next(left)})
 
 
 def best_of(directory: Path) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
+from counting_ranks import Ranks, learner_of, recipe_of
 
 import rlflow
+from rlflow.actors.trainer import UpdateStats
 from rlflow.driver.errors import RunError
+from rlflow.driver.learner import Learner
 from rlflow.driver.rollouts import RolloutTiming, ScoredChunk, require_few_errors
-from rlflow.driver.stage import Stage
 from rlflow.tracking.report import write_report
 from rlflow.tracking.rollouts import read_rollouts
-from rlflow.types import RolloutBatch, ScoreBatch
+from rlflow.types import RolloutBatch, Sample, ScoreBatch
 from tests.local_actors import use_local_actors
 
 RECIPE = """
@@ -79,39 +80,35 @@ def test_a_run_stops_above_the_limit_of_failed_rewards_and_not_at_it():
     )
 
 
-def stage_with_limit(max_skipped_steps: int) -> Stage:
-    return Stage(
-        cast(Any, SimpleNamespace(run=SimpleNamespace(max_skipped_steps=max_skipped_steps))),
-        Path("runs/x"),
-        *cast(Any, [None] * 3),
-        should_stop=lambda: False,
-        clock=cast(Any, None),
-    )
+def update_all(learner: Learner, number: int, step: int) -> None:
+    tokens, mask = np.zeros(2, np.int32), np.array([False, True])
+    for _ in range(number):
+        learner.update([Sample(tokens, mask, np.zeros(2, np.float32), np.ones(2, np.float32))], step)
 
 
 @pytest.mark.parametrize("role", ["trainer", "critic"])
 def test_a_run_stops_at_the_limit_of_skipped_updates_in_a_row(role: str):
-    good = {"trainer/skipped": 0.0, "critic/skipped": 0.0}
-    bad = {**good, f"{role}/skipped": 1.0}
-    stage = stage_with_limit(3)
-    for metrics in (bad, bad, good, bad, bad):
-        stage.count_skipped(metrics, 7)
+    good, bad = UpdateStats(1.0, False), UpdateStats(float("nan"), True)
+    scripts = {role: [bad, bad, good, bad, bad, bad]}
+    ranks = {
+        name: Ranks(1, {"forward_backward": lambda batches: {}}, scripts.get(name, ()))
+        for name in ("trainer", "critic")
+    }
+    recipe = recipe_of("ppo", algorithm={"kl": {"coef": 0.0}}, run={"max_skipped_steps": 3})
+    learner = learner_of(recipe, **ranks)
+    update_all(learner, 5, 6)
     with pytest.raises(RunError, match=r"step 8: the gradient was not finite for 3 updates in a row.*learning_rate"):
-        stage.count_skipped(bad, 8)
+        update_all(learner, 1, 7)
 
 
 @pytest.mark.parametrize(
     ("norms", "has_trained"), [([0.0, 0.0], False), ([float("nan"), float("inf")], False), ([0.0, 1e-9, 0.0], True)]
 )
 def test_a_run_has_trained_when_one_update_had_a_gradient(norms: list[float], has_trained: bool):
-    stage = stage_with_limit(9)
-    for norm in norms:
-        stage.count_skipped({"trainer/grad_norm": norm, "trainer/skipped": float(not np.isfinite(norm))}, 1)
-    if has_trained:
-        stage.require_trained()
-    else:
-        with pytest.raises(RunError, match="nothing was trained, and runs/x has no final/"):
-            stage.require_trained()
+    script = [UpdateStats(norm, not np.isfinite(norm)) for norm in norms]
+    learner = learner_of(recipe_of("dapo"), trainer=Ranks(1, {"forward_backward": lambda batches: {}}, script))
+    update_all(learner, len(norms), 0)
+    assert learner.has_trained == has_trained
 
 
 def test_a_run_in_which_nothing_is_scored_stops_and_names_the_reward_that_abstained(run, tmp_path):
@@ -128,7 +125,7 @@ def test_a_run_in_which_nothing_is_scored_stops_and_names_the_reward_that_abstai
 @pytest.mark.parametrize("score", ["None", "1.0"])
 def test_a_run_that_trained_nothing_is_no_success(run, tmp_path, score):
     """No reward at all in fewer steps than the limit, or the same one for everything."""
-    with pytest.raises(RunError, match="nothing was trained"):
+    with pytest.raises(RunError, match=f"nothing was trained, and {tmp_path}/out has no final/"):
         run(score, 2)
     with pytest.raises(RunError, match="nothing was trained"):
         run(score, 2, resume=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlflow.algorithms.kl_reward import kl_of_sequences
 from rlflow.driver import assemble
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.presets import ALGORITHMS
@@ -93,7 +94,7 @@ def test_the_trainers_own_logprobs_go_before_the_engines_in_the_kl():
     batch = batch_of([[1.0, 0.0]], [[0, 1], [1]], ref_logprobs=[[-3.0], [-2.0]], **fields)
     advantages, _ = given_by(batch, algorithm("rloo", kl={"coef": 0.5}))
     assert advantages == [[0.0], [0.0]]
-    assert assemble.kl_of_sequences(batch.samples) == 1.0
+    assert kl_of_sequences(batch.samples) == 1.0
     without = [replace(sample, proximal_logprobs=None, old_logprobs=None) for sample in batch.samples]
     with pytest.raises(AssertionError, match="needs the policy's logprobs"):
         assemble.with_advantages(batch, without, algorithm("rloo", kl={"coef": 0.5}))

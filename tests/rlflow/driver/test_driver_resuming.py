@@ -149,14 +149,12 @@ def test_a_finished_run_with_more_steps_goes_on_from_its_last_checkpoint(run: Ru
 
 
 def test_a_finished_run_that_is_killed_while_it_goes_on_is_not_finished(run: Run, monkeypatch):
-    from rlflow.driver.stage import Stage
-
-    def die(stage: Stage) -> Path:
+    def die(*args: Any) -> Path:
         raise KeyboardInterrupt
 
     run("grown")
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "export", die)
+        patch.setattr("rlflow.driver.run.write_final", die)
         with pytest.raises(RunError, match="checkpoint of step 6"):
             run("grown", resume=True, run__steps=6)
     grown = run("grown", resume=True, run__steps=6)

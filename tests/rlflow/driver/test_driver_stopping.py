@@ -23,10 +23,10 @@ from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.trainer import Trainer, UpdateStats
 from rlflow.checkpoint import saved_steps
-from rlflow.driver import learner
+from rlflow.driver.book import Book
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
+from rlflow.driver.learner import Learner
 from rlflow.driver.saving import SaveSchedule
-from rlflow.driver.stage import Stage
 from rlflow.driver.stopping import StopSignals
 from rlflow.recipe import RunBlock
 from rlflow.tracking.rollouts import read_rollouts
@@ -318,7 +318,7 @@ def test_the_death_of_another_actor_leaves_a_checkpoint(run: Run, calls, tmp_pat
 
 
 def test_trainers_that_failed_are_not_asked_for_a_checkpoint(run: Run, calls, capsys, tmp_path: Path):
-    calls(learner, "update", 3, failing(ActorFailure("trainer[1]", "forward_backward", "no answer within 20 s")))
+    calls(Learner, "update", 3, failing(ActorFailure("trainer[1]", "forward_backward", "no answer within 20 s")))
     with pytest.raises(RunError, match=r"trainer\[1\]"):
         run("run", SFT)
     assert saved_steps(tmp_path / "run" / "checkpoints") == []
@@ -328,7 +328,7 @@ def test_trainers_that_failed_are_not_asked_for_a_checkpoint(run: Run, calls, ca
 def test_a_step_that_failed_behind_its_first_update_leaves_no_checkpoint(run: Run, calls, capsys, tmp_path: Path):
     """It would be trained once more, from parameters that it has moved."""
     blocks = {**GRPO, "algorithm": {"name": "grpo", "group_size": 2, "groups": {"updates_per_step": 2}}}
-    calls(learner, "update", 4, failing(ActorFailure("reference[0]", "logprobs", "the actor died")))
+    calls(Learner, "_update_once", 4, failing(ActorFailure("reference[0]", "logprobs", "the actor died")))
     with pytest.raises(RunError, match="reference"):
         run("run", blocks)
     assert saved_steps(tmp_path / "run" / "checkpoints") == []
@@ -367,13 +367,13 @@ def test_checkpoints_by_time_are_on_by_default_and_can_be_switched_off():
 def test_a_run_writes_them_and_ends_with_the_same_weights(run: Run, monkeypatch):
     whole = run("whole", SFT)
     seen: list[int] = []
-    original = Stage.save
+    original = Book.save
 
-    def save(stage: Stage, ended: Any) -> None:
+    def save(book: Book, ended: Any) -> None:
         seen.append(ended.step)
-        original(stage, ended)
+        original(book, ended)
 
-    monkeypatch.setattr(Stage, "save", save)
+    monkeypatch.setattr(Book, "save", save)
     assert same_weights(whole, run("often", SFT, save_every_minutes=1e-9))
     assert seen == [1, 2, 3, 4]
     assert np.isfinite(load_file(whole / "final" / "model.safetensors")["model.norm.weight"]).all()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
+from rlflow.algorithms.batch_targets import with_targets
 from rlflow.data.errors import DataError
 from rlflow.data.examples import Example
 from rlflow.data.preferences import Labelled
 from rlflow.data.tokenizer import build_character_tokenizer
-from rlflow.driver import learner
-from rlflow.driver.units import judged_units, load_units, make_batch
+from rlflow.driver.units import judged_units, load_units
 from rlflow.recipe import AlgorithmBlock, Recipe
 from rlflow.types import Sample
 
@@ -83,16 +80,13 @@ PAIRS = [
         ("aot_unpaired", True, [3.0, -1.5, -2.0, 1.0]),
     ],
 )
-def test_aots_margins_are_of_sums_or_of_means_on_both_sides(monkeypatch, loss, normalized, expected):
+def test_aots_margins_are_of_sums_or_of_means_on_both_sides(loss, normalized, expected):
     units = [(chosen[0], rejected[0]) for chosen, rejected in PAIRS]
     policy = [np.full(len(sample.token_ids), logprob) for pair in PAIRS for sample, logprob in pair]
-    monkeypatch.setattr(learner, "trainer_logprobs", lambda stage, samples: policy)
     block = AlgorithmBlock.model_validate(
         {"name": "dpo", "preference": {"loss": loss, "length_normalized": normalized, "beta": 0.1}}
     )
-    data = SimpleNamespace(max_tokens=64)
-    stage: Any = SimpleNamespace(algorithm=block, recipe=SimpleNamespace(data=data, is_paired=True))
-    samples, _ = make_batch(stage, units)
+    samples = with_targets(units, block, lambda samples: policy)
     assert [sample.margin for sample in samples] == pytest.approx(expected)
 
 

@@ -1,21 +1,20 @@
-"""What a stage decides by itself: the learning rate of an update."""
+"""The learning rate of an update."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from rlflow.driver.stage import Stage
+from rlflow.driver.schedules import LearningRate
 from rlflow.recipe import TrainerBlock
 
 
-def learning_rates(num_updates: int, updates_per_step: int = 1, **trainer: Any) -> list[float]:
+def learning_rates(num_steps: int, updates_per_step: int = 1, critic_steps: int = 0, **trainer: Any) -> list[float]:
     block = TrainerBlock.model_validate({"learning_rate": 8.0, **trainer})
-    stage = cast(Stage, SimpleNamespace(recipe=SimpleNamespace(trainer=block)))
-    return [Stage.learning_rate(stage, update, num_updates, updates_per_step) for update in range(num_updates)]
+    schedule = LearningRate(block, num_steps, updates_per_step, critic_steps)
+    return [schedule.of(step, update) for step in range(num_steps) for update in range(updates_per_step)]
 
 
 @pytest.mark.parametrize(
@@ -38,4 +37,9 @@ def test_warm_up_rises_in_equal_parts_and_the_schedule_begins_behind_it(schedule
 
 
 def test_warm_up_counts_steps_where_a_step_has_several_updates():
-    assert learning_rates(6, updates_per_step=2, warmup_steps=2) == pytest.approx([2.0, 4.0, 6.0, 8.0, 8.0, 8.0])
+    assert learning_rates(3, updates_per_step=2, warmup_steps=2) == pytest.approx([2.0, 4.0, 6.0, 8.0, 8.0, 8.0])
+
+
+def test_the_policys_schedule_begins_behind_the_critics_steps():
+    rates = learning_rates(6, critic_steps=2, schedule="linear")
+    assert rates[2:] == pytest.approx(learning_rates(4, schedule="linear"))

@@ -1,0 +1,160 @@
+"""The book of a run: its directory, what is measured and logged, when a checkpoint is written, when it is over.
+
+begin_step(step)                  from now on a stop waits for the step's end
+end_step(stats, state, last)      evaluate -> log -> checkpoint (when it is due, at the end, when asked to stop)
+resume(num_steps)                 the newest valid checkpoint -> steps done, the loop's state
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlflow import checkpoint
+from rlflow.driver.clock import Clock
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.evaluation import Evaluation, Evaluator
+from rlflow.driver.learner import Learner
+from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
+from rlflow.driver.saving import EndedStep, SaveSchedule
+from rlflow.recipe import Recipe
+from rlflow.tracking.tracker import Tracker
+from rlflow.types import StepStats
+
+
+class Book:
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        directory: Path,
+        learner: Learner,
+        evaluator: Evaluator | None,
+        tracker: Tracker,
+        clock: Clock,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """
+        Args:
+            inputs: What the recipe's names stand for.
+            directory: The run's, which exists.
+            should_stop: Whether somebody asked the run to end.
+        """
+        self.recipe, self.inputs, self.directory = recipe, inputs, directory
+        self.learner, self.evaluator = learner, evaluator
+        self.tracker, self.clock, self.should_stop = tracker, clock, should_stop
+        self.checkpoints = directory / "checkpoints"
+        self.step: int | None = None
+        """The step under way, counted from 1; None before the first of this process."""
+        self.unsaved: EndedStep | None = None
+        """The step that ended last, until a checkpoint holds it."""
+        self._best = -math.inf
+        self._schedule = SaveSchedule(recipe.run)
+        self._measure = sum_of_measure(recipe, inputs)
+        self._is_startup_told = False
+
+    def resume(self, num_steps: int) -> tuple[int, dict[str, Any]]:
+        """Loads the newest valid checkpoint. Returns how many steps are done and the loop's saved state.
+
+        All ``num_steps`` are done where the evaluation ended the run before, and the recipe asks for no more.
+        """
+        path = checkpoint.newest_valid(self.checkpoints, self.tracker.message)
+        if path is None:
+            write_recipe(self.recipe, self.inputs, self.directory)
+            self.tracker.message("there is nothing to resume: starts at step 1")
+            return 0, {}
+        state = checkpoint.read_driver_state(path)
+        self.learner.load(path, state)
+        if state["best"] is not None and state.get("measure", self._measure) == self._measure:
+            self._best = state["best"]
+        elif state["best"] is not None:
+            self.tracker.message("the evaluation is another one: the best checkpoint is looked for anew")
+        write_recipe(self.recipe, self.inputs, self.directory)
+        is_over = state.get("ended") is not None and not lasts_longer(state["ended"], self.recipe)
+        self.tracker.message(f"resumed from {path.name}")
+        return num_steps if is_over else state["step"], state
+
+    def report_start(self) -> None:
+        """Evaluates and logs what the policy is before the first step."""
+        evaluation = self._evaluate()
+        measured = {} if evaluation is None else evaluation.metrics
+        self.tracker.log(StepStats(0, measured | self.clock.metrics()))
+
+    def begin_step(self, step: int) -> None:
+        """From now on a stop waits for the end of ``step``, counted from 1."""
+        self.step = step
+
+    def evaluates_after(self, step: int, *, last: bool) -> bool:
+        """Whether the end of a step measures."""
+        every = self.recipe.evaluation.every if self.recipe.evaluation else None
+        return self.evaluator is not None and (last or bool(every and step % every == 0))
+
+    def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> bool:
+        """Evaluates and saves when it is due, after the last step and when asked to stop; logs.
+
+        Args:
+            state: What the loop needs to go on from here.
+
+        Returns:
+            Whether the run is over: it was the last step, or the evaluation reached ``run.stop_at_score``.
+
+        Raises:
+            StopRequested: Somebody asked the run to stop, and the checkpoint is written.
+        """
+        evaluation = self._evaluate() if self.evaluates_after(stats.step, last=last) else None
+        if evaluation is not None:
+            stats.metrics |= evaluation.metrics
+            target = self.recipe.run.stop_at_score
+            last = last or (target is not None and evaluation.score >= target)
+        if not self._is_startup_told:
+            self.tracker.message(self.clock.story(stats.step))
+            self._is_startup_told = True
+        stats.metrics |= self.clock.metrics()
+        self.tracker.log(stats)
+        stopping = self.should_stop() and not last
+        own_state = {"step": stats.step, **self.learner.state()}
+        ended = {"measure": self._measure, "ended": length_of(self.recipe) if last else None}
+        self.unsaved = EndedStep(
+            stats.step,
+            {**own_state, **ended, **state},
+            None if evaluation is None else evaluation.score,
+            self.learner.num_moves,
+        )
+        # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
+        if last or stopping or self._schedule.is_due(stats.step):
+            self.save(self.unsaved)
+        if stopping:
+            raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
+        return last
+
+    def save(self, ended: EndedStep) -> None:
+        """Writes the checkpoint of the step that has just ended, and forgets the oldest."""
+        improved = ended.score is not None and ended.score > self._best
+        if ended.score is not None:
+            self._best = max(self._best, ended.score)
+        best = self._best if math.isfinite(self._best) else None
+        with self.clock("save"):
+            path = checkpoint.publish(self.checkpoints, ended.step, {**ended.state, "best": best}, self.learner.save)
+        self.unsaved = None
+        self._schedule.saved()
+        if improved:
+            checkpoint.link(self.checkpoints, "best", path)
+        checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
+
+    def require_trained(self) -> None:
+        """Raises RunError when the gradient of every update was zero or not finite: the model is what it was."""
+        if not self.learner.has_trained:
+            raise RunError(
+                f"nothing was trained, and {self.directory} has no final/: the gradient of every update was 0 or not "
+                "finite. Online, no group had two different rewards: look at rollouts/ and at the reward functions, or "
+                "start from a model that is right at times; offline, no token was trained: look at data.loss_on"
+            )
+
+    def _evaluate(self) -> Evaluation | None:
+        """Measures the weights that the workers have."""
+        if self.evaluator is None:
+            return None
+        with self.clock("evaluate"):
+            return self.evaluator.run()

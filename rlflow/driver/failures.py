@@ -1,0 +1,72 @@
+"""What of a step that failed is kept: the checkpoint of the step before it, and its own rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rlflow.actors.actor_group import ActorFailure
+from rlflow.driver.book import Book
+from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.rollouts import RolloutPipeline
+from rlflow.tracking.rollouts import write_rollouts
+
+
+@contextmanager
+def saving_what_failed(book: Book) -> Iterator[None]:
+    """A failure within leaves the checkpoint of the last step, where that can be, and is raised.
+
+    What could not be written to the disk is not written once more.
+    """
+    try:
+        yield
+    except StopRequested:
+        raise
+    except (RunError, ActorFailure) as error:
+        if told := save_after_failure(book, error):
+            book.tracker.message(told)
+        raise
+
+
+@contextmanager
+def keeping_rollouts(book: Book, pipeline: RolloutPipeline) -> Iterator[None]:
+    """A step that fails within leaves its rollouts, as far as they have come back, for people to look at."""
+    try:
+        yield
+    except (RunError, ActorFailure):
+        step, groups = pipeline.at_hand
+        path = rollouts_path(book.directory, step + 1)
+        if book.step == step + 1 and groups and not path.exists():
+            unknown = [np.full(len(group.rollouts), np.nan) for group in groups]
+            write_rollouts(path, groups, unknown, ["masked" for group in groups for _ in group.rollouts])
+            book.tracker.message(f"the rollouts of step {step + 1}, which failed, are in {path}")
+        raise
+
+
+def rollouts_path(directory: Path, step: int) -> Path:
+    """Where a run keeps what was generated for a step, counted from 1."""
+    return directory / "rollouts" / f"step_{step:06d}.parquet"
+
+
+def save_after_failure(book: Book, error: Exception) -> str:
+    """Saves the step that ended last, if no checkpoint has it and the trainers still hold it. Returns what was done.
+
+    A step that failed behind its first update has no checkpoint: it would be trained twice in part.
+    """
+    ended = book.unsaved
+    if ended is None:
+        return ""
+    if book.learner.num_moves != ended.num_moves:
+        whole = f"step {ended.step} was the last whole one"
+        return f"{whole}; parameters have moved since, so no checkpoint of it was saved"
+    if isinstance(error, ActorFailure) and error.actor.partition("[")[0] in ("trainer", "critic"):
+        return f"no checkpoint of step {ended.step} was saved: the trainers failed"
+    try:
+        book.learner.require_answers()
+        book.save(ended)
+    except (ActorFailure, OSError) as failure:
+        return f"no checkpoint of step {ended.step} could be saved: {failure}"
+    return f"the checkpoint of step {ended.step} was saved: go on with --resume"

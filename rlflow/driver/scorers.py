@@ -1,0 +1,80 @@
+"""Forward passes before an update: who computes which numbers of the samples, and when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.value_trainer import ValueTrainer
+from rlflow.driver.model_ranks import ModelRanks
+from rlflow.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One forward pass over the samples of a step."""
+
+    name: str
+    """The phase of the step that it is."""
+    field: str
+    """What it fills in every sample: a field of Sample."""
+    model: str
+    """Whose ranks compute it: trainer, critic or reference."""
+    method: Callable[..., list[np.ndarray]]
+    """Of these ranks' class: micro-batches to float32 [N] of each."""
+    is_tempered: bool
+    """Its logprobs are of the distribution that was sampled from, so that it takes the temperature."""
+    is_needed: Callable[[Recipe], bool]
+
+
+def _needs_proximal(recipe: Recipe) -> bool:
+    """Whether the trainer's logprobs of before the first update take a pass of their own.
+
+    They do for the ratio of later updates, and for a KL in the reward or with a target where the engine's are of
+    another distribution.
+    """
+    algorithm = recipe.algorithm
+    if algorithm.learning.family != "online":
+        return False
+    groups = algorithm.groups
+    has_later_updates = groups.updates_per_step * groups.epochs_per_step > 1
+    if algorithm.correction.old_policy == "trainer" and has_later_updates:
+        return True
+    return recipe.rollout.cut_by is not None and algorithm.kl.needs_policy_logprobs
+
+
+SCORERS = (
+    Scorer(
+        "reference", "ref_logprobs", "reference", ReferenceModel.logprobs, True, lambda recipe: recipe.places_reference
+    ),
+    Scorer(
+        "reference",
+        "ref_logprobs",
+        "trainer",
+        PolicyTrainer.reference_logprobs,
+        True,
+        lambda recipe: recipe.needs_reference and not recipe.places_reference,
+    ),
+    Scorer("proximal", "proximal_logprobs", "trainer", PolicyTrainer.logprobs, True, _needs_proximal),
+    Scorer("values", "old_values", "critic", ValueTrainer.values, False, lambda recipe: recipe.needs_critic),
+)
+"""All there are, in the order of a step: the reference by actors of its own, or by a trainer of adapters, which holds
+what it started from anyway."""
+
+
+def scorers_of(recipe: Recipe, models: Mapping[str, ModelRanks[Any]]) -> list[Scorer]:
+    """Those that a recipe needs.
+
+    Raises:
+        ValueError: The ranks of one of them are missing.
+    """
+    needed = [scorer for scorer in SCORERS if scorer.is_needed(recipe)]
+    for scorer in needed:
+        if scorer.model not in models:
+            raise ValueError(f"{scorer.name} needs the ranks of {scorer.model}, and there are none")
+    return needed
