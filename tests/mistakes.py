@@ -1,11 +1,13 @@
 """How many mistakes do the tests notice? Makes single ones in copies of the code, and runs the tests on each.
 
-    .venv/bin/python tests/mistakes.py                     # all of them, some 30 minutes on two cores
-    .venv/bin/python tests/mistakes.py rlflow/driver -n 5  # five in one folder
+    .venv/bin/python tests/mistakes.py                              # 140 of them, an hour or two on two cores
+    .venv/bin/python tests/mistakes.py rlflow/driver -n 5           # the first five of one folder
+    .venv/bin/python tests/mistakes.py rlflow/driver -n 5 --skip 5  # the next five
 
 A mistake is one small change of one line: a comparison, an operator, a number, a condition, a call left out. Which
 ones are made follows from the code and the seed. Each is met by the quick tests that import its module and those of the
-folder that mirrors its own, and when these notice nothing by the slow ones.
+folder that mirrors its own; when these notice nothing, by all quick tests whose imports lead to the module; and at last
+by the slow ones of the first kind.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +31,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from queue import Queue
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("rlflow", "actors", "rewards", "tests", "recipes", "docs", "benchmarks", "cluster", "requirements")
@@ -169,47 +174,121 @@ def _end(node: ast.expr | ast.stmt) -> Place:
     return node.end_lineno, node.end_col_offset
 
 
-def chosen(folder: str, count: int, seed: int) -> list[Mistake]:
-    """``count`` mistakes of a folder, files and lines of them drawn with the seed."""
+def chosen(folder: str, count: int, skip: int, seed: int) -> list[Mistake]:
+    """``count`` mistakes of a folder after the first ``skip``, in an order that the seed gives."""
     every = [m for path in sorted((ROOT / folder).rglob("*.py")) for m in mistakes_in(path)]
-    return random.Random(f"{seed}/{folder}").sample([m for m in every if m.key not in SAME], min(count, len(every)))
+    random.Random(f"{seed}/{folder}").shuffle(every)
+    return [m for m in every if m.key not in SAME][skip : skip + count]
 
 
 def is_noticed(mistake: Mistake, folder: str, copy: Path, quick: bool) -> bool:
-    """Runs the folder's tests on a copy that has the mistake. A run that does not end is noticed, too."""
+    """Runs tests on a copy that has the mistake, nearest first, until one fails."""
     target = copy / mistake.path
-    right = (ROOT / mistake.path).read_text(encoding="utf-8")
+    right = target.read_text(encoding="utf-8")
     lines = right.splitlines(keepends=True)
     lines[mistake.line - 1] = mistake.after + "\n"
     target.write_text("".join(lines), encoding="utf-8")
-    kind = "not ray and not slow and not gpu" if quick else "(ray or slow) and not gpu"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", kind]
-    command += [*nearest_tests(mistake.path), *TESTS[folder]]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        command, cwd=copy, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    near, far = tests_of(mistake.path, folder)
     try:
-        code = process.wait(TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        code = 1
+        return (
+            fails(copy, near, "not ray and not slow and not gpu")
+            or fails(copy, far, "not ray and not slow and not gpu")
+            or (not quick and fails(copy, near, "(ray or slow) and not gpu"))
+        )
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
         target.write_text(right, encoding="utf-8")
-    return code not in (0, 5)
 
 
-def nearest_tests(path: str) -> list[str]:
-    """Test files that import the module, those of its name first: most mistakes end there."""
-    module = ".".join(Path(path).with_suffix("").parts)
-    module = module if module.startswith("rlflow.") else f"rlflow.{module}"
-    parent, _, name = module.rpartition(".")
-    imports = re.compile(
-        rf"from {re.escape(module)} import|import {re.escape(module)}\b|from {re.escape(parent)} import .*\b{name}\b"
+def fails(copy: Path, files: Sequence[str], markers: str) -> bool:
+    """Whether one of the tests fails. A run that does not end is noticed, too."""
+    if not files:
+        return False
+    process = PROCESSES.Process(target=run_tests, args=(copy, [*files, "-m", markers]))
+    process.start()
+    process.join(TIMEOUT_S)
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode not in (0, int(pytest.ExitCode.NO_TESTS_COLLECTED))
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "torch", "transformers.models.auto", "peft", "datasets"])
+"""Each run of tests has a process of its own, in which the libraries are loaded already and rlflow is not."""
+
+
+def run_tests(copy: Path, arguments: Sequence[str]) -> None:
+    """Ends this process with pytest's exit code."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nothing, descriptor)
+    os.chdir(copy)
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, copy))]
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    os._exit(int(code))
+
+
+def tests_of(path: str, folder: str) -> tuple[list[str], list[str]]:
+    """Test files that import a module or are its folder's, and the others whose imports lead to it, nearest first."""
+    distances = {_module(path): 0}
+    importers = imported_by()
+    queue = [_module(path)]
+    for module in queue:
+        for importer in sorted(importers.get(module, ())):
+            if importer not in distances:
+                distances[importer] = distances[module] + 1
+                queue.append(importer)
+    stem = Path(path).stem
+    found = sorted(
+        (distances[name], stem not in file.stem, str(file.relative_to(ROOT)))
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if (name := _module(str(file.relative_to(ROOT)))) in distances
     )
-    found = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if imports.search(p.read_text(encoding="utf-8"))]
-    return [str(p.relative_to(ROOT)) for p in sorted(found, key=lambda p: name not in p.stem)]
+    near = [file for distance, _, file in found if distance == 1]
+    near += [
+        str(file.relative_to(ROOT))
+        for parent in TESTS[folder]
+        for file in sorted((ROOT / parent).rglob("test_*.py"))
+        if str(file.relative_to(ROOT)) not in near
+    ]
+    return near, [file for _, _, file in found if file not in near]
+
+
+@functools.cache
+def imported_by() -> dict[str, set[str]]:
+    """Module -> those that import it anywhere in their code, or name it in a text, as the tables of functions do."""
+    files = [p for top in ("rlflow", "actors", "rewards", "tests", "benchmarks") for p in (ROOT / top).rglob("*.py")]
+    modules = {_module(str(file.relative_to(ROOT))): file for file in files}
+    importers: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        for name in _named_modules(ast.parse(file.read_bytes())):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                importers.setdefault(name, set()).add(module)
+    return importers
+
+
+def _named_modules(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (each.name for each in names)
+            case ast.ImportFrom(module=str(module), names=names):
+                yield from (f"{module}.{each.name}" for each in names)
+            case ast.Constant(value=str(text)):
+                yield from re.findall(r"rlflow(?:\.\w+)+", text)
+
+
+def _module(path: str) -> str:
+    """``actors/trainer.py`` is rlflow.actors.trainer, and a package's __init__ the package."""
+    parts = Path(path).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] in ("rlflow", "tests", "benchmarks") else ("rlflow", *parts))
 
 
 def make_copy(directory: Path) -> Path:
@@ -234,10 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}")
     parser.add_argument("-n", type=int, default=PER_FOLDER, help="mistakes in each folder")
+    parser.add_argument("--skip", type=int, default=0, help="how many of each folder were made before")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
     given = parser.parse_args(arguments)
-    of_folders = [[(folder, mistake) for mistake in chosen(folder, given.n, given.seed)] for folder in given.folders]
+    of_folders = [
+        [(folder, mistake) for mistake in chosen(folder, given.n, given.skip, given.seed)] for folder in given.folders
+    ]
     # By turns, so that what was seen when somebody stops it is of all folders.
     made = [one for of_turn in zip_longest(*of_folders) for one in of_turn if one is not None]
     started, missed = time.monotonic(), []
@@ -250,8 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def examine(of: tuple[str, Mistake]) -> bool:
             copy = copies.get()
             try:
-                noticed = is_noticed(of[1], of[0], copy, True)
-                return noticed or (not given.quick and is_noticed(of[1], of[0], copy, False))
+                return is_noticed(of[1], of[0], copy, given.quick)
             finally:
                 copies.put(copy)
 
