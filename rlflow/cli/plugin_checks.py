@@ -1,7 +1,8 @@
 """The functions that a recipe names are imported and asked for their arguments, each in a process of its own.
 
 Importing runs the user's code: it may raise, end its process, print, or never return. An import that goes on is waited
-for, torch's takes seconds; one that neither imports nor reads anything for `SILENCE_S` is not.
+for, torch's takes seconds; one that neither imports nor reads anything for `SILENCE_S` is not. A generator whose rows
+are to be read is called there first, for it may never return either, or give rows without an end.
 """
 
 from __future__ import annotations
@@ -33,13 +34,25 @@ Found = Iterator[tuple[str, str]]
 SILENCE_S = 3.0
 LONGEST_S = 60.0
 """Of a whole import."""
+CALL_SILENCE_S = 30.0
+"""In which a generator gives no row and reads nothing: it may compute for a while."""
+CALL_LONGEST_S = 300.0
+"""Of a whole call of a generator."""
+MOST_ROWS = 10_000_000
+"""More of them are taken to be without an end: all are held in memory by a run."""
 _AT_A_TIME = 4
 
 
-def in_generators(recipe: Recipe) -> Found:
-    """Of training's and the evaluation's data."""
+def in_generators(recipe: Recipe, *, is_called: bool) -> Found:
+    """Of training's and the evaluation's data.
+
+    Args:
+        is_called: Whether the generators are called, too, which the reading of their rows would do next.
+    """
     plugins = {key: s for key, s in sources_of(recipe).items() if s.generator is not None and ":" in s.generator}
-    trials = {key: Trial("generator", None, source.generator, source.args, None) for key, source in plugins.items()}
+    trials = {
+        key: Trial("generator", None, source.generator, source.args, None, is_called) for key, source in plugins.items()
+    }
     yield from _problems(trials, {key: f"{key}.generator" for key in plugins}, os.environ)
 
 
@@ -127,7 +140,7 @@ def _try(trial: Trial, environment: Mapping[str, str]) -> str | None:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as told:
             told.write(pickle.dumps(trial))
-        return _listen(read, process)
+        return _listen(read, process, "" if trial.plugin is None else trial.plugin.rpartition(":")[0])
     finally:
         os.close(read)
         with contextlib.suppress(ProcessLookupError):
@@ -135,10 +148,10 @@ def _try(trial: Trial, environment: Mapping[str, str]) -> str | None:
         process.wait()
 
 
-def _listen(descriptor: int, process: subprocess.Popen[bytes]) -> str | None:
-    """Follows an import to its end, or to the end of patience."""
+def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> str | None:
+    """Follows an import, and a generator's call, to the end, or to the end of patience."""
     started = moved = time.monotonic()
-    line, modules, text = None, 0, b""
+    line, furthest, modules, rows, text = None, 0, 0, None, b""
     before: object = None
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
@@ -146,16 +159,27 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes]) -> str | None:
             if selector.select(timeout=0.2):
                 part = os.read(descriptor, 1 << 16)
                 if not part:
-                    return f"importing it ended the process (exit code {process.wait()})"
+                    doing = "importing" if rows is None else "calling"
+                    return f"{doing} it ended the process (exit code {process.wait()})"
                 *whole, text = (text + part).split(b"\n")
                 for said in map(json.loads, whole):
                     if "problem" in said:
                         return said["problem"]
-                    line, modules = said["line"], said["modules"]
-            now, after = time.monotonic(), (line, modules, _read_bytes(process.pid))
+                    if rows is None and said["rows"] is not None:
+                        started = time.monotonic()
+                    line = line if said["line"] is None else said["line"]
+                    furthest = max(furthest, line or 0)
+                    modules, rows = said["modules"], said["rows"]
+            now = time.monotonic()
+            # A loop goes from line to line for ever, and no further than its last.
+            after = (furthest, modules, rows, _read_bytes(process.pid))
             before, moved = after, moved if after == before else now
-            if now - moved > SILENCE_S or now - started > LONGEST_S:
-                return _hang(line, now - started)
+            if rows is None and (now - moved > SILENCE_S or now - started > LONGEST_S):
+                return _endless_import(line, now - started)
+            if rows is not None and (
+                now - moved > CALL_SILENCE_S or now - started > CALL_LONGEST_S or rows > MOST_ROWS
+            ):
+                return _endless_call(file, line, rows, now - started)
 
 
 def _read_bytes(pid: int) -> str:
@@ -166,9 +190,17 @@ def _read_bytes(pid: int) -> str:
     return ""
 
 
-def _hang(line: int | None, seconds: float) -> str:
+def _endless_import(line: int | None, seconds: float) -> str:
     place = "" if line is None else f" and is at line {line}"
     return (
         f"importing it does not end: for {SILENCE_S:g} of {seconds:.0f} s it has imported and read nothing{place}; "
         "move what takes long into the function, or into the __init__ of a class"
+    )
+
+
+def _endless_call(file: str, line: int | None, rows: int, seconds: float) -> str:
+    place = file if line is None else f"{file}:{line}"
+    return (
+        f"{place}: calling it does not end: it has given {rows:,} rows in {seconds:.0f} s and goes on; "
+        "let it end, or write its rows to a file and name that as path"
     )

@@ -1,7 +1,7 @@
 """The process in which a function of a recipe is tried: ``python -P -m rlflow.cli.plugin_child FD``.
 
-It reads a `Trial`, writes one JSON object a line to the descriptor: a few times a second how far the import is, and at
-last what is wrong with the function, or that nothing is. Standard output and error belong to the function.
+It reads a `Trial`, writes one JSON object a line to the descriptor: a few times a second how far the import or the call
+is, and at last what is wrong with the function, or that nothing is. Standard output and error belong to the function.
 """
 
 from __future__ import annotations
@@ -39,30 +39,42 @@ class Trial:
     row: Mapping[str, Any] | None
     """Columns of a row of the data, with which a built-in reward is called once, on an empty completion; a plugin is
     only asked whether it needs others. None where the data was not read."""
+    is_called: bool = False
+    """Whether a generator is called and its rows are counted."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a trial is."""
+
+    rows: int | None = None
+    """Rows that a generator has given; None before it is called."""
 
 
 def main(descriptor: int) -> None:
     trial: Trial = pickle.load(sys.stdin.buffer)
+    progress = Progress()
     with os.fdopen(descriptor, "w", buffering=1) as said:
-        threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial)), daemon=True).start()
+        threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial), progress), daemon=True).start()
         try:
-            problem = _reward_problem(trial) if trial.kind == "reward" else _generator_problem(trial)
+            problem = _reward_problem(trial) if trial.kind == "reward" else _generator_problem(trial, progress)
         except BaseException as error:  # the user's code: SystemExit is no Exception
-            problem = _describe(error, _file(trial))
+            problem = _describe(error, _file(trial), "importing" if progress.rows is None else "calling")
         print(json.dumps({"problem": problem}), file=said)
         said.flush()
         os._exit(0)  # threads that the plugin started go on otherwise
 
 
-def _tell(said: Any, main_thread: int, file: str) -> None:
-    """Says where the import is, for as long as somebody listens."""
+def _tell(said: Any, main_thread: int, file: str, progress: Progress) -> None:
+    """Says where the import or the call is, for as long as somebody listens."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(TELLS_EVERY_S)
         frame: FrameType | None = sys._current_frames().get(main_thread)
         while frame is not None and frame.f_code.co_filename != file:
             frame = frame.f_back
-        told = {"line": None if frame is None else frame.f_lineno, "modules": len(sys.modules)}
+        line = None if frame is None else frame.f_lineno
+        told = {"line": line, "modules": len(sys.modules), "rows": progress.rows}
         print(json.dumps(told), file=said)
     os._exit(1)
 
@@ -107,7 +119,7 @@ def _missing(function: Any, trial: Trial) -> Sequence[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]
 
 
-def _generator_problem(trial: Trial) -> str | None:
+def _generator_problem(trial: Trial, progress: Progress) -> str | None:
     path, _, name = str(trial.plugin).rpartition(":")
     try:
         function = vars(import_plugin(Path(path), f"generator {trial.plugin}"))[name]
@@ -117,6 +129,10 @@ def _generator_problem(trial: Trial) -> str | None:
         inspect.signature(function).bind(**trial.args)
     except TypeError as error:
         return f"{error}; its args are {', '.join(inspect.signature(function).parameters) or 'none'}"
+    if trial.is_called:
+        progress.rows = 0
+        for _ in function(**trial.args):
+            progress.rows += 1
     return None
 
 
@@ -124,11 +140,11 @@ def _file(trial: Trial) -> str:
     return trial.plugin.rpartition(":")[0] if trial.plugin else ""
 
 
-def _describe(error: BaseException, file: str) -> str:
+def _describe(error: BaseException, file: str, doing: str = "importing") -> str:
     """What was raised, and at which line of the plugin."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f"{file}:{lines[-1]}: " if lines else ""
-    return f"{place}importing it raised {type(error).__name__}: {error}"
+    return f"{place}{doing} it raised {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

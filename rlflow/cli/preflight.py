@@ -1,8 +1,8 @@
 """What a recipe names must exist before anything starts: files, functions, models, reward names.
 
 First nothing is loaded or executed: plugins are parsed, models are judged by their files. Of a hub id the config and
-the tokenizer are looked at, where the hub can be reached. Where all of that is right, plugins are imported, each in a
-process that can be killed, and the data is read.
+the tokenizer are looked at, where the hub can be reached. Where all of that is right, plugins are imported and
+generators called, each in a process that can be killed, and the data is read.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bo
     readings = []
     for stage in stages:
         recipe = stage.recipe
-        found = list(in_generators(recipe))
-        reading = read_data(recipe, to_come) if not found and read(recipe) else Reading()
+        is_read = read(recipe)
+        found = list(in_generators(recipe, is_called=is_read))
+        reading = read_data(recipe, to_come) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row)]
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from rlflow.cli import plugin_checks
 from rlflow.cli.main import main
 from rlflow.cli.plugin_checks import in_generators, in_rewards
+from rlflow.cli.preflight import check_in_use
 from rlflow.data.sources import read_table
 from rlflow.recipe import Recipe, SourceBlock, load_recipe
+from rlflow.recipe.loading import load_located
 
 RECIPE = """\
 algorithm: {name: grpo}
@@ -85,15 +88,20 @@ def test_a_plugin_in_a_package_and_a_generator_find_what_lies_beside_them(tmp_pa
     assert len(read_table(SourceBlock(generator=f"{tmp_path}/made.py:make")).rows) == 1
 
 
-def test_an_import_that_does_not_end_is_given_up_with_its_line(tmp_path, recipe_with, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [("import time\nwhile True:\n    time.sleep(9)\n", "3"), ("n = 0\nwhile True:\n    n += 1\n    n -= 1\n", "[2-4]")],
+)
+def test_an_import_that_does_not_end_is_given_up_with_its_line(tmp_path, recipe_with, monkeypatch, source, line):
+    assert plugin_checks.SILENCE_S <= 3.0  # of the five seconds in which a plan says so
     monkeypatch.setattr(plugin_checks, "SILENCE_S", 1.0)
-    said = problem_of(tmp_path, recipe_with, "import time\nwhile True:\n    time.sleep(9)\n")
-    assert "importing it does not end: for 1 of" in str(said) and "is at line 3; move what takes long" in str(said)
+    said = problem_of(tmp_path, recipe_with, source)
+    assert re.search(f"importing it does not end: for 1 of .* is at line {line}; move what takes long", str(said))
 
 
 def test_an_import_that_goes_on_is_waited_for(tmp_path, recipe_with, monkeypatch):
-    monkeypatch.setattr(plugin_checks, "SILENCE_S", 2.0)
-    slow = "import time\n" + "time.sleep(0.8)\n" * 4 + GOOD
+    monkeypatch.setattr(plugin_checks, "SILENCE_S", 1.2)
+    slow = "import time\n" + "time.sleep(0.5)\n" * 3 + GOOD
     assert problem_of(tmp_path, recipe_with, slow) is None
 
 
@@ -124,8 +132,46 @@ def test_a_generators_arguments_and_import_are_checked(tmp_path, recipe_with, mo
     text = "def make(n, m): return []\ndef broken(): return []\n" + ("1 / 0\n" if "broken" in spec else "")
     (tmp_path / "rows.py").write_text(text)
     recipe = recipe_with(f"data.train={{path: null, generator: '{spec}', args: {args}}}")
-    ((key, message),) = in_generators(recipe)
+    ((key, message),) = in_generators(recipe, is_called=False)
     assert key == "data.train.generator" and says in message
+
+
+@pytest.mark.parametrize(
+    ("body", "limit", "says"),
+    [
+        (
+            "import time\n    time.sleep(600)\n    yield {}",
+            "CALL_SILENCE_S",
+            "rows.py:3: calling it does not end: it has given 0 rows",
+        ),
+        ("while True:\n        yield {'prompt': '1'}", "MOST_ROWS", "calling it does not end: it has given"),
+        ("yield {}\n    while True:\n        n += 1\n        n -= 1", "CALL_SILENCE_S", "it has given 1 rows"),
+        ("yield {}\n    yield n['x']", "CALL_LONGEST_S", "rows.py:3: calling it raised TypeError"),
+    ],
+)
+def test_a_generator_that_does_not_end_or_fails_is_given_up_with_its_line(
+    tmp_path, recipe_with, monkeypatch, body, limit, says
+):
+    monkeypatch.setattr(plugin_checks, limit, 1)
+    (tmp_path / "rows.py").write_text(f"def make(n):\n    {body}\n")
+    recipe = recipe_with(f"data.train={{path: null, generator: '{tmp_path}/rows.py:make', args: {{n: 3}}}}")
+    ((key, message),) = in_generators(recipe, is_called=True)
+    assert key == "data.train.generator" and message.startswith(f"{tmp_path}/rows.py:") and says in message
+    assert not list(in_generators(recipe, is_called=False))
+
+
+def test_a_generator_that_ends_is_let_pass_and_plan_asks_it_before_it_reads(tmp_path, monkeypatch, recipe_with, capsys):
+    (tmp_path / "rows.py").write_text("def make(n):\n    return [{'prompt': '1'}] * n\n")
+    override = f"data.train={{path: null, generator: '{tmp_path}/rows.py:make', args: {{n: 3}}}}"
+    assert not list(in_generators(recipe_with(override), is_called=True))
+    monkeypatch.setattr(plugin_checks, "MOST_ROWS", 2)
+    (tmp_path / "rows.py").write_text("import itertools\ndef make():\n    return itertools.repeat({'prompt': '1'})\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("path: org/data", f"generator: '{tmp_path}/rows.py:make'"))
+    assert main(["plan", str(recipe), f"run.output_dir={tmp_path}/out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{recipe}:3: data.train.generator: {tmp_path}/rows.py") and "does not end" in said
+    check_in_use(load_located(recipe), read=lambda _: False)
 
 
 def test_run_and_plan_say_so_with_the_recipes_line_and_exit_code_2(tmp_path, capsys):
