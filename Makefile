@@ -6,16 +6,19 @@
 
 PYTHON ?= python3
 # Tests run in as many processes as there are cores, at most eight; those of a file in one, as they share what is slow to
-# make. Files start in their order, in which the slow ones come first.
+# make. Files start in the order of tests/conftest.py, in which the longest come first.
 PYTEST := .venv/bin/python -m pytest
 IN_PARALLEL := --numprocesses $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart check test test-gpu gpu-check oracles lint format setup
+.PHONY: quickstart check quick test test-gpu gpu-check oracles lint format setup
 
 quickstart: setup
 	.venv/bin/rlflow run recipes/quickstart.yaml
 
-check: lint
+check:
+	@$(MAKE) --no-print-directory --jobs 2 lint quick
+
+quick: setup
 	$(PYTEST) $(IN_PARALLEL) -m "not ray and not slow and not gpu" $(TESTS)
 
 test: setup

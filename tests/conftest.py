@@ -24,6 +24,24 @@ CHAT_TEMPLATE = (
 )
 
 
+LONGEST_FIRST = (
+    "tests/actors/test_gradient_splits.py",
+    "tests/actors/train_engines/test_train_engine_contract.py",
+    "tests/rlflow/driver/test_driver_run.py",
+    "tests/actors/test_sequence_parallel.py",
+    "tests/rlflow/driver/test_driver_rows.py",
+    "tests/rlflow/driver/test_driver_adapters.py",
+    "tests/test_recipes_run.py",
+    "tests/actors/test_reward_process.py",
+)
+"""Files that would keep one process busy while the others have nothing left to do."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of 8 logical CPUs for the whole session, whatever cluster the environment names."""

@@ -14,7 +14,11 @@ from rlflow.recipe import ALGORITHMS, Recipe, SourceBlock, load_recipe
 from tests.local_actors import use_local_actors
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "recipes"
-RECIPES = sorted(DIRECTORY.glob("*.yaml"))
+RECIPES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if "\nextends: " in path.read_text() else ())
+    for path in sorted(DIRECTORY.glob("*.yaml"))
+]
+"""Those that change little of another one, its algorithm for the most, are not of the quick round."""
 
 PLUGIN = """
 def code(completions):
@@ -45,7 +49,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 """A few rows with the columns of each data set that a recipe names."""
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES)
 def test_two_steps_of_a_recipe_leave_finite_metrics_and_a_model(path, monkeypatch, tiny_model_dir, tmp_path):
     use_local_actors(monkeypatch)
     stages = load_recipe(path)
@@ -132,5 +136,5 @@ def code_reward(directory: Path) -> dict[str, Any]:
 def test_every_row_of_the_table_has_a_recipe_that_bears_its_name():
     for name in ALGORITHMS:
         prefix = name.replace("+", "p")
-        named = [path for path in RECIPES if path.stem.startswith(f"{prefix}_")]
+        named = DIRECTORY.glob(f"{prefix}_*.yaml")
         assert any(load_recipe(path)[-1].algorithm.name == name for path in named), name

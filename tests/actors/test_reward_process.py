@@ -220,7 +220,7 @@ def cpu_seconds(pid: int) -> float:
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:20])
 def test_a_verifier_bomb_is_no_right_answer_and_costs_little(serve: Any, bomb: str) -> None:
     """The child gives up by itself, long before its deadline: it is not killed."""
-    server = serve(RewardBlock(name="math_accuracy", timeout_s=120))
+    server = serve(RewardBlock(name="math_accuracy", timeout_s=120, args={"timeout_s": 1}))
     server.self_check()
     child, before = server.ping()[0], cpu_seconds(server.ping()[0])
     scores = server.score(*batch([[bomb, r"\boxed{5}"]], solution=["5"]))

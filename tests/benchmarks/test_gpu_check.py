@@ -79,6 +79,7 @@ def test_without_a_gpu_its_parts_are_skipped_by_name(check, monkeypatch, tmp_pat
     assert len(results) == 5
 
 
+@pytest.mark.slow
 def test_numbers_of_an_engine_and_of_a_trainer_are_right_on_a_cpu(check, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert check.main(["--output", str(tmp_path), "torch_float32", "fsdp"]) == 0

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.timeout(300, method="thread")
 DOCS = Path(__file__).parents[2] / "docs/rewards.md"
 
 
-def verdict(completion: str, solution: object, **options: object) -> float | None:
-    return math_accuracy([None], [completion], [[]], [solution], **options)[0]  # type: ignore[arg-type]
+def verdict(completion: str, solution: object, timeout_s: int = 60, **options: object) -> float | None:
+    return math_accuracy([None], [completion], [[]], [solution], timeout_s=timeout_s, **options)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("completion", "solution"), RIGHT_ANSWERS)
@@ -114,7 +114,7 @@ def test_a_number_too_large_to_write_down_is_wrong_at_once(bomb: str) -> None:
     assert verdict(bomb, "5", timeout_s=10) == 0.0
 
 
-MEGABYTES = [
+PHRASES = [
     "the answer is ",
     "the answer is not 5, but ",
     "the answer is 5\n",
@@ -145,9 +145,9 @@ MEGABYTES = [
 
 
 @pytest.mark.timeout(60)
-def test_a_megabyte_of_one_phrase_is_judged_in_linear_time() -> None:
-    """What is quadratic in its length would take an hour."""
-    texts = [phrase * (1_000_000 // len(phrase)) for phrase in MEGABYTES]
+def test_300_000_characters_of_one_phrase_are_judged_in_linear_time() -> None:
+    """What is quadratic in its length would take minutes."""
+    texts = [phrase * (300_000 // len(phrase)) for phrase in PHRASES]
     assert sum(verdict(text, "7") or 0.0 for text in texts) == 0.0
 
 

@@ -84,6 +84,7 @@ print(json.dumps(found))
 
 
 @needs_liger
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_logprobs_and_gradients_are_those_of_plain_torch(device: str, tiny_model_dir: Path):
     command = [sys.executable, "-c", PROGRAM, str(tiny_model_dir), device]

@@ -102,7 +102,9 @@ BAD = {
     "prompts over the limit": Bad(
         9, "  max_prompt_tokens: 2", "data.train", "4 tokens, data.max_prompt_tokens is 2", at=7
     ),
-    "rows that raise": Bad(7, "  train: {generator: 'rows.py:boom'}", "data.train", "boom raised KeyError: 'x'"),
+    "rows that raise": Bad(
+        7, "  train: {generator: 'rows.py:boom'}", "data.train.generator", "rows.py:2: calling it raised KeyError: 'x'"
+    ),
     "a generator's argument": Bad(
         7, "  train: {generator: 'rows.py:make'}", "data.train.args", "missing a required argument: 'n'"
     ),
