@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class RolloutWorker:
         self.tokenizer = load_tokenizer(model)
         self.is_token = token_table(self.tokenizer)
         self.engine.leave_out(_no_tokens(model, self.tokenizer))
+        self._turn = threading.Lock()
+        """Held by whoever uses the engine: several calls may come in at a time."""
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 
     def ready(self) -> WorkerReady:
@@ -76,8 +79,9 @@ class RolloutWorker:
         from rlflow.actors.weight_sync import unpack_weights
 
         started = time.perf_counter()
-        self.engine.load_weights(unpack_weights(snapshot))
-        self.version = snapshot.version
+        with self._turn:
+            self.engine.load_weights(unpack_weights(snapshot))
+            self.version = snapshot.version
         return time.perf_counter() - started
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
@@ -88,6 +92,10 @@ class RolloutWorker:
                 finite, another number of completions.
         """
         assert self.version >= 0, "generate before the first weights"
+        with self._turn:
+            return self._generate(requests, params)
+
+    def _generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
         started = time.perf_counter()
         completions = self.engine.generate(requests, params)
         offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])

@@ -1,74 +1,111 @@
-"""Recipe -> placement group -> actor groups: the one file that says `ray.remote`.
+"""Recipe -> placement groups -> actor groups on Ray: the one file that says `ray.remote`.
 
-Actors start side by side; nothing here waits for a model to load. `Actors.wait_ready` does, with a deadline.
+    trainers, critic, reference, rollout workers, reward servers   one placement group: all of them, or none
+    whoever joins during the run                                   a placement group of its own
+
+Every actor has a bundle to itself, in which a fresh one takes its place. None is restarted by Ray: a call to one that
+died fails at once, and whoever holds the group decides. Actors start side by side; nothing here waits for a model to
+load. `Actors.wait_ready` does, with a deadline.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlflow.actors.actor_group import ActorFailure, ActorGroup, Pending
+from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, end_groups, start_actors
+from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
-from rlflow.actors.policy_trainer import PolicyTrainer
-from rlflow.actors.reference_model import ReferenceModel
-from rlflow.actors.reward_server import RewardServer
-from rlflow.actors.reward_trainer import RewardTrainer
-from rlflow.actors.rollout_worker import RolloutWorker
-from rlflow.actors.trainer import Trainer
-from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.driver.errors import RunError
-from rlflow.plan import Role, roles, rollout_engine
+from rlflow.plan import Role, roles
 from rlflow.ray_cluster import ask_for_a_token, named_cluster, on_loopback
-from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
+from rlflow.recipe import ModelBlock, Recipe
 
 _OBJECT_STORE_BYTES = 2 << 30
-CLOSE_TIMEOUT_S = 3.0
-"""A reward server that is busy for longer is killed with its call."""
-_TRAINERS = ("trainer", "critic")
+_FETCH_TIMEOUT_S = 60.0
 
 
-@dataclass(slots=True)
-class Actors:
-    """The actor groups of one stage."""
+class RayTransport:
+    """Actors in processes of their own, each in a bundle of a placement group. One object serves one group."""
 
-    trainer: ActorGroup[Trainer]
-    """Of the policy, or of the reward model that the stage trains."""
-    rollout: ActorGroup[RolloutWorker] | None
-    rewards: ActorGroup[RewardServer] | None
-    critic: ActorGroup[ValueTrainer] | None
-    reference: ActorGroup[ReferenceModel] | None
-    group: PlacementGroup
-    starting: list[Pending[Any]] = field(default_factory=list)
+    def __init__(self, construct: Construct, options: Mapping[str, Any], bundles: Sequence[tuple[PlacementGroup, int]]):
+        """
+        Args:
+            options: Ray's, of every actor. ``num_cpus`` and ``num_gpus`` are also what a place of its own reserves.
+            bundles: The places of the first actors: a placement group and the index of a bundle in it.
+        """
+        self._construct, self._options = construct, dict(options)
+        self._free = list(bundles)
+        self._places: dict[int, tuple[PlacementGroup, int]] = {}
+        self._own: dict[int, PlacementGroup] = {}
+        """Rank -> the placement group that is this actor's alone."""
 
-    def wait_ready(self, timeout_s: float) -> dict[str, float]:
-        """Waits until every actor has loaded what it needs. Returns seconds each role took, by its slowest actor."""
-        seconds = {}
-        for pending in self.starting:
-            ready = pending.get(timeout_s)
-            role = pending.names[0].partition("[")[0]
-            seconds[role] = max(r if isinstance(r, float) else r.seconds for r in ready)
-        return seconds
+    def create(self, rank: int) -> Any:
+        if rank not in self._places:
+            if not self._free:
+                self._own[rank] = placement_group([_bundle(self._options)])
+                self._free.append((self._own[rank], 0))
+            self._places[rank] = self._free.pop(0)
+        group, index = self._places[rank]
+        place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+        cls, arguments = self._construct(rank)
+        return ray.remote(cls).options(**self._options, scheduling_strategy=place_at).remote(**arguments)
 
-    def close(self) -> None:
-        if self.rewards is not None:
-            # Killed with its actor, a reward child leaves behind what a function has detached from it.
-            with suppress(ActorFailure):
-                self.rewards.start_all(RewardServer.close).get(CLOSE_TIMEOUT_S)
-        for group in (self.trainer, self.rollout, self.rewards, self.critic, self.reference):
-            if group is not None:
-                group.kill()
-        remove_placement_group(self.group)
+    def kill(self, handle: Any) -> None:
+        ray.kill(handle)
+
+    def leave(self, rank: int) -> None:
+        place = self._places.pop(rank, None)
+        if (own := self._own.pop(rank, None)) is not None:
+            remove_placement_group(own)
+        elif place is not None:
+            self._free.append(place)
+
+    def call(self, handle: Any, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ray.ObjectRef:
+        return getattr(handle, method).remote(*args, **kwargs)
+
+    def wait(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+        done, waiting = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
+        if not done or not waiting:
+            return done, waiting
+        also, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return done + also, waiting
+
+    def fetch(self, ref: ray.ObjectRef, actor: str, call: str) -> Any:
+        try:
+            return ray.get(ref, timeout=_FETCH_TIMEOUT_S)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            raise ActorFailure.raised(actor, call, cause) from error
+        except RayActorError as error:
+            raise ActorFailure(actor, call, _death(error), died=True) from error
+        except GetTimeoutError as error:
+            raise ActorFailure(
+                actor, call, f"its result could not be fetched within {_FETCH_TIMEOUT_S:.0f} s"
+            ) from error
+
+    def put(self, value: Any) -> ray.ObjectRef:
+        return ray.put(value)
+
+
+def _death(error: RayActorError) -> str:
+    lines = str(error).strip().splitlines()
+    # The last line of a traceback is what was raised.
+    return f"it could not be started: {lines[-1]}" if error.actor_init_failed else f"the actor died ({lines[0]})"
+
+
+def _bundle(options: Mapping[str, Any]) -> dict[str, float]:
+    """What Ray reserves for one actor; it refuses a bundle of nothing."""
+    amounts = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    return {name: amount for name, amount in amounts.items() if amount} or {"memory": 1}
 
 
 def start_ray(recipes: Sequence[Recipe]) -> bool:
@@ -117,35 +154,26 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     """
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
-    groups: dict[str, ActorGroup] = {}
     has_gpus = "GPU" in ray.cluster_resources()
-    with ExitStack() as undo:
-        undo.callback(remove_placement_group, group)
-        bundle = 0
-        for role in wanted:
-            timeout_s = recipe.trainer.timeout_s if role.name in ("trainer", "critic") else recipe.rollout.timeout_s
-            groups[role.name] = ActorGroup(role.name, [], timeout_s)
-            undo.callback(groups[role.name].kill)
-            for rank in range(role.workers):
-                cls, arguments = _constructor(role, rank, recipe, model, directory, max_model_len)
-                place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
-                options: dict[str, Any] = {"num_cpus": role.cpus, "num_gpus": role.gpus}
-                if variables := environment(role, has_gpus=has_gpus):
-                    options["runtime_env"] = {"env_vars": variables}
-                options["scheduling_strategy"] = place_at
-                groups[role.name].handles.append(ray.remote(cls).options(**options).remote(**arguments))
-                bundle += 1
-        actors = Actors(
-            trainer=groups["trainer"],
-            rollout=groups.get("rollout"),
-            rewards=groups.get("rewards"),
-            critic=groups.get("critic"),
-            reference=groups.get("reference"),
-            group=group,
-        )
-        _begin_setup(actors, recipe)
-        undo.pop_all()
-    return actors
+    first_of = {role.name: sum(before.workers for before in wanted[:i]) for i, role in enumerate(wanted)}
+
+    def transport_for(role: Role, construct: Construct) -> RayTransport:
+        bundles = [(group, first_of[role.name] + rank) for rank in range(role.workers)]
+        return RayTransport(construct, options_of(role, has_gpus=has_gpus), bundles)
+
+    return start_actors(
+        recipe, model, directory, max_model_len, transport_for, release=lambda: remove_placement_group(group)
+    )
+
+
+def options_of(role: Role, *, has_gpus: bool) -> dict[str, Any]:
+    """Ray's options of every actor of a role."""
+    options: dict[str, Any] = {"num_cpus": role.cpus, "num_gpus": role.gpus}
+    if (calls := CALLS_AT_ONCE.get(role.name)) is not None:
+        options["max_concurrency"] = calls
+    if variables := environment(role, has_gpus=has_gpus):
+        options["runtime_env"] = {"env_vars": variables}
+    return options
 
 
 def environment(role: Role, *, has_gpus: bool) -> dict[str, str]:
@@ -157,93 +185,17 @@ def environment(role: Role, *, has_gpus: bool) -> dict[str, str]:
     if role.gpus:
         return {}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if has_gpus else {}
-    return {**hidden, **(allocator_environment() if role.name in _TRAINERS else {})}
-
-
-def _constructor(
-    role: Role, rank: int, recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
-) -> tuple[type, dict[str, Any]]:
-    """The plain class of a role and the arguments of one of its actors."""
-    threads, seed = max(1, int(role.cpus)), recipe.run.seed
-    match role.name:
-        case "trainer":
-            arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
-            if recipe.algorithm.learning.head == "scalar":
-                return RewardTrainer, arguments
-            return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
-        case "critic":
-            path = recipe.algorithm.critic.path
-            # A critic is trained whole, also where the policy is an adapter.
-            whole = model.model_copy(update={"adapter": None})
-            start = whole if path is None else _other_model(path, model)
-            # The device follows the critic's own GPUs.
-            block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})
-            return ValueTrainer, _trainer_arguments(start, block, role, rank, seed)
-        case "rollout":
-            return RolloutWorker, {
-                "model": model,
-                "rollout": recipe.rollout,
-                "rank": rank,
-                "engine": rollout_engine(recipe),
-                "max_model_len": max_model_len,
-                "num_threads": threads,
-                "seed": seed,
-                "log_directory": directory / "logs",
-            }
-        case "rewards":
-            server = recipe.reward_server
-            children = {"children": server.children, "memory_gib": server.memory_gib, "environment": server.environment}
-            return RewardServer, {"rewards": recipe.scoring, **children}
-        case _:
-            path = recipe.reference.path
-            frozen = model if path is None else _other_model(path, model)
-            # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
-            frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
-            return ReferenceModel, {
-                "model": frozen,
-                "gpus": role.gpus,
-                "num_threads": threads,
-                "seed": seed,
-                "tokens_of": model if recipe.family == "online" else None,
-            }
-
-
-def _other_model(path: str, model: ModelBlock) -> ModelBlock:
-    """One of the recipe's models beside the policy: loaded as that is, as far as it is about the recipe."""
-    return ModelBlock(path=path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
-
-
-def _trainer_arguments(model: ModelBlock, block: TrainerBlock, role: Role, rank: int, seed: int) -> dict[str, Any]:
-    world = {"rank": rank, "world_size": role.workers}
-    return {"model": model, "trainer": block, "num_threads": max(1, int(role.cpus)), "seed": seed, **world}
-
-
-def _begin_setup(actors: Actors, recipe: Recipe) -> None:
-    for trainer in (actors.trainer, actors.critic):
-        if trainer is None:
-            continue
-        address = None
-        if len(trainer) > 1:
-            first = Pending([trainer.name_of(0)], "rendezvous", [trainer.start(0, Trainer.rendezvous)])
-            address = first.get(recipe.run.startup_timeout_s)[0]
-        actors.starting.append(trainer.start_all(Trainer.setup, address))
-    if actors.rollout:
-        actors.starting.append(actors.rollout.start_all(RolloutWorker.ready))
-    if actors.rewards:
-        actors.starting.append(actors.rewards.start_all(RewardServer.ready))
-    if actors.reference:
-        actors.starting.append(actors.reference.start_all(ReferenceModel.ready))
+    return {**hidden, **(allocator_environment() if role.name in TRAINERS else {})}
 
 
 def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
-    bundles = [{"CPU": role.cpus, "GPU": role.gpus} for role in wanted for _ in range(role.workers)]
-    bundles = [{name: n for name, n in bundle.items() if n} or {"memory": 1} for bundle in bundles]
+    bundles = [_bundle({"num_cpus": role.cpus, "num_gpus": role.gpus}) for role in wanted for _ in range(role.workers)]
     group = placement_group(bundles, strategy="PACK")
     total = ray.cluster_resources()
     for name in ("CPU", "GPU"):
         asked = sum(bundle.get(name, 0) for bundle in bundles)
         if asked > total.get(name, 0):
-            remove_placement_group(group)
+            end_groups([], lambda: remove_placement_group(group))
             needs = ", ".join(f"{r.name} {r.workers} x ({r.cpus:g} CPU, {r.gpus:g} GPU)" for r in wanted)
             raise RunError(
                 f"the cluster has {total.get(name, 0):g} {name}, the recipe asks for {asked:g}: {needs}; "
@@ -252,7 +204,7 @@ def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError:
-        remove_placement_group(group)
+        end_groups([], lambda: remove_placement_group(group))
         raise RunError(
             f"no room for {bundles} within {timeout_s:.0f} s; free now: {ray.available_resources()}"
         ) from None

@@ -35,7 +35,7 @@ LAYERS = (
         "rlflow.tracking",
     ),
     ("rlflow.actors", "rlflow.rewards"),
-    ("rlflow.driver", "rlflow.placement", "rlflow.ray_cluster"),
+    ("rlflow.actor_groups", "rlflow.driver", "rlflow.in_process", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.__main__", "rlflow.cli", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""
@@ -43,11 +43,13 @@ LAYERS = (
 HEAVY = {"torch", "transformers", "vllm", "ray", "datasets", "trl"}
 WITHOUT_HEAVY_IMPORTS = {
     "rlflow": HEAVY,
+    "rlflow.actor_groups": HEAVY,
     "rlflow.activations": HEAVY,
     "rlflow.actor_memory": HEAVY,
     "rlflow.batching": HEAVY,
     "rlflow.cli": HEAVY,
     "rlflow.data": HEAVY,
+    "rlflow.in_process": HEAVY,
     "rlflow.machine": HEAVY,
     "rlflow.memory": HEAVY,
     "rlflow.plan": HEAVY,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from typing import Any
 
 import pytest
 
-from rlflow.actors.actor_group import ActorFailure
-from rlflow.placement import Actors, _constructor, environment
+from rlflow.actor_groups import Actors, constructor_of
+from rlflow.actors.actor_group import ActorGroup
+from rlflow.in_process import LocalTransport
+from rlflow.placement import environment, options_of
 from rlflow.plan import Role, roles
 from rlflow.recipe import load_recipe
 
@@ -54,36 +58,63 @@ def test_a_recipe_that_trusts_its_models_code_trusts_that_of_critic_and_referenc
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (recipe,) = load_recipe(tmp_path / "recipe.yaml", {"model.trust_remote_code": trusted})
     arguments = {
-        role.name: _constructor(role, 0, recipe, recipe.model, tmp_path, max_model_len=8)[1] for role in roles(recipe)
+        role.name: constructor_of(role, recipe, recipe.model, tmp_path, 8, rank=0)[1] for role in roles(recipe)
     }
     for role, path in {"trainer": "org/policy", "critic": "org/critic", "reference": "org/reference"}.items():
         block = arguments[role]["model"]
         assert (block.path, block.dtype, block.trust_remote_code) == (path, "bfloat16", trusted)
 
 
-class Group:
-    """In the place of an ActorGroup: writes down what happens to it."""
+class Server:
+    """In the place of a reward server and of a trainer: writes down what happens to it."""
 
     def __init__(self, name: str, calls: list[str], failure: Exception | None = None) -> None:
         self.name, self.calls, self.failure = name, calls, failure
 
-    def start_all(self, method) -> Group:
-        self.calls.append(f"{self.name}.{method.__name__}")
-        return self
-
-    def get(self, timeout_s: float) -> None:
-        assert timeout_s <= 5
-        if self.failure is not None:
+    def close(self) -> None:
+        self.calls.append(f"{self.name}.close")
+        if self.failure is not None and len(self.calls) == 1:
             raise self.failure
 
-    def kill(self) -> None:
-        self.calls.append(f"{self.name}.kill")
+
+class Watched(LocalTransport):
+    def __init__(self, server: Server) -> None:
+        super().__init__(lambda rank: server)
+        self.server = server
+
+    def kill(self, handle: Any) -> None:
+        self.server.calls.append(f"{self.server.name}.kill")
 
 
-@pytest.mark.parametrize("failure", [None, ActorFailure("rewards[0]", "close", "no answer within 3 s")])
-def test_reward_servers_end_what_functions_have_started_before_they_are_killed(monkeypatch, failure):
-    monkeypatch.setattr("rlflow.placement.remove_placement_group", lambda group: calls.append("removed"))
+def groups_of(calls: list[str], failure: Exception | None = None) -> dict[str, ActorGroup]:
+    servers = {"trainer": Server("trainer", calls), "rewards": Server("rewards", calls, failure)}
+    return {name: ActorGroup(name, Watched(server), 1, 30.0) for name, server in servers.items()}
+
+
+@pytest.mark.parametrize("failure", [None, ValueError("a child that would not end")])
+def test_reward_servers_end_what_functions_have_started_before_they_are_killed(failure):
     calls: list[str] = []
-    trainer, rewards = Group("trainer", calls), Group("rewards", calls, failure)
-    Actors(trainer, None, rewards, None, None, group=None).close()  # pyright: ignore[reportArgumentType]
-    assert calls == ["rewards.close", "trainer.kill", "rewards.kill", "removed"]
+    Actors.of(groups_of(calls, failure), release=lambda: calls.append("released")).close()
+    assert calls == ["rewards.close", "trainer.kill", "rewards.kill", "released"]
+
+
+def test_a_ray_that_answers_no_more_does_not_hold_the_end_up(monkeypatch):
+    monkeypatch.setattr("rlflow.actor_groups.RELEASE_TIMEOUT_S", 0.05)
+    never = threading.Event()
+    Actors.of(groups_of([]), release=lambda: None if never.wait(60) else pytest.fail("was waited for")).close()
+    never.set()
+
+
+def test_what_goes_wrong_while_actors_are_ended_is_raised():
+    def release() -> None:
+        raise RuntimeError("no such group")
+
+    with pytest.raises(RuntimeError, match="no such group"):
+        Actors.of(groups_of([]), release).close()
+
+
+def test_a_rollout_worker_takes_calls_while_one_waits_and_no_actor_is_restarted_by_ray():
+    options = {name: options_of(Role(name, 1, 1.0, 0.0), has_gpus=False) for name in ("trainer", "rollout", "rewards")}
+    assert options["rollout"]["max_concurrency"] == 4
+    assert all("max_concurrency" not in options[name] for name in ("trainer", "rewards"))
+    assert all("max_restarts" not in of_role for of_role in options.values())

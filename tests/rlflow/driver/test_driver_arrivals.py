@@ -119,6 +119,8 @@ def test_an_engine_whose_weights_are_not_numbers_says_so_itself(run, monkeypatch
         return seconds
 
     monkeypatch.setattr(RolloutWorker, "load_weights", poisoned)
-    said = run(ValueError)
-    assert said.startswith("the engine, at policy version 1, returned what is no rollout: ")
+    said = run(RunError)
+    assert said.startswith(
+        "rollout[0].generate: ValueError: the engine, at policy version 1, returned what is no rollout: "
+    )
     assert "logprobs are none, the first nan" in said

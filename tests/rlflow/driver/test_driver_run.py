@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlflow
+from rlflow.actor_groups import Actors
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.errors import RunError
 from rlflow.tracking.rollouts import read_rollouts
@@ -172,7 +173,7 @@ def test_actors_that_cannot_all_be_placed_give_everything_back(ray_session, tmp_
     def fail(actors, recipe):
         raise ActorFailure("trainer[1]", "rendezvous", "no answer within 1 s")
 
-    monkeypatch.setattr("rlflow.placement._begin_setup", fail)
+    monkeypatch.setattr(Actors, "begin_setup", fail)
     free = ray.available_resources()["CPU"]  # less than at the end where an earlier run is still giving back
     with pytest.raises(RunError, match="rendezvous"):
         run(tmp_path, "unplaced")

@@ -1,0 +1,217 @@
+"""The actor groups of a stage: which class each role runs and with which arguments, how they get ready and end.
+
+Where they run is decided by who makes the groups: rlflow.placement on Ray, rlflow.in_process in this process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlflow.actors.actor_group import ActorFailure, ActorGroup, Pending, Transport
+from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.reward_trainer import RewardTrainer
+from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.trainer import Trainer
+from rlflow.actors.value_trainer import ValueTrainer
+from rlflow.plan import Role, roles, rollout_engine
+from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
+
+CLOSE_TIMEOUT_S = 3.0
+"""A reward server that is busy for longer is killed with its call."""
+RELEASE_TIMEOUT_S = 20.0
+"""Ray answers in milliseconds, or not at all once its processes are gone."""
+TRAINERS = ("trainer", "critic")
+CALLS_AT_ONCE = {"rollout": 4}
+"""Of an actor of these roles: one call waits inside for what is finished while others come in."""
+
+
+Construct = Callable[[int], tuple[type, dict[str, Any]]]
+"""The plain class of a role and the arguments of its actor of a rank."""
+
+
+@dataclass(slots=True)
+class Actors:
+    """The actor groups of one stage."""
+
+    trainer: ActorGroup[Trainer]
+    """Of the policy, or of the reward model that the stage trains."""
+    rollout: ActorGroup[RolloutWorker] | None
+    rewards: ActorGroup[RewardServer] | None
+    critic: ActorGroup[ValueTrainer] | None
+    reference: ActorGroup[ReferenceModel] | None
+    release: Callable[[], None] = lambda: None
+    """Gives back what the groups shared."""
+    starting: list[Pending[Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, groups: Mapping[str, ActorGroup[Any]], release: Callable[[], None]) -> Actors:
+        """Args: groups: By role."""
+        return cls(
+            trainer=groups["trainer"],
+            rollout=groups.get("rollout"),
+            rewards=groups.get("rewards"),
+            critic=groups.get("critic"),
+            reference=groups.get("reference"),
+            release=release,
+        )
+
+    def begin_setup(self, recipe: Recipe) -> None:
+        """Has every actor load what it needs. Waits only for the address at which several trainers meet.
+
+        Raises:
+            ActorFailure: There is none: the first of them died, failed or did not answer.
+        """
+        for trainer in (self.trainer, self.critic):
+            if trainer is None:
+                continue
+            address = None
+            if len(trainer) > 1:
+                meeting = trainer.start(0, Trainer.rendezvous)
+                first = Pending([trainer.name_of(0)], "rendezvous", [meeting], trainer.transport)
+                address = first.get(recipe.run.startup_timeout_s)[0]
+            self.starting.append(trainer.start_all(Trainer.setup, address))
+        if self.rollout:
+            self.starting.append(self.rollout.start_all(RolloutWorker.ready))
+        if self.rewards:
+            self.starting.append(self.rewards.start_all(RewardServer.ready))
+        if self.reference:
+            self.starting.append(self.reference.start_all(ReferenceModel.ready))
+
+    def wait_ready(self, timeout_s: float) -> dict[str, float]:
+        """Waits until every actor has loaded what it needs. Returns seconds each role took, by its slowest actor."""
+        seconds = {}
+        for pending in self.starting:
+            ready = pending.get(timeout_s)
+            role = pending.names[0].partition("[")[0]
+            seconds[role] = max(r if isinstance(r, float) else r.seconds for r in ready)
+        return seconds
+
+    def close(self) -> None:
+        """Ends all actors and gives back what was reserved, within `CLOSE_TIMEOUT_S` and `RELEASE_TIMEOUT_S`."""
+        if self.rewards is not None:
+            # Killed with its actor, a reward child leaves behind what a function has detached from it.
+            with suppress(ActorFailure):
+                self.rewards.start_all(RewardServer.close).get(CLOSE_TIMEOUT_S)
+        groups = [self.trainer, self.rollout, self.rewards, self.critic, self.reference]
+        end_groups([group for group in groups if group is not None], self.release)
+
+
+def end_groups(groups: Sequence[ActorGroup[Any]], release: Callable[[], None]) -> None:
+    """Kills the groups' actors, then releases what they shared. Gives up after `RELEASE_TIMEOUT_S`.
+
+    A Ray whose own processes were killed first never answers; what it held is gone with them.
+    """
+    ended: Future[None] = Future()
+
+    def end() -> None:
+        try:
+            for group in groups:
+                group.kill()
+            release()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    # A daemon: the process does not wait for it at its end.
+    threading.Thread(target=end, name="end-actors", daemon=True).start()
+    if wait([ended], timeout=RELEASE_TIMEOUT_S).done:
+        ended.result(timeout=0)
+
+
+def start_actors(
+    recipe: Recipe,
+    model: ModelBlock,
+    directory: Path,
+    max_model_len: int,
+    transport_for: Callable[[Role, Construct], Transport],
+    release: Callable[[], None] = lambda: None,
+) -> Actors:
+    """Starts the actors of a stage: all of them, or on a failure none.
+
+    Args:
+        transport_for: Where the actors of a role live.
+        release: Gives back what they share, once they have ended.
+
+    Raises:
+        ActorFailure: One of them could not be started.
+    """
+    groups: dict[str, ActorGroup[Any]] = {}
+    try:
+        for role in roles(recipe):
+            construct = partial(constructor_of, role, recipe, model, directory, max_model_len)
+            timeout_s = recipe.trainer.timeout_s if role.name in TRAINERS else recipe.rollout.timeout_s
+            groups[role.name] = ActorGroup(role.name, transport_for(role, construct), role.workers, timeout_s)
+        actors = Actors.of(groups, release)
+        actors.begin_setup(recipe)
+    except BaseException:
+        end_groups(list(groups.values()), release)
+        raise
+    return actors
+
+
+def constructor_of(
+    role: Role, recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int, rank: int
+) -> tuple[type, dict[str, Any]]:
+    """The plain class of a role and the arguments of one of its actors."""
+    threads, seed = max(1, int(role.cpus)), recipe.run.seed
+    match role.name:
+        case "trainer":
+            arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
+            if recipe.algorithm.learning.head == "scalar":
+                return RewardTrainer, arguments
+            return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
+        case "critic":
+            path = recipe.algorithm.critic.path
+            # A critic is trained whole, also where the policy is an adapter.
+            whole = model.model_copy(update={"adapter": None})
+            start = whole if path is None else _other_model(path, model)
+            # The device follows the critic's own GPUs.
+            block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})
+            return ValueTrainer, _trainer_arguments(start, block, role, rank, seed)
+        case "rollout":
+            return RolloutWorker, {
+                "model": model,
+                "rollout": recipe.rollout,
+                "rank": rank,
+                "engine": rollout_engine(recipe),
+                "max_model_len": max_model_len,
+                "num_threads": threads,
+                "seed": seed,
+                "log_directory": directory / "logs",
+            }
+        case "rewards":
+            server = recipe.reward_server
+            children = {"children": server.children, "memory_gib": server.memory_gib, "environment": server.environment}
+            return RewardServer, {"rewards": recipe.scoring, **children}
+        case _:
+            path = recipe.reference.path
+            frozen = model if path is None else _other_model(path, model)
+            # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
+            frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
+            return ReferenceModel, {
+                "model": frozen,
+                "gpus": role.gpus,
+                "num_threads": threads,
+                "seed": seed,
+                "tokens_of": model if recipe.family == "online" else None,
+            }
+
+
+def _other_model(path: str, model: ModelBlock) -> ModelBlock:
+    """One of the recipe's models beside the policy: loaded as that is, as far as it is about the recipe."""
+    return ModelBlock(path=path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+
+
+def _trainer_arguments(model: ModelBlock, block: TrainerBlock, role: Role, rank: int, seed: int) -> dict[str, Any]:
+    world = {"rank": rank, "world_size": role.workers}
+    return {"model": model, "trainer": block, "num_threads": max(1, int(role.cpus)), "seed": seed, **world}
