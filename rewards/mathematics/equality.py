@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from rlflow.rewards.mathematics import units
 from rlflow.rewards.mathematics.formulas import Tree, names, parse_formula
-from rlflow.rewards.mathematics.notation import LETTER_UNITS
 from rlflow.rewards.mathematics.readings import (
     Choice,
     Collection,
@@ -31,10 +31,6 @@ NOISE = Fraction(1, 10**9)
 NAME = re.compile(
     r"(?P<letter>[A-Za-z])|(?P<command>\\[A-Za-z]+)|(?P<indexed>\\?[A-Za-z]+_\w+)|(?P<segment>[A-Z]{2,3})"
 )
-KNOWN_UNITS = frozenset((
-    "mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "lb", "oz", "s", "min", "h", "day", "week",
-    "month", "year", "cent", "dollar", "ml", "l", "gal",
-))  # fmt: skip
 
 Undecided = Callable[[], bool]
 """Compares what is not read here."""
@@ -113,7 +109,7 @@ def _equal(answer: Reading, reference: Reading) -> bool:
             return digits.lstrip("-").isdecimal() and value == int(digits)
         case Formula(), Formula():
             return _formulas_equal(answer.tree, reference.tree)
-        case Formula(tree=("*", ("number", value), ("name", letter))), Number() if letter in LETTER_UNITS:
+        case Formula(tree=("*", ("number", value), ("name", letter))), Number() if letter in units.LETTERS:
             return _numbers_equal(Number(value), reference)
         case Words(), Words():
             is_letter = len(answer.text) == 1
@@ -164,7 +160,7 @@ def _difference(named: Named) -> Tree:
 
 def _numbers_equal(answer: Number, reference: Number) -> bool:
     """Units differ only where both are given and known; ``50%`` is 50 and 0.5."""
-    if answer.unit != reference.unit and {answer.unit, reference.unit} <= KNOWN_UNITS:
+    if units.differ(*("%" if number.is_percentage else number.unit for number in (answer, reference))):
         return False
     if _close(answer, reference):
         return True
@@ -209,6 +205,8 @@ def _ratios_equal(answer: Ratio, reference: Ratio) -> bool:
 
 
 def _collections_equal(answer: Collection, reference: Collection) -> bool:
+    if "()" in (answer.brackets, reference.brackets):
+        answer, reference = _without_columns(answer), _without_columns(reference)
     kinds = {answer.brackets, reference.brackets}
     if len(answer.items) != len(reference.items):
         return False
@@ -217,6 +215,14 @@ def _collections_equal(answer: Collection, reference: Collection) -> bool:
     if kinds <= {"", "{}", "union"}:
         return _equal_in_any_order(answer.items, reference.items)
     return all(_items_equal(first, second) for first, second in zip(answer.items, reference.items, strict=True))
+
+
+def _without_columns(collection: Collection) -> Collection:
+    """Returns a column vector as a tuple, and what is none as it is."""
+    columns = [row.items for row in collection.items if isinstance(row, Collection) and row.brackets == "row"]
+    if not columns or any(len(items) != 1 for items in columns):
+        return collection
+    return Collection("()", tuple(items[0] for items in columns))
 
 
 def _equal_in_any_order(answers: Sequence[Reading], references: Sequence[Reading]) -> bool:

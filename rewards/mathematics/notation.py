@@ -84,25 +84,12 @@ CURRENCY = re.compile(
 )
 
 WORD = re.compile(r"\x02[^\x02\x03]*\x03|(?<![\\A-Za-z])[A-Za-z]{2,}")
-UNITS = {
-    "mm": "mm", "millimeter": "mm", "millimetre": "mm", "cm": "cm", "centimeter": "cm", "centimetre": "cm", "m": "m",
-    "meter": "m", "metre": "m", "km": "km", "kilometer": "km", "kilometre": "km", "in": "in", "inch": "in",
-    "inche": "in", "ft": "ft", "feet": "ft", "foot": "ft", "yd": "yd", "yard": "yd", "mi": "mi", "mile": "mi",
-    "mg": "mg", "g": "g", "gram": "g", "kg": "kg", "kilogram": "kg", "lb": "lb", "pound": "lb", "oz": "oz",
-    "ounce": "oz", "s": "s", "sec": "s", "second": "s", "min": "min", "minute": "min", "h": "h", "hr": "h",
-    "hour": "h", "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "cent": "cent",
-    "dollar": "dollar", "usd": "dollar", "ml": "ml", "milliliter": "ml", "l": "l", "liter": "l", "litre": "l",
-    "gal": "gal", "gallon": "gal", "mph": "mph", "unit": "", "degree": "", "deg": "",
+NUMBER_WORDS = {
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "fifteen": 15, "twenty": 20,
 }  # fmt: skip
-"""Units by the names they go by, in lower case and the singular."""
-ATTACHED_UNITS = frozenset((
-    "mm", "cm", "km", "in", "ft", "yd", "mg", "kg", "lb", "lbs", "oz", "sec", "min", "hr", "hrs", "ml", "mL",
-    "mph", "kmph", "hours", "days", "cents", "dollars", "mi",
-))  # fmt: skip
-"""They may follow a number without a space; other letters there are factors."""
-LETTER_UNITS = frozenset("mgshLlWVANJKCFtd")
+"""Where one of them is the whole of an answer."""
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-PERCENT = frozenset(("percent", "percentage", "pct", "per cent", "percentage point"))
 NO_UNITS = frozenset((
     "or", "and", "not", "nor", "but", "maybe", "perhaps", "possibly", "either", "neither", "to", "than",
     "through", "until", "wrong", "incorrect", "false", "isnt", "if", "minus", "plus", "times", "divided",

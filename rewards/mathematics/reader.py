@@ -18,15 +18,12 @@ from rlflow.rewards.mathematics.formulas import (
     parse_formula,
 )
 from rlflow.rewards.mathematics.notation import (
-    ATTACHED_UNITS,
     CURRENCY,
-    LETTER_UNITS,
     NO_UNITS,
-    PERCENT,
+    NUMBER_WORDS,
     POWERS,
     SCALES,
     TWO_LETTER_WORDS,
-    UNITS,
     WORD,
     clean,
     plain_text,
@@ -47,12 +44,13 @@ from rlflow.rewards.mathematics.readings import (
     Unknown,
     Words,
 )
+from rlflow.rewards.mathematics.units import ATTACHED, CURRENCIES, LETTERS, PERCENT, unit_of
 from rlflow.rewards.mathematics.values import are_same, value_at
 
 MAX_ANSWER_CHARACTERS = 400
 """An answer that is longer, and not the reference's own text, is wrong without being read."""
 
-PLAIN_NUMBER = re.compile(r"\s*([-+]?)\s*\\?\$?(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d*)?(\\?%)?\s*\Z", re.ASCII)
+PLAIN_NUMBER = re.compile(r"\s*([-+]?)\s*(\\?\$)?(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d*)?(\\?%)?\s*\Z", re.ASCII)
 DECIMAL = re.compile(
     r"[-+]?\s*(?:\d+(?:\.(\d*))?|\.(\d+))(?:[eE]([-+]?\d{1,6})|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,6})\s*\}?)?\Z"
 )
@@ -90,12 +88,13 @@ def _plain_number(answer: str) -> Number | None:
     """The quick way of what most answers are: digits, with separators, a sign, a currency or per cent."""
     if len(answer) > 60 or not (match := PLAIN_NUMBER.match(answer)):
         return None
-    sign, whole, decimals, percent = match.groups()
+    sign, dollar, whole, decimals, percent = match.groups()
+    unit = "dollar" if dollar else ""
     digits = f"{sign}{whole.replace(',', '') or '0'}"
     if not decimals:
-        return Number(Fraction(int(digits)), None, bool(percent))
+        return Number(Fraction(int(digits)), None, bool(percent), unit)
     places = len(decimals) - 1
-    return Number(Fraction(int(digits + decimals[1:]), 10**places), Fraction(1, 10**places), bool(percent))
+    return Number(Fraction(int(digits + decimals[1:]), 10**places), Fraction(1, 10**places), bool(percent), unit)
 
 
 @lru_cache(maxsize=4096)
@@ -116,6 +115,8 @@ def _read_cleaned(text: str) -> Reading:
         return Words(plain_text(text))
     if match := LONE_LETTER.match(text):
         return Words(match[1])
+    if (number := NUMBER_WORDS.get(text.strip("\x02\x03 ").casefold())) is not None:
+        return Number(Fraction(number))
     if RATIO.match(text):
         return Ratio(tuple(Fraction(term.strip()) for term in text.split(":")), plain_text(text))
     if NUMERAL.match(text):
@@ -306,9 +307,9 @@ def _plus_and_minus(text: str) -> Reading:
 
 def _expression(text: str) -> Reading:
     """Reads one number or formula with its unit, or words."""
-    bare = CURRENCY.sub(r"\1", text)
-    unit = "dollar" if bare != text and "$" in text else ""
-    text = bare
+    currency = CURRENCY.match(text)
+    unit = next((unit for sign, unit in CURRENCIES.items() if sign in currency[0]), "") if currency else ""
+    text = CURRENCY.sub(r"\1", text)
     if re.fullmatch(r"[-+]?\s*(?:\\infty|infinity|inf|oo)", text):
         return Words("-infinity" if text.startswith("-") else "infinity")
     core, said = _without_unit(text)
@@ -345,13 +346,13 @@ def _without_unit(text: str) -> tuple[str, str]:
     inside = text[1:-1] if text.startswith("\x02") and text.endswith("\x03") and text.count("\x02") == 1 else text
     text = inside.strip()
     if match := LETTER_UNIT.match(text):
-        return (match[1], UNITS.get(match[2].lower(), match[2])) if match[2] in LETTER_UNITS else (text, "")
+        return (match[1], unit_of(match[2])) if match[2] in LETTERS else (text, "")
     text = EAST_ASIAN_UNIT.sub("", re.sub(r"°\s*([CF])\Z", r" degrees \1", text))
     for match in WORD.finditer(text):
         word, start = match[0], match.start()
         before = text[:start].rstrip()
         attached = start > 0 and text[start - 1] not in " \x03°%" and word[0] != "\x02"
-        is_unit = word in ATTACHED_UNITS if attached or len(word) == 2 else bool(words(word))
+        is_unit = word in ATTACHED if attached or len(word) == 2 else bool(words(word))
         if is_unit and before and not before.endswith(("(", "^", "_", "+", "-", "*", "/", "=")):
             said = " ".join(re.sub(r"[\x02\x03]", " ", text[start:]).split()).casefold().strip(". ")
             parts = re.findall(r"[a-z]+", said)
@@ -361,13 +362,6 @@ def _without_unit(text: str) -> tuple[str, str]:
                 return before.rstrip("-"), unit_of(said)
             return text, ""
     return text, ""
-
-
-def unit_of(said: str) -> str:
-    """Returns one name for a unit's several."""
-    said = said.removeprefix("of ").strip()
-    singular = said[:-1] if len(said) > 2 and said.endswith("s") else said
-    return UNITS.get(said, UNITS.get(singular, singular if said not in PERCENT else said))
 
 
 def _is_prose(text: str) -> bool:
