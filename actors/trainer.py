@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlflow.checkpoint import naming_the_disk
+from rlflow.metrics import Metric, over_ranks
 from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rlflow.algorithms.batch import TensorBatch
     from rlflow.memory import ModelShape
 
-Objective = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
+Objective = tuple["torch.Tensor", dict[str, Metric]]
 """This micro-batch's share of the loss, and of the metrics."""
 _SMALL_STEP = 1 << 30
 """Bytes of weights and activations up to which a trainer keeps freed memory from step to step."""
@@ -38,6 +39,15 @@ class UpdateStats:
     """Before clipping; NaN when the step was skipped."""
     skipped: bool
     """The gradient was not finite: no parameter and no moment changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What evaluate reports: this rank's share."""
+
+    loss: float
+    """The objective's, without what routers add."""
+    metrics: dict[str, Metric]
 
 
 class Trainer:
@@ -120,19 +130,18 @@ class Trainer:
         algorithm: AlgorithmBlock,
         denominators: Denominators,
         temperature: float = 1.0,
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """Adds the gradient of this rank's micro-batches.
 
         Returns:
-            The objective's metrics, each this rank's share of a global sum: adding over ranks gives the batch's value
-            (names ending in ``_max`` combine by maximum). Ranks that share tokens all return those of the whole.
+            The objective's metrics, this rank's part of each. Ranks that share tokens all return those of the whole.
         """
-        totals: dict[str, float] = {}
+        parts = []
         for micro_batch in micro_batches:
-            loss, metrics = self._objective_of(micro_batch, algorithm, denominators, temperature)
-            self.engine.backward(loss)
-            _add(totals, metrics)
-        return totals | self._router_load()
+            loss, of_routers, metrics = self._losses_of(micro_batch, algorithm, denominators, temperature)
+            self.engine.backward(loss if of_routers is None else loss + of_routers)
+            parts.append(_numbers(metrics))
+        return over_ranks(parts) | self._router_load()
 
     def evaluate(
         self,
@@ -140,15 +149,17 @@ class Trainer:
         algorithm: AlgorithmBlock,
         denominators: Denominators,
         temperature: float = 1.0,
-    ) -> dict[str, float]:
-        """The metrics of forward_backward, without a gradient."""
+    ) -> Measured:
+        """The loss and the metrics of forward_backward, without a gradient."""
         import torch
 
-        totals: dict[str, float] = {}
+        losses, parts = [], []
         with torch.no_grad():
             for micro_batch in micro_batches:
-                _add(totals, self._objective_of(micro_batch, algorithm, denominators, temperature)[1])
-        return totals | self._router_load()
+                loss, _, metrics = self._losses_of(micro_batch, algorithm, denominators, temperature)
+                losses.append(float(loss))
+                parts.append(_numbers(metrics))
+        return Measured(sum(losses), over_ranks(parts) | self._router_load())
 
     def optim_step(self, learning_rate: float) -> UpdateStats:
         """Clips and applies the gradient that forward_backward gathered."""
@@ -231,22 +242,26 @@ class Trainer:
         of_token = shape.layers * activations.kept(shape, size)
         return size * shape.parameters + self.trainer.tokens_per_micro_batch * of_token
 
-    def _objective_of(
+    def _losses_of(
         self, micro_batch: MicroBatch, algorithm: AlgorithmBlock, denominators: Denominators, temperature: float
-    ) -> Objective:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Metric]]:
+        """The objective's loss, the routers' where there are any, and the metrics of both."""
         from rlflow.algorithms.batch import TensorBatch
 
         batch = TensorBatch.from_numpy(micro_batch, self.device)
         if self.routers is None:
-            return self.objective(micro_batch, batch, algorithm, denominators, temperature)
+            loss, metrics = self.objective(micro_batch, batch, algorithm, denominators, temperature)
+            return loss, None, metrics
         with self.routers.watched() as seen:
             loss, metrics = self.objective(micro_batch, batch, algorithm, denominators, temperature)
         of_routers, parts = self.routers.loss(seen, batch, self.block.router, denominators)
-        return loss + of_routers, metrics | {self.moe_prefix + name: value for name, value in parts.items()}
+        return loss, of_routers, metrics | self._named(parts)
 
-    def _router_load(self) -> dict[str, float]:
-        load = {} if self.routers is None else self.routers.load(self.world_size)
-        return {self.moe_prefix + name: value for name, value in load.items()}
+    def _router_load(self) -> dict[str, Metric]:
+        return {} if self.routers is None else self._named(self.routers.load(self.world_size))
+
+    def _named(self, of_routers: Mapping[str, Any]) -> dict[str, Metric]:
+        return {self.moe_prefix + name: Metric(value) for name, value in of_routers.items()}
 
 
 def _own_address() -> str:
@@ -256,16 +271,6 @@ def _own_address() -> str:
     return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname(socket.gethostname())
 
 
-def combine(totals: dict[str, float], name: str, value: float) -> None:
-    """Adds a metric to running totals; names ending in ``_max`` keep the larger."""
-    if name not in totals:
-        totals[name] = value
-    elif name.endswith("_max"):
-        totals[name] = max(totals[name], value)
-    else:
-        totals[name] += value
-
-
-def _add(totals: dict[str, float], metrics: dict[str, torch.Tensor]) -> None:
-    for name, value in metrics.items():
-        combine(totals, name, float(value))
+def _numbers(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """With floats in the place of tensors."""
+    return {name: metric._replace(value=float(metric.value)) for name, metric in metrics.items()}

@@ -145,7 +145,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
         stats = trainer.optim_step(settings.learning_rate)
         seconds = time.perf_counter() - started
         assert not stats.skipped, "the gradient was not finite"
-        connection.send(Report(seconds, metrics["loss/sft"], num_real_tokens(packed), peak_bytes()))
+        connection.send(Report(seconds, metrics["loss/sft"].value, num_real_tokens(packed), peak_bytes()))
 
 
 def padded(batch: MicroBatch) -> MicroBatch:

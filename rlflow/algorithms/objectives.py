@@ -1,8 +1,8 @@
 """The words of the recipe bound to functions: a micro-batch to its share of the loss and of the metrics.
 
 Every objective has the same arguments: what the model computed, the batch, the algorithm block and the denominators of
-the optimizer batch. Every metric is a sum divided by one of these denominators: adding over micro-batches and ranks
-gives the batch's mean. Names ending in ``_max`` combine by maximum.
+the optimizer batch. A metric is a sum divided by one of these denominators, so that adding over micro-batches and ranks
+gives the batch's mean, or a maximum.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from rlflow.algorithms import corrections, policy_losses, preference_losses
 from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.kl import KL_ESTIMATORS, k3, unbiased
 from rlflow.algorithms.value_losses import value_loss
+from rlflow.metrics import Metric
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.algorithm_blocks import PolicyLossBlock, PreferenceBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.types import Denominators
 
-Metrics = dict[str, torch.Tensor]
+Metrics = dict[str, Metric]
 Objective = Callable[
     [torch.Tensor, torch.Tensor | None, TensorBatch, AlgorithmBlock, Denominators], tuple[torch.Tensor, Metrics]
 ]
@@ -98,7 +99,7 @@ def policy_objective(
         metrics["correction/bounded_fraction"] = _token_mean(outside.to(ratio.dtype), denominators)
 
     loss = (tokens.loss_weights * policy_loss).sum()
-    metrics["loss/policy"] = loss.detach()
+    metrics["loss/policy"] = Metric(loss.detach())
     if tokens.ref_logprobs is not None:
         estimate = KL_ESTIMATORS[kl.estimator](logprobs, tokens.ref_logprobs)
         metrics["kl/ref"] = _token_mean(estimate, denominators)
@@ -110,7 +111,7 @@ def policy_objective(
         metrics["entropy"] = _token_mean(entropies, denominators)
         if block.entropy_coef:
             loss = loss - block.entropy_coef * (tokens.loss_weights * entropies).sum()
-    metrics["loss/total"] = loss.detach()
+    metrics["loss/total"] = Metric(loss.detach())
     return loss, metrics
 
 
@@ -124,7 +125,7 @@ def sft_objective(
     """-sum over loss tokens of weight * log pi(y_t): cross-entropy; with the token reduction its mean per token."""
     mask = batch.loss_mask
     loss = -(batch.loss_weights[mask] * logprobs[mask]).sum()
-    metrics = {"loss/sft": loss.detach()}
+    metrics = {"loss/sft": Metric(loss.detach())}
     if entropies is not None:
         metrics["entropy"] = _token_mean(entropies[mask], denominators)
     return loss, metrics
@@ -151,13 +152,13 @@ def preference_objective(
     margins = torch.stack([batch.margins[batch.labels > 0], batch.margins[batch.labels < 0]])
     losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, margins, block)
     loss = losses.sum() / max(1, denominators.num_groups)
-    metrics = {"loss/preference": loss.detach()}
+    metrics = {"loss/preference": Metric(loss.detach())}
     if block.sft_coef:
         of_chosen = batch.labels[tokens.sequence_ids] > 0
         sft = -(tokens.loss_weights * logprobs)[of_chosen].sum()
         loss = loss + block.sft_coef * sft
-        metrics["loss/sft"] = sft.detach()
-    metrics["loss/total"] = loss.detach()
+        metrics["loss/sft"] = Metric(sft.detach())
+    metrics["loss/total"] = Metric(loss.detach())
     metrics |= _pair_metrics(block.beta * chosen.detach(), block.beta * rejected.detach(), denominators)
     sums = segment_sum(logprobs.detach(), tokens.sequence_ids, tokens.num_sequences)
     metrics["preference/chosen_logprob"] = _mean(sums[batch.labels > 0], denominators.num_groups)
@@ -182,7 +183,7 @@ def kto_objective(
     loss = losses.sum() / max(1, denominators.num_sequences)
     agreement = labels * block.beta * (scores - kl).detach()
     return loss, {
-        "loss/kto": loss.detach(),
+        "loss/kto": Metric(loss.detach()),
         "kto/kl": _mean(kl, denominators.num_sequences),
         "kto/margin": _mean(agreement, denominators.num_sequences),
         "kto/accuracy": _mean((agreement > 0).to(agreement.dtype), denominators.num_sequences),
@@ -207,7 +208,7 @@ def reward_model_objective(
     losses = preference_losses.bradley_terry(chosen, rejected, margins, algorithm.preference.center_coef)
     loss = losses.sum() / max(1, denominators.num_groups)
     return loss, {
-        "loss/reward_model": loss.detach(),
+        "loss/reward_model": Metric(loss.detach()),
         **_pair_metrics(chosen.detach(), rejected.detach(), denominators),
     }
 
@@ -231,7 +232,7 @@ def value_objective(
     moved = (values - tokens.old_values).detach().abs()
     outside = moved > clip if clip is not None else torch.zeros_like(moved)
     return loss, {
-        "loss/value": loss.detach(),
+        "loss/value": Metric(loss.detach()),
         "value/mean": _token_mean(values, denominators),
         "value/return_mean": _token_mean(tokens.returns, denominators),
         "value/squared_error": _token_mean((values - tokens.returns) ** 2, denominators),
@@ -257,18 +258,18 @@ def _log_ratios(logprobs: torch.Tensor, tokens: TensorBatch, block: PreferenceBl
     return logprobs - tokens.ref_logprobs
 
 
-def _mean(values: torch.Tensor, count: int) -> torch.Tensor:
+def _mean(values: torch.Tensor, count: int) -> Metric:
     """This micro-batch's share of a mean over ``count`` values of the whole batch."""
-    return values.detach().sum() / max(1, count)
+    return Metric(values.detach().sum() / max(1, count))
 
 
-def _token_mean(values: torch.Tensor, denominators: Denominators) -> torch.Tensor:
+def _token_mean(values: torch.Tensor, denominators: Denominators) -> Metric:
     return _mean(values, denominators.num_tokens)
 
 
-def _largest(values: torch.Tensor) -> torch.Tensor:
+def _largest(values: torch.Tensor) -> Metric:
     """Maximum of values >= 0, 0 for none."""
-    return torch.cat([values, values.new_zeros(1)]).max()
+    return Metric(torch.cat([values, values.new_zeros(1)]).max(), "max", "max")
 
 
 def _ratio_metrics(
@@ -302,14 +303,16 @@ def _mismatch_metrics(trainer: torch.Tensor, engine: torch.Tensor, denominators:
     """Engine against trainer: k1 of KL(engine || trainer) at the engine's samples, and absolute differences.
 
     With the trainer's logprobs of before the first update, or at the first update, this is the two implementations'
-    disagreement (and staleness); at later updates of a batch without them, the policy's own movement is in it.
+    disagreement (and staleness); at later updates of a batch without them, the policy's own movement is in it. A step
+    reports the first update's.
     """
     difference = (engine - trainer).abs()
-    return {
+    metrics = {
         "mismatch/kl": _token_mean(engine - trainer, denominators),
         "mismatch/logprob_abs_diff": _token_mean(difference, denominators),
         "mismatch/logprob_abs_diff_max": _largest(difference),
     }
+    return {name: metric._replace(over_updates="first") for name, metric in metrics.items()}
 
 
 def _pair_metrics(chosen: torch.Tensor, rejected: torch.Tensor, denominators: Denominators) -> Metrics:

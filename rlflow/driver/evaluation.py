@@ -13,6 +13,7 @@ from rlflow.algorithms.batch_targets import Unit, with_targets
 from rlflow.driver.learner import Learner
 from rlflow.driver.rollouts import Generation, collect, generate_and_score, listed
 from rlflow.driver.units import score_units
+from rlflow.metrics import values_of
 from rlflow.recipe import EvaluationBlock, RewardBlock
 from rlflow.types import Prompt
 
@@ -51,9 +52,8 @@ class LossEvaluator:
         self.prepare()
         learner = self.learner
         found = learner.evaluate(with_targets(self.units, learner.algorithm, learner.logprobs))
-        losses = {name: value for name, value in found.items() if name.startswith("loss/")}
-        score = -losses.get("loss/total", next(iter(losses.values())))
-        return Evaluation({f"{self.prefix}/{name}": value for name, value in found.items()}, score)
+        metrics = {f"{self.prefix}/{name}": value for name, value in values_of(found.metrics).items()}
+        return Evaluation(metrics, -found.loss)
 
 
 class PassEvaluator:

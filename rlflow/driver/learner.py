@@ -26,7 +26,7 @@ import ray
 from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
-from rlflow.actors.trainer import Trainer, UpdateStats, combine
+from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
 from rlflow.algorithms.weighing import weigh
@@ -35,6 +35,7 @@ from rlflow.driver.errors import RunError
 from rlflow.driver.model_ranks import ModelRanks
 from rlflow.driver.schedules import KLController, LearningRate
 from rlflow.driver.scorers import scorers_of
+from rlflow.metrics import Metric, over_ranks, over_updates
 from rlflow.recipe import AlgorithmBlock, Recipe
 from rlflow.types import Denominators, Sample
 
@@ -108,9 +109,8 @@ class Learner:
             counts: See `rlflow.algorithms.weighing.weigh`.
 
         Returns:
-            The updates' metrics: their mean, but the engine's mismatch is of the first update, before the policy moved.
-            That update's ratio is 1 to the bit: its denominator is its own logprobs, not those of another forward pass,
-            which may round otherwise.
+            The updates' metrics, each combined as it says. The first update's ratio is 1 to the bit: its denominator is
+            its own logprobs, not those of another forward pass, which may round otherwise.
 
         Raises:
             RunError: Too many updates in a row had no finite gradient.
@@ -126,15 +126,14 @@ class Learner:
                 if update == 0:
                     weighed = [replace(sample, proximal_logprobs=None) for sample in weighed]
                 all_metrics.append(self._update_once(weighed, denominators, step, update))
-        metrics = {name: over_updates(name, [m[name] for m in all_metrics]) for name in all_metrics[0]}
-        metrics |= {name: value for name, value in all_metrics[0].items() if name.startswith("mismatch/")}
+        metrics = over_updates(all_metrics)
         if self._kl.block.target is not None and step >= self._critic_steps:
             metrics |= self._kl.adapt(kl_of_sequences(samples), len(samples))
         return metrics
 
     def _update_once(
         self, samples: Sequence[Sample], denominators: Denominators, step: int, update: int
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """forward_backward on every rank, then one optimizer step: of the policy, and of the critic beside it."""
         rates = {"trainer": self._learning_rate.of(step, update)} if step >= self._critic_steps else {}
         if "critic" in self._models:
@@ -146,20 +145,20 @@ class Learner:
             )
             for name in rates
         }
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Metric] = {}
         for under_way in started.values():
-            metrics |= _over_ranks(under_way.get())
+            metrics |= over_ranks(under_way.get())
         done: list[UpdateStats] = []
         for name, rate in rates.items():
             stats = self._models[name].actors.call_all(Trainer.optim_step, rate)[0]
             done.append(stats)
             metrics |= {
-                f"{name}/grad_norm": stats.grad_norm,
-                f"{name}/learning_rate": rate,
-                f"{name}/skipped": float(stats.skipped),
+                f"{name}/grad_norm": Metric(stats.grad_norm),
+                f"{name}/learning_rate": Metric(rate),
+                f"{name}/skipped": Metric(float(stats.skipped)),
             }
         num_tokens = next(iter(started.values())).num_tokens
-        metrics["perf/trained_tokens_per_s"] = num_tokens / (time.perf_counter() - began)
+        metrics["perf/trained_tokens_per_s"] = Metric(num_tokens / (time.perf_counter() - began))
         self._count(done, step)
         return metrics
 
@@ -175,13 +174,14 @@ class Learner:
                 "the last good step. Lower trainer.learning_rate, or look at the rollouts of these steps"
             )
 
-    def evaluate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """The objective's metrics on samples that are not trained."""
+    def evaluate(self, samples: Sequence[Sample]) -> Measured:
+        """The objective's loss and metrics on samples that are not trained."""
         weighed, denominators = weigh(samples, self.algorithm, self._max_tokens)
         started = self._models["trainer"].start(
             Trainer.evaluate, weighed, self.algorithm, denominators, self._temperature
         )
-        return _over_ranks(started.get())
+        of_ranks = started.get()
+        return Measured(sum(of_rank.loss for of_rank in of_ranks), over_ranks(of_rank.metrics for of_rank in of_ranks))
 
     def weights(self, version: int) -> ray.ObjectRef:
         """A reference to the snapshot of the policy's weights, which will be version ``version``. Waits for nothing."""
@@ -248,16 +248,3 @@ def _by_group(samples: Sequence[Sample], num_parts: int) -> list[slice]:
     per_part = len(starts) // num_parts
     edges = [*starts[:: max(1, per_part)][:num_parts], len(samples)]
     return [slice(start, end) for start, end in pairwise(edges)]
-
-
-def over_updates(name: str, values: Sequence[float]) -> float:
-    """Their mean, or the largest where the name says so."""
-    return max(values) if name.endswith("_max") else sum(values) / len(values)
-
-
-def _over_ranks(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for of_rank in per_rank:
-        for name, value in of_rank.items():
-            combine(metrics, name, value)
-    return metrics

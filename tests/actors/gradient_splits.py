@@ -164,7 +164,9 @@ def gradients(trainer: Any, case: Case, model: Any) -> dict[str, torch.Tensor]:
             parameter.grad = None
     # One number a name, summed over ranks as the driver does: of those that share micro-batches, one.
     counted = 1.0 if trainer.rank % share == 0 else 0.0
-    totals = torch.tensor([counted * value for key, value in sorted(metrics.items()) if not key.endswith("_max")])
+    totals = torch.tensor(
+        [counted * metric.value for _, metric in sorted(metrics.items()) if metric.over_ranks == "sum"]
+    )
     if trainer.world_size > 1:
         torch.distributed.all_reduce(totals)
     return found | {"metrics": totals}

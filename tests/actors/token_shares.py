@@ -79,10 +79,12 @@ def update(trainer: PolicyTrainer, samples: list[Sample], denominators: Any) -> 
     logprobs = of_all(trainer, samples, batches, trainer.logprobs(own, TEMPERATURE))
     metrics = trainer.forward_backward(own, algorithm_of("grpo"), denominators, TEMPERATURE)
     evaluated = trainer.evaluate(own, algorithm_of("grpo"), denominators, TEMPERATURE)
-    assert evaluated == metrics
+    assert evaluated.metrics == metrics
     stats = trainer.optim_step(1.0)
     counted = 1.0 if trainer.rank % share == 0 else 0.0
-    totals = torch.tensor([counted * value for key, value in sorted(metrics.items()) if not key.endswith("_max")])
+    totals = torch.tensor(
+        [counted * metric.value for _, metric in sorted(metrics.items()) if metric.over_ranks == "sum"]
+    )
     if trainer.world_size > 1:
         dist.all_reduce(totals)
     weights = {f"model/{name}": tensor.clone() for name, tensor in trainer.engine.full_weights(trained_only=True)}

@@ -14,6 +14,7 @@ from rlflow.actors.train_engines import packed_attention
 from rlflow.actors.train_engines.routers import find_routers
 from rlflow.actors.train_engines.token_model import TokenModel
 from rlflow.batching import pack
+from rlflow.metrics import values_of
 from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
 from rlflow.types import Denominators, Sample
 
@@ -50,7 +51,7 @@ def run(trainer: PolicyTrainer, max_tokens: int = 4096) -> tuple[dict[str, float
     metrics = trainer.forward_backward(batches, SFT, Denominators(num_tokens=13, num_sequences=2, num_groups=2))
     gradients = {name: p.grad.clone() for name, p in trainer.module.named_parameters() if p.grad is not None}
     trainer.module.zero_grad()
-    return metrics, gradients
+    return values_of(metrics), gradients
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def test_without_coefficients_a_mixture_is_measured_and_its_loss_left_alone(tiny
     trainer = trainer_of(tiny_moe_dir, RouterBlock())
     (batches,) = pack(samples(), max_tokens=4096, num_ranks=1)
     denominators = Denominators(num_tokens=13, num_sequences=2, num_groups=2)
-    assert trainer.evaluate(batches, SFT, denominators) == pytest.approx(metrics)
+    assert values_of(trainer.evaluate(batches, SFT, denominators).metrics) == pytest.approx(metrics)
 
 
 def test_logprobs_are_not_watched(tiny_moe_dir):

@@ -42,7 +42,7 @@ def clipped(name: str, **correction) -> float:
     trainer, batch, denominators = sequences()
     block = algorithm(name, kl={"coef": 0.0}, **correction)
     _, metrics = policy_objective(trainer, None, batch, block, denominators)
-    return sum(float(value) for key, value in metrics.items() if key.startswith("clip/"))
+    return sum(float(metric.value) for key, metric in metrics.items() if key.startswith("clip/"))
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -58,9 +58,9 @@ def test_with_the_engines_logprobs_under_it_a_sequences_ratio_is_clipped_by_the_
 def test_the_weight_of_a_token_is_near_one_and_the_ratio_exactly():
     trainer, batch, denominators = sequences()
     _, metrics = policy_objective(trainer, None, batch, algorithm("gspo"), denominators)
-    assert float(metrics["ratio/mean"]) == float(metrics["ratio/value_max"]) == 1.0
-    assert float(metrics["kl/old"]) == 0.0
-    assert float(metrics["correction/weight_mean"]) == pytest.approx(1.0, abs=1e-3)
-    assert float(metrics["correction/bounded_fraction"]) == 0.0
+    assert float(metrics["ratio/mean"].value) == float(metrics["ratio/value_max"].value) == 1.0
+    assert float(metrics["kl/old"].value) == 0.0
+    assert float(metrics["correction/weight_mean"].value) == pytest.approx(1.0, abs=1e-3)
+    assert float(metrics["correction/bounded_fraction"].value) == 0.0
     # Mean of |x| of a normal distribution: sqrt(2 / pi) of its standard deviation.
-    assert float(metrics["mismatch/logprob_abs_diff"]) == pytest.approx(NOISE * (2 / np.pi) ** 0.5, rel=0.02)
+    assert float(metrics["mismatch/logprob_abs_diff"].value) == pytest.approx(NOISE * (2 / np.pi) ** 0.5, rel=0.02)

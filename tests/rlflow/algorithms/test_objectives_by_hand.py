@@ -110,7 +110,7 @@ def test_the_trainers_logprobs_are_the_denominator_unless_the_engines_are_asked_
     of_engine = algorithm("dapo", loss=wide, correction=ENGINE)
     engine, metrics = policy_objective(logprobs, None, batch, of_engine, ONE_SEQUENCE)
     equal(engine, 0.5 * (-0.6 / 0.4 + 0.3 / 0.3))
-    equal(metrics["ratio/mean"], (1.5 + 1.0) / 2)
+    equal(metrics["ratio/mean"].value, (1.5 + 1.0) / 2)
     # By default the tokens are weighed as well: 0.5 / 0.4 and 0.2 / 0.3.
     loss, metrics = policy_objective(logprobs, None, batch, algorithm("dapo", loss=wide), ONE_SEQUENCE)
     equal(loss, 0.5 * (-0.6 / 0.5 * 0.5 / 0.4 + 0.3 / 0.2 * 0.2 / 0.3))
@@ -118,9 +118,16 @@ def test_the_trainers_logprobs_are_the_denominator_unless_the_engines_are_asked_
     loss, metrics = policy_objective(logprobs, None, batch, plain, ONE_SEQUENCE)
     equal(loss, 0.5 * (-0.6 / 0.5 + 0.3 / 0.2))
     # The mismatch is the engine's against the trainer's of the same parameters, whatever the ratio is of.
-    equal(metrics["mismatch/kl"], (np.log(0.4 / 0.5) + np.log(0.3 / 0.2)) / 2)
-    equal(metrics["mismatch/logprob_abs_diff"], (np.log(0.5 / 0.4) + np.log(0.3 / 0.2)) / 2)
-    equal(metrics["mismatch/logprob_abs_diff_max"], np.log(1.5))
+    equal(metrics["mismatch/kl"].value, (np.log(0.4 / 0.5) + np.log(0.3 / 0.2)) / 2)
+    equal(metrics["mismatch/logprob_abs_diff"].value, (np.log(0.5 / 0.4) + np.log(0.3 / 0.2)) / 2)
+    equal(metrics["mismatch/logprob_abs_diff_max"].value, np.log(1.5))
+    assert {name for name, metric in metrics.items() if metric.over_ranks == "max"} == {
+        "ratio/value_max",
+        "mismatch/logprob_abs_diff_max",
+    }
+    of_first = {name for name, metric in metrics.items() if metric.over_updates == "first"}
+    assert of_first == {name for name in metrics if name.startswith("mismatch/")}
+    assert metrics["ratio/value_max"].over_updates == "max" and metrics["ratio/mean"].over_updates == "mean"
 
 
 def test_where_the_engines_logprobs_are_of_another_distribution_nothing_is_made_of_them(vector):
@@ -159,11 +166,11 @@ def test_the_correction_weighs_the_policy_loss_and_not_the_kl(vector, correction
     loss, metrics = policy_objective(vector([0.5, 0.3]).log(), None, batch, block, ONE_SEQUENCE)
     policy_loss = 0.5 * (-1.0 * weights[0] + 4.0 * weights[1])
     distance = np.log(2) ** 2 / 2 / 2
-    equal(metrics["loss/policy"], policy_loss)
-    equal(metrics["kl/ref"], distance)
+    equal(metrics["loss/policy"].value, policy_loss)
+    equal(metrics["kl/ref"].value, distance)
     equal(loss, policy_loss + 0.1 * distance)
-    equal(metrics["correction/weight_mean"], np.mean(weights))
-    equal(metrics["correction/bounded_fraction"], bounded)
+    equal(metrics["correction/weight_mean"].value, np.mean(weights))
+    equal(metrics["correction/bounded_fraction"].value, bounded)
 
 
 def test_the_entropy_bonus_and_clip_fractions(vector):
@@ -171,13 +178,13 @@ def test_the_entropy_bonus_and_clip_fractions(vector):
     block = algorithm("dapo", loss={"entropy_coef": 0.1}, correction=ENGINE)
     loss, metrics = policy_objective(vector([0.6, 0.1]).log(), vector([1.0, 2.0]), batch, block, ONE_SEQUENCE)
     # Ratios 1.5 -> 1.28 and 0.5 -> 0.8; entropy mean 1.5.
-    equal(metrics["loss/policy"], 0.5 * (-1.28 + 0.8))
+    equal(metrics["loss/policy"].value, 0.5 * (-1.28 + 0.8))
     equal(loss, 0.5 * (-1.28 + 0.8) - 0.1 * 1.5)
-    equal(metrics["entropy"], 1.5)
-    equal(metrics["clip/low_fraction"], 0.5)
-    equal(metrics["clip/high_fraction"], 0.5)
-    equal(metrics["ratio/value_max"], 1.5)
-    equal(metrics["kl/old"], (0.5 - np.log(1.5) + -0.5 - np.log(0.5)) / 2)
+    equal(metrics["entropy"].value, 1.5)
+    equal(metrics["clip/low_fraction"].value, 0.5)
+    equal(metrics["clip/high_fraction"].value, 0.5)
+    equal(metrics["ratio/value_max"].value, 1.5)
+    equal(metrics["kl/old"].value, (0.5 - np.log(1.5) + -0.5 - np.log(0.5)) / 2)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_kl_in_the_reward_leaves_the_loss_alone_and_is_still_measured(vector):
     batch = tokens_of(vector, old_logprobs=[0.5, 0.5], ref_logprobs=[0.25, 0.25], advantages=[1.0, -1.0])
     loss, metrics = policy_objective(vector([0.5, 0.5]).log(), None, batch, algorithm("ppo"), ONE_SEQUENCE)
     equal(loss, 0.0)
-    equal(metrics["kl/ref"], np.log(2))
+    equal(metrics["kl/ref"].value, np.log(2))
 
 
 def pair_of(vector) -> tuple[torch.Tensor, TensorBatch]:
@@ -216,11 +223,11 @@ def test_dpo_sums_log_ratios_and_adds_the_chosen_answers_likelihood(vector):
     logprobs, batch = pair_of(vector)
     block = algorithm("dpo", preference={"beta": 1.0, "sft_coef": 2.0})
     loss, metrics = preference_objective(logprobs, None, batch, block, PAIR)
-    equal(metrics["loss/preference"], np.log(4 / 3))
+    equal(metrics["loss/preference"].value, np.log(4 / 3))
     equal(loss, np.log(4 / 3) + 2 * -0.5 * np.log(0.75 * 0.5))
-    equal(metrics["preference/margin"], np.log(3))
-    equal(metrics["preference/accuracy"], 1.0)
-    equal(metrics["preference/chosen_logprob"], np.log(0.375))
+    equal(metrics["preference/margin"].value, np.log(3))
+    equal(metrics["preference/accuracy"].value, 1.0)
+    equal(metrics["preference/chosen_logprob"].value, np.log(0.375))
 
 
 def test_simpo_takes_means_without_a_reference(vector):
@@ -251,8 +258,8 @@ def test_kto_takes_sums_against_the_batchs_kl(vector):
     weights = {"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 3.0}
     loss, metrics = kto_objective(logprobs, None, batch, algorithm("kto", preference=weights), PAIR)
     equal(loss, (2 * 0.5 + 3 * 0.25) / 2)
-    equal(metrics["kto/kl"], np.log(3))
-    equal(metrics["kto/margin"], np.log(3) / 2)
+    equal(metrics["kto/kl"].value, np.log(3))
+    equal(metrics["kto/margin"].value, np.log(3) / 2)
 
 
 def test_a_reward_model_compares_one_score_a_sequence(vector):
@@ -262,7 +269,7 @@ def test_a_reward_model_compares_one_score_a_sequence(vector):
     block = algorithm("reward_model", preference={"center_coef": 0.5})
     loss, metrics = reward_model_objective(vector([np.log(6), 0.0]), None, batch, block, PAIR)
     equal(loss, np.log(4 / 3) + 0.5 * np.log(6) ** 2)
-    equal(metrics["preference/margin"], np.log(6))
+    equal(metrics["preference/margin"].value, np.log(6))
 
 
 def test_the_critics_loss_and_clip_fraction(vector):
@@ -272,7 +279,7 @@ def test_the_critics_loss_and_clip_fraction(vector):
         vector([2.0, 1.1]), None, batch, algorithm("ppo", critic={"clip": 0.2}), ONE_SEQUENCE
     )
     equal(loss, 0.5 * (2.0 + 0.605))
-    equal(metrics["value/clip_fraction"], 0.5)
+    equal(metrics["value/clip_fraction"].value, 0.5)
 
 
 def test_a_missing_reference_is_named(vector):

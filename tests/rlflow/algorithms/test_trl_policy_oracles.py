@@ -154,7 +154,7 @@ def test_clipped_losses_agree_with_trl_by_loss_type_and_level(grpo, inputs, thei
     narrow = {"clip_low": 0.03, "clip_high": 0.04}
     block = algorithm("dapo", loss={"reduction": reduction, "ratio": level, **narrow}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
-    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
@@ -167,7 +167,7 @@ def test_both_gspos_agree_with_trl_when_a_sequence_has_one_advantage(grpo, input
     configure(beta=beta, use_bias_correction_kl=False)
     block = algorithm(row, loss={"clip_low": 0.03, "clip_high": 0.04}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
-    assert metrics["clip/low_fraction"] > 0 and metrics["clip/high_fraction"] > 0
+    assert metrics["clip/low_fraction"].value > 0 and metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
@@ -181,7 +181,7 @@ def test_gspo_over_a_fixed_length_is_trls_luspo_divided_by_that_length(grpo, inp
     narrow = {"clip_low": 0.03, "clip_high": 0.04}
     block = algorithm(row, loss={"reduction": "fixed_length", **narrow}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
-    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     expected = trainer.compute_loss(trainer.model, inputs)
     assert_same_loss_and_gradient(actual * MAX_NEW_TOKENS, expected, trainer.model)
 
@@ -199,7 +199,7 @@ def test_dual_clip_agrees_with_trls_two_sided_clip(grpo, inputs):
     configure(delta=1.5)
     block = algorithm("dapo", loss={"reduction": "sequence", "dual_clip": 1.5})
     actual, metrics = our_loss(trainer.model, inputs, block)
-    assert metrics["clip/dual_fraction"] > 0
+    assert metrics["clip/dual_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
@@ -209,7 +209,7 @@ def test_cispo_agrees_with_trl(grpo, inputs, level):
     trainer, configure = grpo
     configure(loss_type="cispo", epsilon_high=1.1, importance_sampling_level=level)
     actual, metrics = our_loss(trainer.model, inputs, algorithm("cispo", loss={"clip_high": 0.1, "ratio": level}))
-    assert metrics["clip/high_fraction"] > 0
+    assert metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
@@ -263,7 +263,7 @@ def test_the_engine_correction_is_trls(grpo, inputs, monkeypatch, theirs, mode, 
     correction = {"mode": mode, "level": level, "low": low or 0.0, "high": 1.2}
     block = algorithm("dapo", loss={"reduction": "sequence"}, correction=correction)
     actual, metrics = our_loss(trainer.model, ours, block)
-    assert 0 < metrics["correction/bounded_fraction"] < 1
+    assert 0 < metrics["correction/bounded_fraction"].value < 1
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, scored), trainer.model)
 
 
@@ -276,7 +276,7 @@ def test_the_correction_of_later_updates_is_of_before_the_first_and_leaves_the_k
     expected = trainer.compute_loss(trainer.model, inputs | {"importance_sampling_ratio": ratio})
     block = row_of_the_table("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction={"high": 1.2})
     actual, metrics = our_loss(trainer.model, inputs, block)
-    assert metrics["correction/bounded_fraction"] > 0
+    assert metrics["correction/bounded_fraction"].value > 0
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 
@@ -286,7 +286,7 @@ def test_rloo_agrees_with_trl(trainers, inputs):
     mask = inputs["completion_mask"]
     plain = inputs | {"tool_mask": torch.ones_like(mask), "old_logps": (inputs["old_per_token_logps"] * mask).sum(1)}
     actual, metrics = our_loss(trainer.model, plain, algorithm("rloo", kl={"coef": 0.0}))
-    assert metrics["clip/low_fraction"] + metrics["clip/high_fraction"] > 0
+    assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, plain), trainer.model)
 
 

@@ -10,6 +10,7 @@ from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.objectives import Objective, objective_of
 from rlflow.algorithms.reductions import count_denominators, loss_weights, preference_weights
 from rlflow.batching import pack
+from rlflow.metrics import over_ranks, values_of
 from rlflow.recipe import ALGORITHMS, AlgorithmBlock
 from rlflow.types import Denominators, MicroBatch, Sample
 
@@ -115,19 +116,17 @@ def run(
     """Loss, gradient and metrics of a batch, in micro-batches over ranks."""
     pairwise_rows = ALGORITHMS[block.name].objective in ("preference", "reward_model")
     packed = pack(samples, max_tokens=max_tokens, num_ranks=num_ranks, unit_size=2 if pairwise_rows else 1)
-    total, metrics = 0.0, {}
+    total, of_parts = 0.0, []
     policy.grad = None
     for micro_batch in (batch for rank in packed for batch in rank):
         loss, parts = _loss_of(policy, micro_batch, block, denominators, objective or objective_of(block))
         assert loss.requires_grad, "a rank without loss tokens must still take part in the backward pass"
         loss.backward()
         total += float(loss.detach())
-        for name, value in parts.items():
-            assert not value.requires_grad
-            old = metrics.get(name, 0.0)
-            metrics[name] = max(old, float(value)) if name.endswith("_max") else old + float(value)
+        assert not any(metric.value.requires_grad for metric in parts.values())
+        of_parts.append({name: metric._replace(value=float(metric.value)) for name, metric in parts.items()})
     assert policy.grad is not None
-    return total, policy.grad.clone(), metrics
+    return total, policy.grad.clone(), values_of(over_ranks(of_parts))
 
 
 def _loss_of(policy, micro_batch, block, denominators, objective):

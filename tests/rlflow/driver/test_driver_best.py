@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import rlflow
+from rlflow.actors.trainer import Measured
 from rlflow.driver.evaluation import PassEvaluator
 from rlflow.driver.learner import Learner
 from tests.local_actors import use_local_actors
@@ -62,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 def script_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """What evaluations measure, from that before the first step on."""
     left: Iterator[float] = iter(losses)
-    monkeypatch.setattr(Learner, "evaluate", lambda *_: {"loss/sft": next(left)})
+    monkeypatch.setattr(Learner, "evaluate", lambda *_: Measured(next(left), {}))
 
 
 def script_passes(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:

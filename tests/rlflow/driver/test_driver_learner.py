@@ -10,20 +10,27 @@ import numpy as np
 import pytest
 from counting_ranks import Ranks, learner_of, recipe_of
 
+from rlflow.actors.trainer import Measured
 from rlflow.driver.learner import Learner
+from rlflow.metrics import Metric
 from rlflow.types import MicroBatch, Sample
 
 
-def counted(batches: list[MicroBatch]) -> dict[str, float]:
+def counted(batches: list[MicroBatch]) -> dict[str, Metric]:
     lengths = [int(batch.loss_mask.sum()) for batch in batches]
-    return {"loss/tokens": float(sum(lengths)), "ratio/value_max": float(max(lengths))}
+    return {"loss/tokens": Metric(float(sum(lengths))), "longest": Metric(float(max(lengths)), "max", "max")}
+
+
+def measured(batches: list[MicroBatch]) -> Measured:
+    metrics = counted(batches)
+    return Measured(2 * metrics["loss/tokens"].value, metrics)
 
 
 def numbered(batches: list[MicroBatch]) -> list[np.ndarray]:
     return [batch.token_ids.astype(np.float32) for batch in batches]
 
 
-ANSWERS = {"forward_backward": counted, "evaluate": counted, "logprobs": numbered, "values": numbered}
+ANSWERS = {"forward_backward": counted, "evaluate": measured, "logprobs": numbered, "values": numbered}
 
 
 def samples(count: int, group_size: int = 1) -> list[Sample]:
@@ -65,9 +72,10 @@ def test_ranks_that_share_tokens_get_the_same_and_count_once(monkeypatch, worker
         assert ranks.samples(rank) == ranks.samples(rank // share * share)
     assert sorted(i for rank in range(0, workers, share) for i in ranks.samples(rank)) == list(range(9))
     assert metrics["loss/tokens"] == sum(sample.loss_mask.sum() for sample in batch)
-    assert metrics["ratio/value_max"] == max(int(b.loss_mask.sum()) for rank in ranks.given for b in rank)
+    assert metrics["longest"] == max(int(b.loss_mask.sum()) for rank in ranks.given for b in rank)
     assert metrics["perf/trained_tokens_per_s"] == sum(len(sample.token_ids) for sample in batch)
-    assert learner.evaluate(batch)["loss/tokens"] == metrics["loss/tokens"]
+    held_out = learner.evaluate(batch)
+    assert held_out.metrics["loss/tokens"].value == held_out.loss / 2 == metrics["loss/tokens"]
 
 
 def test_results_of_tokens_come_back_once_in_the_order_of_the_samples():

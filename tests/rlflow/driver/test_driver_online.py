@@ -10,6 +10,7 @@ from counting_ranks import Ranks, filled, learner_of, recipe_of
 
 from rlflow.driver import assemble
 from rlflow.driver.learner import Learner
+from rlflow.metrics import Metric
 from rlflow.types import Group, MicroBatch, Prompt, Rollout, Sample
 
 PROMPT = np.array([10, 11], dtype=np.int32)
@@ -30,10 +31,10 @@ def make(name: str, rollout: dict[str, Any], trainer: dict[str, Any], **algorith
     )
     number = 0
 
-    def count(batches: list[MicroBatch]) -> dict[str, float]:
+    def count(batches: list[MicroBatch]) -> dict[str, Metric]:
         nonlocal number
         number += 1
-        return {"mismatch/kl": float(number), "ratio/mean": float(number), "ratio/value_max": float(number)}
+        return {how: Metric(float(number), "sum", how) for how in ("first", "mean", "max")}
 
     policy = Ranks(1, {"forward_backward": count, "logprobs": filled(-3.0)})
     others = {"reference": Ranks(1, {"logprobs": filled(-5.0)})} if recipe.places_reference else {}
@@ -59,10 +60,10 @@ def updates_of(policy: Ranks) -> list[list[MicroBatch]]:
     return [rank for method, given in policy.calls for rank in given if method == "forward_backward"]
 
 
-def test_the_engines_mismatch_is_of_the_first_update_and_other_metrics_are_of_all():
+def test_a_metric_is_of_the_first_update_of_all_of_them_or_the_largest_as_it_says():
     learner, _ = make("dapo", {}, {}, **FOUR_UPDATES)
     _, metrics = train(learner)
-    assert (metrics["mismatch/kl"], metrics["ratio/mean"], metrics["ratio/value_max"]) == (1.0, 2.5, 4.0)
+    assert (metrics["first"], metrics["mean"], metrics["max"]) == (1.0, 2.5, 4.0)
 
 
 def test_the_first_updates_ratio_is_of_its_own_logprobs_and_the_others_of_before_it():
