@@ -60,13 +60,30 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What an engine returns for one seed: tokens, and the logprobs they were drawn with."""
+class SampleRequest:
+    """One completion that an engine is asked for."""
 
+    id: int
+    """Of no other request that the engine has."""
+    token_ids: np.ndarray
+    """int32 [P]: what it goes on from."""
+    seed: int
+    """Unsigned, 63 bits: with the weights and the parameters it decides the completion."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one request: tokens, and the logprobs they were drawn with."""
+
+    id: int
+    """Of the request."""
     token_ids: np.ndarray
     """int32 [C], the stop token included when one was drawn."""
     logprobs: np.ndarray
     """float32 [C]: log-probability of each token under the distribution it was drawn from."""
+    versions: np.ndarray
+    """int32 [C]: of the weights that sampled each token."""
     finish_reason: FinishReason
 
 
