@@ -6,33 +6,21 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
 from rlflow.recipe import ModelBlock, RolloutBlock
 from rlflow.rollout_checks import layout_problem, token_problem
-from rlflow.types import Completion, GenerationRequest, RolloutBatch, SamplingParams
+from rlflow.types import GenerationRequest, RolloutBatch, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedTokenizerFast
 
     from rlflow.actors.weight_sync import WeightSnapshot
-
-
-class RolloutEngine(Protocol):
-    """What torch_engine and vllm_engine have in common."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
-    def leave_out(self, ids: np.ndarray) -> None: ...
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +68,7 @@ class RolloutWorker:
 
         started = time.perf_counter()
         with self._turn:
-            self.engine.load_weights(unpack_weights(snapshot))
+            self.engine.load_weights(unpack_weights(snapshot), snapshot.version)
             self.version = snapshot.version
         return time.perf_counter() - started
 
@@ -97,7 +85,9 @@ class RolloutWorker:
 
     def _generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
         started = time.perf_counter()
-        completions = self.engine.generate(requests, params)
+        rows = [(request.prompt_token_ids, seed) for request in requests for seed in request.seeds]
+        samples = [SampleRequest(i, prompt, seed, params) for i, (prompt, seed) in enumerate(rows)]
+        completions = generate(self.engine, samples)
         offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
         texts = decode_completions(self.tokenizer, [c.token_ids for c in completions], params.stop_token_ids)
         batch = RolloutBatch(
@@ -109,8 +99,7 @@ class RolloutWorker:
             policy_version=self.version,
             seconds=time.perf_counter() - started,
         )
-        num_rows = sum(len(request.seeds) for request in requests)
-        problem = layout_problem(batch, num_rows, params.max_new_tokens) or token_problem(batch, self.is_token)
+        problem = layout_problem(batch, len(rows), params.max_new_tokens) or token_problem(batch, self.is_token)
         if problem is not None:
             raise ValueError(f"the engine, at policy version {self.version}, returned what is no rollout: {problem}")
         return batch

@@ -1,7 +1,7 @@
 """What every rollout engine does: it takes requests at any time and generates for all of them, a step at a time.
 
 One thread owns an engine and makes every call. Between two calls of `step` nothing runs, so that requests may come and
-go and weights may change there; a completion that is under way goes on, and says of each token which version sampled it.
+go and weights may change there; a completion under way goes on, and says of each token which version sampled it.
 """
 
 from __future__ import annotations
