@@ -1,117 +1,138 @@
-"""How the torch engine has a transformers model read prompts and go on from them, a token of every row at a time.
+"""How the torch engine has a transformers model read texts and go on from them, a token of every row at a time.
 
-The first way that gives the logprobs of transformers' forward pass of each sequence alone is taken (torch_engine).
+The first way that gives the logprobs of transformers' forward pass of each sequence alone is taken (torch_engine):
+texts of any length side by side in a cache with slots (torch_slots), or those of one length together, with whatever
+cache the model makes for itself, or with none.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 
 class Reading(Protocol):
-    """Rows [R] that are being written."""
+    """Rows [R] that are being written: each is a text, of which the last token may have been read or not."""
 
-    logits: torch.Tensor
-    """Of the next token, [R, V]."""
-    can_leave_out: bool
-    """Rows that have ended."""
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone, int [K]."""
+    def add(self, texts: Sequence[np.ndarray]) -> None:
+        """Appends rows. Texts are int [L], L >= 1."""
         ...
 
-    def write(self, token: torch.Tensor) -> None:
-        """token [R] -> new ``logits``."""
+    def logits(self) -> torch.Tensor:
+        """Of the token after each row's last, [R, V]; called once before each ``write``."""
+        ...
+
+    def write(self, tokens: torch.Tensor) -> None:
+        """Appends a token to every row, int [R]."""
+        ...
+
+    def remove(self, moves: Moves) -> None:
+        """Ends rows; others take their places."""
+        ...
+
+    def outdate(self) -> None:
+        """Weights have changed, and what was read with the old ones is kept for the rows that are here alone."""
         ...
 
 
-Reader = Callable[[Any, Sequence[np.ndarray], Sequence[int]], Reading]
-"""Of a model, prompts, and which prompt each row goes on from."""
+Reader = Callable[[Any], Reading]
+"""Of a model: a reading without rows."""
 
 
-class PaddedReading:
-    """Prompts of unlike lengths, padded on the left, each read once for all of its rows."""
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How rows stay without gaps when some end: the last move into the holes."""
 
-    def __init__(self, model: Any, prompts: Sequence[np.ndarray], which: Sequence[int]) -> None:
-        self.model, self.can_leave_out = model, True
-        longest = max(len(prompt) for prompt in prompts)
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        mask = np.zeros((len(prompts), longest), dtype=np.int64)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = prompt
-            mask[i, longest - len(prompt) :] = 1
-        self.mask = torch.from_numpy(mask).to(model.device)
-        self.cache = DynamicCache(config=model.config)
-        output = model(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.logits = output.logits[:, -1]
-        self.keep(torch.tensor(which, device=model.device))
+    holes: np.ndarray
+    """int [H]: rows that have ended, and lie among those that stay."""
+    movers: np.ndarray
+    """int [H]: the rows that take their places."""
+    num_left: int
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.logits, self.mask = self.logits[rows], self.mask[rows]
-
-    def write(self, token: torch.Tensor) -> None:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        output = self.model(
-            input_ids=token[:, None],
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits = output.logits[:, -1]
+    @classmethod
+    def without(cls, ended: np.ndarray, num_rows: int) -> Moves:
+        """Args: ended: int, ascending."""
+        num_left = num_rows - len(ended)
+        movers = np.setdiff1d(np.arange(num_left, num_rows), ended, assume_unique=True)
+        return cls(ended[ended < num_left], movers, num_left)
 
 
-class PromptReading:
-    """One prompt, as it is, once for each of its rows: no padding, and whatever cache the model makes for itself, or
-    none and all tokens again for each new one."""
+class UnpaddedReading:
+    """Texts of one length together, as they are: no padding, and whatever cache the model makes for itself, or none and
+    all tokens again for each new one."""
 
-    def __init__(self, model: Any, prompts: Sequence[np.ndarray], which: Sequence[int], *, is_cached: bool) -> None:
-        (prompt,) = prompts
-        self.model, self.is_cached, self.can_leave_out = model, is_cached, not is_cached
-        self.ids = torch.from_numpy(prompt.astype(np.int64)).to(model.device).expand(len(which), -1)
-        self.cache: dict[str, Any] = {}
-        # Logits of a whole prompt, for each of its rows, take more memory than all else.
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.options = {"use_cache": is_cached} | ({"logits_to_keep": 1} if keeps else {})
-        self._read(self.ids)
+    def __init__(self, model: Any, *, is_cached: bool) -> None:
+        self.model, self.is_cached = model, is_cached
+        self.options = {"use_cache": is_cached} | last_logits_only(model)
+        self.parts: list[_Part] = []
+        self.places = np.empty(0, dtype=np.int64)
+        """int64 [R]: where each row is among those of all parts, one part after the other."""
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.ids, self.logits = self.ids[rows], self.logits[rows]
+    def add(self, texts: Sequence[np.ndarray]) -> None:
+        lengths = np.array([len(text) for text in texts])
+        places, start = np.empty(len(texts), dtype=np.int64), sum(len(part.ids) for part in self.parts)
+        for length in dict.fromkeys(lengths.tolist()):
+            members = np.flatnonzero(lengths == length)
+            places[members] = start + np.arange(len(members))
+            start += len(members)
+            ids = np.stack([texts[i] for i in members]).astype(np.int64)
+            self.parts.append(_Part(torch.from_numpy(ids).to(self.model.device)))
+        self.places = np.concatenate([self.places, places])
 
-    def write(self, token: torch.Tensor) -> None:
-        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
-        self._read(token[:, None] if self.is_cached else self.ids)
+    def logits(self) -> torch.Tensor:
+        return torch.cat([self._read(part) for part in self.parts])[self._index(self.places)]
 
-    def _read(self, ids: torch.Tensor) -> None:
-        output = self.model(input_ids=ids, **self.options, **self.cache)
-        self.logits = output.logits[:, -1]
+    def write(self, tokens: torch.Tensor) -> None:
+        sizes = [len(part.ids) for part in self.parts]
+        new = torch.zeros(sum(sizes), dtype=torch.long, device=tokens.device)
+        new[self._index(self.places)] = tokens
+        for part, own in zip(self.parts, new.split(sizes), strict=True):
+            part.ids = torch.cat([part.ids, own[:, None]], dim=1)
+
+    def remove(self, moves: Moves) -> None:
+        self.places[moves.holes] = self.places[moves.movers]
+        self.places = self.places[: moves.num_left]
+        sizes = [len(part.ids) for part in self.parts]
+        stays = np.zeros(sum(sizes), dtype=bool)
+        stays[self.places] = True
+        for part, own in zip(self.parts, np.split(stays, np.cumsum(sizes)[:-1]), strict=True):
+            # A cache of the model's own cannot be cut, and so its rows stay for as long as one of them is written.
+            own |= self.is_cached and own.any()
+            part.ids = part.ids[self._index(np.flatnonzero(own))]
+        self.parts = [part for part in self.parts if len(part.ids)]
+        self.places = (np.cumsum(stays) - 1)[self.places]
+
+    def outdate(self) -> None:
+        """Nothing that was read is shared with rows that come."""
+
+    def _read(self, part: _Part) -> torch.Tensor:
+        output = self.model(input_ids=part.ids[:, part.num_read :], **self.options, **part.cache)
         if self.is_cached:
+            part.num_read = part.ids.shape[1]
             names = ("past_key_values", "cache_params")
-            self.cache = {name: output[name] for name in names if output.get(name) is not None}
+            part.cache = {name: output[name] for name in names if output.get(name) is not None}
+        return output.logits[:, -1]
+
+    def _index(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.model.device, non_blocking=True)
 
 
-def read_padded(model: Any, prompts: Sequence[np.ndarray], which: Sequence[int]) -> Reading:
-    """All prompts together."""
-    return PaddedReading(model, prompts, which)
+class _Part:
+    """Rows that began together with texts of one length."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+        """int64 [K, L]."""
+        self.num_read = 0
+        self.cache: dict[str, Any] = {}
 
 
-ONE_PROMPT: tuple[Reader, ...] = (
-    partial(PromptReading, is_cached=True),
-    partial(PromptReading, is_cached=False),
-)
-"""A prompt at a time, the faster way first; the last is transformers' forward pass itself."""
+def last_logits_only(model: Any) -> dict[str, Any]:
+    """The option of a model's forward pass by which it makes no logits of a whole text, which take more memory than all
+    else; none where it has no such option."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

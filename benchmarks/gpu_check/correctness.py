@@ -23,9 +23,10 @@ from models import (
 )
 
 from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.recipe import ModelBlock
-from rlflow.types import GenerationRequest, MicroBatch, SamplingParams
+from rlflow.types import MicroBatch, SampleRequest, SamplingParams
 
 VOCABULARY = SHAPES["small"]["vocab_size"]
 LENGTHS = [7, 90, 33, 150, 64]
@@ -38,19 +39,18 @@ def engine_logprobs(record: Record, name: str, dtype: str) -> None:
     policies = [random_policy(directory, seed, getattr(torch, dtype)) for seed in (0, 1)]
     engine = _make_engine(name, directory, dtype, record.directory / "vllm.log")
     rng = np.random.default_rng(0)
-    requests = [
-        GenerationRequest(rng.integers(2, VOCABULARY, length).astype(np.int32), tuple(range(8 * i, 8 * i + 8)))
-        for i, length in enumerate((5, 40, 130))
-    ]
+    prompts = [rng.integers(2, VOCABULARY, length).astype(np.int32) for length in (5, 40, 130)]
+    requests = [SampleRequest(i, prompts[i // 8], i, SamplingParams(max_new_tokens=48)) for i in range(24)]
     for version, policy in enumerate(policies):
         when = "after a sync" if version else "at first"
-        engine.load_weights(unpack_weights(pack_weights(to_checkpoint(policy, policy.named_parameters()), version)))
-        completions = engine.generate(requests, SamplingParams(max_new_tokens=48))
-        prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
-        sequences = [np.concatenate([p, c.token_ids]) for p, c in zip(prompts, completions, strict=True)]
+        weights = pack_weights(to_checkpoint(policy, policy.named_parameters()), version)
+        engine.load_weights(unpack_weights(weights), version)
+        completions = generate(engine, requests)
+        before = [request.token_ids for request in requests]
+        sequences = [np.concatenate([p, c.token_ids]) for p, c in zip(before, completions, strict=True)]
         reported = np.concatenate([c.logprobs for c in completions]).astype(np.float64)
 
-        def by(model: Any, of: Any = sequences, after: Any = prompts) -> np.ndarray:
+        def by(model: Any, of: Any = sequences, after: Any = before) -> np.ndarray:
             return np.concatenate([plain_logprobs(model, s)[len(p) - 1 :] for s, p in zip(of, after, strict=True)])
 
         same = by(policy.to(device()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from measurements import Record
 from models import denominators_of, device, make_trainer, random_batch, recipe_of, save_policy, write_config
 
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.memory import ModelShape, read_shape
 from rlflow.plan import make_plans
-from rlflow.types import GenerationRequest, SamplingParams
+from rlflow.types import SampleRequest, SamplingParams
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense operations a second in bfloat16, from NVIDIA's data sheets, by a part of the GPU's name."""
@@ -39,10 +41,11 @@ def generation(record: Record, size: str) -> None:
     )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 1000, PROMPT_TOKENS).astype(np.int32) for _ in range(PROMPTS)]
-    requests = [GenerationRequest(p, tuple(range(i * GROUP, (i + 1) * GROUP))) for i, p in enumerate(prompts)]
-    engine.generate(requests[:4], SamplingParams(max_new_tokens=16))
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    requests = [SampleRequest(i, prompts[i // GROUP], i, params) for i in range(PROMPTS * GROUP)]
+    generate(engine, [replace(request, params=SamplingParams(max_new_tokens=16)) for request in requests[:32]])
     started = time.perf_counter()
-    completions = engine.generate(requests, SamplingParams(max_new_tokens=NEW_TOKENS))
+    completions = generate(engine, requests)
     seconds = time.perf_counter() - started
     record.add("completions at once", len(completions))
     record.add("generated", sum(len(c.token_ids) for c in completions) / seconds, "tokens/s")

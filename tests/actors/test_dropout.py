@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.train_engines.scalar_model import load_scalar_model
 from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.batching import pack
 from rlflow.recipe import ModelBlock
-from rlflow.types import GenerationRequest, Sample, SamplingParams
+from rlflow.types import Sample, SampleRequest, SamplingParams
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -81,8 +82,8 @@ def test_new_models_drop_nothing_out(directory: Path):
 
 def test_the_torch_engine_drops_nothing_out(plain: PreTrainedModel, directory: Path):
     engine = TorchEngine(str(directory), dtype="float32", max_num_seqs=4)
-    engine.load_weights((name, parameter.detach()) for name, parameter in plain.named_parameters())
+    engine.load_weights(((name, parameter.detach()) for name, parameter in plain.named_parameters()), version=0)
     prompt = np.array([5, 9, 33], dtype=np.int32)
-    (completion,) = engine.generate([GenerationRequest(prompt, (7,))], SamplingParams(max_new_tokens=20))
+    (completion,) = generate(engine, [SampleRequest(0, prompt, 7, SamplingParams(max_new_tokens=20))])
     sequence = np.concatenate([prompt, completion.token_ids])
     np.testing.assert_allclose(completion.logprobs, plain_logprobs(plain, sequence)[2:], atol=1e-5)

@@ -72,9 +72,9 @@ ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
 }
 
 
-def write(directory: Path, kind: str, config: dict[str, Any]) -> PreTrainedModel:
+def write(directory: Path, kind: str, config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """Random weights that are large enough for a leak to show; returns the model, in evaluation mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **config)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     embeddings = model.get_input_embeddings()

@@ -1,0 +1,286 @@
+"""A cache with a slot for each row, in which rows of any length begin and end at any time.
+
+Keys and values lie in [slot, head, column, dim]. Whatever their lengths, all rows end at the same column: the next
+token of each goes into one column, and a row of L tokens lies in the L columns before it. What lies farther left is
+padding, as transformers knows it: positions and a mask for each row, and windows and chunks that count from the right.
+Slots are without gaps, and so a step computes with slices. Columns move on by one a step; when they are at an end the
+rows are laid out anew, from the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlflow.actors.rollout_engines.torch_reading import Moves, last_logits_only
+
+GROUPED = "rlflow_grouped"
+"""What transformers calls ``grouped_attention``."""
+_READ_TOKENS = 8192
+"""Tokens of one forward pass that reads texts, padding included, unless a single text is longer."""
+_MORE_COLUMNS = 64
+"""At least so many, and a quarter of the longest row, are there for steps to come."""
+
+
+class Span:
+    """Where the forward pass that runs now writes and what it sees; all layers of a cache share it."""
+
+    def __init__(self) -> None:
+        self.num_slots, self.num_columns = 0, 0
+        """Of the layers."""
+        self.num_rows = 0
+        self.start, self.end = 0, 0
+        """Columns: the first of the longest row, and the one after every row's last."""
+        self.slots: torch.Tensor | None = None
+        """int [S]: texts are read, each into one or more of these slots; None while rows are written."""
+        self.which = torch.empty(0)
+        """int [S]: the text of each of the slots."""
+
+    @property
+    def longest(self) -> int:
+        return self.end - self.start
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values."""
+
+    def __init__(self, span: Span) -> None:
+        super().__init__()
+        self.span = span
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = self._zeros(key_states), self._zeros(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key_states and value_states [R, H, N, D] -> what their queries see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        span, length = self.span, key_states.shape[-2]
+        if span.slots is not None:
+            columns = slice(span.end - length, span.end)
+            self.keys[span.slots, :, columns] = key_states[span.which]
+            self.values[span.slots, :, columns] = value_states[span.which]
+            return key_states, value_states
+        self.keys[: span.num_rows, :, span.end : span.end + length] = key_states
+        self.values[: span.num_rows, :, span.end : span.end + length] = value_states
+        seen = slice(span.start, span.end + length)
+        return self.keys[: span.num_rows, :, seen], self.values[: span.num_rows, :, seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.span.slots is not None else self.span.longest
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lay_out(self, seen: slice, start: int) -> None:
+        """Takes the size that the span has now; what lay in the columns ``seen`` begins at ``start``."""
+        rows, width = slice(self.span.num_rows), seen.stop - seen.start
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._zeros(old)
+            new[rows, :, start : start + width] = old[rows, :, seen]
+            setattr(self, name, new)
+
+    def copy(self, source: int, targets: torch.Tensor, start: int, length: int) -> None:
+        """Copies ``length`` columns of one slot, from ``start`` on, to the end of others."""
+        for held in (self.keys, self.values):
+            assert held is not None
+            held[targets, :, self.span.end - length : self.span.end] = held[source, :, start : start + length].clone()
+
+    def move(self, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        for held in (self.keys, self.values):
+            assert held is not None
+            columns = held[:, :, self.span.start : self.span.end]
+            columns[holes] = columns[movers]
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        """Of the span's size: no number that is none may lie in the padding."""
+        return like.new_zeros(self.span.num_slots, like.shape[1], self.span.num_columns, like.shape[3])
+
+
+class SlotReading:
+    """Rows of any lengths side by side. Of each row all tokens but the last are in the cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.options = model, last_logits_only(model)
+        self.span = Span()
+        self.cache = self._new_cache()
+        self.last = torch.empty(0, dtype=torch.long, device=model.device)
+        """int64 [R]: the token of each row that is to be read."""
+        self.lengths = np.empty(0, dtype=np.int64)
+        """int64 [R]: tokens of each row in the cache."""
+        self.texts: list[bytes | None] = []
+        """What each row began with; None where that was read with older weights."""
+
+    def add(self, texts: Sequence[np.ndarray]) -> None:
+        """Reads each text once, if no row began with the same."""
+        sources = {text: row for row, text in enumerate(self.texts) if text is not None}
+        new_lengths = np.array([len(text) - 1 for text in texts], dtype=np.int64)
+        self._make_room(len(texts), int(new_lengths.max()))
+        first = self.span.num_rows
+        wanted: dict[bytes, list[int]] = {}
+        for slot, text in enumerate(texts, start=first):
+            self.texts.append(text.tobytes())
+            if len(text) > 1:
+                wanted.setdefault(text.tobytes(), []).append(slot)
+        unread = {}
+        for text, slots in wanted.items():
+            if text in sources:
+                self._copy(sources[text], slots, len(texts[slots[0] - first]) - 1)
+            else:
+                unread[text] = slots
+        self._read([(texts[slots[0] - first][:-1], slots) for slots in unread.values()])
+        self.last = torch.cat([self.last, self._on_device(np.array([text[-1] for text in texts], dtype=np.int64))])
+        self.lengths = np.concatenate([self.lengths, new_lengths])
+        self.span.num_rows += len(texts)
+        self._settle_start()
+
+    def logits(self) -> torch.Tensor:
+        if self.span.end == self.span.num_columns:
+            self._make_room(0, 0)
+        longest, lengths = self.span.longest, self._on_device(self.lengths)
+        # All alike they need no mask, and so attention sees none.
+        mask = None
+        if self.lengths.min() < longest:
+            columns = torch.arange(longest, -1, -1, device=self.model.device)
+            mask = (columns <= lengths[:, None]).long()
+        output = self.model(
+            input_ids=self.last[:, None],
+            attention_mask=mask,
+            position_ids=lengths[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.span.end += 1
+        self.lengths += 1
+        return output.logits[:, -1]
+
+    def write(self, tokens: torch.Tensor) -> None:
+        self.last = tokens
+
+    def remove(self, moves: Moves) -> None:
+        holes, movers = moves.holes.tolist(), moves.movers.tolist()
+        if holes:
+            on_device = self._on_device(moves.holes), self._on_device(moves.movers)
+            self.last[on_device[0]] = self.last[on_device[1]]
+            self.lengths[moves.holes] = self.lengths[moves.movers]
+            for layer in self._layers:
+                layer.move(*on_device)
+            for hole, mover in zip(holes, movers, strict=True):
+                self.texts[hole] = self.texts[mover]
+        del self.texts[moves.num_left :]
+        self.last, self.lengths = self.last[: moves.num_left], self.lengths[: moves.num_left]
+        self.span.num_rows = moves.num_left
+        if moves.num_left == 0:
+            self.span.num_slots = self.span.num_columns = self.span.end = 0
+            self.cache = self._new_cache()
+        self._settle_start()
+
+    def outdate(self) -> None:
+        self.texts = [None] * len(self.texts)
+
+    def _read(self, wanted: list[tuple[np.ndarray, list[int]]]) -> None:
+        """Texts [L], and the slots that each goes into; those of about one length together."""
+        wanted.sort(key=lambda item: len(item[0]))
+        while wanted:
+            longest, count = len(wanted[-1][0]), 1
+            count = min(len(wanted), max(1, _READ_TOKENS // longest))
+            together = wanted[-count:]
+            del wanted[-count:]
+            ids = np.zeros((count, longest), dtype=np.int64)
+            mask = np.zeros((count, longest), dtype=np.int64)
+            for row, (text, _) in enumerate(together):
+                ids[row, longest - len(text) :] = text
+                mask[row, longest - len(text) :] = 1
+            which = np.array([row for row, (_, slots) in enumerate(together) for _ in slots])
+            self.span.which = self._on_device(which)
+            self.span.slots = self._on_device(np.array([slot for _, slots in together for slot in slots]))
+            self.model(
+                input_ids=self._on_device(ids),
+                attention_mask=None if mask.all() else self._on_device(mask),
+                position_ids=self._on_device((mask.cumsum(1) - 1).clip(min=0)),
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.options,
+            )
+            self.span.slots = None
+
+    def _copy(self, source: int, slots: list[int], length: int) -> None:
+        targets = self._on_device(np.array(slots))
+        for layer in self._layers:
+            layer.copy(source, targets, self.span.end - int(self.lengths[source]), length)
+
+    def _make_room(self, num_more: int, longest: int) -> None:
+        """For more rows, for the longest of them, and for a token of each row."""
+        span = self.span
+        num_rows, width = span.num_rows + num_more, max(span.longest, longest)
+        if num_rows <= span.num_slots and longest <= span.end < span.num_columns:
+            return
+        if num_rows > span.num_slots:
+            span.num_slots = max(num_rows, 5 * span.num_slots // 4)
+        span.num_columns = width + max(_MORE_COLUMNS, width // 4)
+        seen, start = slice(span.start, span.end), width - span.longest
+        for layer in self._layers:
+            layer.lay_out(seen, start)
+        span.start, span.end = start, width
+
+    def _settle_start(self) -> None:
+        self.span.start = self.span.end - (int(self.lengths.max()) if len(self.lengths) else 0)
+
+    def _new_cache(self) -> Cache:
+        # transformers makes a layer by calling this.
+        return Cache(layer_class_to_replicate=partial(SlotLayer, self.span))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def _layers(self) -> list[SlotLayer]:
+        """Those that hold something: a layer may see what another one holds."""
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        assert all(isinstance(layer, SlotLayer) for layer in layers)
+        return layers  # pyright: ignore[reportReturnType]
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.model.device, non_blocking=True)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface, and its scaled-dot-product attention: query [R, H, N, D], key and value
+    [R, K, W, D] -> [R, N, H, D].
+
+    Where each row has one query and fewer key-value heads, the H / K queries that share a head are as good as queries
+    of one text: so nothing is repeated, which in a step takes longer than all else.
+    """
+    num_rows, num_heads, num_queries, dim = query.shape
+    heads = key.shape[1]
+    if num_queries > 1 or heads == num_heads or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    grouped = query.reshape(num_rows, heads, num_heads // heads, dim)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return out.reshape(num_rows, 1, num_heads, value.shape[-1]), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
