@@ -26,8 +26,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlflow.actors.rollout_engines import vllm_engine
-from rlflow.types import GenerationRequest, SamplingParams
+from rlflow.actors.rollout_engines import vllm_start
+from rlflow.actors.rollout_engines.engine import generate
+from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
+from rlflow.types import SampleRequest, SamplingParams
 
 STRATEGIES = {
     "plain": "as loaded (what rlflow does)",
@@ -36,10 +38,10 @@ STRATEGIES = {
 }
 
 
-def build_engine(strategy: str, model_dir: str) -> vllm_engine.VllmEngine:
-    keep = vllm_engine._keep_weights_as_loaded if strategy == "plain" else lambda: None
-    with mock.patch.object(vllm_engine, "_keep_weights_as_loaded", keep):
-        return vllm_engine.VllmEngine(
+def build_engine(strategy: str, model_dir: str) -> VllmEngine:
+    keep = vllm_start.keep_weights_as_loaded if strategy == "plain" else lambda: None
+    with mock.patch.object(vllm_start, "keep_weights_as_loaded", keep):
+        return VllmEngine(
             model_dir,
             dtype="float32",
             max_model_len=512,
@@ -54,11 +56,11 @@ def build_engine(strategy: str, model_dir: str) -> vllm_engine.VllmEngine:
         )
 
 
-def sync(strategy: str, engine: vllm_engine.VllmEngine, policy: PreTrainedModel) -> float:
+def sync(strategy: str, engine: VllmEngine, policy: PreTrainedModel) -> float:
     """Returns seconds."""
     started = time.perf_counter()
     if strategy == "plain":
-        engine.load_weights(policy.named_parameters())
+        engine.load_weights(policy.named_parameters(), 0)
     else:
         weights = list(policy.named_parameters())
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -86,16 +88,14 @@ def measure(strategy: str, model_dir: str) -> str:
             parameter.mul_(1.002)
         seconds.append(sync(strategy, engine, policy))
     rng = np.random.default_rng(0)
-    requests = [
-        GenerationRequest(rng.integers(5, 400, size=40).astype(np.int32), tuple(range(8 * i, 8 * i + 8)))
-        for i in range(8)
-    ]
+    prompts, params = rng.integers(5, 400, size=(8, 40)).astype(np.int32), SamplingParams(max_new_tokens=64)
+    requests = [SampleRequest(i, prompts[i // 8], i, params) for i in range(64)]
     rates = []
     for _ in range(3):
         started = time.perf_counter()
-        completions = engine.generate(requests, SamplingParams(max_new_tokens=64))
+        completions = generate(engine, requests)
         rates.append(sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started))
-    token_ids = torch.from_numpy(np.concatenate([requests[0].prompt_token_ids, completions[0].token_ids])).long()
+    token_ids = torch.from_numpy(np.concatenate([requests[0].token_ids, completions[0].token_ids])).long()
     expected = policy(token_ids[None]).logits[0, 39:-1].log_softmax(-1).gather(1, token_ids[40:, None]).squeeze(1)
     error = np.abs(completions[0].logprobs - expected.numpy()).max()
     return f"| {STRATEGIES[strategy]:36} | {min(seconds):7.2f} s | {max(rates):5.0f} tok/s | {error:34.0e} |"

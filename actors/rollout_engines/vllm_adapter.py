@@ -1,6 +1,7 @@
-"""The policy's adapter in a vLLM engine: every version comes under a new id, and the one before is removed first.
+"""The policy's adapter in a vLLM engine: every version takes the place of the one before, under the same id.
 
-vLLM keeps adapters by id and does not look at their files again: under an id it knows it goes on with what it has.
+vLLM keeps adapters by id, which the completions under way hold on to, and looks at their files again only when it is
+told to load them in place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's sizes of the buffers that hold A and B."""
 _MEMORY = Path("/dev/shm")
+_NAME, _ID = "policy", 1
 
 
 class VllmAdapter:
@@ -53,20 +55,14 @@ class VllmAdapter:
         """Of vLLM's EngineArgs."""
         self.request: LoRARequest | None = None
         """Goes with every prompt; None before the first weights."""
-        self._versions = 0
 
     def load(self, llm: vllm.LLM, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """Takes a new version. From its start on, the one before cannot be generated with."""
+        """Takes a new version: what is under way goes on with it, and the one before is gone."""
         from vllm.lora.request import LoRARequest
 
-        if self.request is not None:
-            removed = llm.llm_engine.remove_lora(self.request.lora_int_id)
-            self.request = None
-            assert removed, "vLLM had lost the adapter of the version before"
-        self._versions += 1
         with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as directory:
             adapters.write(Path(directory), self.model, tensors)
-            request = LoRARequest(f"policy-{self._versions}", self._versions, directory)
-            added = llm.llm_engine.add_lora(request)
-        assert added and llm.llm_engine.list_loras() == {self._versions}, "vLLM did not take the new adapter alone"
-        self.request = request
+            added = llm.llm_engine.add_lora(LoRARequest(_NAME, _ID, directory, load_inplace=True))
+            # Without load_inplace, which would read the files again at every step.
+            self.request = LoRARequest(_NAME, _ID, directory)
+        assert added and llm.llm_engine.list_loras() == {_ID}, "vLLM did not take the new adapter alone"

@@ -1,38 +1,47 @@
-"""Generation with vLLM, in this process: CPU builds and CUDA builds alike.
+"""Generation with vLLM, in this process, a step at a time: CPU builds and CUDA builds alike.
 
-The engine starts without weights and takes every version of them from the trainer. Each sample has its own seed, and
-nothing outlives a batch (the prefix cache serves the samples of one prompt, then it is dropped), so completions are a
-function of the weights and the batch alone.
+The engine starts without weights and takes every version of them from the trainer, between two steps. Each sample has
+its own seed, and an engine that has nothing under way has forgotten what it read, so that what becomes of requests
+which are added together is a function of the weights and those requests alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
-import pydantic
 import torch
 
 from rlflow.actors.checkpoint_names import to_checkpoint
-from rlflow.actors.rollout_engines.vllm_experts import expert_options, pack_experts
+from rlflow.actors.rollout_engines import vllm_start
+from rlflow.actors.rollout_engines.vllm_experts import pack_experts
 from rlflow.recipe import ModelBlock
-from rlflow.types import Completion, FinishReason, GenerationRequest, SamplingParams
+from rlflow.types import Completion, FinishReason, SampleRequest
 
 if TYPE_CHECKING:
     import vllm
 
+    from rlflow.actors.rollout_engines.engine import CacheAtUpdate
     from rlflow.actors.rollout_engines.vllm_adapter import VllmAdapter
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM samples at this temperature when it is asked for less, other than 0."""
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A request that vLLM has."""
+
+    request: SampleRequest
+    name: str
+    """What vLLM calls it."""
+    starts: list[tuple[int, int]]
+    """(version, index of the first token that it sampled), in the order of the updates."""
 
 
 class VllmEngine:
@@ -73,7 +82,7 @@ class VllmEngine:
             ValueError: vLLM is not installed, it refuses these settings for this model (a max_model_len beyond the
                 model's, a cache too small for one sequence), or it could not take new weights for it.
         """
-        _prepare_process(num_threads, log_path)
+        vllm_start.prepare_process(num_threads, log_path)
         self.adapter = None if adapted is None else _adapter_of(adapted)
         self.shapes = _weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
         options: dict[str, Any] = {
@@ -85,23 +94,37 @@ class VllmEngine:
         }
         if self.adapter is not None:
             options |= {"load_format": "auto", **self.adapter.options}
-        with _quiet(log_path):
+        with vllm_start.quiet(log_path):
             from vllm.platforms import current_platform
 
             self.on_cpu = current_platform.is_cpu()
             if self.on_cpu:
-                _keep_weights_as_loaded()
-                options |= _cpu_options(kv_cache_gib, tensor_parallel_size)
+                vllm_start.keep_weights_as_loaded()
+                options |= vllm_start.cpu_options(kv_cache_gib, tensor_parallel_size)
             else:
-                options |= _cuda_options(gpu_memory_fraction, tensor_parallel_size)
-            self.llm = _start(model_dir, options, self.on_cpu)
+                options |= vllm_start.cuda_options(gpu_memory_fraction, tensor_parallel_size)
+            self.llm = vllm_start.start(model_dir, options, self.on_cpu)
         self.max_model_len = max_model_len
+        self.version = -1
+        self._num_loads = 0
+        self._under_way: dict[int, UnderWay] = {}
+        """By the request's id, in the order in which they were added."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, cache: CacheAtUpdate = "recompute"
+    ) -> int:
         """Copies every weight in, cast to the engine's dtype. The engine must be awake.
+
+        Whatever becomes of the cache of completions under way, what is begun from now on reads nothing that older
+        weights have written.
 
         Args:
             weights: A checkpoint's names and whole tensors; a tied lm_head is left out.
+            version: Of the weights.
+            cache: ``recompute`` the keys and values of what is under way, or ``keep`` them.
+
+        Returns:
+            How many tokens of completions under way are read again.
 
         Raises:
             ValueError: A name the model does not have, another shape, or a weight left out. Nothing was loaded then.
@@ -110,63 +133,91 @@ class VllmEngine:
         _check_weights(tensors, self.shapes)
         if self.adapter is not None:
             self.adapter.load(self.llm, tensors)
-            return
-        for unset in self.llm.apply_model(partial(_load_into, tensors=tensors, on_cpu=self.on_cpu)):
-            if unset:
-                raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
+        else:
+            for unset in self.llm.apply_model(partial(_load_into, tensors=tensors, on_cpu=self.on_cpu)):
+                if unset:
+                    raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
+        self.version = version
+        self._num_loads += 1
+        num_read_again, not_begun = 0, []
+        for one in self._under_way.values():
+            num_written = self._state(one).detokenizer.num_output_tokens()
+            one.starts.append((version, num_written))
+            if num_written:
+                num_read_again += len(one.request.token_ids) + num_written
+            else:
+                not_begun.append(one)
+        if cache == "recompute":
+            self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            return num_read_again
+        # What vLLM has taken note of for them is under the salt of older weights.
+        self.llm.llm_engine.abort_request([str(one.request.id) for one in not_begun])
+        for one in not_begun:
+            one.name = self._hand_over(one.request)
+        return 0
 
     def leave_out(self, ids: np.ndarray) -> None:
         """Gives ``ids`` of the vocabulary no probability from now on, and those of an earlier call theirs back."""
         self.llm.apply_model(partial(_leave_out, ids=torch.from_numpy(ids)))
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
-        """One completion a seed, in the order of requests and of their seeds.
+    def add(self, requests: Sequence[SampleRequest]) -> None:
+        """Takes requests; vLLM begins them in this order, and those of one prompt share what was read of it.
 
         Raises:
-            ValueError: A prompt leaves no room for max_new_tokens, or vLLM cannot sample with these parameters.
+            ValueError: A prompt leaves no room for its completion, or vLLM cannot sample with its parameters. None of
+                the requests was taken then.
         """
-        if 0 < params.temperature < LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature {params.temperature}: vLLM would sample at {LOWEST_TEMPERATURE}; use 0 for greedy"
-            )
-        from vllm import SamplingParams as VllmSamplingParams
-        from vllm import TokensPrompt
+        from vllm.exceptions import VLLMValidationError
 
-        prompts, sampling = [], []
-        for i, request in enumerate(requests):
-            prompt = request.prompt_token_ids.tolist()
-            if len(prompt) + params.max_new_tokens > self.max_model_len:
-                raise ValueError(
-                    f"request {i}: {len(prompt)} prompt tokens and {params.max_new_tokens} new ones exceed the "
-                    f"engine's max_model_len of {self.max_model_len}"
-                )
-            for seed in request.seeds:
-                prompts.append(TokensPrompt(prompt_token_ids=prompt))
-                sampling.append(
-                    VllmSamplingParams(
-                        max_tokens=params.max_new_tokens,
-                        temperature=params.temperature,
-                        top_p=params.top_p,
-                        top_k=params.top_k,
-                        seed=_fold(seed) if self.on_cpu else seed,
-                        stop_token_ids=list(params.stop_token_ids),
-                        ignore_eos=True,
-                        logprobs=0,
-                        flat_logprobs=True,
-                        detokenize=False,
-                    )
-                )
-        request_of_version = None if self.adapter is None else self.adapter.request
-        assert self.adapter is None or request_of_version is not None, "generate before the first adapter"
-        was_reset = self.llm.reset_prefix_cache()
-        assert was_reset, "requests of an earlier batch are still running"
+        if not self._under_way:
+            was_reset = self.llm.llm_engine.reset_prefix_cache()
+            assert was_reset, "vLLM still runs requests that have ended"
+        added: list[int] = []
+        for request in requests:
+            assert request.id not in self._under_way, f"request {request.id} is under way already"
+            try:
+                name = self._hand_over(request)
+            except (ValueError, VLLMValidationError) as error:
+                self.abort(added)
+                raise ValueError(f"request {request.id}: {error}") from error
+            self._under_way[request.id] = UnderWay(request, name, [(self.version, 0)])
+            added.append(request.id)
+
+    def step(self) -> list[Completion]:
+        """Makes the next token of everything under way. Returns what has finished, in the order it was added."""
         # One of vLLM's sampling helpers is a torch.compile function: on a CPU, half a minute of C++ at the first token.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=request_of_version)
-        return [_completion(output.outputs[0]) for output in outputs]
+            outputs = cast("list[vllm.RequestOutput]", self.llm.llm_engine.step())
+        finished = {int(output.request_id): output.outputs[0] for output in outputs}
+        if not finished:
+            return []
+        ended = [one for id, one in self._under_way.items() if id in finished]
+        for one in ended:
+            del self._under_way[one.request.id]
+        return [_completion(one, finished[one.request.id]) for one in ended]
+
+    def abort(self, ids: Sequence[int]) -> list[Completion]:
+        """Ends requests. Returns what was written of them, with the finish reason ``abort``."""
+        from vllm.v1.engine import FinishReason as VllmFinishReason
+
+        ended = [self._under_way.pop(id) for id in dict.fromkeys(ids) if id in self._under_way]
+        outputs = [self._state(one).make_request_output([], None, VllmFinishReason.ABORT, None) for one in ended]
+        self.llm.llm_engine.abort_request([str(one.request.id) for one in ended])
+        return [_completion(one, output.outputs[0]) for one, output in zip(ended, outputs, strict=True)]
+
+    @property
+    def num_running(self) -> int:
+        """Completions that have a token."""
+        return len(self._under_way) - self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have none yet."""
+        return sum(self._state(one).is_prefilling for one in self._under_way.values())
 
     def sleep(self) -> None:
         """Gives GPU memory back between generations: weights to host memory, key-value cache dropped. No-op on CPU."""
+        assert not self._under_way, "an engine that falls asleep would lose what is under way"
         if not self.on_cpu:
             self.llm.sleep(level=1)
 
@@ -180,6 +231,51 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
 
+    def sampling_of(self, request: SampleRequest) -> vllm.SamplingParams:
+        """A request's parameters as vLLM takes them."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = request.params
+        if 0 < params.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {params.temperature}: vLLM would sample at {LOWEST_TEMPERATURE}; use 0 for greedy"
+            )
+        if len(request.token_ids) + params.max_new_tokens > self.max_model_len:
+            raise ValueError(
+                f"{len(request.token_ids)} prompt tokens and {params.max_new_tokens} new ones exceed the engine's "
+                f"max_model_len of {self.max_model_len}"
+            )
+        return SamplingParams(
+            max_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=_fold(request.seed) if self.on_cpu else request.seed,
+            stop_token_ids=list(params.stop_token_ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _hand_over(self, request: SampleRequest) -> str:
+        """Adds a request to vLLM's. Returns what vLLM calls it."""
+        from vllm.inputs import tokens_input
+
+        assert self.adapter is None or self.adapter.request is not None, "generate before the first adapter"
+        return self.llm.llm_engine.add_request(
+            str(request.id),
+            tokens_input(request.token_ids.tolist(), cache_salt=str(self._num_loads)),
+            self.sampling_of(request),
+            lora_request=None if self.adapter is None else self.adapter.request,
+        )
+
+    def _state(self, one: UnderWay) -> Any:
+        """What vLLM has of a request so far: it tells neither how many tokens nor which before the end."""
+        return self.llm.llm_engine.output_processor.request_states[one.name]
+
 
 def _adapter_of(block: ModelBlock) -> VllmAdapter:
     from rlflow.actors.rollout_engines.vllm_adapter import VllmAdapter
@@ -187,126 +283,9 @@ def _adapter_of(block: ModelBlock) -> VllmAdapter:
     return VllmAdapter(block)
 
 
-def _prepare_process(num_threads: int, log_path: Path | None) -> None:
-    """Sets what vLLM reads at its import, its log and the number of threads: the one place that does.
-
-    In-process engine; no pinning of threads to cores, since every engine of a machine would choose the same ones; no
-    usage statistics sent out.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "rollout.engine is vllm, but vLLM is not installed: install rlflow[cpu], or vllm on a machine with a GPU, "
-            "or set rollout.engine: torch"
-        )
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CONFIGURE_LOGGING": "0",
-        "OMP_NUM_THREADS": str(num_threads),
-    }
-    torch.set_num_threads(num_threads)
-    if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("vllm")
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    for handler in logger.handlers:
-        handler.close()
-    logger.handlers = [logging.NullHandler() if log_path is None else logging.FileHandler(log_path)]
-    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-
-
-@contextmanager
-def _quiet(log_path: Path | None) -> Iterator[None]:
-    """While vLLM is imported and started, Python warnings are dropped and what C++ writes to stderr joins the log."""
-    saved = os.dup(2)
-    with open(log_path or os.devnull, "a") as log:
-        os.dup2(log.fileno(), 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def _cpu_options(kv_cache_gib: float, tensor_parallel_size: int) -> dict[str, Any]:
-    """Nothing is compiled, a prompt is read in one piece, cache blocks are small.
-
-    Reading a prompt in pieces takes a sampled token back, which vLLM's CPU random generators cannot do. The samples of
-    a group share whole blocks of their prompt; at vLLM's default of 128 tokens most share none.
-    """
-    if tensor_parallel_size > 1:
-        raise ValueError(
-            f"rollout.tensor_parallel_size is {tensor_parallel_size}, but this vLLM runs on the CPU: "
-            "use more rollout.workers instead"
-        )
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "enforce_eager": True,
-        "enable_chunked_prefill": False,
-        "block_size": 32,
-    }
-
-
-def _keep_weights_as_loaded() -> None:
-    """Takes from vLLM the packing of linear weights for CPU kernels.
-
-    It happens once, after the first load, and empties the originals: later loads then fail or, for tied embeddings,
-    leave the packed lm_head as it was. Generation is as fast without it (benchmarks/vllm_weight_sync.py).
-    """
-    from vllm.model_executor.layers import utils
-
-    def dispatch(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = dispatch
-
-
-def _cuda_options(gpu_memory_fraction: float, tensor_parallel_size: int) -> dict[str, Any]:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        raise ValueError(
-            "rollout.engine is vllm, which runs on GPUs as it is installed here, and the worker reserves none: "
-            "set rollout.gpus_per_worker: 1, or rollout.engine: torch"
-        )
-    return {
-        "gpu_memory_utilization": gpu_memory_fraction,
-        "tensor_parallel_size": tensor_parallel_size,
-        "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
-        "enable_sleep_mode": True,
-    }
-
-
 def _fold(seed: int) -> int:
     """63 bits to 32, which is all that vLLM's CPU random generators keep: without it 0 and 2**62 are one seed."""
     return (seed ^ seed >> 32) & 0xFFFFFFFF
-
-
-def _start(model_dir: str, options: dict[str, Any], on_cpu: bool) -> vllm.LLM:
-    from vllm import LLM, EngineArgs
-
-    fixed: dict[str, Any] = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-    }
-    given = fixed | options
-    try:
-        config = EngineArgs(model_dir, **given).create_model_config()
-        given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
-        return LLM.from_engine_args(EngineArgs(model_dir, **given))
-    except ValueError as error:
-        problems = [e["msg"] for e in error.errors()] if isinstance(error, pydantic.ValidationError) else [str(error)]
-        settings = ", ".join(f"{key} {value}" for key, value in options.items())
-        raise ValueError(
-            f"vLLM cannot run {model_dir}: {'; '.join(problems)} (with {settings}; max_model_len comes from "
-            "data.max_prompt_tokens and rollout.max_new_tokens)"
-        ) from error
 
 
 def _weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
@@ -354,12 +333,19 @@ def _leave_out(model: Any, ids: torch.Tensor) -> None:
     model.compute_logits = of_tokens
 
 
-def _completion(output: vllm.CompletionOutput) -> Completion:
+def _completion(one: UnderWay, output: vllm.CompletionOutput) -> Completion:
     from vllm.logprobs import FlatLogprobs
 
     assert isinstance(output.logprobs, FlatLogprobs)
     token_ids = np.array(output.token_ids, dtype=np.int32)
     logprobs = np.array(output.logprobs.logprobs, dtype=np.float32)
-    assert len(token_ids) == len(logprobs) > 0, "vLLM returned another number of logprobs than of tokens"
+    assert len(token_ids) == len(logprobs), "vLLM returned another number of logprobs than of tokens"
     assert output.finish_reason in get_args(FinishReason), f"vLLM finished for {output.finish_reason}"
-    return Completion(token_ids, logprobs, cast(FinishReason, output.finish_reason))
+    firsts = [first for _, first in one.starts]
+    return Completion(
+        id=one.request.id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        versions=np.repeat([version for version, _ in one.starts], np.diff([*firsts, len(token_ids)])).astype(np.int32),
+        finish_reason=cast(FinishReason, output.finish_reason),
+    )

@@ -26,7 +26,7 @@ from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.recipe import ModelBlock
-from rlflow.types import MicroBatch, SampleRequest, SamplingParams
+from rlflow.types import Completion, MicroBatch, SampleRequest, SamplingParams
 
 VOCABULARY = SHAPES["small"]["vocab_size"]
 LENGTHS = [7, 90, 33, 150, 64]
@@ -34,24 +34,40 @@ LEARNING_RATE = 1e-3
 
 
 def engine_logprobs(record: Record, name: str, dtype: str) -> None:
-    """An engine's logprobs may be off by twice what transformers' own are in the same dtype, and must follow a sync."""
+    """An engine's logprobs may be off by twice what transformers' own are in the same dtype, and must follow a sync.
+
+    Of each completion of the second weights, 16 tokens are of the first: they were loaded while it was under way.
+    """
     directory = write_config("small", record.directory)
     policies = [random_policy(directory, seed, getattr(torch, dtype)) for seed in (0, 1)]
     engine = _make_engine(name, directory, dtype, record.directory / "vllm.log")
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(2, VOCABULARY, length).astype(np.int32) for length in (5, 40, 130)]
-    requests = [SampleRequest(i, prompts[i // 8], i, SamplingParams(max_new_tokens=48)) for i in range(24)]
+    prompts = [rng.integers(2, VOCABULARY, (5, 40, 130)[i // 8]).astype(np.int32) for i in range(24)]
+    params = SamplingParams(max_new_tokens=48)
+    requests = [SampleRequest(i, prompt, i, params) for i, prompt in enumerate(prompts)]
     for version, policy in enumerate(policies):
         when = "after a sync" if version else "at first"
-        weights = pack_weights(to_checkpoint(policy, policy.named_parameters()), version)
-        engine.load_weights(unpack_weights(weights), version)
-        completions = generate(engine, requests)
-        before = [request.token_ids for request in requests]
-        sequences = [np.concatenate([p, c.token_ids]) for p, c in zip(before, completions, strict=True)]
-        reported = np.concatenate([c.logprobs for c in completions]).astype(np.float64)
+        if version:
+            engine.add(requests)
+            for _ in range(16):
+                engine.step()
+        engine.load_weights(
+            unpack_weights(pack_weights(to_checkpoint(policy, policy.named_parameters()), version)), version
+        )
+        completions = _finish(engine, requests) if version else generate(engine, requests)
+        record.add(
+            f"tokens of older weights {when}",
+            sum(int((c.versions < version).sum()) for c in completions),
+            least=24 * 16 * version,
+            most=24 * 16 * version,
+        )
+        sequences = [np.concatenate([p, c.token_ids]) for p, c in zip(prompts, completions, strict=True)]
+        is_own = np.concatenate([c.versions == version for c in completions])
+        reported = np.concatenate([c.logprobs for c in completions]).astype(np.float64)[is_own]
 
-        def by(model: Any, of: Any = sequences, after: Any = before) -> np.ndarray:
-            return np.concatenate([plain_logprobs(model, s)[len(p) - 1 :] for s, p in zip(of, after, strict=True)])
+        def by(model: Any, of: Any = sequences, after: Any = prompts, is_sampled: Any = is_own) -> np.ndarray:
+            own = [plain_logprobs(model, s)[len(p) - 1 :] for s, p in zip(of, after, strict=True)]
+            return np.concatenate(own)[is_sampled]
 
         same = by(policy.to(device()))
         exact = by(policy.double())
@@ -64,6 +80,14 @@ def engine_logprobs(record: Record, name: str, dtype: str) -> None:
         policy.to(dtype=getattr(torch, dtype), device="cpu")
         other.to(dtype=getattr(torch, dtype), device="cpu")
     engine.close()
+
+
+def _finish(engine: Any, requests: list[SampleRequest]) -> list[Completion]:
+    """Steps until all of them have finished, in their order."""
+    finished: dict[int, Completion] = {}
+    while len(finished) < len(requests):
+        finished |= {completion.id: completion for completion in engine.step()}
+    return [finished[request.id] for request in requests]
 
 
 def _make_engine(name: str, directory: Path, dtype: str, log_path: Path) -> Any:

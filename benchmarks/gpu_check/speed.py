@@ -11,7 +11,6 @@ import torch
 from measurements import Record
 from models import denominators_of, device, make_trainer, random_batch, recipe_of, save_policy, write_config
 
-from rlflow.actors.rollout_engines.engine import generate
 from rlflow.memory import ModelShape, read_shape
 from rlflow.plan import make_plans
 from rlflow.types import SampleRequest, SamplingParams
@@ -24,6 +23,7 @@ SEQUENCE_TOKENS, MICRO_BATCH_TOKENS, TIMED_STEPS = 1024, 8192, 4
 
 def generation(record: Record, size: str) -> None:
     """Completions of 512 tokens to 32 prompts of 256, eight each, all at once, with vLLM's own random weights."""
+    from rlflow.actors.rollout_engines.engine import generate
     from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 
     engine = VllmEngine(
@@ -43,7 +43,7 @@ def generation(record: Record, size: str) -> None:
     prompts = [rng.integers(2, 1000, PROMPT_TOKENS).astype(np.int32) for _ in range(PROMPTS)]
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     requests = [SampleRequest(i, prompts[i // GROUP], i, params) for i in range(PROMPTS * GROUP)]
-    generate(engine, [replace(request, params=SamplingParams(max_new_tokens=16)) for request in requests[:32]])
+    generate(engine, [replace(request, params=SamplingParams(max_new_tokens=16)) for request in requests[: 4 * GROUP]])
     started = time.perf_counter()
     completions = generate(engine, requests)
     seconds = time.perf_counter() - started

@@ -14,14 +14,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlflow.actors import adapters
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.types import SamplingParams
-from tests.actors.rollout_engines.test_engine_contract import assert_logprobs_match, make_requests, random_policy
+from tests.actors.rollout_engines.engine_oracle import assert_logprobs_match, finish, make_requests, random_policy
 
 if TYPE_CHECKING:
-    from rlflow.actors.rollout_worker import RolloutEngine
+    from rlflow.actors.rollout_engines.engine import RolloutEngine
 
 PARAMS = SamplingParams(max_new_tokens=16, temperature=0.7)
 
@@ -64,11 +65,11 @@ class Policy:
                 start = self.start[name] if is_length else torch.zeros(())
                 parameter.copy_(start + 0.15 * torch.randn(parameter.shape, generator=generator))
 
-    def send_to(self, engine: RolloutEngine) -> int:
+    def send_to(self, engine: RolloutEngine, version: int = 0) -> int:
         """Returns the bytes that travelled."""
-        snapshot = pack_weights(adapters.adapter_parameters(self.model).items(), version=0)
+        snapshot = pack_weights(adapters.adapter_parameters(self.model).items(), version)
         snapshot.buffer.flags.writeable = False
-        engine.load_weights(unpack_weights(snapshot))
+        engine.load_weights(unpack_weights(snapshot), version)
         return snapshot.buffer.nbytes
 
     def as_peft_reads_it(self) -> Any:
@@ -122,19 +123,36 @@ def engine_and_policy(
 
 def test_logprobs_are_those_of_peft_after_every_sync(engine_and_policy: tuple[RolloutEngine, Policy]) -> None:
     engine, policy = engine_and_policy
-    requests = make_requests()
-    seen, held = set(), []
+    requests = make_requests(PARAMS)
+    seen = set()
     for seed in (None, 1, 2, 1):
         if seed is not None:
             policy.change(seed)
         policy.send_to(engine)
-        if not isinstance(engine, TorchEngine):
-            held.append(engine.llm.llm_engine.list_loras())  # pyright: ignore[reportAttributeAccessIssue]
-        completions = engine.generate(requests, PARAMS)
-        assert_logprobs_match(policy.as_peft_reads_it(), requests, completions, PARAMS)
+        completions = generate(engine, requests)
+        assert_logprobs_match({0: policy.as_peft_reads_it()}, requests, completions)
         seen.add(tuple(int(token) for completion in completions for token in completion.token_ids))
     assert len(seen) == 3, "the version that came twice generates the same, the others do not"
-    assert held in ([], [{1}, {2}, {3}, {4}]), "vLLM holds one version, each under an id of its own"
+
+
+def test_completions_under_way_go_on_with_the_new_adapter_alone(
+    engine_and_policy: tuple[RolloutEngine, Policy],
+) -> None:
+    engine, policy = engine_and_policy
+    requests = make_requests(PARAMS)
+    policies = {}
+    for version in (4, 5):
+        policy.change(version)
+        policies[version] = policy.as_peft_reads_it()
+        policy.send_to(engine, version)
+        if version == 4:
+            engine.add(requests)
+            for _ in range(6):
+                engine.step()
+    finished = finish(engine)
+    completions = [finished[request.id] for request in requests]
+    assert [completion.versions.tolist() for completion in completions[:8]] == [[4] * 6 + [5] * 10] * 8
+    assert_logprobs_match(policies, requests, completions)
 
 
 def test_only_the_adapter_travels(engine_and_policy: tuple[RolloutEngine, Policy]) -> None:
@@ -148,7 +166,7 @@ def test_a_sync_of_another_adapter_names_what_is_wrong(engine_and_policy: tuple[
     weights = dict(adapters.adapter_parameters(policy.model))
     name = next(key for key in weights if "q_proj.lora_A" in key)
     with pytest.raises(ValueError, match=r"q_proj\.lora_A.*\(7,\)"):
-        engine.load_weights([*weights.items(), (name, torch.zeros(7))])
+        engine.load_weights([*weights.items(), (name, torch.zeros(7))], 1)
     del weights[name]
     with pytest.raises(ValueError, match=r"1 parameters were not sent.*q_proj\.lora_A"):
-        engine.load_weights(weights.items())
+        engine.load_weights(weights.items(), 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -11,57 +12,29 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import PreTrainedModel
 
-from rlflow.actors.checkpoint_names import to_checkpoint
-from rlflow.actors.weight_sync import pack_weights, unpack_weights
-from rlflow.types import Completion, GenerationRequest, SamplingParams
+from rlflow.actors.rollout_engines.engine import generate
+from rlflow.types import Completion, SampleRequest, SamplingParams
+from tests.actors.rollout_engines.engine_oracle import (
+    EOS,
+    TOLERANCE,
+    VOCABULARY,
+    assert_logprobs_match,
+    assert_same_tokens,
+    finish,
+    kind_of,
+    make_requests,
+    random_policy,
+    sent,
+    sync,
+    write_config,
+)
 
 if TYPE_CHECKING:
-    from rlflow.actors.rollout_worker import RolloutEngine
+    from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 
-TOLERANCE = 1e-4
-VOCABULARY = 64
-EOS = 1
 MAX_NUM_SEQS = 8
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
-
-
-def random_policy(kind: str, *, seed: int) -> PreTrainedModel:
-    """Weights large enough for distributions far from uniform.
-
-    Args:
-        kind: ``tied`` or ``untied`` embeddings, or ``experts``: a mixture of them in the first and the last layer.
-    """
-    make_config: Any = Qwen3MoeConfig if kind == "experts" else Qwen3Config
-    config = make_config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3 if kind == "experts" else 2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=kind == "tied",
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        **(EXPERTS if kind == "experts" else {}),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def write_config(policy: PreTrainedModel, directory: Path) -> None:
-    """A model directory without weights, with a generation config that an engine must not heed."""
-    policy.config.architectures = [type(policy).__name__]
-    policy.config.save_pretrained(directory)
-    GenerationConfig(
-        do_sample=True, temperature=3.0, top_k=2, repetition_penalty=2.0, eos_token_id=EOS
-    ).save_pretrained(directory)
 
 
 def make_engine(name: str, directory: Path) -> RolloutEngine:
@@ -85,18 +58,6 @@ def make_engine(name: str, directory: Path) -> RolloutEngine:
         log_path=directory / "vllm.log",
         num_threads=1,
     )
-
-
-def sent(policy: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """As a trainer names them."""
-    return {name: tensor.detach() for name, tensor in to_checkpoint(policy, policy.named_parameters())}
-
-
-def sync(engine: RolloutEngine, policy: PreTrainedModel) -> None:
-    """Read-only views into one buffer, as the trainer's weights arrive."""
-    snapshot = pack_weights(sent(policy).items(), version=0)
-    snapshot.buffer.flags.writeable = False
-    engine.load_weights(unpack_weights(snapshot))
 
 
 @pytest.fixture(
@@ -133,58 +94,6 @@ def engine(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> RolloutE
     return engine_and_policy[0]
 
 
-def make_requests(num_requests: int = 4, group_size: int = 4) -> list[GenerationRequest]:
-    """Prompts of 3 to 60 tokens and seeds from both ends of 63 bits."""
-    rng = np.random.default_rng(0)
-    return [
-        GenerationRequest(
-            prompt_token_ids=rng.integers(2, VOCABULARY, size=3 + 19 * i % 58).astype(np.int32),
-            seeds=tuple((2**63 - 1 - g if g % 2 else g) - i * 1000 * (-1) ** (g + 1) for g in range(group_size)),
-        )
-        for i in range(num_requests)
-    ]
-
-
-@torch.no_grad()
-def reference_logprobs(
-    policy: PreTrainedModel,
-    prompt: np.ndarray,
-    completion: Completion,
-    *,
-    temperature: float,
-    top_k: int,
-    left_out: Sequence[int] = (),
-) -> np.ndarray:
-    """A forward over prompt and completion, without cache: float32 [C]."""
-    token_ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids])).long()
-    logits = policy(token_ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
-    logits[:, list(left_out)] = -torch.inf
-    if top_k:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return logits.log_softmax(-1).gather(1, token_ids[len(prompt) :, None]).squeeze(1).numpy()
-
-
-def assert_logprobs_match(
-    policy: PreTrainedModel,
-    requests: list[GenerationRequest],
-    completions: list[Completion],
-    params: SamplingParams,
-    left_out: Sequence[int] = (),
-) -> None:
-    prompts = [request.prompt_token_ids for request in requests for _ in request.seeds]
-    for prompt, completion in zip(prompts, completions, strict=True):
-        expected = reference_logprobs(
-            policy,
-            prompt,
-            completion,
-            temperature=params.temperature or 1.0,
-            top_k=params.top_k,
-            left_out=left_out,
-        )
-        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -197,19 +106,129 @@ def assert_logprobs_match(
 def test_logprobs_equal_a_transformers_forward(
     engine: RolloutEngine, policy: PreTrainedModel, params: SamplingParams
 ) -> None:
-    requests = make_requests()
-    assert_logprobs_match(policy, requests, engine.generate(requests, params), params)
+    requests = make_requests(params)
+    completions = generate(engine, requests)
+    assert_logprobs_match({0: policy}, requests, completions)
+    assert all((completion.versions == 0).all() for completion in completions)
 
 
 def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine, policy: PreTrainedModel) -> None:
-    requests = make_requests()
-    params = SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10)
-    engine.generate(requests, params)
-    kind = "experts" if "moe" in policy.config.model_type else "tied" if policy.config.tie_word_embeddings else "untied"
-    for seed in (1, 2):
-        newer = random_policy(kind, seed=seed)
-        sync(engine, newer)
-        assert_logprobs_match(newer, requests, engine.generate(requests, params), params)
+    requests = make_requests(SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10))
+    generate(engine, requests)
+    for version in (1, 2):
+        newer = random_policy(kind_of(policy), seed=version)
+        assert sync(engine, newer, version) == 0
+        completions = generate(engine, requests)
+        assert_logprobs_match({version: newer}, requests, completions)
+        assert all((completion.versions == version).all() for completion in completions)
+
+
+@pytest.mark.parametrize("cache", ["recompute", "keep"])
+def test_completions_under_way_go_on_with_the_new_weights_and_say_which_version_sampled_each_token(
+    engine: RolloutEngine, policy: PreTrainedModel, cache: CacheAtUpdate
+) -> None:
+    """At the first update six are running, with room for two of the six that wait; all have prompts in common."""
+    policies = {0: policy} | {version: random_policy(kind_of(policy), seed=version) for version in (3, 7)}
+    requests = make_requests(SamplingParams(max_new_tokens=24, temperature=0.9))
+    requests = [requests[4 * prompt + sample] for sample in range(4) for prompt in (3, 2, 1, 0)]
+    engine.add(requests[:12])
+    assert [engine.step() for _ in range(7)] == [[]] * 7
+    assert (engine.num_running, engine.num_waiting) == (8, 4)
+    engine.abort([request.id for request in requests[6:8]])
+    read_again = sync(engine, policies[3], 3, cache)
+    engine.add(requests[12:])
+    assert [engine.step() for _ in range(5)] == [[]] * 5
+    sync(engine, policies[7], 7, cache)
+    finished = finish(engine)
+    del requests[6:8]
+    completions = [finished.pop(request.id) for request in requests]
+    assert not finished
+    versions = [completion.versions.tolist() for completion in completions]
+    assert versions[:6] == [[0] * 7 + [3] * 5 + [7] * 12] * 6
+    assert versions[6:8] == [[3] * 5 + [7] * 19] * 2
+    assert versions[8:] == [[7] * 24] * 6
+    assert_logprobs_match(policies, requests, completions, cache)
+    written = sum(len(request.token_ids) + 7 for request in requests[:6])
+    assert 0 < read_again <= written if cache == "recompute" else read_again == 0
+
+
+@pytest.mark.parametrize("cache", ["recompute", "keep"])
+def test_updates_with_the_same_weights_change_no_token(
+    engine: RolloutEngine, policy: PreTrainedModel, cache: CacheAtUpdate
+) -> None:
+    """Each sample's random stream goes on where it was, whether or not what was written is read again."""
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    undisturbed = generate(engine, requests)
+    engine.add(requests)
+    finished: dict[int, Completion] = {}
+    for version in range(6):
+        sync(engine, policy, version, cache)
+        for _ in range(1 + version):
+            finished |= {completion.id: completion for completion in engine.step()}
+    finished |= finish(engine)
+    assert_same_tokens([finished[request.id] for request in requests], undisturbed)
+
+
+def test_the_same_calls_repeat_to_the_bit_across_an_update(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    newer = random_policy(kind_of(policy), seed=1)
+    runs = []
+    for _ in range(2):
+        sync(engine, policy, 0)
+        engine.add(requests[:10])
+        for _ in range(5):
+            engine.step()
+        sync(engine, newer, 1)
+        engine.add(requests[10:])
+        runs.append(finish(engine))
+    for request in requests:
+        for field in ("token_ids", "logprobs", "versions"):
+            np.testing.assert_array_equal(*(getattr(run[request.id], field) for run in runs))
+
+
+def test_requests_that_are_added_while_others_run_get_the_tokens_that_they_get_alone(engine: RolloutEngine) -> None:
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    together = generate(engine, requests)
+    finished: dict[int, Completion] = {}
+    for start in range(0, 16, 2):
+        engine.add(requests[start : start + 2])
+        for _ in range(4):
+            finished |= {completion.id: completion for completion in engine.step()}
+    finished |= finish(engine)
+    assert_same_tokens([finished[request.id] for request in requests], together)
+
+
+def test_what_finishes_in_a_step_comes_in_the_order_in_which_it_was_added(engine: RolloutEngine) -> None:
+    requests = make_requests(SamplingParams(max_new_tokens=2))[::-1]
+    engine.add(requests)
+    order = []
+    while engine.num_running + engine.num_waiting:
+        order += [completion.id for completion in engine.step()]
+    assert order == [request.id for request in requests]
+    assert engine.step() == []
+
+
+def test_what_was_written_of_an_aborted_request_comes_back_and_the_others_go_on(engine: RolloutEngine) -> None:
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    undisturbed = generate(engine, requests)
+    engine.add(requests)
+    for _ in range(6):
+        engine.step()
+    aborted = engine.abort([15, 99, 3, 0])
+    assert [completion.id for completion in aborted] == [15, 3, 0]
+    assert {completion.finish_reason for completion in aborted} == {"abort"}
+    for completion in aborted:
+        num_written = 0 if completion.id == 15 else 6
+        assert completion.token_ids.shape == completion.logprobs.shape == completion.versions.shape == (num_written,)
+        assert completion.versions.tolist() == [0] * num_written
+        whole = undisturbed[completion.id]
+        np.testing.assert_array_equal(completion.token_ids, whole.token_ids[:num_written])
+        np.testing.assert_allclose(completion.logprobs, whole.logprobs[:num_written], rtol=0, atol=TOLERANCE)
+    assert engine.abort([0, 3, 15]) == []
+    engine.add([requests[3]])
+    finished = finish(engine)
+    assert finished.keys() == set(range(16)) - {0, 15}
+    assert_same_tokens([finished[id] for id in sorted(finished)], [undisturbed[id] for id in sorted(finished)])
 
 
 @pytest.mark.parametrize(
@@ -220,23 +239,21 @@ def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine
 def test_ids_that_are_left_out_are_never_drawn_and_have_no_share_in_logprobs(
     engine: RolloutEngine, policy: PreTrainedModel, params: SamplingParams
 ) -> None:
-    requests, left_out = make_requests(), np.array([7, *range(24, VOCABULARY)])
-    before = engine.generate(requests, params)
+    requests, left_out = make_requests(params), np.array([7, *range(24, VOCABULARY)])
+    before = generate(engine, requests)
     assert np.isin(np.concatenate([completion.token_ids for completion in before]), left_out).mean() > 0.2
     engine.leave_out(left_out)
-    completions = engine.generate(requests, params)
+    completions = generate(engine, requests)
     assert not np.isin(np.concatenate([completion.token_ids for completion in completions]), left_out).any()
-    assert_logprobs_match(policy, requests, completions, params, left_out.tolist())
+    assert_logprobs_match({0: policy}, requests, completions, left_out=left_out.tolist())
     engine.leave_out(np.array([], dtype=np.int64))
-    for again, once in zip(engine.generate(requests, params), before, strict=True):
-        np.testing.assert_array_equal(again.token_ids, once.token_ids)
+    assert_same_tokens(generate(engine, requests), before)
 
 
 def test_greedy_tokens_equal_transformers_generate(engine: RolloutEngine, policy: Any) -> None:
-    requests = make_requests(group_size=1)
-    completions = engine.generate(requests, SamplingParams(max_new_tokens=16, temperature=0.0))
-    for request, completion in zip(requests, completions, strict=True):
-        prompt = torch.from_numpy(request.prompt_token_ids).long()[None]
+    requests = make_requests(SamplingParams(max_new_tokens=16, temperature=0.0), group_size=1)
+    for request, completion in zip(requests, generate(engine, requests), strict=True):
+        prompt = torch.from_numpy(request.token_ids).long()[None]
         expected = policy.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16, eos_token_id=[]
         )
@@ -244,49 +261,59 @@ def test_greedy_tokens_equal_transformers_generate(engine: RolloutEngine, policy
 
 
 def test_the_same_batch_repeats_to_the_bit(engine: RolloutEngine) -> None:
-    requests, params = make_requests(), SamplingParams(max_new_tokens=24)
-    for first, second in zip(engine.generate(requests, params), engine.generate(requests, params), strict=True):
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    for first, second in zip(generate(engine, requests), generate(engine, requests), strict=True):
         np.testing.assert_array_equal(first.token_ids, second.token_ids)
         np.testing.assert_array_equal(first.logprobs, second.logprobs)
 
 
 def test_seeds_tell_samples_of_a_prompt_apart(engine: RolloutEngine) -> None:
-    request = GenerationRequest(np.array([5, 6, 7], dtype=np.int32), seeds=(0, 1, 2, 2**62, 2**63 - 1, 1))
-    completions = engine.generate([request], SamplingParams(max_new_tokens=24))
+    prompt, params = np.array([5, 6, 7], dtype=np.int32), SamplingParams(max_new_tokens=24)
+    seeds = (0, 1, 2, 2**62, 2**63 - 1, 1)
+    completions = generate(engine, [SampleRequest(i, prompt, seed, params) for i, seed in enumerate(seeds)])
     texts = [tuple(completion.token_ids) for completion in completions]
     assert len(set(texts)) == 5
     assert texts[1] == texts[5]
 
 
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(engine: RolloutEngine) -> None:
-    requests, params = make_requests(), SamplingParams(max_new_tokens=24)
-    together = engine.generate(requests, params)
-    backwards = engine.generate([GenerationRequest(r.prompt_token_ids, r.seeds[::-1]) for r in requests[::-1]], params)
-    alone = [
-        engine.generate([GenerationRequest(request.prompt_token_ids, (seed,))], params)[0]
-        for request in requests
-        for seed in request.seeds
+    requests = make_requests(SamplingParams(max_new_tokens=24))
+    together = generate(engine, requests)
+    assert_same_tokens(generate(engine, requests[::-1])[::-1], together)
+    assert_same_tokens([generate(engine, [request])[0] for request in requests], together)
+
+
+def test_each_request_has_parameters_of_its_own(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    kinds = [
+        SamplingParams(max_new_tokens=9, temperature=0.0),
+        SamplingParams(max_new_tokens=24),
+        SamplingParams(max_new_tokens=17, temperature=0.7, top_k=10),
+        SamplingParams(max_new_tokens=24, temperature=0.8, stop_token_ids=(EOS, 20)),
     ]
-    for a, b, c in zip(together, backwards[::-1], alone, strict=True):
-        np.testing.assert_array_equal(a.token_ids, b.token_ids)
-        np.testing.assert_array_equal(a.token_ids, c.token_ids)
+    requests = [replace(request, params=kinds[request.id % 4]) for request in make_requests(kinds[0])]
+    completions = generate(engine, requests)
+    assert_logprobs_match({0: policy}, requests, completions)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == request.params.max_new_tokens
+        assert_same_tokens([completion], generate(engine, [request]))
+    assert {completion.finish_reason for completion in completions[3::4]} == {"stop", "length"}
 
 
 def test_a_stop_token_ends_a_completion_and_stays_in_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
-    requests = make_requests()
     params = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS, 20))
-    completions = engine.generate(requests, params)
+    requests = make_requests(params)
+    completions = generate(engine, requests)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
     for completion in completions:
         is_stop = np.isin(completion.token_ids, params.stop_token_ids)
         assert not is_stop[:-1].any()
         assert is_stop[-1] == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
-    assert_logprobs_match(policy, requests, completions, params)
+    assert_logprobs_match({0: policy}, requests, completions)
 
 
 def test_nothing_but_the_given_stop_tokens_ends_a_completion(engine: RolloutEngine) -> None:
-    completions = engine.generate(make_requests(), SamplingParams(max_new_tokens=48))
+    completions = generate(engine, make_requests(SamplingParams(max_new_tokens=48)))
     assert [len(completion.token_ids) for completion in completions] == [48] * 16
     assert {completion.finish_reason for completion in completions} == {"length"}
     assert any(EOS in completion.token_ids[:-1] for completion in completions)
@@ -294,9 +321,9 @@ def test_nothing_but_the_given_stop_tokens_ends_a_completion(engine: RolloutEngi
 
 def test_a_completion_has_at_least_one_token_and_plain_arrays(engine: RolloutEngine) -> None:
     params = SamplingParams(max_new_tokens=1, stop_token_ids=tuple(range(VOCABULARY)))
-    for completion in engine.generate(make_requests(), params):
-        assert completion.token_ids.shape == completion.logprobs.shape == (1,)
-        assert completion.token_ids.dtype == np.int32
+    for completion in generate(engine, make_requests(params)):
+        assert completion.token_ids.shape == completion.logprobs.shape == completion.versions.shape == (1,)
+        assert completion.token_ids.dtype == completion.versions.dtype == np.int32
         assert completion.logprobs.dtype == np.float32
         assert completion.finish_reason == "stop"
 
@@ -304,7 +331,7 @@ def test_a_completion_has_at_least_one_token_and_plain_arrays(engine: RolloutEng
 def test_a_sync_with_an_unknown_name_names_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
     weights = sent(policy) | {"model.layers.7.extra.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"model\.layers\.7\.extra\.weight"):
-        engine.load_weights(weights.items())
+        engine.load_weights(weights.items(), 1)
 
 
 def test_a_sync_with_another_shape_names_the_tensor_and_both_shapes(
@@ -312,11 +339,11 @@ def test_a_sync_with_another_shape_names_the_tensor_and_both_shapes(
 ) -> None:
     weights = sent(policy) | {"model.norm.weight": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*\(7,\).*\(64,\)"):
-        engine.load_weights(weights.items())
+        engine.load_weights(weights.items(), 1)
 
 
 def test_a_sync_that_leaves_a_weight_out_names_it(engine: RolloutEngine, policy: PreTrainedModel) -> None:
     weights = sent(policy)
     del weights["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight"):
-        engine.load_weights(weights.items())
+        engine.load_weights(weights.items(), 1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
-from rlflow.actors.rollout_engines import vllm_engine
+from rlflow.actors.rollout_engines import vllm_start
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
-from rlflow.types import Completion, GenerationRequest, SamplingParams
+from rlflow.types import Completion, SampleRequest, SamplingParams
 
 MAX_MODEL_LEN = 128
 CACHE_TOKENS = 8448
@@ -52,15 +54,15 @@ def start(model_dir: Path, **changes: Any) -> VllmEngine:
 def engine(tiny_model_dir: Path) -> Iterator[VllmEngine]:
     pytest.importorskip("vllm")
     engine = start(tiny_model_dir)
-    engine.load_weights(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())
+    engine.load_weights(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters(), 0)
     yield engine
     engine.close()
 
 
-def make_requests(num_requests: int, prompt_tokens: int) -> list[GenerationRequest]:
+def make_requests(num_requests: int, prompt_tokens: int, params: SamplingParams) -> list[SampleRequest]:
     rng = np.random.default_rng(0)
     return [
-        GenerationRequest(rng.integers(3, 60, size=prompt_tokens).astype(np.int32), seeds=(i,))
+        SampleRequest(i, rng.integers(3, 60, size=prompt_tokens).astype(np.int32), i, params)
         for i in range(num_requests)
     ]
 
@@ -114,42 +116,54 @@ def test_tensor_parallelism_needs_gpus(tiny_model_dir: Path) -> None:
 def test_a_vllm_for_gpus_is_refused_in_a_worker_that_reserves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ValueError, match=r"set rollout\.gpus_per_worker: 1, or rollout\.engine: torch"):
-        vllm_engine._cuda_options(0.5, 1)
+        vllm_start.cuda_options(0.5, 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert vllm_engine._cuda_options(0.5, 1)["gpu_memory_utilization"] == 0.5
+    assert vllm_start.cuda_options(0.5, 1)["gpu_memory_utilization"] == 0.5
 
 
 @pytest.mark.slow
 def test_a_prompt_without_room_for_the_completion_is_named(engine: VllmEngine) -> None:
-    requests = [*make_requests(1, prompt_tokens=8), *make_requests(1, prompt_tokens=100)]
-    with pytest.raises(ValueError, match=r"request 1: 100 prompt tokens and 29 new ones exceed.*128"):
-        engine.generate(requests, SamplingParams(max_new_tokens=29))
+    params = SamplingParams(max_new_tokens=29)
+    requests = [*make_requests(1, 8, params), replace(make_requests(1, 100, params)[0], id=7)]
+    with pytest.raises(ValueError, match=r"request 7: 100 prompt tokens and 29 new ones exceed.*128"):
+        engine.add(requests)
+    assert engine.num_running + engine.num_waiting == 0
 
 
 @pytest.mark.slow
 def test_a_temperature_that_vllm_would_raise_is_refused(engine: VllmEngine) -> None:
     with pytest.raises(ValueError, match=r"temperature 0\.001"):
-        engine.generate(make_requests(1, prompt_tokens=4), SamplingParams(max_new_tokens=2, temperature=0.001))
+        engine.add(make_requests(1, 4, SamplingParams(max_new_tokens=2, temperature=0.001)))
+
+
+@pytest.mark.slow
+def test_where_vllm_itself_refuses_a_request_none_is_taken(engine: VllmEngine) -> None:
+    params = SamplingParams(max_new_tokens=2)
+    requests = [*make_requests(2, 4, params), SampleRequest(2, np.array([], dtype=np.int32), 0, params)]
+    with pytest.raises(ValueError, match=r"request 2: .*prompt"):
+        engine.add(requests)
+    assert engine.num_running + engine.num_waiting == 0
+    assert [completion.id for completion in generate(engine, requests[:2])] == [0, 1]
 
 
 @pytest.mark.slow
 def test_a_batch_larger_than_the_cache_gets_the_tokens_of_its_parts(engine: VllmEngine) -> None:
     """Sequences are thrown out of the cache in mid-flight and read again; their random streams go on."""
-    requests, params = make_requests(96, prompt_tokens=20), SamplingParams(max_new_tokens=100)
+    requests = make_requests(96, 20, SamplingParams(max_new_tokens=100))
     assert 96 * 20 < CACHE_TOKENS < 96 * 120
-    parts = [engine.generate(requests[i : i + 32], params) for i in range(0, 96, 32)]
-    assert_same_tokens(engine.generate(requests, params), [completion for part in parts for completion in part])
+    parts = [generate(engine, requests[i : i + 32]) for i in range(0, 96, 32)]
+    assert_same_tokens(generate(engine, requests), [completion for part in parts for completion in part])
 
 
 @pytest.mark.slow
 def test_more_prompt_tokens_than_one_step_reads_change_nothing(engine: VllmEngine) -> None:
     """vLLM would read the prompt at the boundary in two pieces."""
-    requests, params = make_requests(64, prompt_tokens=100), SamplingParams(max_new_tokens=4)
+    requests = make_requests(64, 100, SamplingParams(max_new_tokens=4))
     step = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     assert step < 64 * 100
     assert step % 100 > 0
-    parts = [engine.generate(requests[i : i + 8], params) for i in range(0, 64, 8)]
-    assert_same_tokens(engine.generate(requests, params), [completion for part in parts for completion in part])
+    parts = [generate(engine, requests[i : i + 8]) for i in range(0, 64, 8)]
+    assert_same_tokens(generate(engine, requests), [completion for part in parts for completion in part])
 
 
 @pytest.mark.slow
@@ -161,16 +175,17 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
-from rlflow.types import GenerationRequest, SamplingParams
+from rlflow.types import SampleRequest, SamplingParams
 disable_progress_bar()
 engine = VllmEngine(
     {str(tiny_model_dir)!r}, dtype="float32", max_model_len=64, max_num_seqs=4, seed=0, gpu_memory_fraction=0.2,
     kv_cache_gib=0.01, tensor_parallel_size=1, trust_remote_code=False, log_path=Path({str(log_path)!r}), num_threads=1,
 )
-engine.load_weights(AutoModelForCausalLM.from_pretrained({str(tiny_model_dir)!r}).named_parameters())
-request = GenerationRequest(np.array([4, 5], dtype=np.int32), seeds=(1,))
-assert len(engine.generate([request], SamplingParams(max_new_tokens=3))[0].token_ids) == 3
+engine.load_weights(AutoModelForCausalLM.from_pretrained({str(tiny_model_dir)!r}).named_parameters(), 0)
+request = SampleRequest(0, np.array([4, 5], dtype=np.int32), 1, SamplingParams(max_new_tokens=3))
+assert len(generate(engine, [request])[0].token_ids) == 3
 engine.sleep()
 engine.wake()
 engine.close()
