@@ -164,8 +164,8 @@ class VllmEngine:
         """Takes requests; vLLM begins them in this order, and those of one prompt share what was read of it.
 
         Raises:
-            ValueError: A prompt leaves no room for its completion, or vLLM cannot sample with its parameters. None of
-                the requests was taken then.
+            ValueError: A prompt leaves no room for its completion, vLLM cannot sample with its parameters, or its id is
+                here. None of the requests was taken then.
         """
         from vllm.exceptions import VLLMValidationError
 
@@ -174,8 +174,9 @@ class VllmEngine:
             assert was_reset, "vLLM still runs requests that have ended"
         added: list[int] = []
         for request in requests:
-            assert request.id not in self._under_way, f"request {request.id} is under way already"
             try:
+                if request.id in self._under_way:
+                    raise ValueError("one of this id is under way")
                 name = self._hand_over(request)
             except (ValueError, VLLMValidationError) as error:
                 self.abort(added)
