@@ -95,15 +95,10 @@ class VllmEngine:
         if self.adapter is not None:
             options |= {"load_format": "auto", **self.adapter.options}
         with vllm_start.quiet(log_path):
-            from vllm.platforms import current_platform
-
-            self.on_cpu = current_platform.is_cpu()
-            if self.on_cpu:
-                vllm_start.keep_weights_as_loaded()
-                options |= vllm_start.cpu_options(kv_cache_gib, tensor_parallel_size)
-            else:
-                options |= vllm_start.cuda_options(gpu_memory_fraction, tensor_parallel_size)
-            self.llm = vllm_start.start(model_dir, options, self.on_cpu)
+            self.on_cpu, of_platform = vllm_start.platform_options(
+                gpu_memory_fraction, kv_cache_gib, tensor_parallel_size
+            )
+            self.llm = vllm_start.start(model_dir, options | of_platform, self.on_cpu)
         self.max_model_len = max_model_len
         self.version = -1
         self._num_loads = 0

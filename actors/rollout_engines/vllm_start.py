@@ -65,6 +65,18 @@ def quiet(log_path: Path | None) -> Iterator[None]:
         os.close(saved)
 
 
+def platform_options(
+    gpu_memory_fraction: float, kv_cache_gib: float, tensor_parallel_size: int
+) -> tuple[bool, dict[str, Any]]:
+    """Whether the vLLM that is installed runs on the CPU, and what EngineArgs needs for that."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return False, cuda_options(gpu_memory_fraction, tensor_parallel_size)
+    keep_weights_as_loaded()
+    return True, cpu_options(kv_cache_gib, tensor_parallel_size)
+
+
 def cpu_options(kv_cache_gib: float, tensor_parallel_size: int) -> dict[str, Any]:
     """Nothing is compiled, a prompt is read in one piece, cache blocks are small.
 
