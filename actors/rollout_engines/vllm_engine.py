@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 import torch
 
-from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.rollout_engines import vllm_start
+from rlflow.actors.rollout_engines.sent_weights import check_weights, weight_shapes
 from rlflow.actors.rollout_engines.vllm_experts import pack_experts
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, SampleRequest
@@ -84,7 +84,7 @@ class VllmEngine:
         """
         vllm_start.prepare_process(num_threads, log_path)
         self.adapter = None if adapted is None else _adapter_of(adapted)
-        self.shapes = _weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
+        self.shapes = weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
         options: dict[str, Any] = {
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -125,7 +125,7 @@ class VllmEngine:
             ValueError: A name the model does not have, another shape, or a weight left out. Nothing was loaded then.
         """
         tensors = list(weights)
-        _check_weights(tensors, self.shapes)
+        check_weights(tensors, self.shapes)
         if self.adapter is not None:
             self.adapter.load(self.llm, tensors)
         else:
@@ -282,28 +282,6 @@ def _adapter_of(block: ModelBlock) -> VllmAdapter:
 def _fold(seed: int) -> int:
     """63 bits to 32, which is all that vLLM's CPU random generators keep: without it 0 and 2**62 are one seed."""
     return (seed ^ seed >> 32) & 0xFFFFFFFF
-
-
-def _weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
-    """The parameters a trainer of this model sends: a checkpoint's names, tied ones once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: parameter.shape for name, parameter in to_checkpoint(model, model.named_parameters())}
-
-
-def _check_weights(tensors: list[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]) -> None:
-    for name, tensor in tensors:
-        if name not in shapes:
-            raise ValueError(f"weight sync: the engine's model has no parameter {name}")
-        if tensor.shape != shapes[name]:
-            both = f"{tuple(tensor.shape)} sent, {tuple(shapes[name])} here"
-            raise ValueError(f"weight sync: {name} has another shape: {both}")
-    missing = sorted(shapes.keys() - {name for name, _ in tensors})
-    if missing:
-        raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {missing[0]}")
 
 
 def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]], on_cpu: bool) -> list[str]:

@@ -1,0 +1,30 @@
+"""Weights as a trainer sends them, checked before an engine takes any."""
+
+from __future__ import annotations
+
+import torch
+
+from rlflow.actors.checkpoint_names import to_checkpoint
+
+
+def weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
+    """The parameters a trainer of this model sends: a checkpoint's names, tied ones once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return {name: parameter.shape for name, parameter in to_checkpoint(model, model.named_parameters())}
+
+
+def check_weights(tensors: list[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]) -> None:
+    """Raises ValueError for a name that is not in ``shapes``, for another shape, and for a weight that was left out."""
+    for name, tensor in tensors:
+        if name not in shapes:
+            raise ValueError(f"weight sync: the engine's model has no parameter {name}")
+        if tensor.shape != shapes[name]:
+            both = f"{tuple(tensor.shape)} sent, {tuple(shapes[name])} here"
+            raise ValueError(f"weight sync: {name} has another shape: {both}")
+    missing = sorted(shapes.keys() - {name for name, _ in tensors})
+    if missing:
+        raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {missing[0]}")
