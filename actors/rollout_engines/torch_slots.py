@@ -249,7 +249,7 @@ class SlotReading:
     @property
     def _layers(self) -> list[SlotLayer]:
         """Those that hold something: a layer may see what another one holds."""
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        layers = [x for x in self.cache.layers if x.is_initialized]  # pyright: ignore[reportAttributeAccessIssue]
         assert all(isinstance(layer, SlotLayer) for layer in layers)
         return layers  # pyright: ignore[reportReturnType]
 
