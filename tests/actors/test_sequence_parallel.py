@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from token_shares import SETTINGS
+from transformers import LlamaConfig
 
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reward_trainer import RewardTrainer
+from rlflow.actors.train_engines import sequence_parallel
+from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, SplitLayout
 from rlflow.recipe import ModelBlock, TrainerBlock
 
@@ -126,3 +133,72 @@ def test_filler_is_a_sequence_of_its_own():
     # Bucket rows hold one sequence each; 8 is what pads them.
     rows = [sorted(set(row.tolist()) - {8}) for bucket in filled.padded[0] for row in bucket]
     assert sorted(rows) == [[0, 1, 2, 3, 4], [5, 6], [7]]
+
+
+@pytest.mark.parametrize(("size", "key_value_heads"), [(2, 2), (4, 2)])
+def test_what_ranks_attend_to_together_is_what_one_attends_to(monkeypatch, size, key_value_heads):
+    """Ranks are threads, and what they exchange lies in a list."""
+    sent: list[Any] = [None] * size
+    barrier = threading.Barrier(size, timeout=60)
+
+    def exchange(pieces: torch.Tensor, index: Any) -> torch.Tensor:
+        sent[index] = pieces
+        barrier.wait()
+        received = torch.stack([pieces[index] for pieces in sent])
+        barrier.wait()
+        return received
+
+    monkeypatch.setattr(sequence_parallel, "_all_to_all", exchange)
+    bounds = np.array([0, 5, 7, 11], np.int32)
+    query = torch.randn(11, 4, 8, generator=torch.Generator().manual_seed(0))
+    key, value = torch.randn(2, 11, key_value_heads, 8, generator=torch.Generator().manual_seed(1))
+    whole = PackedLayout(bounds, CPU).attend(query, key, value, None, None)
+
+    def own(split: SplitLayout, tokens: torch.Tensor) -> torch.Tensor:
+        filled = torch.cat([tokens, torch.zeros(split.filler, *tokens.shape[1:])])
+        return filled[split.first : split.first + split.share]
+
+    def attend(index: int) -> torch.Tensor:
+        split = SplitLayout(bounds, CPU, SequenceRanks(cast(Any, index), size, index))
+        with torch.no_grad():
+            return split.attend(*(own(split, part) for part in (query, key, value)), None, None)
+
+    with ThreadPoolExecutor(size) as threads:
+        parts = list(threads.map(attend, range(size)))
+    torch.testing.assert_close(torch.cat(parts)[:11], whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference", "is_right"),
+    [
+        (torch.float32, 5e-4, True),
+        (torch.float32, 5e-3, False),
+        (torch.bfloat16, 5e-3, True),
+        (torch.bfloat16, 0.1, False),
+        (torch.float32, float("nan"), False),
+    ],
+)
+def test_slices_may_differ_from_the_whole_by_rounding_alone(monkeypatch, one_rank, dtype, difference, is_right):
+    monkeypatch.setattr(sequence_parallel, "_difference", lambda *_: difference)
+    module: Any = SimpleNamespace(
+        model=SimpleNamespace(config=LlamaConfig(), dtype=dtype), passes=SimpleNamespace(packs=True), ranks=None
+    )
+    context = nullcontext() if is_right else pytest.raises(ValueError, match="other layers than attention mix tokens")
+    with context:
+        sequence_parallel.share_tokens(module, 1, CPU, 60.0)
+    assert (module.ranks.size, module.ranks.index) == (1, 0)
+
+
+def test_what_is_run_one_sequence_at_a_time_cannot_be_shared():
+    module: Any = SimpleNamespace(
+        model=SimpleNamespace(config=LlamaConfig()), passes=SimpleNamespace(packs=False, reason="it recurs"), ranks=None
+    )
+    with pytest.raises(ValueError, match=r"run one sequence at a time, which ranks cannot share \(it recurs\)"):
+        sequence_parallel.share_tokens(module, 2, CPU, 60.0)

@@ -15,6 +15,7 @@ import pytest
 from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError, resolve
+from rlflow.rewards.reward_model import score_head_problem
 from rlflow.types import Prompt, RolloutBatch
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?:\n"
@@ -297,3 +298,18 @@ def test_the_module_is_imported_without_torch_and_transformers() -> None:
     program = "import sys, rewards.reward_model; print({'torch', 'transformers'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"num_labels": 1}, None),
+        ({"id2label": {"0": "score"}}, None),
+        ({}, "has a score head of 2 labels"),
+        ({"num_labels": 3, "id2label": {"0": "score"}}, "has a score head of 3 labels"),
+        ({"architectures": ["LlamaForCausalLM"], "num_labels": 1}, "has no score head, it is a LlamaForCausalLM"),
+    ],
+)
+def test_a_reward_model_has_a_score_head_of_one_label(fields: dict, problem: str | None) -> None:
+    said = score_head_problem({"architectures": ["LlamaForSequenceClassification"], **fields})
+    assert said is None if problem is None else str(said).startswith(problem)

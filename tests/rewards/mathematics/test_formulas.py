@@ -92,3 +92,22 @@ def test_what_is_no_formula_is_refused(text: str) -> None:
 def test_what_nobody_can_write_down_is_not_computed(text: str) -> None:
     with pytest.raises(TooLarge):
         value_at(parse_formula(text), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "is_too_large"),
+    [
+        (r"\binom{2000}{1000}", False),
+        (r"\binom{5000}{2000}", True),
+        (r"\binom{20000}{2}", False),
+        ("3^(-5000) * 3^(-5000) * 3^(-5000) * 3^(-5000)", True),
+        ("3^(-1000) * 3^(-1000)", False),
+    ],
+)
+def test_what_is_too_large_to_write_down_is_not_computed(text: str, is_too_large: bool) -> None:
+    tree = parse_formula(text)
+    if is_too_large:
+        with pytest.raises(TooLarge):
+            value_at(tree, {})
+    else:
+        assert value_at(tree, {}) != 0

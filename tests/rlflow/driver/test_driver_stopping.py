@@ -195,6 +195,12 @@ def test_a_process_that_ends_ignores_signals_once_it_was_asked_to_stop(press):
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, before)
 
 
+def test_after_a_run_signals_do_what_they_did_before(run: Run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run("done", SFT, steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
 def test_handlers_that_a_library_resets_at_its_end_are_put_back(press):
     stop, send, waits_for = press
     c_library, default = ctypes.CDLL(None), ctypes.c_void_p(0)

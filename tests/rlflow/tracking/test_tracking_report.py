@@ -168,6 +168,14 @@ def test_the_picture_is_well_formed_and_has_a_line_a_metric(tmp_path: Path) -> N
         write_curve_svg(tmp_path / "run", ["reward/meen"], path)
 
 
+def test_names_in_a_pictures_legend_do_not_lie_on_each_other() -> None:
+    """38 pixels beside a name, and 8 for each of its letters."""
+    lines = [Series(name, ((0, 0.0), (1, 1.0))) for name in ("reward/mean", "kl", "loss")]
+    root = ElementTree.fromstring(charts.standalone(lines))
+    dots = [float(element.attrib["cx"]) for element in root.iter() if element.attrib.get("cy") == "22"]
+    assert dots == [54.0, 54.0 + 38 + 8 * 11, 54.0 + 2 * 38 + 8 * 13]
+
+
 def test_a_series_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
     make_stage(tmp_path / "run", 5)
     (stage,) = read_stages(tmp_path / "run")
