@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlflow.garbage import without_collection
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
 
 class ReferenceModel:
+    @without_collection()
     def __init__(
         self, model: ModelBlock, *, gpus: float, num_threads: int, seed: int, tokens_of: ModelBlock | None = None
     ) -> None:

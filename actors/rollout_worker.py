@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
+from rlflow.garbage import without_collection
 from rlflow.recipe import ModelBlock, RolloutBlock
 from rlflow.rollout_checks import layout_problem, token_problem
 from rlflow.types import GenerationRequest, RolloutBatch, SampleRequest, SamplingParams
@@ -32,6 +33,7 @@ class WorkerReady:
 
 
 class RolloutWorker:
+    @without_collection()
     def __init__(
         self,
         model: ModelBlock,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlflow.checkpoint import naming_the_disk
+from rlflow.garbage import without_collection
 from rlflow.metrics import Metric, over_ranks
 from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
@@ -82,6 +83,7 @@ class Trainer:
             free.bind(("", 0))
             return f"{_own_address()}:{free.getsockname()[1]}"
 
+    @without_collection()
     def setup(self, address: str | None) -> float:
         """Loads the model, joins the other ranks. Returns seconds.
 

@@ -13,6 +13,7 @@ from rlflow.cli.preflight import load_runnable
 from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
+from rlflow.garbage import without_collection
 from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
 
@@ -44,8 +45,9 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0,
         DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
         RunError: Anything else that went wrong.
     """
-    from rlflow.actors.actor_group import ActorFailure
-    from rlflow.driver.run import run_recipes
+    with without_collection():
+        from rlflow.actors.actor_group import ActorFailure
+        from rlflow.driver.run import run_recipes
 
     try:
         run_recipes(recipes, resume=resume, seconds_before=seconds_before, process_ends=process_ends)
