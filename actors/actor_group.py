@@ -46,7 +46,7 @@ class Transport(Protocol):
         ...
 
     def wait(self, refs: Sequence[Reference], timeout_s: float) -> tuple[list[Reference], list[Reference]]:
-        """Waits until one has ended. Returns all that have, and the others; none have where the time is up."""
+        """Waits until one has ended. Returns all that have, and the others; none have when the time is up."""
         ...
 
     def fetch(self, ref: Reference, actor: str, call: str) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ class RayTransport:
         return getattr(handle, method).remote(*args, **kwargs)
 
     def wait(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+        if not refs:
+            time.sleep(timeout_s)
+            return [], []
         done, waiting = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
         if not done or not waiting:
             return done, waiting

@@ -235,6 +235,7 @@ def test_a_wait_tells_who_has_ended_in_whatever_way_and_a_result_tells_how(make,
     (tmp_path / "gate").touch()
     wait_for_all(group, [held])
     assert group.result(0, Worker.hold, held) == "gate"
+    assert group.wait([], 0.01) == ([], []), "of no calls none has ended when the time is up"
 
 
 def test_references_stand_for_what_they_hold_and_for_its_failure(make):
