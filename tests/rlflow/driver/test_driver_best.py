@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from finished_runs import NEW_MODEL, RunRecipe, as_if_killed_after, steps_of
 
-import rlflow
 from rlflow.actors.trainer import Measured
 from rlflow.driver.evaluation import PassEvaluator
 from rlflow.driver.learner import Learner
-from tests.local_actors import use_local_actors
 
 SHARED: dict[str, Any] = {
-    "model": {
-        "characters": "0123456789+=",
-        "architecture": {
-            "model_type": "qwen3",
-            "architectures": ["Qwen3ForCausalLM"],
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "head_dim": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 64,
-        },
-    },
+    "model": NEW_MODEL,
     "algorithm": {"name": "sft"},
     "data": {"train": {"generator": "arithmetic", "args": {"digits": 1}}, "prompts_per_step": 4, "max_tokens": 32},
-    "tracking": ["jsonl"],
 }
 HELDOUT = {"generator": "arithmetic", "args": {"digits": 1, "split": "heldout"}, "rows": 2}
 
@@ -42,20 +25,14 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    use_local_actors(monkeypatch)
-
+def run(run_recipe: RunRecipe) -> Run:
     def make(resume: bool = False, *, evaluation: dict[str, Any], **run_block: Any) -> Path:
-        directory = tmp_path / "run"
-        block = {"steps": 4, "save_every": 1, "keep_checkpoints": 9, "output_dir": str(directory), **run_block}
+        block = {"steps": 4, "save_every": 1, "keep_checkpoints": 9, **run_block}
         recipe = {**SHARED, "run": block, "evaluation": {"data": HELDOUT, "every": 1, **evaluation}}
         if "reward" in evaluation:
             recipe["data"] = {**SHARED["data"], "max_prompt_tokens": 16}
             recipe["rollout"] = {"engine": "torch", "max_new_tokens": 4}
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        rlflow.run(path, resume=resume)
-        return directory
+        return run_recipe(recipe, resume=resume)
 
     return make
 
@@ -73,17 +50,6 @@ def script_passes(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
 
 def best_of(directory: Path) -> str:
     return (directory / "checkpoints" / "best").readlink().name
-
-
-def steps_of(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def as_if_killed_after(directory: Path, step: int) -> None:
-    shutil.rmtree(directory / "final")
-    for path in (directory / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
 
 
 def test_the_best_checkpoint_has_the_least_held_out_loss(run: Run, monkeypatch):

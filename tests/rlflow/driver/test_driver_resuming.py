@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from finished_runs import NEW_MODEL, RunRecipe, as_if_killed_after, metrics_of, same_weights, steps_of
 
-import rlflow
-from rlflow.checkpoint import FINAL_MANIFEST, CheckpointError, saved_steps
+from rlflow.checkpoint import FINAL_MANIFEST, CheckpointError
 from rlflow.data.errors import DataError
 from rlflow.data.sources import read_table
 from rlflow.driver.errors import RunError
@@ -27,19 +27,6 @@ from rlflow.driver.resuming import (
     write_recipe,
 )
 from rlflow.recipe import Recipe, SourceBlock
-from tests.local_actors import use_local_actors
-
-ARCHITECTURE = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "head_dim": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
 
 Run = Callable[..., Path]
 
@@ -51,48 +38,20 @@ def write_rows(path: Path, answer: str = "{}") -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run_recipe: RunRecipe, tmp_path: Path) -> Run:
     """Runs four steps of SFT into ``tmp_path / name``; keywords are ``--resume`` and keys of the recipe."""
-    use_local_actors(monkeypatch)
-    rows = write_rows(tmp_path / "rows.jsonl")
-
-    def make(name: str = "run", resume: bool = False, **overrides: Any) -> Path:
-        recipe = {
-            "algorithm": {"name": "sft"},
-            "model": {"characters": "0123456789+=", "architecture": ARCHITECTURE},
-            "data": {"train": {"path": str(rows)}, "prompts_per_step": 4, "max_tokens": 32},
-            "trainer": {"learning_rate": 1e-2, "schedule": "cosine"},
-            "run": {"steps": 4, "save_every": 2, "output_dir": str(tmp_path / name)},
-            "tracking": ["jsonl"],
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        rlflow.run(path, overrides={key.replace("__", "."): value for key, value in overrides.items()}, resume=resume)
-        return tmp_path / name
-
-    return make
-
-
-def steps_of(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    recipe = {
+        "algorithm": {"name": "sft"},
+        "model": NEW_MODEL,
+        "data": {"train": {"path": str(write_rows(tmp_path / "rows.jsonl"))}, "prompts_per_step": 4, "max_tokens": 32},
+        "trainer": {"learning_rate": 1e-2, "schedule": "cosine"},
+        "run": {"steps": 4, "save_every": 2},
+    }
+    return partial(run_recipe, recipe)
 
 
 def rates_of(directory: Path) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line["trainer/learning_rate"] for line in lines if line["step"]]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    weights = [load_file(directory / "final" / "model.safetensors") for directory in (one, other)]
-    return all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-
-
-def as_if_killed_after(directory: Path, step: int) -> None:
-    """Neither ``final/`` nor the checkpoints of later steps were written."""
-    shutil.rmtree(directory / "final")
-    for later in saved_steps(directory / "checkpoints"):
-        if later > step:
-            shutil.rmtree(directory / "checkpoints" / f"step_{later:06d}")
+    return [line["trainer/learning_rate"] for line in metrics_of(directory) if line["step"]]
 
 
 def test_a_run_without_checkpoints_is_not_restarted_over_its_metrics(run: Run):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from finished_runs import RunRecipe, metrics_of
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -20,10 +20,8 @@ from transformers import (
     pipeline,
 )
 
-import rlflow
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.rewards.reward_model import RewardModel
-from tests.local_actors import use_local_actors
 
 LETTERS = "bcdfghjklm?"
 TEMPLATE = (
@@ -100,7 +98,7 @@ def served(final: Path, texts: list[str], side: str) -> list[float]:
     ids=["eos and no row to spare", "eos and padded rows", "none and a reserved token", "its own"],
 )
 def test_scores_and_accuracy_are_those_that_the_run_measured_whatever_the_padding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pad: str | None, special: list[str], spare_rows: int, expected: str
+    tmp_path: Path, run_recipe: RunRecipe, pad: str | None, special: list[str], spare_rows: int, expected: str
 ):
     make_model(tmp_path / "model", pad, special, spare_rows)
     pairs = make_pairs()
@@ -111,20 +109,17 @@ def test_scores_and_accuracy_are_those_that_the_run_measured_whatever_the_paddin
         "data": {"train": {"path": str(tmp_path / "pairs.jsonl")}, "prompts_per_step": 24, "max_tokens": 64},
         "evaluation": {"data": {"path": str(tmp_path / "pairs.jsonl")}},
         "trainer": {"learning_rate": 1.0e-3},
-        "run": {"steps": 3, "output_dir": str(tmp_path / "run")},
-        "tracking": ["jsonl"],
+        "run": {"steps": 3},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    use_local_actors(monkeypatch)
-    rlflow.run(tmp_path / "recipe.yaml")
-    final = tmp_path / "run" / "final"
+    directory = run_recipe(recipe)
+    final = directory / "final"
     config = json.loads((final / "config.json").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(final)
     assert tokenizer.pad_token == expected
     assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.pad_token_id < config["vocab_size"]
 
-    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    measured = metrics_of(directory)[-1]
     sides = ("chosen", "rejected")
     texts = {side: [f"{pair['prompt']}{pair[side]}<eos>" for pair in pairs] for side in sides}
     classify: Any = pipeline("text-classification", str(final), function_to_apply="none", batch_size=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import re
@@ -16,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from finished_runs import NEW_MODEL, RunRecipe, same_weights, steps_of
 from safetensors.numpy import load_file
 
-import rlflow
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.train_engines import sharded_state
@@ -32,19 +30,7 @@ from rlflow.driver.saving import SaveSchedule
 from rlflow.driver.stopping import StopSignals
 from rlflow.recipe import RunBlock
 from rlflow.tracking.rollouts import read_rollouts
-from tests.local_actors import use_local_actors
 
-ARCHITECTURE = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "head_dim": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
 PLUGIN = """
 import pathlib
 def score(completions, **columns):
@@ -70,26 +56,16 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run_recipe: RunRecipe, tmp_path: Path) -> Run:
     """Runs ``blocks`` into ``tmp_path / name``; four steps, and a checkpoint only where the run decides so."""
-    use_local_actors(monkeypatch)
     plugin = tmp_path / "reward.py"
     plugin.write_text(PLUGIN)
 
     def make(name: str, blocks: dict[str, Any], resume: bool = False, **run_block: Any) -> Path:
-        recipe = {
-            "model": {"characters": "0123456789+=", "architecture": ARCHITECTURE},
-            "trainer": {"learning_rate": 1e-2},
-            "run": {"steps": 4, "output_dir": str(tmp_path / name), **run_block},
-            "tracking": ["jsonl"],
-            **blocks,
-        }
+        recipe = {"model": NEW_MODEL, "trainer": {"learning_rate": 1e-2}, "run": {"steps": 4, **run_block}, **blocks}
         if recipe.get("algorithm", {}).get("name") == "grpo":
             recipe["rewards"] = [{"plugin": f"{plugin}:score"}]
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        rlflow.run(path, resume=resume)
-        return tmp_path / name
+        return run_recipe(recipe, name, resume=resume)
 
     return make
 
@@ -128,15 +104,6 @@ def failing(error: Exception) -> Callable[[Callable[[], Any]], Any]:
         raise error
 
     return act
-
-
-def steps_of(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    weights = [load_file(directory / "final" / "model.safetensors") for directory in (one, other)]
-    return all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from finished_runs import RunRecipe, metrics_of
 
-import rlflow
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.tracking.rollouts import read_rollouts
-from tests.local_actors import use_local_actors
 
 TOKENS, ROWS = 14, 64
 
@@ -46,7 +43,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def test_rollouts_are_of_tokens_alone_and_engine_trainer_and_reference_agree_on_them(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, run_recipe: RunRecipe
 ):
     recipe = {
         "algorithm": {"name": "grpo", "group_size": 4, "kl": {"coef": 0.1}},
@@ -54,17 +51,12 @@ def test_rollouts_are_of_tokens_alone_and_engine_trainer_and_reference_agree_on_
         "data": {"train": {"generator": "arithmetic"}, "prompts_per_step": 4, "max_prompt_tokens": 16},
         "rewards": [{"name": "repetition", "args": {"unit": "tokens", "ngram_size": 1}}],
         "rollout": {"engine": "torch", "max_new_tokens": 6},
-        "run": {"steps": 1, "output_dir": str(tmp_path / "run")},
-        "tracking": ["jsonl"],
+        "run": {"steps": 1},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    use_local_actors(monkeypatch)
-    rlflow.run(tmp_path / "recipe.yaml")
-    ids = np.concatenate(
-        [row.token_ids for row in read_rollouts(tmp_path / "run" / "rollouts" / "step_000001.parquet")]
-    )
+    directory = run_recipe(recipe)
+    ids = np.concatenate([row.token_ids for row in read_rollouts(directory / "rollouts" / "step_000001.parquet")])
     assert len(ids) > 50 and ids.max() < TOKENS
-    step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    step = metrics_of(directory)[-1]
     assert abs(step["kl/ref"]) < 1e-6
     assert step["mismatch/logprob_abs_diff"] < 1e-5
     assert step["entropy"] < np.log(TOKENS)
