@@ -41,7 +41,7 @@ class Way:
     """As transformers calls it; None is the model's own."""
 
 
-GROUPED_SLOTS = Way("slots, queries grouped", SlotReading, GROUPED)
+GROUPED_SLOTS = Way("slots, queries grouped", partial(SlotReading, in_blocks=True), GROUPED)
 SLOTS = Way("slots", SlotReading)
 OWN_CACHE = Way("texts of one length at a time", partial(UnpaddedReading, is_cached=True))
 NO_CACHE = Way("texts of one length at a time, without a cache", partial(UnpaddedReading, is_cached=False))
@@ -187,7 +187,7 @@ class TorchEngine:
                     break
         self._attend_by(self.way.attention)
         self.is_settled = True
-        if self.way is not before and self.way.reader is not SlotReading:
+        if self.way is not before and self.way not in (GROUPED_SLOTS, SLOTS):
             logger.warning("%s generates from %s", type(self.model).__name__, self.way.name)
 
     def _ways(self) -> list[Way]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlflow.actors.rollout_engines.torch_reading import Moves, Reader
+from rlflow.actors.rollout_engines.torch_reading import Reader
 from rlflow.actors.rollout_engines.torch_sampling import sample_each
 from rlflow.types import Completion, FinishReason, SampleRequest, SamplingParams
 
@@ -145,12 +145,9 @@ class Generation:
             return []
         in_order = sorted(ended, key=lambda index: self.rows[index].order)
         completions = [self.rows[index].completion(ended[index]) for index in in_order]
-        moves = Moves.without(np.array(sorted(ended)), len(self.rows))
-        for hole, mover in zip(moves.holes, moves.movers, strict=True):
-            self.rows[hole] = self.rows[mover]
-        del self.rows[moves.num_left :]
+        left = self.reading.remove(np.array(sorted(ended)))
+        self.rows = [self.rows[index] for index in left.tolist()]
         self.groups = None
-        self.reading.remove(moves)
         return completions
 
     def _group(self, device: torch.device) -> list[tuple[SamplingParams, torch.Tensor]]:

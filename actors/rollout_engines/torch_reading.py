@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +30,8 @@ class Reading(Protocol):
         """Appends a token to every row, int [R]."""
         ...
 
-    def remove(self, moves: Moves) -> None:
-        """Ends rows; others take their places."""
+    def remove(self, ended: np.ndarray) -> np.ndarray:
+        """Ends rows, int [E], ascending. Returns those that are left in their new order, int [R - E]."""
         ...
 
     def outdate(self) -> None:
@@ -42,24 +41,6 @@ class Reading(Protocol):
 
 Reader = Callable[[Any], Reading]
 """Of a model: a reading without rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """How rows stay without gaps when some end: the last move into the holes."""
-
-    holes: np.ndarray
-    """int [H]: rows that have ended, and lie among those that stay."""
-    movers: np.ndarray
-    """int [H]: the rows that take their places."""
-    num_left: int
-
-    @classmethod
-    def without(cls, ended: np.ndarray, num_rows: int) -> Moves:
-        """Args: ended: int, ascending."""
-        num_left = num_rows - len(ended)
-        movers = np.setdiff1d(np.arange(num_left, num_rows), ended, assume_unique=True)
-        return cls(ended[ended < num_left], movers, num_left)
 
 
 class UnpaddedReading:
@@ -94,9 +75,9 @@ class UnpaddedReading:
         for part, own in zip(self.parts, new.split(sizes), strict=True):
             part.ids = torch.cat([part.ids, own[:, None]], dim=1)
 
-    def remove(self, moves: Moves) -> None:
-        self.places[moves.holes] = self.places[moves.movers]
-        self.places = self.places[: moves.num_left]
+    def remove(self, ended: np.ndarray) -> np.ndarray:
+        left = np.delete(np.arange(len(self.places)), ended)
+        self.places = self.places[left]
         sizes = [len(part.ids) for part in self.parts]
         stays = np.zeros(sum(sizes), dtype=bool)
         stays[self.places] = True
@@ -106,6 +87,7 @@ class UnpaddedReading:
             part.ids = part.ids[self._index(np.flatnonzero(own))]
         self.parts = [part for part in self.parts if len(part.ids)]
         self.places = (np.cumsum(stays) - 1)[self.places]
+        return left
 
     def outdate(self) -> None:
         """Nothing that was read is shared with rows that come."""

@@ -4,7 +4,8 @@ Keys and values lie in [slot, head, column, dim]. Whatever their lengths, all ro
 token of each goes into one column, and a row of L tokens lies in the L columns before it. What lies farther left is
 padding, as transformers knows it: positions and a mask for each row, and windows and chunks that count from the right.
 Slots are without gaps, and so a step computes with slices. Columns move on by one a step; when they are at an end the
-rows are laid out anew, from the left.
+rows are laid out anew, from the left. Long rows lie before short ones, about: all grow alike, so that they need only be
+kept so when some end, and attention of a block of short ones sees only as far as they reach.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from rlflow.actors.rollout_engines.torch_reading import Moves, last_logits_only
+from rlflow.actors.rollout_engines.torch_reading import last_logits_only
 
 GROUPED = "rlflow_grouped"
 """What transformers calls ``grouped_attention``."""
@@ -28,6 +29,9 @@ _READ_TOKENS = 8192
 """Tokens of one forward pass that reads texts, padding included, unless a single text is longer."""
 _MORE_COLUMNS = 64
 """At least so many, and a quarter of the longest row, are there for steps to come."""
+_BLOCKS = 4
+_FEW_KEYS = 8192
+"""Of all rows together, padding included: so few are seen faster at once than in blocks."""
 
 
 class Span:
@@ -102,11 +106,12 @@ class SlotLayer(CacheLayerMixin):
             assert held is not None
             held[targets, :, self.span.end - length : self.span.end] = held[source, :, start : start + length].clone()
 
-    def move(self, holes: torch.Tensor, movers: torch.Tensor) -> None:
+    def move(self, slots: torch.Tensor, sources: torch.Tensor) -> None:
+        """What is in ``sources`` [M] is in ``slots`` [M] then."""
         for held in (self.keys, self.values):
             assert held is not None
             columns = held[:, :, self.span.start : self.span.end]
-            columns[holes] = columns[movers]
+            columns[slots] = columns[sources]
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         """Of the span's size: no number that is none may lie in the padding."""
@@ -116,11 +121,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotReading:
     """Rows of any lengths side by side. Of each row all tokens but the last are in the cache."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.options = model, last_logits_only(model)
+    def __init__(self, model: Any, *, in_blocks: bool = False) -> None:
+        """Args: in_blocks: The model's attention is ``grouped_attention``."""
+        self.model, self.options, self.in_blocks = model, last_logits_only(model), in_blocks
+        self.device = model.device
         self.span = Span()
         self.cache = self._new_cache()
-        self.last = torch.empty(0, dtype=torch.long, device=model.device)
+        self.last = torch.empty(0, dtype=torch.long, device=self.device)
         """int64 [R]: the token of each row that is to be read."""
         self.lengths = np.empty(0, dtype=np.int64)
         """int64 [R]: tokens of each row in the cache."""
@@ -154,17 +161,18 @@ class SlotReading:
         if self.span.end == self.span.num_columns:
             self._make_room(0, 0)
         longest, lengths = self.span.longest, self._on_device(self.lengths)
-        # All alike they need no mask, and so attention sees none.
-        mask = None
-        if self.lengths.min() < longest:
-            columns = torch.arange(longest, -1, -1, device=self.model.device)
+        mask, options = None, {}
+        if self.lengths.min() < longest:  # Rows that are all alike need no mask.
+            columns = torch.arange(longest, -1, -1, device=self.device)
             mask = (columns <= lengths[:, None]).long()
+            options = {"blocks": self._blocks()} if self.in_blocks else {}
         output = self.model(
             input_ids=self.last[:, None],
             attention_mask=mask,
             position_ids=lengths[:, None],
             past_key_values=self.cache,
             use_cache=True,
+            **options,
         )
         self.span.end += 1
         self.lengths += 1
@@ -173,23 +181,21 @@ class SlotReading:
     def write(self, tokens: torch.Tensor) -> None:
         self.last = tokens
 
-    def remove(self, moves: Moves) -> None:
-        holes, movers = moves.holes.tolist(), moves.movers.tolist()
-        if holes:
-            on_device = self._on_device(moves.holes), self._on_device(moves.movers)
-            self.last[on_device[0]] = self.last[on_device[1]]
-            self.lengths[moves.holes] = self.lengths[moves.movers]
+    def remove(self, ended: np.ndarray) -> np.ndarray:
+        left = self._order_without(ended)
+        moved = np.flatnonzero(left != np.arange(len(left)))
+        if len(moved):
+            slots, sources = self._on_device(moved), self._on_device(left[moved])
             for layer in self._layers:
-                layer.move(*on_device)
-            for hole, mover in zip(holes, movers, strict=True):
-                self.texts[hole] = self.texts[mover]
-        del self.texts[moves.num_left :]
-        self.last, self.lengths = self.last[: moves.num_left], self.lengths[: moves.num_left]
-        self.span.num_rows = moves.num_left
-        if moves.num_left == 0:
+                layer.move(slots, sources)
+        self.last, self.lengths = self.last[self._on_device(left)], self.lengths[left]
+        self.texts = [self.texts[row] for row in left.tolist()]
+        self.span.num_rows = len(left)
+        if not len(left):
             self.span.num_slots = self.span.num_columns = self.span.end = 0
             self.cache = self._new_cache()
         self._settle_start()
+        return left
 
     def outdate(self) -> None:
         self.texts = [None] * len(self.texts)
@@ -219,6 +225,29 @@ class SlotReading:
                 **self.options,
             )
             self.span.slots = None
+
+    def _block_size(self) -> int:
+        num_rows = len(self.lengths)
+        split = self.in_blocks and num_rows * self.span.longest > _FEW_KEYS
+        return -(-num_rows // _BLOCKS) if split else num_rows
+
+    def _blocks(self) -> list[tuple[slice, int]]:
+        """Rows, and the first column after the span's start that one of them has."""
+        size, num_rows = self._block_size(), len(self.lengths)
+        rows = [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+        return [(block, self.span.longest - int(self.lengths[block].max())) for block in rows]
+
+    def _order_without(self, ended: np.ndarray) -> np.ndarray:
+        """Rows that are left: into a hole comes the longest row of the block behind, and into that one's place the same
+        way another, until the last row fills a hole of the last block."""
+        order, end, size = np.arange(len(self.lengths)), len(self.lengths), self._block_size()
+        for hole in ended[::-1].tolist():
+            while (start := (hole // size + 1) * size) < end:
+                longest = start + int(self.lengths[order[start : min(start + size, end)]].argmax())
+                order[hole], hole = order[longest], longest
+            end -= 1
+            order[hole] = order[end]
+        return order[:end]
 
     def _copy(self, source: int, slots: list[int], length: int) -> None:
         targets = self._on_device(np.array(slots))
@@ -254,7 +283,7 @@ class SlotReading:
         return layers  # pyright: ignore[reportReturnType]
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.model.device, non_blocking=True)
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
 def grouped_attention(
@@ -263,24 +292,51 @@ def grouped_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
+    blocks: Sequence[tuple[slice, int]] = (),
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, and its scaled-dot-product attention: query [R, H, N, D], key and value
     [R, K, W, D] -> [R, N, H, D].
 
-    Where each row has one query and fewer key-value heads, the H / K queries that share a head are as good as queries
-    of one text: so nothing is repeated, which in a step takes longer than all else.
+    Where each row has one query, the H / K queries that share a key-value head are as good as queries of one text: so
+    nothing is repeated, which in a step takes longer than all else.
+
+    Args:
+        blocks: Rows, and the first column that any of them sees; none where all rows are seen at once.
     """
     num_rows, num_heads, num_queries, dim = query.shape
-    heads = key.shape[1]
-    if num_queries > 1 or heads == num_heads or options.get("position_bias") is not None:
+    if num_queries > 1 or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    grouped = query.reshape(num_rows, heads, num_heads // heads, dim)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
-    )
-    return out.reshape(num_rows, 1, num_heads, value.shape[-1]), None
+    grouped = query.reshape(num_rows, key.shape[1], -1, dim)
+    if attention_mask is None or not blocks:
+        blocks = [(slice(num_rows), 0)]
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            grouped[rows],
+            key[rows, :, first:],
+            value[rows, :, first:],
+            attn_mask=None if attention_mask is None else attention_mask[rows, ..., first:],
+            scale=options.get("scaling"),
+        )
+        for rows, first in blocks
+    ]
+    return torch.cat(outputs).reshape(num_rows, 1, num_heads, value.shape[-1]), None
+
+
+def grouped_mask(
+    *, q_length: int, mask_function: Any, attention_mask: torch.Tensor | None, **options: Any
+) -> torch.Tensor | None:
+    """transformers' interface for masks: those of its scaled-dot-product attention.
+
+    Where each row has one query that sees all but padding, as in a step, the padding is the mask; transformers would
+    make it of indices, and ask the device first whether there is any.
+    """
+    if q_length == 1 and mask_function is causal_mask_function and attention_mask is not None:
+        return attention_mask[:, None, None, :]
+    options |= {"q_length": q_length, "mask_function": mask_function, "attention_mask": attention_mask}
+    return sdpa_mask(**options)
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
+AttentionMaskInterface.register(GROUPED, grouped_mask)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.rollout_engines import torch_slots
 from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.torch_engine import GROUPED_SLOTS, NO_CACHE, OWN_CACHE, SLOTS, TorchEngine, Way
 from rlflow.actors.rollout_engines.torch_reading import UnpaddedReading
@@ -32,9 +33,9 @@ def write_kind(directory: Path, kind: str, seed: int = 0) -> PreTrainedModel:
     return write(directory, kind, (PACKED | ONE_AT_A_TIME)[kind], seed)
 
 
-def engine_of(directory: Path, kind: str) -> TorchEngine:
+def engine_of(directory: Path, kind: str, max_num_seqs: int = 4) -> TorchEngine:
     model = write_kind(directory, kind)
-    engine = TorchEngine(str(directory), dtype="float32", max_num_seqs=4)
+    engine = TorchEngine(str(directory), dtype="float32", max_num_seqs=max_num_seqs)
     engine.load_weights(to_checkpoint(model, model.named_parameters()), 0)
     return engine
 
@@ -103,9 +104,11 @@ def test_an_update_between_two_steps_goes_on_with_the_new_weights_whatever_the_c
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=5e-5)
 
 
-def test_rows_that_come_and_go_for_longer_than_columns_last_are_as_they_are_alone(tmp_path):
+@pytest.mark.parametrize("few_keys", [0, 8192], ids=["in blocks", "at once"])
+def test_rows_that_come_and_go_for_longer_than_columns_last_are_as_they_are_alone(tmp_path, monkeypatch, few_keys):
     """Prompts longer than what is written so far, columns laid out anew, and slots that are taken over."""
-    engine = engine_of(tmp_path, "llama")
+    monkeypatch.setattr(torch_slots, "_FEW_KEYS", few_keys)
+    engine = engine_of(tmp_path, "llama", max_num_seqs=9)
     generator = np.random.default_rng(2)
     lengths = generator.integers(1, 25, 24)
     params = SamplingParams(max_new_tokens=30, temperature=5.0, stop_token_ids=(4, 5))
@@ -137,9 +140,20 @@ def test_a_prompt_is_read_once_for_as_long_as_one_of_its_samples_is_written(tmp_
         np.testing.assert_array_equal(completion.token_ids, generate(engine, [request])[0].token_ids)
 
 
+def test_long_rows_lie_before_short_ones_when_some_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_slots, "_FEW_KEYS", 0)
+    model = write_kind(tmp_path, "llama")
+    with torch.inference_mode():
+        reading = SlotReading(model, in_blocks=True)
+        lengths = [20, 19, 18, 12, 11, 10, 7, 6, 5, 3, 2]
+        reading.add([np.arange(2, 2 + n, dtype=np.int32) for n in lengths])
+        assert [lengths[row] for row in reading.remove(np.array([1, 6]))] == [20, 12, 18, 6, 11, 10, 3, 2, 5]
+        assert reading._blocks() == [(slice(0, 3), 0), (slice(3, 6), 9), (slice(6, 9), 15)]
+
+
 def test_a_cache_that_forgets_is_found_and_left_out(tmp_path, monkeypatch):
     """Slots go wrong, and so does a cache that loses what came before."""
-    monkeypatch.setattr(SlotReading, "remove", lambda self, moves: None)
+    monkeypatch.setattr(SlotReading, "_make_room", lambda self, num_more, longest: None)
     read = UnpaddedReading._read
 
     def forgetful(self, part):
@@ -154,7 +168,7 @@ def test_a_cache_that_forgets_is_found_and_left_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", [SLOTS, OWN_CACHE, NO_CACHE], ids=lambda way: way.name)
-def test_logits_of_a_texts_last_token_alone_are_held(tmp_path, way: Way):
+def test_logits_of_a_prompts_last_token_alone_are_held(tmp_path, way: Way):
     model = write_kind(tmp_path, "gpt2")
     with torch.inference_mode():
         reading = way.reader(model)
