@@ -6,19 +6,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
 from rlflow.garbage import without_collection
-from rlflow.recipe import ModelBlock, RolloutBlock
+from rlflow.recipe import ModelBlock, RolloutBlock, RolloutServerBlock
 from rlflow.rollout_checks import layout_problem, token_problem
 from rlflow.types import GenerationRequest, RolloutBatch, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerFast
 
     from rlflow.actors.weight_sync import WeightSnapshot
@@ -45,12 +44,17 @@ class RolloutWorker:
         num_threads: int,
         seed: int,
         log_directory: Path,
+        server: RolloutServerBlock | None = None,
     ) -> None:
 
         started = time.perf_counter()
         self.rank = rank
         self.version = -1
-        self.engine = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
+        if engine == "http":
+            assert server is not None
+            self.engine = _http_engine(server, model, rollout, max_model_len, log_directory.parent, rank)
+        else:
+            self.engine = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
         from rlflow.data.tokenizer import load_tokenizer
         from rlflow.data.vocabulary import token_table
 
@@ -139,6 +143,27 @@ def _no_tokens(model: ModelBlock, tokenizer: Any) -> np.ndarray:
     assert model.path is not None
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     return ids_without_token(tokenizer, config.get_text_config().vocab_size)
+
+
+def _http_engine(
+    server: RolloutServerBlock, model: ModelBlock, rollout: RolloutBlock, max_model_len: int, directory: Path, rank: int
+) -> RolloutEngine:
+    from rlflow.actors.rollout_engines.http_engine import HttpEngine
+
+    assert model.path is not None
+    if rank >= len(server.urls):
+        raise ValueError(f"rollout worker {rank} has no server: rollout_server.urls names {len(server.urls)}")
+    weights = directory / "served_weights" if server.directory is None else Path(server.directory)
+    return HttpEngine(
+        model.path,
+        url=server.urls[rank],
+        api=server.api,
+        timeout_s=server.timeout_s,
+        directory=weights.resolve() / f"worker-{rank}",
+        max_model_len=max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 def _make_engine(

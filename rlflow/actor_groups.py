@@ -182,6 +182,7 @@ def constructor_of(
             return RolloutWorker, {
                 "model": model,
                 "rollout": recipe.rollout,
+                "server": recipe.rollout_server,
                 "rank": rank,
                 "engine": rollout_engine(recipe),
                 "max_model_len": max_model_len,

@@ -72,9 +72,13 @@ def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
     """Of one RolloutWorker. The key-value cache is vLLM's fixed one on a CPU, or what the longest completions fill.
 
+    Over HTTP the servers hold everything.
+
     On a GPU vLLM takes ``gpu_memory_fraction`` of it, which should be more.
     """
     rollout, size = recipe.rollout, DTYPE_BYTES[recipe.model.dtype]
+    if engine == "http":
+        return {"process": PROCESS_BYTES}
     sequences = rollout.max_num_seqs
     prompts = sequences
     if recipe.family == "online":

@@ -65,13 +65,13 @@ class Server:
                 cause = error.reason if isinstance(error, URLError) else error
                 if isinstance(cause, TimeoutError):
                     raise ServerError(
-                        f"{where}: no answer within {self.timeout_s:g} s: raise rollout.server.timeout_s, or look at "
+                        f"{where}: no answer within {self.timeout_s:g} s: raise rollout_server.timeout_s, or look at "
                         "what the server is doing"
                     ) from error
                 failure = f"{type(cause).__name__}: {cause}"
         raise ServerError(
             f"{where}: {ATTEMPTS} attempts failed, the last because {failure}. Is the server up, and is "
-            "rollout.server.urls right?"
+            "rollout_server.urls right?"
         )
 
     def _ask(self, method: str, path: str, data: bytes | None, where: str) -> Any:

@@ -16,6 +16,7 @@ from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
+from rlflow.recipe.rollout_server import RolloutServerBlock
 from rlflow.recipe.schema import (
     DataBlock,
     EvaluationBlock,
@@ -54,6 +55,7 @@ __all__ = [
     "RewardBlock",
     "RewardServerBlock",
     "RolloutBlock",
+    "RolloutServerBlock",
     "RouterBlock",
     "RunBlock",
     "SourceBlock",

@@ -28,6 +28,7 @@ from rlflow.recipe.block import (
 )
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
+from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
 
@@ -99,8 +100,8 @@ class DataBlock(Block):
 
 
 class RolloutBlock(Block):
-    engine: Literal["auto", "torch", "vllm"] = "auto"
-    """auto: vllm where there is a GPU, torch elsewhere."""
+    engine: Literal["auto", "torch", "vllm", "http"] = "auto"
+    """auto: vllm where there is a GPU, torch elsewhere. http: servers of yours, see rollout_server."""
     workers: PositiveInt = 1
     """RolloutWorker actors."""
     max_new_tokens: PositiveInt = 256
@@ -226,6 +227,8 @@ class Recipe(Block):
     """Who computes rewards."""
     rollout: RolloutBlock = RolloutBlock()
     """Who generates."""
+    rollout_server: RolloutServerBlock = RolloutServerBlock()
+    """The servers of engine http."""
     trainer: TrainerBlock = TrainerBlock()
     """Who trains."""
     reference: ReferenceBlock = ReferenceBlock()
@@ -278,6 +281,7 @@ class Recipe(Block):
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
+        yield from rollout_server_conflicts(self)
         critic = self.algorithm.critic if self.needs_critic else None
         yield from trainer_conflicts(self.trainer, self.model, critic)
         yield from self._reward_conflicts()

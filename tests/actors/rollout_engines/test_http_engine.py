@@ -226,7 +226,7 @@ def test_a_server_that_stays_away_ends_in_an_error_with_its_url_and_the_number_o
     monkeypatch.setattr(http_calls, "FIRST_PAUSE_S", 0.001)
     with serving(model_dir) as (_, url):
         pass
-    with pytest.raises(ServerError, match=rf"GET {url}/v1/models: 6 attempts failed.*refused.*rollout\.server\.urls"):
+    with pytest.raises(ServerError, match=rf"GET {url}/v1/models: 6 attempts failed.*refused.*rollout_server\.urls"):
         start(url, model_dir, tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_an_answer_that_does_not_come_ends_in_an_error_that_names_the_key(
     sync(engine, policy)
     stand_in.num_steps = 0
     engine.add(make_requests(PARAMS, 1, 1))
-    with pytest.raises(ServerError, match=r"/v1/completions: no answer within 2 s: raise rollout\.server\.timeout_s"):
+    with pytest.raises(ServerError, match=r"/v1/completions: no answer within 2 s: raise rollout_server\.timeout_s"):
         finish(engine)
     engine._under_way.clear()
     engine.close()
