@@ -25,7 +25,7 @@ from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from rlflow.tracking.redact import remember_secrets
-from rlflow.types import Prompt, RolloutBatch, ScoreBatch
+from rlflow.types import GroupTexts, Prompt, ScoreBatch
 
 MAX_ERRORS = 8
 LARGEST = float(np.finfo(np.float32).max)
@@ -93,17 +93,14 @@ class RewardServer:
         """Returns the process ids of the children."""
         return self._pool.pids
 
-    def score(
-        self, rollouts: RolloutBatch, prompts: tuple[Prompt, ...], labels: tuple[str, ...] | None = None
-    ) -> ScoreBatch:
+    def score(self, groups: Sequence[GroupTexts], labels: tuple[str, ...] | None = None) -> ScoreBatch:
         """Calls every function, or those of ``labels``, with the rollouts of ``prompts_per_call`` prompts at a time.
 
         Takes at most, for each function, the time of its good calls and ``WASTED_CALLS + 1`` times its deadline plus
         the restart of a child: after that its remaining rows fail without a call.
 
         Args:
-            rollouts: Sample g of prompt i is row ``i * G + g``.
-            prompts: In the same order.
+            groups: Their rollouts are the rows, group after group.
 
         Returns:
             A reward a row, NaN where the function abstained or failed; why each failed row did, and at most
@@ -113,7 +110,7 @@ class RewardServer:
             RewardError: No child can be started any more.
         """
         chosen = [i for i, block in enumerate(self._rewards) if labels is None or block.label in labels]
-        return self._score(chosen, rollouts, prompts)
+        return self._score(chosen, groups)
 
     def self_check(self) -> None:
         """Scores a right and a wrong answer through the path that training uses, where math_accuracy is used.
@@ -122,17 +119,9 @@ class RewardServer:
             RewardError: The verdicts are not 1 and 0: the rewards of this installation cannot be trusted.
         """
         functions = [index for index, block in enumerate(self._rewards) if block.name == "math_accuracy"]
-        rollouts = RolloutBatch(
-            token_ids=np.zeros(2, np.int32),
-            logprobs=np.zeros(2, np.float32),
-            offsets=np.arange(3),
-            finish_reasons=("stop", "stop"),
-            texts=(r"One half is \boxed{\frac12}", r"The answer is \boxed{3}"),
-            policy_version=0,
-            seconds=0.0,
-        )
+        texts = (r"One half is \boxed{\frac12}", r"The answer is \boxed{3}")
         prompt = Prompt("self-check", np.zeros(1, np.int32), [{"role": "user", "content": "1/2?"}], {"solution": "0.5"})
-        scores = self._score(functions, rollouts, (prompt,))
+        scores = self._score(functions, [GroupTexts(prompt, texts, (b"", b""))])
         for label, verdicts in scores.rewards.items():
             if verdicts.tolist() != [1.0, 0.0]:
                 raise RewardError(
@@ -144,9 +133,9 @@ class RewardServer:
         """Kills the children. Safe to call twice."""
         self._pool.close()
 
-    def _score(self, functions: Sequence[int], rollouts: RolloutBatch, prompts: tuple[Prompt, ...]) -> ScoreBatch:
+    def _score(self, functions: Sequence[int], groups: Sequence[GroupTexts]) -> ScoreBatch:
         started = time.perf_counter()
-        scoring = _Scoring({index: self._rewards[index] for index in functions}, rollouts, prompts, self._children)
+        scoring = _Scoring({index: self._rewards[index] for index in functions}, groups, self._children)
         for call, answer in self._pool.run(scoring.queue, scoring.encode):
             scoring.settle(call, answer)
         return ScoreBatch(
@@ -161,15 +150,10 @@ class RewardServer:
 class _Scoring:
     """One batch on its way: calls still to make, and what is known of each row."""
 
-    def __init__(
-        self,
-        blocks: Mapping[int, RewardBlock],
-        rollouts: RolloutBatch,
-        prompts: tuple[Prompt, ...],
-        children: int,
-    ) -> None:
-        num_rows = len(rollouts.texts)
-        assert num_rows == 0 if not prompts else num_rows % len(prompts) == 0, "rows are prompts x group size"
+    def __init__(self, blocks: Mapping[int, RewardBlock], groups: Sequence[GroupTexts], children: int) -> None:
+        sizes = [len(group.texts) for group in groups]
+        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()
+        num_rows = ends[-1]
         self.blocks = blocks
         self.rewards = {index: np.full(num_rows, np.nan, np.float32) for index in blocks}
         self.failed = {index: np.zeros(num_rows, np.bool_) for index in blocks}
@@ -177,16 +161,15 @@ class _Scoring:
         """Row -> why functions failed on it."""
         self._failures: dict[tuple[int, str], list[int]] = {}
         """(function, cause) -> rows."""
-        self._rollouts = rollouts
-        self._prompts = prompts
-        self._group_size = num_rows // max(1, len(prompts))
+        self._texts = [text for group in groups for text in group.texts]
+        self._completion_ids = [ids for group in groups for ids in group.completion_ids]
+        self._prompts = [group.prompt for group in groups for _ in group.texts]
         self._children = children
         self._wasted_s = dict.fromkeys(blocks, 0.0)
         calls = [
-            Call(index, range(first, min(first + rows, num_rows)), block.timeout_s)
+            Call(index, range(ends[first], ends[min(first + block.prompts_per_call, len(groups))]), block.timeout_s)
             for index, block in blocks.items()
-            if (rows := self._group_size * block.prompts_per_call)
-            for first in range(0, num_rows, rows)
+            for first in range(0, len(groups), block.prompts_per_call)
         ]
         self.queue = deque(sorted(calls, key=lambda call: call.rows.start))
 
@@ -195,25 +178,21 @@ class _Scoring:
         """A sentence a cause: which function, on which row first, on how many more."""
         sentences = []
         for (function, cause), rows in list(self._failures.items())[:MAX_ERRORS]:
-            prompt, label = self._prompts[rows[0] // self._group_size], self.blocks[function].label
+            prompt, label = self._prompts[rows[0]], self.blocks[function].label
             more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
             sentences.append(f"reward {label!r}, prompt {prompt.id!r}, row {rows[0]}{more}: it {cause}.")
         return tuple(sentences)
 
     def encode(self, call: Call) -> bytes:
         """Returns the request of a call."""
-        prompts = [self._prompts[row // self._group_size] for row in call.rows]
+        prompts = [self._prompts[row] for row in call.rows]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-        offsets = self._rollouts.offsets
-        token_ids = self._rollouts.token_ids.astype(np.int32, copy=False)
         return pickle.dumps(
             Request(
                 function=call.function,
                 prompts=[list(prompt.messages) for prompt in prompts],
-                completions=[
-                    prompt.opened + self._rollouts.texts[row] for prompt, row in zip(prompts, call.rows, strict=True)
-                ],
-                completion_ids=[token_ids[offsets[row] : offsets[row + 1]].tobytes() for row in call.rows],
+                completions=[prompt.opened + self._texts[row] for prompt, row in zip(prompts, call.rows, strict=True)],
+                completion_ids=[self._completion_ids[row] for row in call.rows],
                 columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             )
         )

@@ -1,8 +1,17 @@
-"""RolloutWorker: prompts in, completions out, with the newest weights it was given."""
+"""RolloutWorker: groups of rollouts, each given back when it is done, with weights that may change between two tokens.
+
+    verb           waits for                                     consumes -> produces
+    submit         the step under way                            prompts and seeds
+    collect        a group that is done, or the time             -> whole groups, and how the worker is doing
+    load_weights   the step under way (and, with `running:       weights of a version
+                   wait`, for all that is under way)
+    abort          the step under way                            ids of groups
+
+Calls come from several threads at a time; the engine is used by one alone (engine_thread).
+"""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
+from rlflow.actors.engine_thread import EngineThread, FinishedGroup, RunningAtUpdate
+from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 from rlflow.garbage import without_collection
 from rlflow.recipe import ModelBlock, RolloutBlock, RolloutServerBlock
 from rlflow.rollout_checks import layout_problem, token_problem
-from rlflow.types import GenerationRequest, RolloutBatch, SampleRequest, SamplingParams
+from rlflow.types import GroupRequest, RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from rlflow.actors.weight_sync import WeightSnapshot
+
+ORDER_TIMEOUT_S = 600.0
+"""One step of an engine, or a load of weights, that takes longer is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,34 @@ class WorkerReady:
 
     engine: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker is doing, and has done since it began."""
+
+    version: int
+    num_running: int
+    num_waiting: int
+    """Completions that have no room yet, or wait for weights."""
+    num_taken: int
+    """Completions that it was ever asked for, as far as it has heard."""
+    steps: int
+    tokens: int
+    busy_s: float
+    load_s: float
+    reread_tokens: int
+    spans: tuple[tuple[str, float, float], ...]
+    """(what it did, from, until) since the last answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `collect` returns."""
+
+    batch: RolloutBatch | None
+    """Whole groups, in the order in which they were done; None when none was."""
+    status: WorkerStatus
 
 
 class RolloutWorker:
@@ -46,92 +87,149 @@ class RolloutWorker:
         log_directory: Path,
         server: RolloutServerBlock | None = None,
     ) -> None:
-
-        started = time.perf_counter()
-        self.rank = rank
-        self.version = -1
-        if engine == "http":
-            assert server is not None
-            self.engine = _http_engine(server, model, rollout, max_model_len, log_directory.parent, rank)
-        else:
-            self.engine = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
         from rlflow.data.tokenizer import load_tokenizer
         from rlflow.data.vocabulary import token_table
 
+        started = time.perf_counter()
+        self.rank = rank
+        generator: RolloutEngine
+        if engine == "http":
+            assert server is not None
+            generator = _http_engine(server, model, rollout, max_model_len, log_directory.parent, rank)
+        else:
+            generator = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
         self.tokenizer = load_tokenizer(model)
         self.is_token = token_table(self.tokenizer)
-        self.engine.leave_out(_no_tokens(model, self.tokenizer))
-        self._turn = threading.Lock()
-        """Held by whoever uses the engine: several calls may come in at a time."""
+        generator.leave_out(_no_tokens(model, self.tokenizer))
+        self.engine = EngineThread(generator, rollout.max_num_seqs, lambda: _use_threads(num_threads))
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 
     def ready(self) -> WorkerReady:
         return self._ready
 
-    def load_weights(self, snapshot: WeightSnapshot) -> float:
-        """Takes new weights. Returns seconds."""
-        from rlflow.actors.weight_sync import unpack_weights
-
-        started = time.perf_counter()
-        with self._turn:
-            self.engine.load_weights(unpack_weights(snapshot), snapshot.version)
-            self.version = snapshot.version
-        return time.perf_counter() - started
-
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
-        """One completion for every seed of every request, in that order.
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Takes groups, to be begun in this order and between the same two steps.
 
         Raises:
-            ValueError: The engine returned what is none: tokens that are not in the tokenizer, logprobs that are not
-                finite, another number of completions.
+            ValueError: The engine cannot generate one of them; none was taken.
         """
-        assert self.version >= 0, "generate before the first weights"
-        with self._turn:
-            return self._generate(requests, params)
+        self.engine.submit(requests).result(ORDER_TIMEOUT_S)
 
-    def _generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> RolloutBatch:
-        started = time.perf_counter()
-        rows = [(request.prompt_token_ids, seed) for request in requests for seed in request.seeds]
-        samples = [SampleRequest(i, prompt, seed, params) for i, (prompt, seed) in enumerate(rows)]
-        completions = generate(self.engine, samples)
-        offsets = np.cumsum([0] + [len(c.token_ids) for c in completions])
-        texts = decode_completions(self.tokenizer, [c.token_ids for c in completions], params.stop_token_ids)
-        batch = RolloutBatch(
-            token_ids=np.concatenate([c.token_ids for c in completions]),
-            logprobs=np.concatenate([c.logprobs for c in completions]),
-            offsets=offsets.astype(np.int64),
-            finish_reasons=tuple(c.finish_reason for c in completions),
-            texts=texts,
-            policy_version=self.version,
-            seconds=time.perf_counter() - started,
+    def collect(self, most: int, timeout_s: float, *, wants_room: bool = False) -> Collected:
+        """Up to ``most`` groups, as soon as one is done; none when the time is up.
+
+        Args:
+            wants_room: Also return as soon as there is room for more.
+
+        Raises:
+            ValueError: The engine returned what is no rollout: tokens that are not in the tokenizer, logprobs that are
+                not finite.
+        """
+        groups = self.engine.take_finished(most, timeout_s, wants_room=wants_room)
+        batch = self._batch(groups) if groups else None
+        counts = self.engine.counts
+        status = WorkerStatus(
+            version=self.engine.version,
+            num_running=self.engine.engine.num_running,
+            num_waiting=self.engine.engine.num_waiting + self.engine.num_held,
+            num_taken=counts.samples,
+            steps=counts.steps,
+            tokens=counts.tokens,
+            busy_s=counts.busy_s,
+            load_s=counts.load_s,
+            reread_tokens=counts.reread_tokens,
+            spans=self.engine.take_spans(),
         )
-        problem = layout_problem(batch, len(rows), params.max_new_tokens) or token_problem(batch, self.is_token)
-        if problem is not None:
-            raise ValueError(f"the engine, at policy version {self.version}, returned what is no rollout: {problem}")
-        return batch
+        return Collected(batch, status)
+
+    def hurry(self) -> None:
+        """Ends a `collect` that waits."""
+        self.engine.hurry()
+
+    def load_weights(
+        self, snapshot: WeightSnapshot, running: RunningAtUpdate = "continue", cache: CacheAtUpdate = "recompute"
+    ) -> None:
+        """Takes new weights between two steps."""
+        from rlflow.actors.weight_sync import unpack_weights
+
+        loaded = self.engine.load_weights(lambda: unpack_weights(snapshot), snapshot.version, running, cache)
+        loaded.result(ORDER_TIMEOUT_S if running != "wait" else None)
+
+    def abort(self, group_ids: Sequence[int]) -> None:
+        """Forgets groups, whatever has become of them."""
+        self.engine.abort(group_ids).result(ORDER_TIMEOUT_S)
 
     def sleep(self) -> None:
-        self.engine.sleep()
+        """Gives accelerator memory back."""
+        self.engine.do(self.engine.engine.sleep).result(ORDER_TIMEOUT_S)
 
     def wake(self) -> None:
-        self.engine.wake()
+        """Takes it again."""
+        self.engine.do(self.engine.engine.wake).result(ORDER_TIMEOUT_S)
 
     def close(self) -> None:
+        """Ends the engine."""
         self.engine.close()
+
+    def _batch(self, groups: Sequence[FinishedGroup]) -> RolloutBatch:
+        batch = pack_groups(groups, self.tokenizer)
+        longest = [group.request.params.max_new_tokens for group in groups for _ in group.completions]
+        problem = layout_problem(batch, np.array(longest)) or token_problem(batch, self.is_token)
+        if problem is not None:
+            raise ValueError(
+                f"the engine, at policy version {self.engine.version}, returned what is no rollout: {problem}"
+            )
+        return batch
+
+
+def pack_groups(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
+    """Prompts and completions, end to end."""
+    rows = [(group.request, completion) for group in groups for completion in group.completions]
+    prompts = [request.token_ids for request, _ in rows]
+    written = [completion.token_ids for _, completion in rows]
+    lengths = np.array([part for prompt, c in zip(prompts, written, strict=True) for part in (len(prompt), len(c))])
+    is_sampled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    logprobs = np.zeros(len(is_sampled), dtype=np.float32)
+    versions = np.full(len(is_sampled), -1, dtype=np.int32)
+    logprobs[is_sampled] = np.concatenate([completion.logprobs for _, completion in rows])
+    versions[is_sampled] = np.concatenate([completion.versions for _, completion in rows])
+    parts = [part for pair in zip(prompts, written, strict=True) for part in pair]
+    return RolloutBatch(
+        group_ids=tuple(group.request.id for group in groups),
+        sizes=tuple(len(group.completions) for group in groups),
+        offsets=np.concatenate([[0], np.cumsum(lengths)[1::2]]).astype(np.int64),
+        token_ids=np.concatenate(parts).astype(np.int32, copy=False),
+        is_sampled=is_sampled,
+        logprobs=logprobs,
+        versions=versions,
+        finish_reasons=tuple(completion.finish_reason for _, completion in rows),
+        texts=decode_completions(tokenizer, written, [request.params.stop_token_ids for request, _ in rows]),
+    )
 
 
 def decode_completions(
-    tokenizer: PreTrainedTokenizerFast, completions: Sequence[np.ndarray], stop_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerFast, completions: Sequence[np.ndarray], stop_token_ids: Sequence[Sequence[int]]
 ) -> tuple[str, ...]:
     """What the policy wrote, as text: all but stop tokens and padding, special tokens such as ``<think>`` included.
 
     Args:
         completions: int32 [C] each.
+        stop_token_ids: Of each of them.
     """
-    silent = [*stop_token_ids, *([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])]
-    written = [token_ids[~np.isin(token_ids, silent)].tolist() for token_ids in completions]
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    written = [
+        token_ids[~np.isin(token_ids, [*stop, *padding])].tolist()
+        for token_ids, stop in zip(completions, stop_token_ids, strict=True)
+    ]
     # Tokenizers that ask for a clean-up would take the space before a full stop away.
     return tuple(tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _use_threads(num_threads: int) -> None:
+    """torch counts its compute threads for each thread that computes."""
+    import torch
+
+    torch.set_num_threads(num_threads)
 
 
 def _no_tokens(model: ModelBlock, tokenizer: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ import numpy as np
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.plan import make_plans
 from rlflow.recipe import Recipe, load_recipe
-from rlflow.types import Denominators, GenerationRequest, MicroBatch, Sample, SamplingParams
+from rlflow.types import Denominators, GroupRequest, MicroBatch, Sample, SamplingParams
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -185,8 +185,12 @@ def generate(recipe: Recipe, peaks: Peaks) -> None:
     lengths = [recipe.data.max_prompt_tokens - i % 2 for i in range(recipe.data.prompts_per_step)]
     seeds = [tuple(range(GROUP * i, GROUP * i + GROUP)) for i in range(len(lengths))]
     prompts = [rng.integers(5, 1000, length).astype(np.int32) for length in lengths]
-    requests = [GenerationRequest(*request) for request in zip(prompts, seeds, strict=True)]
-    worker.generate(requests, SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens))
+    params = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
+    worker.submit([GroupRequest(i, *group, params) for i, group in enumerate(zip(prompts, seeds, strict=True))])
+    left = len(prompts)
+    while left:
+        batch = worker.collect(left, 60.0).batch
+        left -= 0 if batch is None else len(batch.group_ids)
     peaks.mark("generation")
     worker.close()
 

@@ -50,13 +50,18 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt and the seeds of its samples: a completion for each seed."""
+class GroupRequest:
+    """One prompt that a worker is asked for, and the seeds of its rollouts: one for each seed."""
 
-    prompt_token_ids: np.ndarray
-    """int32 [P]."""
+    id: int
+    """Of no other group of the run."""
+    token_ids: np.ndarray
+    """int32 [P]: the prompt."""
     seeds: tuple[int, ...]
-    """One unsigned 63-bit seed a sample; the same seed gives the same completion."""
+    """One unsigned 63-bit seed a rollout; the same seed gives the same rollout."""
+    params: SamplingParams
+    min_version: int = 0
+    """It is not begun with older weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +94,49 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
-    """What a RolloutWorker returns: the completions of several prompts, packed. Sample g of prompt i is row i*G+g."""
+    """The rollouts of several groups, end to end: what travels. Rollout r is ``[offsets[r]:offsets[r + 1]]`` of each
+    per-token array; those of a group stand next to each other, in the order of its seeds."""
 
-    token_ids: np.ndarray
-    """int32 [sum of C]."""
-    logprobs: np.ndarray
-    """float32 [sum of C]."""
+    group_ids: tuple[int, ...]
+    """Of their requests."""
+    sizes: tuple[int, ...]
+    """Rollouts of each group."""
     offsets: np.ndarray
-    """int64 [rows + 1]: row r is ``token_ids[offsets[r]:offsets[r + 1]]``."""
+    """int64 [R + 1]."""
+    token_ids: np.ndarray
+    """int32 [sum of T]: prompt, completion, and with several turns what stands between."""
+    is_sampled: np.ndarray
+    """bool [sum of T]: the tokens that the policy wrote."""
+    logprobs: np.ndarray
+    """float32 [sum of T]: of the distribution that each token was drawn from; 0 where none was."""
+    versions: np.ndarray
+    """int32 [sum of T]: of the weights that sampled each token; -1 where none was."""
     finish_reasons: tuple[FinishReason, ...]
+    """Of each rollout's last turn."""
     texts: tuple[str, ...]
-    """Completions decoded for reward functions and for people, special tokens included but stop tokens and padding;
-    training never reads them."""
-    policy_version: int
-    """Version of the weights that sampled every token of the batch."""
-    seconds: float
-    """Wall time the engine took."""
+    """What the policy wrote, decoded for reward functions and for people, special tokens included but stop tokens and
+    padding; training never reads them."""
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """int64 [groups + 1]: group g has the rollouts ``[first_rows[g]:first_rows[g + 1]]``."""
+        return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTexts:
+    """What a RewardServer sees of a group."""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    """Of each rollout."""
+    completion_ids: tuple[bytes, ...]
+    """int32 [C] of each rollout, as bytes: a hundred times cheaper to move than a list."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreBatch:
-    """What a RewardServer returns for the rows of a RolloutBatch."""
+    """What a RewardServer returns for the rollouts of some groups, in their order."""
 
     rewards: Mapping[str, np.ndarray]
     """Reward function -> float32 [rows]; NaN where it abstained or failed."""
@@ -124,13 +151,16 @@ class ScoreBatch:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion with everything that is known of it once it is scored."""
+    """One episode: a flat token stream, and everything that is known of it once it is scored."""
 
     token_ids: np.ndarray
-    """int32 [C]."""
+    """int32 [T]: prompt and completion."""
+    is_sampled: np.ndarray
+    """bool [T]: the tokens that the policy wrote."""
     logprobs: np.ndarray
-    """float32 [C], as the engine reported them."""
-    policy_version: int
+    """float32 [T], as the engine reported them; 0 where the policy wrote nothing."""
+    versions: np.ndarray
+    """int32 [T]: of the weights that sampled each token; -1 where the policy wrote nothing."""
     finish_reason: FinishReason
     text: str
     rewards: Mapping[str, float]
@@ -140,10 +170,15 @@ class Rollout:
     error: str = ""
     """Which reward functions failed on it, and why; empty when none did."""
 
+    @property
+    def completion_ids(self) -> np.ndarray:
+        """int32 [C]: what the policy wrote."""
+        return self.token_ids[self.is_sampled]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G rollouts of one prompt."""
+    """The rollouts of one prompt, G of them: as many as it has."""
 
     prompt: Prompt
     epoch: int
@@ -185,7 +220,7 @@ class Sample:
     returns: np.ndarray | None = None
     """float32 [T] (PPO)."""
     group: int = 0
-    """Which prompt, pair or row of its batch it is of."""
+    """Which prompt, pair or row of its batch it is of: reductions over groups count these."""
     label: float = 0.0
     """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
     margin: float = 0.0

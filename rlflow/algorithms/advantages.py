@@ -16,7 +16,7 @@ def compute_advantages(rewards: np.ndarray, block: AdvantageBlock) -> np.ndarray
     """One advantage a rollout: (reward - baseline) / (standard deviation + eps).
 
     Args:
-        rewards: float [P, G], NaN where unscored.
+        rewards: float [P, G], NaN where unscored; of groups that have fewer than G rollouts, also where there is none.
         block: Its estimator may be any but gae, which needs values (see token_advantages).
 
     Returns:
@@ -31,6 +31,7 @@ def compute_advantages(rewards: np.ndarray, block: AdvantageBlock) -> np.ndarray
 
 def token_advantages(
     rewards: np.ndarray,
+    group_of: np.ndarray,
     penalties: Sequence[np.ndarray],
     block: AdvantageBlock,
     values: Sequence[np.ndarray] | None = None,
@@ -42,25 +43,30 @@ def token_advantages(
     token. What is between two loss tokens (a tool's output) is no step of the episode: one follows the other.
 
     Args:
-        rewards: float [P, G], NaN where unscored. Sample g of prompt i is row i * G + g of the lists.
-        penalties: [L] a row, L its loss tokens: ``kl.coef`` times kl_penalty; zeros when the KL is not in the reward.
+        rewards: float [S], NaN where unscored.
+        group_of: int [S], ascending: the same number for the rollouts of one prompt, of which there may be any number.
+        penalties: [L] a rollout, L its loss tokens: ``kl.coef`` times kl_penalty; zeros where the KL is not in the
+            reward.
             Empty for a rollout that is scored and not trained: its reward counts in its group's baseline.
-        values: [L] a row: the critic's value before each loss token. Needed by gae.
+        values: [L] a rollout: the critic's value before each loss token. Needed by gae.
 
     Returns:
-        Advantages and returns (what values should have been), float64 [L] a row each; 0 where unscored.
+        Advantages and returns (what values should have been), float64 [L] a rollout each; 0 where unscored.
     """
-    scored = ~np.isnan(rewards.ravel())
+    scored = ~np.isnan(rewards)
     if block.estimator in ("return", "gae"):
         if block.estimator == "gae" and values is None:
             raise ValueError("advantage.estimator gae needs a value for each token; none were given")
         baseline, lam = (values, block.gae_lambda) if block.estimator == "gae" and values else (None, 1.0)
-        advantages, returns = _with_values(rewards.ravel(), penalties, baseline, block.gamma, lam)
+        advantages, returns = _with_values(rewards, penalties, baseline, block.gamma, lam)
     else:
-        totals = rewards - np.array([float(np.sum(p)) for p in penalties]).reshape(rewards.shape)
-        per_rollout = compute_advantages(totals, block).ravel()
+        totals = rewards - np.array([float(np.sum(p)) for p in penalties])
+        places = _places(group_of)
+        grid = np.full((places[0][-1] + 1, places[1].max() + 1), np.nan)
+        grid[places] = totals
+        per_rollout = compute_advantages(grid, block)[places]
         advantages = [np.full(len(p), a) for p, a in zip(penalties, per_rollout, strict=True)]
-        returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals.ravel()), strict=True)]
+        returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals), strict=True)]
     if block.whiten:
         chosen = np.flatnonzero(scored)
         for row, whitened in zip(chosen, whiten([advantages[row] for row in chosen], block.ddof), strict=True):
@@ -128,7 +134,7 @@ def combine_rewards(
     function failed: a failure must not pass for a low score.
 
     Args:
-        rewards: float [K, P, G] by function; NaN where it abstained or failed.
+        rewards: float [K, P, G] by function; NaN where it abstained or failed, and where a group has fewer than G.
         failed: bool [K, P, G].
         weights: float [K].
         scaling: ``sum``: weighted sum. ``normalize_each``: every function is first normalised in its group
@@ -153,6 +159,13 @@ def has_signal(rewards: np.ndarray) -> bool:
     """Whether the scored rewards [G] of a group differ, so that a group baseline leaves a gradient."""
     scored = rewards[~np.isnan(rewards)]
     return len(scored) > 1 and bool(np.ptp(scored) > 0)
+
+
+def _places(group_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every rollout: which group it is of, counted from 0, and which of that group's it is."""
+    assert (np.diff(group_of) >= 0).all(), "rollouts of a group stand next to each other"
+    _, first, group = np.unique(group_of, return_index=True, return_inverse=True)
+    return group, np.arange(len(group_of)) - first[group]
 
 
 def _mean(rewards: np.ndarray, axis: int | None) -> np.ndarray:

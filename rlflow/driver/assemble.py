@@ -9,25 +9,30 @@ import numpy as np
 
 from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
 from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
-from rlflow.driver.rollouts import ScoredChunk
+from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import AlgorithmBlock, RewardBlock
 from rlflow.types import Group, Rollout, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on."""
+    """What one step trains on; S rollouts in prompt order, those of a group next to each other."""
 
     groups: list[Group]
     rewards: np.ndarray
-    """float64 [P, G], length punishment included; NaN where unscored."""
+    """float64 [S], length punishment included; NaN where unscored."""
     samples: list[Sample]
-    """P * G, in prompt order: row i * G + g is rollout g of prompt i."""
+    """[S]; each says which of ``groups`` it is of."""
+
+    @property
+    def group_of(self) -> np.ndarray:
+        """int64 [S]."""
+        return np.array([sample.group for sample in self.samples])
 
     @property
     def num_sampled_tokens(self) -> np.ndarray:
-        """int [P * G]: the loss tokens of every sample; of one that is left out whole, all that the policy wrote."""
-        written = [len(rollout.token_ids) for group in self.groups for rollout in group.rollouts]
+        """int [S]: the loss tokens of every sample; of one that is left out whole, all that the policy wrote."""
+        written = [int(rollout.is_sampled.sum()) for group in self.groups for rollout in group.rollouts]
         trained = [int(sample.loss_mask.sum()) for sample in self.samples]
         return np.where(trained, trained, written)
 
@@ -37,75 +42,69 @@ class Batch:
         return ["trained" if sample.loss_mask.any() else "masked" for sample in self.samples]
 
 
-def build_groups(
-    chunk: ScoredChunk, rewards: Sequence[RewardBlock], group_size: int, algorithm: AlgorithmBlock
-) -> list[Group]:
-    """A worker's scored completions, one group a prompt; rewards combined by their weights."""
-    batch, scores = chunk.rollouts, chunk.scores
-    shape = (len(chunk.items), group_size)
-    by_function = np.stack([scores.rewards[block.label].reshape(shape) for block in rewards])
-    failed = np.stack([scores.failed[block.label].reshape(shape) for block in rewards])
+def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: AlgorithmBlock) -> Group:
+    """A group as it was generated and scored; rewards combined by their weights."""
+    batch, job = scored.generated.batch, scored.job
+    by_function = np.stack([scored.rewards[block.label] for block in rewards])
+    failed = np.stack([scored.failed[block.label] for block in rewards])
     weights = np.array([block.weight for block in rewards])
     scaling = algorithm.groups.reward_scaling
     # What is normalised over the batch waits until all of it is there.
     now = "sum" if scaling == "normalize_sum" else scaling
-    combined = combine_rewards(by_function, failed, weights, now, algorithm.advantage.ddof, algorithm.advantage.eps)
-    groups = []
-    for p, (epoch, prompt) in enumerate(chunk.items):
-        rollouts = []
-        for g in range(group_size):
-            row = p * group_size + g
-            tokens = slice(batch.offsets[row], batch.offsets[row + 1])
-            rollouts.append(
-                Rollout(
-                    token_ids=batch.token_ids[tokens],
-                    logprobs=batch.logprobs[tokens],
-                    policy_version=batch.policy_version,
-                    finish_reason=batch.finish_reasons[row],
-                    text=batch.texts[row],
-                    rewards={block.label: float(by_function[k, p, g]) for k, block in enumerate(rewards)},
-                    reward=float(combined[p, g]),
-                    error=scores.causes.get(row, ""),
-                )
+    advantage = algorithm.advantage
+    combined = combine_rewards(by_function[:, None], failed[:, None], weights, now, advantage.ddof, advantage.eps)[0]
+    rollouts = []
+    for g, row in enumerate(scored.generated.rows):
+        tokens = slice(batch.offsets[row], batch.offsets[row + 1])
+        rollouts.append(
+            Rollout(
+                token_ids=batch.token_ids[tokens],
+                is_sampled=batch.is_sampled[tokens],
+                logprobs=batch.logprobs[tokens],
+                versions=batch.versions[tokens],
+                finish_reason=batch.finish_reasons[row],
+                text=batch.texts[row],
+                rewards={block.label: float(by_function[k, g]) for k, block in enumerate(rewards)},
+                reward=float(combined[g]),
+                error=scored.causes[g],
             )
-        groups.append(Group(prompt, epoch, tuple(rollouts)))
-    return groups
+        )
+    return Group(job.prompt, job.epoch, tuple(rollouts))
 
 
 def assemble(
     groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens: int, *, engine_logprobs: bool = True
 ) -> Batch:
-    """Groups of one step, all of the same size, to samples without advantages and loss weights.
+    """Groups of one step, of any sizes, to samples without advantages and loss weights.
 
     Args:
         engine_logprobs: Whether the samples carry them; not where sampling was cut, and they are of another
             distribution than the trainer's.
     """
-    rewards = np.stack([group.rewards for group in groups]).astype(np.float64)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
     block = algorithm.groups
     if block.reward_scaling == "normalize_sum":
-        advantage, none_failed = algorithm.advantage, np.zeros((1, *rewards.shape), dtype=bool)
+        advantage, none_failed = algorithm.advantage, np.zeros((1, 1, len(rewards)), dtype=bool)
         rewards = combine_rewards(
-            rewards[None], none_failed, np.ones(1), "normalize_sum", advantage.ddof, advantage.eps
-        )
+            rewards[None, None], none_failed, np.ones(1), "normalize_sum", advantage.ddof, advantage.eps
+        )[0]
     if block.overlong_buffer:
-        lengths = np.array([[len(r.token_ids) for r in group.rollouts] for group in groups])
+        lengths = np.array([int(rollout.is_sampled.sum()) for rollout in rollouts])
         punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)
         rewards = rewards + block.overlong_penalty * punishment
     samples = []
-    for number, group in enumerate(groups):
-        prompt = group.prompt.token_ids
+    for index, group in enumerate(groups):
         for rollout in group.rollouts:
             truncated = block.mask_truncated and rollout.finish_reason != "stop"
-            mask = np.zeros(len(prompt) + len(rollout.token_ids), dtype=bool)
-            mask[len(prompt) :] = not (truncated or np.isnan(rollout.reward))
+            is_left_out = truncated or np.isnan(rollout.reward)
             samples.append(
                 Sample(
-                    token_ids=np.concatenate([prompt, rollout.token_ids]),
-                    loss_mask=mask,
-                    loss_weights=np.zeros(len(mask), dtype=np.float32),
-                    old_logprobs=_after_prompt(len(prompt), rollout.logprobs) if engine_logprobs else None,
-                    group=number,
+                    token_ids=rollout.token_ids,
+                    loss_mask=np.zeros_like(rollout.is_sampled) if is_left_out else rollout.is_sampled,
+                    loss_weights=np.zeros(len(rollout.token_ids), dtype=np.float32),
+                    group=index,
+                    old_logprobs=rollout.logprobs if engine_logprobs else None,
                 )
             )
     return Batch(list(groups), rewards, samples)
@@ -119,7 +118,9 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: Algorith
     """
     penalties = [_penalty(sample, algorithm) for sample in samples]
     values = [s.old_values[s.loss_mask] for s in samples if s.old_values is not None]
-    advantages, returns = token_advantages(batch.rewards, penalties, algorithm.advantage, values or None)
+    advantages, returns = token_advantages(
+        batch.rewards, batch.group_of, penalties, algorithm.advantage, values or None
+    )
     return [
         replace(
             sample,
@@ -141,7 +142,7 @@ def _penalty(sample: Sample, algorithm: AlgorithmBlock) -> np.ndarray:
 
 
 def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """float64 [G] for each group: the mean advantage of each rollout's tokens, for people to read."""
+    """float64 [G] for each group, of any size: the mean advantage of each rollout's tokens, for people to read."""
     means = np.array(
         [
             float(sample.advantages[sample.loss_mask].mean())
@@ -150,16 +151,18 @@ def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarr
             for sample in samples
         ]
     )
-    return list(means.reshape(batch.rewards.shape))
+    return np.split(means, np.cumsum([len(group.rollouts) for group in batch.groups])[:-1])
 
 
 def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
     """What the step's rollouts look like. ``policy_version``: of the weights about to be trained."""
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-    lengths = np.array([len(rollout.token_ids) for rollout in rollouts])
+    lengths = np.array([int(rollout.is_sampled.sum()) for rollout in rollouts])
     rewards = np.array([rollout.reward for rollout in rollouts])
     scored = rewards[~np.isnan(rewards)]
-    staleness = np.array([policy_version - rollout.policy_version for rollout in rollouts])
+    versions = [rollout.versions[rollout.is_sampled] for rollout in rollouts]
+    staleness = policy_version - np.concatenate(versions)
+    num_versions = np.array([len(np.unique(of_rollout)) for of_rollout in versions])
     metrics = {
         "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
         "reward/std": float(scored.std()) if len(scored) else float("nan"),
@@ -170,6 +173,8 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
         "group/zero_std_fraction": float(np.mean([not has_signal(group.rewards) for group in batch.groups])),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
+        "partial/fraction": float((num_versions > 1).mean()),
+        "partial/max_versions": float(num_versions.max()),
     }
     for name in rollouts[0].rewards:
         values = np.array([rollout.rewards[name] for rollout in rollouts])
@@ -183,7 +188,3 @@ def _on_loss_tokens(sample: Sample, values: np.ndarray) -> np.ndarray:
     placed = np.zeros(len(sample.token_ids), dtype=np.float32)
     placed[sample.loss_mask] = values
     return placed
-
-
-def _after_prompt(num_prompt_tokens: int, values: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(num_prompt_tokens), values]).astype(np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.book import Book
 from rlflow.driver.errors import RunError, StopRequested
-from rlflow.driver.rollouts import RolloutPipeline
+from rlflow.driver.window import Window
 from rlflow.tracking.rollouts import write_rollouts
 
 
@@ -32,12 +32,12 @@ def saving_what_failed(book: Book) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_rollouts(book: Book, pipeline: RolloutPipeline) -> Iterator[None]:
+def keeping_rollouts(book: Book, window: Window) -> Iterator[None]:
     """A step that fails within leaves its rollouts, as far as they have come back, for people to look at."""
     try:
         yield
     except (RunError, ActorFailure):
-        step, groups = pipeline.at_hand
+        step, groups = window.at_hand
         path = rollouts_path(book.directory, step + 1)
         if book.step == step + 1 and groups and not path.exists():
             unknown = [np.full(len(group.rollouts), np.nan) for group in groups]

@@ -6,7 +6,7 @@ samples --score--> with logprobs and values --update--> every trainer rank: forw
 verb       waits for                                      consumes -> produces
 score      a forward pass of every scorer that is needed  samples -> samples with its field
 update     every trainer rank, updates of a step          samples -> metrics
-weights    nothing                                        -> a reference to the policy's snapshot
+weights    every trainer rank                             -> a reference to the policy's snapshot
 save, load, export: every trainer rank
 """
 
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
-from rlflow.actors.actor_group import ActorGroup
+from rlflow.actors.actor_group import ActorGroup, Reference
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
@@ -183,9 +182,16 @@ class Learner:
         of_ranks = started.get()
         return Measured(sum(of_rank.loss for of_rank in of_ranks), over_ranks(of_rank.metrics for of_rank in of_ranks))
 
-    def weights(self, version: int) -> ray.ObjectRef:
-        """A reference to the snapshot of the policy's weights, which will be version ``version``. Waits for nothing."""
-        return self._models["trainer"].actors.start_all(Trainer.weights, version).refs[0]
+    def weights(self, version: int) -> Reference:
+        """A reference to the snapshot of the policy's weights, which will be version ``version``, once it is there.
+
+        Raises:
+            ActorFailure: A trainer could not gather them: which one.
+        """
+        with self.clock("sync"):
+            gathered = self._models["trainer"].actors.start_all(Trainer.weights, version)
+            gathered.get(self._models["trainer"].actors.timeout_s)
+            return gathered.refs[0]
 
     def release(self, model: str) -> None:
         """Ends the actors of a model that nobody will ask any more; their memory is free for others."""

@@ -19,7 +19,7 @@ from rlflow.algorithms.batch_targets import Unit, with_targets
 from rlflow.data.sampler import Sampler
 from rlflow.driver.book import Book
 from rlflow.driver.learner import Learner
-from rlflow.driver.rollouts import Generation
+from rlflow.driver.pool import RolloutPool
 from rlflow.driver.units import score_units
 from rlflow.recipe import Recipe
 from rlflow.types import StepStats
@@ -29,7 +29,7 @@ def train_offline(
     recipe: Recipe,
     learner: Learner,
     book: Book,
-    generation: Generation | None,
+    pool: RolloutPool | None,
     units: Sequence[Unit],
     num_steps: int,
     *,
@@ -38,7 +38,7 @@ def train_offline(
     """Runs the steps that are left and leaves a checkpoint after the last.
 
     Args:
-        generation: Where the evaluation generates.
+        pool: Where the evaluation generates.
     """
     sampler = Sampler(len(units), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
     first = 0
@@ -49,8 +49,8 @@ def train_offline(
     if recipe.needs_reference and recipe.reference.precompute:
         units = precompute_reference(learner, book, units, recipe.data.prompts_per_step)
     if first == 0:
-        if generation is not None:
-            generation.publish(learner.weights(0), 0)
+        if pool is not None:
+            pool.publish(learner.weights(0), 0)
         book.report_start()
     for step in range(first, num_steps):
         book.begin_step(step + 1)
@@ -60,8 +60,8 @@ def train_offline(
             samples = with_targets(scored, learner.algorithm, learner.logprobs)
         metrics = learner.update(samples, step)
         last = step + 1 == num_steps
-        if generation is not None and book.evaluates_after(step + 1, last=last):
-            generation.publish(learner.weights(step + 1), step + 1)
+        if pool is not None and book.evaluates_after(step + 1, last=last):
+            pool.publish(learner.weights(step + 1), step + 1)
         if book.end_step(StepStats(step + 1, metrics), {"sampler": sampler.state()}, last=last):
             break
 

@@ -27,16 +27,19 @@ from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
+from rlflow.data.vocabulary import token_table
 from rlflow.driver.book import Book
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
 from rlflow.driver.errors import RunError, StopRequested
-from rlflow.driver.evaluation import Evaluator, LossEvaluator, PassEvaluator
+from rlflow.driver.evaluation import Evaluator, LossEvaluator
 from rlflow.driver.failures import saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
+from rlflow.driver.pass_evaluation import PassEvaluator
+from rlflow.driver.pool import RolloutPool
 from rlflow.driver.references import check_sources, reject_references
 from rlflow.driver.resuming import (
     Inputs,
@@ -46,16 +49,19 @@ from rlflow.driver.resuming import (
     sums_of_rows,
     trained_steps,
 )
-from rlflow.driver.rollouts import Generation, sampling_params
 from rlflow.driver.run_lock import RunLock
+from rlflow.driver.sampling import sampling_params
+from rlflow.driver.scoring import Scoring
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.units import load_units
+from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker
 from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
 from rlflow.tracking.tracker import StderrMessages, Tracker
+from rlflow.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,19 +259,21 @@ def _learn(
         reference=actors.reference,
         attention_cost=attention_cost,
     )
-    generation = _generation(recipe, actors, material, tracker, clock)
-    evaluator = _evaluator(recipe, learner, generation, material.held_out)
-    book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked)
-    with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
-        with saving_what_failed(book):
-            if recipe.family == "online":
-                assert generation is not None
-                train_online(recipe, learner, book, generation, material.rows, steps, resume=resume)
-            else:
-                train_offline(recipe, learner, book, generation, material.rows, steps, resume=resume)
-        book.require_trained()
-        with clock("export"):
-            write_final(directory, recipe, learner, material.tokenizer, material.model)
+    params = sampling_params(recipe, material.tokenizer, material.model)
+    with _pool(recipe, actors, material, tracker) as pool:
+        evaluator = _evaluator(recipe, learner, pool, params, material.held_out, tracker)
+        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked)
+        with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
+            with saving_what_failed(book):
+                if recipe.family == "online":
+                    assert pool is not None
+                    window = Window(pool, recipe, material.rows, params, steps, tracker)
+                    train_online(recipe, learner, book, window, steps, resume=resume)
+                else:
+                    train_offline(recipe, learner, book, pool, material.rows, steps, resume=resume)
+            book.require_trained()
+            with clock("export"):
+                write_final(directory, recipe, learner, material.tokenizer, material.model)
 
 
 def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
@@ -282,24 +290,42 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
 
 
-def _generation(
-    recipe: Recipe, actors: Actors, material: Material, tracker: Tracker, clock: Clock
-) -> Generation | None:
+@contextmanager
+def _pool(recipe: Recipe, actors: Actors, material: Material, tracker: Tracker) -> Iterator[RolloutPool | None]:
     """None where nobody generates."""
     if actors.rollout is None or actors.rewards is None:
-        return None
-    params = sampling_params(recipe, material.tokenizer, material.model)
-    return Generation(actors.rollout, actors.rewards, material.tokenizer, params, recipe.run.seed, tracker, clock)
+        yield None
+        return
+    pool = RolloutPool(
+        actors.rollout,
+        Scoring(actors.rewards, recipe.scoring),
+        recipe.rollout,
+        tokenizer=material.tokenizer,
+        is_token=token_table(material.tokenizer),
+        startup_timeout_s=recipe.run.startup_timeout_s,
+        tell=tracker.message,
+    )
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
-def _evaluator(recipe: Recipe, learner: Learner, generation: Generation | None, held_out: Rows) -> Evaluator | None:
+def _evaluator(
+    recipe: Recipe,
+    learner: Learner,
+    pool: RolloutPool | None,
+    params: SamplingParams,
+    held_out: Rows,
+    tracker: Tracker,
+) -> Evaluator | None:
     block, reward = recipe.evaluation, recipe.evaluation_reward
     if block is None:
         return None
     if reward is None:
         return LossEvaluator(learner, block, held_out)
-    assert generation is not None
-    return PassEvaluator(generation, block, reward, held_out)
+    assert pool is not None
+    return PassEvaluator(pool, block, reward, held_out, params, recipe.run.seed, tracker)
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:

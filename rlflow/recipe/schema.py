@@ -99,6 +99,28 @@ class DataBlock(Block):
             yield Conflict(("train",), "is empty: give at least one source")
 
 
+class AtUpdateBlock(Block):
+    running: Literal["continue", "restart", "wait"] = "continue"
+    """Completions under way when new weights come: they go on with them, are begun anew, or the weights wait for them
+    and nothing is begun meanwhile."""
+    cache: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of those that go on: computed again with the new weights, or kept, which costs nothing and mixes
+    the two."""
+    too_old: Literal["redo", "drop"] = "redo"
+    """A group in which a token is older than run.max_staleness allows: it is generated again, or left out of its
+    step."""
+
+
+class RecoveryBlock(Block):
+    max_restarts: NonNegativeInt = 3
+    """A rollout worker that dies, hangs or says nothing is started again, so many times; then the run ends."""
+    silence_s: PositiveFloat = 60.0
+    """A worker that says nothing for so long is taken for lost."""
+    hedge: bool = True
+    """With run.max_staleness: a group that one worker has had for more than twice as long as groups take is asked of an
+    idle one too, and the first answer counts."""
+
+
 class RolloutBlock(Block):
     engine: Literal["auto", "torch", "vllm", "http"] = "auto"
     """auto: vllm where there is a GPU, torch elsewhere. http: servers of yours, see rollout_server."""
@@ -125,7 +147,11 @@ class RolloutBlock(Block):
     kv_cache_gib: PositiveFloat = 2.0
     """Key-value cache on a machine without GPU (vllm)."""
     timeout_s: PositiveFloat = 1800.0
-    """A generate call longer than this is an error that names the worker."""
+    """A worker whose engine makes no step for so long is started again."""
+    at_update: AtUpdateBlock = AtUpdateBlock()
+    """What new weights do to completions under way; only with run.max_staleness are there any."""
+    recovery: RecoveryBlock = RecoveryBlock()
+    """What becomes of workers that die, hang or are slow."""
 
     @property
     def cut_by(self) -> str | None:

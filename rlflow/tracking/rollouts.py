@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlflow.checkpoint import naming_the_disk
-from rlflow.types import FinishReason, Group, Prompt
+from rlflow.types import FinishReason, Group, Prompt, Rollout
 
 RolloutState = Literal["trained", "masked", "filtered"]
 """trained; in the batch without loss (unscored, truncated); or in a group that was replaced."""
 
 REWARD_PREFIX = "reward/"
-_TOKEN_COLUMNS = ("prompt_token_ids", "token_ids", "logprobs")
+_TOKEN_COLUMNS = ("prompt_token_ids", "token_ids", "is_sampled", "logprobs", "versions")
 _REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "error", "finish_reason", "state"]
 """Those that a dictionary makes smaller. To look every token up in one costs more than all other writing."""
 
@@ -48,14 +48,19 @@ class RolloutRecord:
     """Which reward functions failed on it, and why; empty when none did."""
     advantage: float
     policy_version: int
+    """The oldest that sampled a token of it."""
     finish_reason: FinishReason
     state: RolloutState
     prompt_token_ids: np.ndarray
     """int32 [P]; empty when tokens were not asked for."""
     token_ids: np.ndarray
-    """int32 [C]."""
+    """int32 [C]: all that follows the prompt."""
+    is_sampled: np.ndarray
+    """bool [C]: the policy wrote it."""
     logprobs: np.ndarray
     """float32 [C]."""
+    versions: np.ndarray
+    """int32 [C]: of the weights that sampled it; -1 where it was not sampled."""
 
 
 def write_rollouts(
@@ -65,9 +70,9 @@ def write_rollouts(
 
     Args:
         path: Its directory exists.
-        groups: P groups of G rollouts, scored by the same functions.
-        advantages: P arrays, each [G]; NaN where there is none.
-        states: ``trained``, ``masked`` or ``filtered`` of every rollout, in the order of ``groups`` (P * G).
+        groups: Scored by the same functions; each has as many rollouts as it has.
+        advantages: An array for each group, [G]; NaN where there is none.
+        states: ``trained``, ``masked`` or ``filtered`` of every rollout, in the order of ``groups``.
 
     Raises:
         ValueError: Lengths disagree.
@@ -79,6 +84,7 @@ def write_rollouts(
         counts = f"{len(rollouts)} rollouts, {len(flat_advantages)} advantages, {len(states)} states"
         raise ValueError(f"{path.name}: {counts} where each rollout needs one of each")
     prompts = [group.prompt for group in groups for _ in group.rollouts]
+    behind = [(rollout, len(prompt.token_ids)) for rollout, prompt in zip(rollouts, prompts, strict=True)]
     columns: dict[str, Any] = {
         "prompt_id": [prompt.id for prompt in prompts],
         "epoch": pa.array([group.epoch for group in groups for _ in group.rollouts], pa.int32()),
@@ -93,12 +99,14 @@ def write_rollouts(
     columns |= {
         "error": pa.array([rollout.error or None for rollout in rollouts], pa.string()),
         "advantage": _numbers(flat_advantages),
-        "policy_version": pa.array([rollout.policy_version for rollout in rollouts], pa.int64()),
+        "policy_version": pa.array([_oldest(rollout) for rollout in rollouts], pa.int64()),
         "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()).dictionary_encode(),
         "state": pa.array(states, pa.string()).dictionary_encode(),
         "prompt_token_ids": _ragged([prompt.token_ids for prompt in prompts], np.int32),
-        "token_ids": _ragged([rollout.token_ids for rollout in rollouts], np.int32),
-        "logprobs": _ragged([rollout.logprobs for rollout in rollouts], np.float32),
+        "token_ids": _ragged([rollout.token_ids[size:] for rollout, size in behind], np.int32),
+        "is_sampled": _ragged([rollout.is_sampled[size:] for rollout, size in behind], np.bool_),
+        "logprobs": _ragged([rollout.logprobs[size:] for rollout, size in behind], np.float32),
+        "versions": _ragged([rollout.versions[size:] for rollout, size in behind], np.int32),
     }
     _publish(pa.table(columns), path)
 
@@ -136,6 +144,10 @@ def last_user_text(prompt: Prompt) -> str:
 
 def _record(row: Mapping[str, Any]) -> RolloutRecord:
     tokens: dict[str, Any] = {name: row.get(name, ()) for name in _TOKEN_COLUMNS}
+    # Files of an earlier version have completions of one turn and one version.
+    size = len(tokens["token_ids"])
+    is_sampled = row.get("is_sampled", [True] * size)
+    versions = row.get("versions", [row["policy_version"]] * size)
     return RolloutRecord(
         prompt_id=row["prompt_id"],
         epoch=row["epoch"],
@@ -156,8 +168,14 @@ def _record(row: Mapping[str, Any]) -> RolloutRecord:
         state=row["state"],
         prompt_token_ids=np.array(tokens["prompt_token_ids"], dtype=np.int32),
         token_ids=np.array(tokens["token_ids"], dtype=np.int32),
+        is_sampled=np.array(is_sampled, dtype=bool),
+        versions=np.array(versions, dtype=np.int32),
         logprobs=np.array(tokens["logprobs"], dtype=np.float32),
     )
+
+
+def _oldest(rollout: Rollout) -> int:
+    return int(rollout.versions[rollout.is_sampled].min())
 
 
 def _texts(values: Sequence[str]) -> pa.Array:

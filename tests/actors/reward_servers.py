@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlflow.types import Prompt, RolloutBatch
+from rlflow.types import GroupTexts, Prompt
 
 PLUGIN = """
 import asyncio, math, os, signal, sys, time
@@ -64,29 +65,24 @@ def arguments(prompts, completions, completion_ids, level):
 """
 
 
-def batch(groups: list[list[str]], **columns: Any) -> tuple[RolloutBatch, tuple[Prompt, ...]]:
-    """Rollout r has the token ids r, r, r."""
-    texts = tuple(text for group in groups for text in group)
-    token_ids = np.repeat(np.arange(len(texts), dtype=np.int32), 3)
-    prompts = tuple(
-        Prompt(
-            id=f"set:{index}",
-            token_ids=np.zeros(2, np.int32),
-            messages=[{"role": "user", "content": "?"}],
-            columns={name: values[index] for name, values in columns.items()},
-        )
-        for index in range(len(groups))
+def batch(groups: list[list[str]], **columns: Any) -> tuple[list[GroupTexts]]:
+    """What `score` takes. Rollout r has the token ids r, r, r."""
+    row = itertools.count()
+    return (
+        [
+            GroupTexts(
+                Prompt(
+                    id=f"set:{index}",
+                    token_ids=np.zeros(2, np.int32),
+                    messages=[{"role": "user", "content": "?"}],
+                    columns={name: values[index] for name, values in columns.items()},
+                ),
+                tuple(texts),
+                tuple(np.full(3, next(row), dtype=np.int32).tobytes() for _ in texts),
+            )
+            for index, texts in enumerate(groups)
+        ],
     )
-    rollouts = RolloutBatch(
-        token_ids=token_ids,
-        logprobs=np.zeros(len(token_ids), np.float32),
-        offsets=np.arange(0, len(token_ids) + 1, 3, dtype=np.int64),
-        finish_reasons=("stop",) * len(texts),
-        texts=texts,
-        policy_version=0,
-        seconds=0.0,
-    )
-    return rollouts, prompts
 
 
 def is_alive(pid: int) -> bool:

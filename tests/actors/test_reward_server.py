@@ -32,9 +32,9 @@ def test_a_function_receives_messages_token_ids_and_columns_of_its_rows(serve: A
 
 
 def test_what_is_judged_begins_with_the_tag_that_the_prompt_opened(serve: Any) -> None:
-    rollouts, prompts = batch([["a</think> <answer>1</answer>"], ["<think>b</think> <answer>1</answer>"]])
-    prompts = (replace(prompts[0], opened="<think>\n"), prompts[1])
-    assert serve(RewardBlock(name="format")).score(rollouts, prompts).rewards["format"].tolist() == [1.0, 1.0]
+    ((first, second),) = batch([["a</think> <answer>1</answer>"], ["<think>b</think> <answer>1</answer>"]])
+    first = replace(first, prompt=replace(first.prompt, opened="<think>\n"))
+    assert serve(RewardBlock(name="format")).score([first, second]).rewards["format"].tolist() == [1.0, 1.0]
 
 
 def test_a_call_holds_as_many_prompts_as_the_recipe_says(serve: Any, plugin: Path) -> None:

@@ -23,7 +23,7 @@ def tokenizer():
 
 def written(tokenizer, text: str, stop: tuple[str, ...] = ("<eos>",)) -> str:
     token_ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
-    return decode_completions(tokenizer, [token_ids], tokenizer.convert_tokens_to_ids(list(stop)))[0]
+    return decode_completions(tokenizer, [token_ids], [tokenizer.convert_tokens_to_ids(list(stop))])[0]
 
 
 def test_special_tokens_are_kept_but_those_that_end_and_fill(tokenizer):

@@ -16,6 +16,7 @@ from rlflow.algorithms.kl_reward import adapt_kl_coef, kl_penalty
 from rlflow.recipe import AdvantageBlock
 
 NAN = np.nan
+ONE_GROUP = np.zeros(4, dtype=int)
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["fp32", "fp64"])
@@ -138,26 +139,44 @@ def test_whitening_nothing_one_element_or_constants_gives_zeros():
 def test_group_estimators_give_every_token_the_advantage_of_the_penalised_reward(array):
     # Rewards 1 and 3 less penalties 0.5 and 1: 0.5 and 2, mean 1.25.
     penalties = [array([0.25, 0.25]), array([1.0, -0.5, 0.5])]
-    advantages, returns = token_advantages(array([[1.0, 3.0]]), penalties, block())
+    advantages, returns = token_advantages(array([1.0, 3.0]), ONE_GROUP[:2], penalties, block())
     equal(advantages[0], [-0.75] * 2)
     equal(advantages[1], [0.75] * 3)
     equal(returns[1], [2.0] * 3)
 
 
+@pytest.mark.parametrize("estimator", ["group_mean", "leave_one_out", "batch_mean"])
+def test_groups_of_any_size_have_the_advantages_that_each_has_alone_or_all_have_together(array, estimator):
+    rewards, group_of = array([1, 0, 4, 2, 0, 7]), np.array([3, 3, 5, 5, 5, 9])
+    penalties = [np.zeros(1)] * 6
+    fields = block(estimator=estimator, scale="batch_std" if estimator == "batch_mean" else "group_std")
+    advantages, _ = token_advantages(rewards, group_of, penalties, fields)
+    if estimator == "batch_mean":
+        # Mean 14 / 6; squares 70 - 6 (7/3)^2 = 112 / 3, variance 112 / 15.
+        expected = (rewards - 7 / 3) / np.sqrt(112 / 15)
+    elif estimator == "group_mean":
+        # Means 1/2 and 2, standard deviations sqrt(1/2) and 2; one alone is its own mean.
+        expected = np.array([0.5**0.5, -(0.5**0.5), 1, 0, -1, 0])
+    else:
+        expected = np.array([1 / 0.5**0.5, -1 / 0.5**0.5, 1.5, 0, -1.5, 0])
+    np.testing.assert_allclose(np.concatenate(advantages), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_reinforce_plus_plus_subtracts_from_a_token_the_penalties_from_it_on(array):
     # A_t = r - sum of penalties from t on (arXiv 2501.03262): 5 - (1 + 2 + 4), 5 - (2 + 4), 5 - 4.
     penalties = [array([1.0, 2.0, 4.0])]
-    advantages, _ = token_advantages(array([[5.0]]), penalties, block(estimator="return"))
+    advantages, _ = token_advantages(array([5.0]), ONE_GROUP[:1], penalties, block(estimator="return"))
     equal(advantages[0], [-2, -1, 1])
     # Whitened: mean -2/3, squares 16/9 + 1/9 + 25/9 = 14/3, variance 7/3.
-    whitened, _ = token_advantages(array([[5.0]]), penalties, block(estimator="return", whiten=True))
+    whitened, _ = token_advantages(array([5.0]), ONE_GROUP[:1], penalties, block(estimator="return", whiten=True))
     equal(whitened[0], np.array([-4, -1, 5]) / 3 / np.sqrt(7 / 3 + 1e-8))
 
 
 def test_what_follows_a_token_is_discounted(array):
     # Token rewards -1, -2, 5 - 4 = 1; gamma 1/2: 1; -2 + 1/2 = -1.5; -1 - 0.75 = -1.75.
     penalties = [array([1.0, 2.0, 4.0]), array([0.0])]
-    advantages, returns = token_advantages(array([[5.0, 2.0]]), penalties, block(estimator="return", gamma=0.5))
+    fields = block(estimator="return", gamma=0.5)
+    advantages, returns = token_advantages(array([5.0, 2.0]), ONE_GROUP[:2], penalties, fields)
     equal(advantages[0], [-1.75, -1.5, 1])
     equal(advantages[1], [2])
     equal(returns[0], advantages[0])
@@ -166,7 +185,11 @@ def test_what_follows_a_token_is_discounted(array):
 def test_ppo_places_the_reward_on_the_last_token_and_the_penalty_on_each(array):
     # Token rewards -0.5, 2 - 1 = 1; values 1, 3; gamma 1, lambda 1/2: deltas -0.5 + 3 - 1 = 1.5, 1 - 3 = -2.
     advantages, returns = token_advantages(
-        array([[2.0]]), [array([0.5, 1.0])], block(estimator="gae", gae_lambda=0.5), [array([1.0, 3.0])]
+        array([2.0]),
+        ONE_GROUP[:1],
+        [array([0.5, 1.0])],
+        block(estimator="gae", gae_lambda=0.5),
+        [array([1.0, 3.0])],
     )
     equal(advantages[0], [0.5, -2.0])
     equal(returns[0], [1.5, 1.0])
@@ -174,12 +197,12 @@ def test_ppo_places_the_reward_on_the_last_token_and_the_penalty_on_each(array):
 
 @pytest.mark.parametrize("estimator", ["group_mean", "return", "gae"])
 def test_unscored_and_empty_completions_stay_zero_through_whitening(estimator):
-    rewards = np.array([[1.0, NAN, 4.0, 2.0]])
+    rewards = np.array([1.0, NAN, 4.0, 2.0])
     lengths = [2, 3, 1, 0]
     penalties = [np.full(n, 0.1) for n in lengths]
     values = [np.full(n, 0.5) for n in lengths]
     fields = block(estimator=estimator, whiten=True)
-    advantages, _ = token_advantages(rewards, penalties, fields, values)
+    advantages, _ = token_advantages(rewards, ONE_GROUP, penalties, fields, values)
     assert [len(a) for a in advantages] == lengths
     np.testing.assert_array_equal(advantages[1], 0.0)
     scored = np.concatenate([advantages[0], advantages[2]])
@@ -188,7 +211,7 @@ def test_unscored_and_empty_completions_stay_zero_through_whitening(estimator):
 
 def test_gae_without_values_says_what_is_missing():
     with pytest.raises(ValueError, match="needs a value"):
-        token_advantages(np.array([[1.0]]), [np.zeros(2)], block(estimator="gae"))
+        token_advantages(np.array([1.0]), ONE_GROUP[:1], [np.zeros(2)], block(estimator="gae"))
 
 
 def test_soft_overlong_punishment_by_dapos_numbers():

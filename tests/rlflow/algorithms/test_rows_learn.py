@@ -38,11 +38,13 @@ def per_token(table: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
 
 def samples_of(policy, reference, values, rows, block: AlgorithmBlock) -> tuple[list[Sample], float]:
     old, ref = ([per_token(table, row) for row in rows] for table in (policy, reference))
-    rewards = np.array([np.mean(row[1:] == GOOD) for row in rows]).reshape(PROMPTS, GROUP)
+    rewards = np.array([np.mean(row[1:] == GOOD) for row in rows])
     coef = block.kl.coef if block.kl.placement == "reward" else 0.0
     penalties = [coef * kl_penalty(block.kl.estimator, a[1:], b[1:]) for a, b in zip(old, ref, strict=True)]
     old_values = [values.detach().numpy()[row[:-1]] for row in rows]
-    advantages, returns = token_advantages(rewards, penalties, block.advantage, old_values)
+    advantages, returns = token_advantages(
+        rewards, np.repeat(np.arange(PROMPTS), GROUP), penalties, block.advantage, old_values
+    )
     samples = [
         Sample(
             token_ids=row,

@@ -57,7 +57,8 @@ def test_gae_agrees_with_torchrl(gamma, lam, dtype, tolerance):
         same(actual, expected, tolerance)
 
 
-REWARDS = np.array([[1.0, -0.5, np.nan], [2.0, 0.25, -3.0]])
+REWARDS = np.array([1.0, -0.5, np.nan, 2.0, 0.25, -3.0])
+GROUP_OF = np.array([0, 0, 0, 1, 1, 1])
 LENGTHS = [4, 1, 3, 9, 2, 6]
 
 
@@ -67,7 +68,7 @@ def rollouts():
     penalties = [0.1 * random.normal(size=n) for n in LENGTHS]
     values = [random.normal(size=n) for n in LENGTHS]
     token_rewards = [
-        np.append(np.zeros(n - 1), reward) - p for n, reward, p in zip(LENGTHS, REWARDS.ravel(), penalties, strict=True)
+        np.append(np.zeros(n - 1), reward) - p for n, reward, p in zip(LENGTHS, REWARDS, penalties, strict=True)
     ]
     return penalties, values, token_rewards
 
@@ -76,8 +77,8 @@ def rollouts():
 def test_ppos_advantages_of_a_batch_agree_with_torchrls_of_each_completion(gamma, lam):
     penalties, values, token_rewards = rollouts()
     block = AdvantageBlock(estimator="gae", gamma=gamma, gae_lambda=lam)
-    advantages, returns = token_advantages(REWARDS, penalties, block, values)
-    for row in np.flatnonzero(~np.isnan(REWARDS.ravel())):
+    advantages, returns = token_advantages(REWARDS, GROUP_OF, penalties, block, values)
+    for row in np.flatnonzero(~np.isnan(REWARDS)):
         expected = torchrls_gae(token_rewards[row], values[row], gamma, lam)
         same(advantages[row], expected[0], 1e-10)
         same(returns[row], expected[1], 1e-10)
@@ -86,8 +87,8 @@ def test_ppos_advantages_of_a_batch_agree_with_torchrls_of_each_completion(gamma
 @pytest.mark.parametrize("gamma", [1.0, 0.99, 0.9, 0.5])
 def test_reinforce_plus_plus_agrees_with_torchrls_discounted_rewards_to_go(gamma):
     penalties, _, token_rewards = rollouts()
-    advantages, _ = token_advantages(REWARDS, penalties, AdvantageBlock(estimator="return", gamma=gamma))
-    for row in np.flatnonzero(~np.isnan(REWARDS.ravel())):
+    advantages, _ = token_advantages(REWARDS, GROUP_OF, penalties, AdvantageBlock(estimator="return", gamma=gamma))
+    for row in np.flatnonzero(~np.isnan(REWARDS)):
         rewards, done = episodes(token_rewards[row])
         same(advantages[row], reward2go(rewards, done, gamma).flatten(), 1e-10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -64,14 +65,16 @@ def broken(monkeypatch):
     """Changes what a worker returns, once it has other weights than the first."""
 
     def broken(change: Callable[[Any], Any]) -> None:
-        generate = RolloutWorker.generate
+        collect = RolloutWorker.collect
 
-        @wraps(generate)
-        def changed(self, requests, params):
-            batch = generate(self, requests, params)
-            return change(batch) if self.version >= 1 else batch
+        @wraps(collect)
+        def changed(self, *args, **kwargs):
+            collected = collect(self, *args, **kwargs)
+            if collected.batch is None or collected.status.version < 1:
+                return collected
+            return replace(collected, batch=change(collected.batch))
 
-        monkeypatch.setattr(RolloutWorker, "generate", changed)
+        monkeypatch.setattr(RolloutWorker, "collect", changed)
 
     return broken
 
@@ -79,48 +82,45 @@ def broken(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda b: replace(b, texts=b.texts[1:] + b.texts[:1]), "the text of row 0 is"),
-        (lambda b: replace(b, texts=b.texts[:-1]), "it has 3 texts for 4 completions that were asked for"),
-        (lambda b: replace(b, logprobs=np.full_like(b.logprobs, np.inf)), "logprobs are none, the first inf"),
-        (lambda b: replace(b, token_ids=b.token_ids + 1000), "token ids are none, the first 10"),
+        (lambda b: replace(b, texts=("?", *b.texts[1:])), "the text of row 0 is"),
+        (lambda b: replace(b, texts=b.texts[:-1]), "texts for"),
+        (lambda b: replace(b, logprobs=np.where(b.is_sampled, np.inf, 0.0)), "logprobs are none, the first inf"),
+        (lambda b: replace(b, token_ids=b.token_ids + 1000 * b.is_sampled), "token ids are none, the first 10"),
+        (lambda b: replace(b, token_ids=b.token_ids[::-1]), "goes on from another prompt"),
+        (lambda b: replace(b, versions=b.versions + 5), "the newest is 1"),
     ],
 )
 def test_what_cannot_be_trained_stops_the_run_with_the_workers_name(run, broken, change, says):
     broken(change)
     said = run(RunError)
-    assert said.startswith("rollout[0].generate returned what cannot be trained or measured: ")
+    assert re.match(r"rollout\[[01]\] returned what cannot be trained or measured: ", said)
     assert says in said
     assert "Nothing of it was used" in said
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_worker_that_keeps_its_old_weights_stops_the_run_once_they_are_too_old(run, monkeypatch, staleness):
+def test_a_worker_that_keeps_its_old_weights_stops_the_run(run, monkeypatch):
     load_weights = RolloutWorker.load_weights
 
     @wraps(load_weights)
-    def stuck(self, snapshot):
-        return 0.0 if self.rank == 1 and snapshot.version > 0 else load_weights(self, snapshot)
+    def stuck(self, snapshot, *args):
+        if self.rank == 0 or snapshot.version == 0:
+            load_weights(self, snapshot, *args)
 
     monkeypatch.setattr(RolloutWorker, "load_weights", stuck)
-    said = run(RunError, **{"run.max_staleness": staleness, "run.steps": 4})
-    lag = f"{staleness + 1} behind the newest, and may be {staleness}"
-    assert said.startswith("rollout[1].generate returned")
-    assert f"policy version 0 sampled, {lag}: the weights that it took since did not reach its engine" in said
+    said = run(RunError)
+    assert said.startswith("rollout[1] was given policy version 1, and its engine still has 0")
 
 
 def test_an_engine_whose_weights_are_not_numbers_says_so_itself(run, monkeypatch):
     load_weights = RolloutWorker.load_weights
 
     @wraps(load_weights)
-    def poisoned(self, snapshot):
-        seconds = load_weights(self, snapshot)
+    def poisoned(self, snapshot, *args):
+        load_weights(self, snapshot, *args)
         if snapshot.version >= 1:
-            next(self.engine.model.parameters()).data.fill_(float("nan"))
-        return seconds
+            next(self.engine.engine.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(RolloutWorker, "load_weights", poisoned)
     said = run(RunError)
-    assert said.startswith(
-        "rollout[0].generate: ValueError: the engine, at policy version 1, returned what is no rollout: "
-    )
+    assert "collect: ValueError: the engine, at policy version 1, returned what is no rollout: " in said
     assert "logprobs are none, the first nan" in said

@@ -12,7 +12,8 @@ from rlflow.algorithms.weighing import weigh
 from rlflow.driver import assemble
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.presets import ALGORITHMS
-from rlflow.types import Group, Prompt, Rollout
+from rlflow.types import FinishReason, Group, Prompt, Rollout
+from tests.flat_rollouts import flat
 
 PROMPT = np.array([10, 11, 12], dtype=np.int32)
 EOS = 1
@@ -25,9 +26,8 @@ def algorithm(name: str = "grpo", **blocks) -> AlgorithmBlock:
     return AlgorithmBlock.model_validate(given)
 
 
-def rollout(tokens: list[int], reward: float, finish_reason: str = "stop") -> Rollout:
-    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-    return Rollout(np.array(tokens, dtype=np.int32), logprobs, 0, finish_reason, "", {"r": reward}, reward)  # pyright: ignore[reportArgumentType]
+def rollout(tokens: list[int], reward: float, finish_reason: FinishReason = "stop") -> Rollout:
+    return flat(PROMPT, tokens, reward, finish_reason=finish_reason)
 
 
 def group(*rollouts: Rollout) -> Group:
@@ -68,7 +68,7 @@ def test_soft_overlong_punishment_is_added_to_the_reward():
     # Of 10 tokens the last 4 are the buffer: 8 tokens are 2 into it, half of the punishment of 1.
     block = algorithm("dapo", groups={"overlong_buffer": 0.4})
     batch = assemble.assemble([group(rollout([20] * 8, 1.0), rollout([20] * 6, 1.0))], block, 10)
-    assert batch.rewards.tolist() == [[0.5, 1.0]]
+    assert batch.rewards.tolist() == [0.5, 1.0]
 
 
 def test_masked_completions_count_in_the_weights_only_when_the_recipe_says_so():
@@ -116,7 +116,7 @@ def test_rewards_are_normalised_over_the_batch_with_the_recipes_ddof(ddof, expec
     # 1 and 3: deviations of 1; variance 1 with ddof 0, 2 with ddof 1.
     block = algorithm(groups={"reward_scaling": "normalize_sum"}, advantage={"ddof": ddof, "eps": 1e-9})
     batch = assemble.assemble([group(rollout([EOS], 1.0), rollout([EOS], 3.0))], block, 8)
-    np.testing.assert_allclose(batch.rewards, [[-expected, expected]], rtol=1e-6)
+    np.testing.assert_allclose(batch.rewards, [-expected, expected], rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.2, 0.3, 0.7, 1.1, 1 / 3, -0.1, 1.0])

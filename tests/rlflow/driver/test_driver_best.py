@@ -11,8 +11,8 @@ import pytest
 from finished_runs import NEW_MODEL, RunRecipe, as_if_killed_after, steps_of
 
 from rlflow.actors.trainer import Measured
-from rlflow.driver.evaluation import PassEvaluator
 from rlflow.driver.learner import Learner
+from rlflow.driver.pass_evaluation import PassEvaluator
 
 SHARED: dict[str, Any] = {
     "model": NEW_MODEL,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rlflow
-from rlflow.driver.evaluation import pass_at_k
+from rlflow.driver.pass_evaluation import pass_at_k
 from tests.local_actors import use_local_actors
 
 

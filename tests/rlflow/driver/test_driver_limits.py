@@ -14,11 +14,12 @@ from counting_ranks import Ranks, learner_of, recipe_of
 import rlflow
 from rlflow.actors.trainer import UpdateStats
 from rlflow.driver.errors import RunError
+from rlflow.driver.jobs import ScoredGroup
 from rlflow.driver.learner import Learner
-from rlflow.driver.rollouts import RolloutTiming, ScoredChunk, require_few_errors
+from rlflow.driver.rollout_report import RolloutReport
 from rlflow.tracking.report import write_report
 from rlflow.tracking.rollouts import read_rollouts
-from rlflow.types import RolloutBatch, Sample, ScoreBatch
+from rlflow.types import Sample
 from tests.local_actors import use_local_actors
 
 RECIPE = """
@@ -49,31 +50,22 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Path) -
     return run
 
 
-def timing_of(failed: Sequence[bool]) -> RolloutTiming:
-    """Of one chunk, whose rows the function ``judge`` failed on or abstained on."""
-    rows = len(failed)
-    batch = RolloutBatch(
-        np.zeros(rows, np.int32),
-        np.zeros(rows, np.float32),
-        np.arange(rows + 1),
-        ("stop",) * rows,
-        ("a",) * rows,
-        0,
-        1.0,
-    )
-    unscored = np.full(rows, np.nan, np.float32)
-    scores = ScoreBatch({"judge": unscored}, {"judge": np.array(failed)}, {}, ("reward 'judge': it raised.",) * 2, 0.0)
-    timing = RolloutTiming()
-    timing.next_round()
-    timing.add(ScoredChunk((), batch, scores))
-    return timing
+def report_of(failed: Sequence[bool]) -> RolloutReport:
+    """Of one group, on whose rollouts the function ``judge`` failed or abstained."""
+    unscored = np.full(len(failed), np.nan, np.float32)
+    errors = ("reward 'judge': it raised.",) * 2
+    generated: Any = None
+    report = RolloutReport()
+    causes = ("",) * len(failed)
+    report.add(ScoredGroup(generated, {"judge": unscored}, {"judge": np.array(failed)}, causes, errors, 0.0))
+    return report
 
 
 def test_a_run_stops_above_the_limit_of_failed_rewards_and_not_at_it():
-    half, more = timing_of([True, True, False, False]), timing_of([True, True, True, False])
-    require_few_errors(half, 0.5)
+    half, more = report_of([True, True, False, False]), report_of([True, True, True, False])
+    half.require_few_errors(0.5)
     with pytest.raises(RunError) as stopped:
-        require_few_errors(more, 0.5)
+        more.require_few_errors(0.5)
     assert str(stopped.value) == (
         "3 of 4 rollouts could not be scored, more than reward_server.max_error_fraction = 0.5:\n"
         "  reward 'judge': it raised."

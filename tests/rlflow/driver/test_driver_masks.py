@@ -11,7 +11,8 @@ from rlflow.algorithms.kl_reward import kl_of_sequences
 from rlflow.driver import assemble
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.presets import ALGORITHMS
-from rlflow.types import Group, Prompt, Rollout, Sample
+from rlflow.types import Group, Prompt, Sample
+from tests.flat_rollouts import flat
 
 NAN = float("nan")
 PROMPT = np.array([10, 11], dtype=np.int32)
@@ -37,15 +38,15 @@ def batch_of(rewards: list[list[float]], masks: list[list[int]], **fields: list[
             placed[name][loss_mask] = values[row]
         tokens = np.arange(20, 20 + len(mask), dtype=np.int32)
         weights = np.zeros(len(loss_mask), dtype=np.float32)
-        samples.append(Sample(np.concatenate([PROMPT, tokens]), loss_mask, weights, **placed))
-        logprobs = np.zeros(len(mask), dtype=np.float32)
-        rollouts.append(Rollout(tokens, logprobs, 0, "stop", "", {"r": float(reward)}, float(reward)))
+        rollouts.append(flat(PROMPT, tokens, float(reward), logprobs=np.zeros(len(mask))))
+        group = row // len(rewards[0])
+        samples.append(Sample(rollouts[-1].token_ids, loss_mask, weights, group=group, **placed))
     size = len(rewards[0])
     groups = [
         Group(Prompt(f"p:{i}", PROMPT, [], {}), 0, tuple(rollouts[i * size : (i + 1) * size]))
         for i in range(len(rewards))
     ]
-    return assemble.Batch(groups, np.array(rewards), samples)
+    return assemble.Batch(groups, np.ravel(rewards), samples)
 
 
 def given_by(batch: assemble.Batch, block: AlgorithmBlock) -> tuple[list[list[float]], list[list[float]]]:

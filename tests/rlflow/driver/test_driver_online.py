@@ -12,6 +12,7 @@ from rlflow.driver import assemble
 from rlflow.driver.learner import Learner
 from rlflow.metrics import Metric
 from rlflow.types import Group, MicroBatch, Prompt, Rollout, Sample
+from tests.flat_rollouts import flat
 
 PROMPT = np.array([10, 11], dtype=np.int32)
 RATE = 8.0
@@ -47,8 +48,7 @@ def train(learner: Learner, step: int = 0, engine_logprobs: bool = True) -> tupl
     """A step on two groups, as the loop does it."""
 
     def rollout(reward: float) -> Rollout:
-        tokens, logprobs = np.array([20, 21], dtype=np.int32), np.array([-1.0, -2.0], dtype=np.float32)
-        return Rollout(tokens, logprobs, 0, "stop", "", {"r": reward}, reward)
+        return flat(PROMPT, [20, 21], reward)
 
     groups = [Group(Prompt(f"p:{i}", PROMPT, [], {}), 0, (rollout(1.0), rollout(i))) for i in (0.0, 0.5)]
     batch = assemble.assemble(groups, learner.algorithm, 6, engine_logprobs=engine_logprobs)

@@ -277,7 +277,7 @@ def test_a_stop_for_reward_errors_leaves_a_checkpoint_from_which_the_same_run_go
         return do()
 
     with pytest.raises(RunError, match="could not be scored"):
-        calls(RolloutWorker, "generate", 3, break_reward)
+        calls(RolloutWorker, "submit", 3, break_reward)
         run("run", GRPO)
     assert saved_steps(tmp_path / "run" / "checkpoints") == [2]
     records = read_rollouts(tmp_path / "run" / "rollouts" / "step_000003.parquet")
@@ -286,10 +286,11 @@ def test_a_stop_for_reward_errors_leaves_a_checkpoint_from_which_the_same_run_go
     assert same_weights(whole, run("run", GRPO, resume=True))
 
 
-def test_the_death_of_another_actor_leaves_a_checkpoint(run: Run, calls, tmp_path: Path):
-    calls(RolloutWorker, "generate", 3, failing(ActorFailure("rollout[0]", "generate", "the actor died", died=True)))
-    with pytest.raises(RunError, match=r"rollout\[0\].generate: the actor died"):
-        run("run", GRPO)
+def test_a_worker_that_dies_too_often_leaves_a_checkpoint(run: Run, calls, tmp_path: Path):
+    calls(RolloutWorker, "submit", 3, failing(OSError("the machine is gone")))
+    recovery = {"max_restarts": 0}
+    with pytest.raises(RunError, match=r"rollout\[0\].submit: OSError: the machine is gone"):
+        run("run", {**GRPO, "rollout": {**GRPO["rollout"], "recovery": recovery}})
     assert saved_steps(tmp_path / "run" / "checkpoints") == [2]
 
 

@@ -15,7 +15,8 @@ from rlflow.tracking import charts
 from rlflow.tracking.history import HistoryError, Series, bucket, read_stages, smooth
 from rlflow.tracking.report import LONGEST_TEXT, _time_panel, shorten, write_curve_svg, write_report
 from rlflow.tracking.rollouts import write_rollouts
-from rlflow.types import Group, Prompt, Rollout
+from rlflow.types import Group, Prompt
+from tests.flat_rollouts import flat
 
 
 def make_stage(directory: Path, num_steps: int = 60, *, started: float = 1000.0) -> None:
@@ -38,7 +39,7 @@ def add_rollouts(directory: Path) -> None:
     for index in range(8):
         prompt = Prompt(f"set:{index}", np.arange(2), [{"role": "user", "content": f"<b>Question {index}</b>"}], {})
         rollouts = tuple(
-            Rollout(np.arange(2), np.zeros(2), 0, "stop", f"<script>answer {index}.{g}</script>", {"exact": r}, r)
+            flat([0, 1], [0, 1], r, text=f"<script>answer {index}.{g}</script>", rewards={"exact": r})
             for g, r in enumerate((float(index), -float(index), math.nan))
         )
         groups.append(Group(prompt, 0, rollouts))

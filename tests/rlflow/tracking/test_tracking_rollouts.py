@@ -12,6 +12,7 @@ import pytest
 from rlflow.tracking import rollouts
 from rlflow.tracking.rollouts import last_user_text, read_errors, read_rollouts, write_rollouts
 from rlflow.types import Group, Message, Prompt, Rollout
+from tests.flat_rollouts import flat
 
 
 def make_prompt(index: int, messages: list[Message] | None = None) -> Prompt:
@@ -19,25 +20,30 @@ def make_prompt(index: int, messages: list[Message] | None = None) -> Prompt:
     return Prompt(f"set:{index}", np.arange(index + 1, dtype=np.int32), messages or default, {})
 
 
-def make_rollout(length: int, rewards: dict[str, float], text: str = "four") -> Rollout:
-    return Rollout(
-        token_ids=np.arange(100, 100 + length, dtype=np.int32),
-        logprobs=np.linspace(-2, 0, length).astype(np.float32),
-        policy_version=7,
-        finish_reason="stop",
+def make_rollout(prompt: Prompt, length: int, rewards: dict[str, float], text: str = "four") -> Rollout:
+    return flat(
+        prompt.token_ids,
+        np.arange(100, 100 + length),
+        sum(rewards.values()),
+        logprobs=np.linspace(-2, 0, length),
+        version=7,
         text=text,
         rewards=rewards,
-        reward=sum(rewards.values()),
     )
 
 
 def make_groups() -> tuple[list[Group], list[np.ndarray], list[str]]:
-    first = (make_rollout(3, {"exact": 1.0, "brevity": 0.5}), make_rollout(0, {"exact": math.nan, "brevity": 0.5}))
-    second = (
-        make_rollout(2, {"exact": 0.0, "brevity": 0.25}, "\ud83d <b>"),
-        make_rollout(1, {"exact": 1.0, "brevity": 0.0}),
+    """Two of two rollouts each."""
+    one, two = make_prompt(0), make_prompt(1)
+    first = (
+        make_rollout(one, 3, {"exact": 1.0, "brevity": 0.5}),
+        make_rollout(one, 1, {"exact": math.nan, "brevity": 0.5}),
     )
-    groups = [Group(make_prompt(0), 0, first), Group(make_prompt(1), 2, second)]
+    second = (
+        make_rollout(two, 2, {"exact": 0.0, "brevity": 0.25}, "\ud83d <b>"),
+        make_rollout(two, 1, {"exact": 1.0, "brevity": 0.0}),
+    )
+    groups = [Group(one, 0, first), Group(two, 2, second)]
     return groups, [np.array([0.5, np.nan]), np.array([-1.0, 1.0])], ["trained", "masked", "trained", "filtered"]
 
 
@@ -57,8 +63,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert record.messages == list(group.prompt.messages)
         assert record.prompt == group.prompt.messages[-1]["content"]
         np.testing.assert_array_equal(record.prompt_token_ids, group.prompt.token_ids)
-        np.testing.assert_array_equal(record.token_ids, rollout.token_ids)
-        np.testing.assert_array_equal(record.logprobs, rollout.logprobs)
+        size = len(group.prompt.token_ids)
+        np.testing.assert_array_equal(record.token_ids, rollout.completion_ids)
+        np.testing.assert_array_equal(record.logprobs, rollout.logprobs[size:])
+        assert record.is_sampled.all() and set(record.versions) == {7}
         np.testing.assert_equal(record.rewards, rollout.rewards)
         np.testing.assert_equal(record.reward, rollout.reward)
         assert (record.policy_version, record.finish_reason) == (7, "stop")
@@ -81,7 +89,7 @@ def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path)
     table = pq.read_table(path)
     assert " ".join(table.schema.names) == (
         "prompt_id epoch sample_index prompt messages completion reward reward/exact reward/brevity error advantage "
-        "policy_version finish_reason state prompt_token_ids token_ids logprobs"
+        "policy_version finish_reason state prompt_token_ids token_ids is_sampled logprobs versions"
     )
     assert str(table.schema.field("token_ids").type) == "list<element: int32>"
     assert str(table.schema.field("logprobs").type) == "list<element: float>"

@@ -1,0 +1,325 @@
+"""The thread that owns a worker's engine: it steps while there is work, and takes orders between two steps.
+
+      submit, abort, load_weights, do
+               |  (any thread; a future each)
+               v
+    orders --> [ between two steps ] --> engine.step() --> whole groups --> take_finished (any thread)
+                        ^                     |
+                        +---------------------+
+
+A group that asks for newer weights than the engine has is held back until they are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
+from rlflow.types import Completion, GroupRequest, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+RunningAtUpdate = Literal["continue", "restart", "wait"]
+"""What becomes of completions under way when weights come: they go on with the new ones, they are begun anew, or the
+weights wait until they have ended, and nothing new is begun meanwhile."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """A group under way."""
+
+    request: GroupRequest
+    completions: list[Completion | None]
+    samples: list[int]
+    """The engine's id of each."""
+
+    @property
+    def is_done(self) -> bool:
+        return all(completion is not None for completion in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    request: GroupRequest
+    completions: tuple[Completion, ...]
+    """In the order of the request's seeds."""
+
+
+@dataclass(slots=True)
+class EngineCounts:
+    """What the thread has done since it began."""
+
+    steps: int = 0
+    samples: int = 0
+    """That it has taken."""
+    tokens: int = 0
+    """Of completions that have ended."""
+    busy_s: float = 0.0
+    """In steps of the engine."""
+    loads: int = 0
+    load_s: float = 0.0
+    """In which weights were loaded, and nothing was generated."""
+    reread_tokens: int = 0
+    """Of completions under way, read again with new weights."""
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """(what it did, from, until), in seconds since 1970; those since they were last taken."""
+
+
+class EngineThread:
+    def __init__(self, engine: RolloutEngine, max_num_seqs: int, prepare: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            max_num_seqs: How many completions the engine generates at a time.
+            prepare: Called first in the thread, for what is set for each thread alone.
+        """
+        self.engine, self.max_num_seqs = engine, max_num_seqs
+        self.version = -1
+        """Of the engine's weights; -1 before the first."""
+        self.counts = EngineCounts()
+        self._changed = threading.Condition()
+        self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._held: list[GroupRequest] = []
+        """Groups that wait for weights."""
+        self._groups: dict[int, _Group] = {}
+        self._place_of: dict[int, tuple[int, int]] = {}
+        """Sample -> its group, and its index there."""
+        self._sample_ids = itertools.count()
+        self._finished: deque[FinishedGroup] = deque()
+        self._update: tuple[Callable[[], None], Future[None]] | None = None
+        """Weights that wait until what is under way has ended."""
+        self._is_closed = self._is_hurried = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(prepare,), name="engine", daemon=True)
+        self._thread.start()
+
+    def do(self, order: Callable[[], T]) -> Future[T]:
+        """Has something done between two steps."""
+        future: Future[T] = Future()
+        with self._changed:
+            self._require_alive()
+            self._orders.append((order, future))
+            self._changed.notify_all()
+        return future
+
+    def submit(self, requests: Sequence[GroupRequest]) -> Future[None]:
+        """Takes groups, which are begun in this order, all of them between the same two steps."""
+        return self.do(lambda: self._take(requests))
+
+    def abort(self, group_ids: Sequence[int]) -> Future[None]:
+        """Forgets groups, whatever has become of them here; ids that are not here are left out."""
+        return self.do(lambda: self._forget(group_ids))
+
+    def load_weights(
+        self,
+        weights: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        version: int,
+        running: RunningAtUpdate = "continue",
+        cache: CacheAtUpdate = "recompute",
+    ) -> Future[None]:
+        """Gives the engine new weights between two steps."""
+        future: Future[None] = Future()
+
+        def load() -> None:
+            if running == "wait" and self._groups:
+                self._update = (lambda: self._load(weights, version, running, cache), future)
+            else:
+                _settle(future, lambda: self._load(weights, version, running, cache))
+
+        asked = self.do(load)
+        asked.add_done_callback(lambda done: done.exception() and future.set_exception(done.exception()))
+        return future
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more could be generated at the same time."""
+        return self.engine.num_running + self.engine.num_waiting + self.num_held < self.max_num_seqs
+
+    def take_finished(self, most: int, timeout_s: float, *, wants_room: bool = False) -> list[FinishedGroup]:
+        """Up to ``most`` groups that are done, as soon as there is one; none when the time is up, or at `hurry`.
+
+        Args:
+            wants_room: Also return as soon as there is room for more.
+        """
+        with self._changed:
+            self._is_hurried = False
+            self._changed.wait_for(
+                lambda: (
+                    self._finished
+                    or self._failure
+                    or self._is_closed
+                    or self._is_hurried
+                    or (wants_room and not self._orders and self.has_room)
+                ),
+                timeout_s,
+            )
+            if not self._finished:
+                self._require_alive()
+            return [self._finished.popleft() for _ in range(min(most, len(self._finished)))]
+
+    def hurry(self) -> None:
+        """Ends a wait for groups."""
+        with self._changed:
+            self._is_hurried = True
+            self._changed.notify_all()
+
+    def take_spans(self) -> tuple[tuple[str, float, float], ...]:
+        """What the thread has done since the last call."""
+        spans, self.counts.spans = self.counts.spans, []
+        return tuple(spans)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Ends the thread after the step that is under way, and then the engine; neither where that step hangs."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self.engine.close()
+
+    @property
+    def num_held(self) -> int:
+        """Samples that wait for weights."""
+        return sum(len(request.seeds) for request in self._held)
+
+    def _run(self, prepare: Callable[[], None]) -> None:
+        try:
+            prepare()
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._orders or self._groups or self._is_closed)
+                    if self._is_closed:
+                        return
+                    orders = list(self._orders)
+                    self._orders.clear()
+                for order, future in orders:
+                    _settle(future, order)
+                if self._groups:
+                    self._step()
+                if self._update is not None and not self._groups:
+                    (load, future), self._update = self._update, None
+                    _settle(future, load)
+        # The engine's failure is what every later call of the worker says.
+        except BaseException as error:
+            self._fail(error)
+
+    def _step(self) -> None:
+        started = time.time()
+        completions = self.engine.step()
+        ended = time.time()
+        self.counts.steps += 1
+        self.counts.busy_s += ended - started
+        self._note("generate", started, ended)
+        for completion in completions:
+            group_id, index = self._place_of.pop(completion.id)
+            group = self._groups[group_id]
+            group.completions[index] = completion
+            self.counts.tokens += len(completion.token_ids)
+            if group.is_done:
+                del self._groups[group_id]
+                done = tuple(completion for completion in group.completions if completion is not None)
+                with self._changed:
+                    self._finished.append(FinishedGroup(group.request, done))
+        if completions:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _take(self, requests: Sequence[GroupRequest]) -> None:
+        self._begin(requests)
+        self.counts.samples += sum(len(request.seeds) for request in requests)
+
+    def _begin(self, requests: Sequence[GroupRequest]) -> None:
+        may_begin = self._update is None
+        ready = [request for request in requests if may_begin and request.min_version <= self.version]
+        samples: list[SampleRequest] = []
+        groups = []
+        for request in ready:
+            ids = [next(self._sample_ids) for _ in request.seeds]
+            groups.append(_Group(request, [None] * len(ids), ids))
+            samples += [
+                SampleRequest(id, request.token_ids, seed, request.params)
+                for id, seed in zip(ids, request.seeds, strict=True)
+            ]
+        if samples:
+            self.engine.add(samples)
+        for group in groups:
+            self._groups[group.request.id] = group
+            self._place_of |= {id: (group.request.id, index) for index, id in enumerate(group.samples)}
+        begun = {request.id for request in ready}
+        self._held += [request for request in requests if request.id not in begun]
+
+    def _forget(self, group_ids: Sequence[int]) -> None:
+        gone = set(group_ids)
+        self._held = [request for request in self._held if request.id not in gone]
+        with self._changed:
+            kept = [group for group in self._finished if group.request.id not in gone]
+            self._finished = deque(kept)
+        samples = []
+        for group_id in gone & self._groups.keys():
+            group = self._groups.pop(group_id)
+            left = [id for id, done in zip(group.samples, group.completions, strict=True) if done is None]
+            samples += left
+            for id in left:
+                del self._place_of[id]
+        if samples:
+            self.engine.abort(sorted(samples))
+
+    def _load(
+        self,
+        weights: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        version: int,
+        running: RunningAtUpdate,
+        cache: CacheAtUpdate,
+    ) -> None:
+        started = time.time()
+        again = [group.request for group in self._groups.values()] if running == "restart" else []
+        self._forget([request.id for request in again])
+        self.counts.reread_tokens += self.engine.load_weights(weights(), version, cache)
+        self.version = version
+        ended = time.time()
+        self.counts.loads += 1
+        self.counts.load_s += ended - started
+        self._note("load_weights", started, ended)
+        held, self._held = self._held, []
+        self._begin([*again, *held])
+
+    def _note(self, what: str, started: float, ended: float) -> None:
+        """Steps that follow each other at once are one span."""
+        spans = self.counts.spans
+        if spans and spans[-1][0] == what and started - spans[-1][2] < 0.005:
+            started = spans.pop()[1]
+        spans.append((what, started, ended))
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+            orders = [*self._orders, *([self._update] if self._update is not None else [])]
+            self._orders.clear()
+            self._changed.notify_all()
+        for _, future in orders:
+            future.set_exception(error)
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"the engine has failed: {type(self._failure).__name__}: {self._failure}"
+            ) from self._failure
+        if self._is_closed:
+            raise RuntimeError("the engine is closed")
+
+
+def _settle(future: Future[Any], order: Callable[[], Any]) -> None:
+    """Does something for somebody else, who is told how it ended."""
+    try:
+        future.set_result(order())
+    # Whoever asked for it is told.
+    except Exception as error:
+        future.set_exception(error)

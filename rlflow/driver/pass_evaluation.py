@@ -1,0 +1,117 @@
+"""pass@1 and pass@k of the current weights, by the workers and reward servers that training has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from math import comb
+
+import numpy as np
+
+from rlflow.driver.errors import RunError
+from rlflow.driver.evaluation import Evaluation
+from rlflow.driver.jobs import Job, ScoredGroup
+from rlflow.driver.pool import RolloutPool
+from rlflow.driver.rollout_report import listed
+from rlflow.driver.sampling import sample_seed
+from rlflow.recipe import EvaluationBlock, RewardBlock
+from rlflow.tracking.tracker import Tracker
+from rlflow.types import GroupRequest, Prompt, SamplingParams
+
+
+class PassEvaluator:
+    def __init__(
+        self,
+        pool: RolloutPool,
+        block: EvaluationBlock,
+        reward: RewardBlock,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seed: int,
+        tracker: Tracker,
+    ) -> None:
+        """
+        Args:
+            params: Of training; the block changes them.
+            seed: The run's.
+        """
+        self.pool, self.seed, self.block, self.prompts, self.tracker = pool, seed, block, prompts, tracker
+        self.reward = reward.label
+        self.metric = f"eval/{block.name}/pass@1"
+        self.params = replace(
+            params,
+            temperature=block.temperature,
+            max_new_tokens=block.max_new_tokens or params.max_new_tokens,
+        )
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self) -> Evaluation:
+        metrics = self.measure()
+        return Evaluation(metrics, metrics[self.metric])
+
+    def measure(self) -> dict[str, float]:
+        """Generates ``samples`` completions a prompt, the same seeds every time, and scores them.
+
+        Returns:
+            ``pass@1`` (mean over prompts of the share of passing samples), ``pass@k`` for k = samples, mean length, and
+            the share of completions that failed to be scored, which count as not passed.
+        """
+        num_samples, num_prompts = self.block.samples, len(self.prompts)
+        groups = self._generate()
+        passed_P = [int((group.rewards[self.reward] >= self.block.threshold).sum()) for group in groups]
+        failed = sum(int(group.failed[self.reward].sum()) for group in groups)
+        tokens = sum(group.generated.num_sampled_tokens for group in groups)
+        if failed:
+            errors = listed([error for group in groups for error in group.errors])
+            of_all = f"{failed} of {num_prompts * num_samples} completions"
+            self.tracker.message(f"evaluation {self.block.name}: {of_all} could not be scored:{errors}")
+        prefix = f"eval/{self.block.name}"
+        metrics = {
+            f"{prefix}/pass@1": float(np.mean([pass_at_k(num_samples, n, 1) for n in passed_P])),
+            f"{prefix}/mean_tokens": tokens / (num_prompts * num_samples),
+            f"{prefix}/unscored_fraction": failed / (num_prompts * num_samples),
+        }
+        if num_samples > 1:
+            passes = [pass_at_k(num_samples, n, num_samples) for n in passed_P]
+            metrics[f"{prefix}/pass@{num_samples}"] = float(np.mean(passes))
+        return metrics
+
+    def _generate(self) -> list[ScoredGroup]:
+        """The groups of all prompts, in their order."""
+        arrived: dict[int, ScoredGroup] = {}
+        jobs = [
+            Job(
+                request=GroupRequest(
+                    self.pool.next_id(),
+                    prompt.token_ids,
+                    tuple(sample_seed(self.seed, f"eval/{prompt.id}", 0, k) for k in range(self.block.samples)),
+                    self.params,
+                    min_version=self.pool.version,
+                ),
+                prompt=prompt,
+                epoch=0,
+                labels=(self.reward,),
+                deliver=partial(arrived.__setitem__, index),
+                is_pinned=True,
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+        self.pool.ask(jobs)
+        self.pool.wait_until(
+            lambda: len(arrived) == len(jobs), lambda: self.tracker.progress("evaluating", len(arrived), len(jobs))
+        )
+        oldest = min(group.generated.oldest_version for group in arrived.values())
+        if oldest < self.pool.version:
+            raise RunError(
+                f"evaluation {self.block.name}: policy version {oldest} was measured, and the newest is "
+                f"{self.pool.version}: newer weights do not reach a worker's engine"
+            )
+        return [arrived[index] for index in range(len(jobs))]
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """Unbiased estimate that at least one of k samples passes: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - comb(num_samples - num_passed, k) / comb(num_samples, k)

@@ -1,0 +1,132 @@
+"""Generated groups to reward servers, and back with their scores.
+
+A server that is idle takes what has come by then. Where a reward function wants the completions of several prompts in
+one call (``prompts_per_call``), a round is scored as a whole, in the order in which it was asked for: what a call holds
+must not depend on who was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlflow.actors.actor_group import ActorFailure, ActorGroup
+from rlflow.actors.reward_server import RewardServer
+from rlflow.driver.errors import RunError
+from rlflow.driver.jobs import Generated, Job, ScoredGroup
+from rlflow.recipe import RewardBlock
+from rlflow.types import ScoreBatch
+
+MAX_RESTARTS = 3
+
+
+class Scoring:
+    def __init__(self, servers: ActorGroup[RewardServer], rewards: Sequence[RewardBlock]) -> None:
+        """Args: rewards: all that the servers have, those of an evaluation too."""
+        self.servers = servers
+        self.waiting: dict[Any, tuple[int, list[Generated]]] = {}
+        """Reference -> the server that owes it, and what it scores."""
+        self._by_round = {block.label for block in rewards if block.prompts_per_call > 1}
+        self._rounds: dict[int, dict[int, Generated | None]] = {}
+        """Of rounds that are scored as a whole: group -> what has come of it, in the order it was asked for."""
+        self._round_of: dict[int, int] = {}
+        self._units: list[tuple[bool, list[Generated]]] = []
+        """Ready to be scored; whether they are a call of their own."""
+        self._restarts = dict.fromkeys(servers.ranks, 0)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that are generated and not yet scored."""
+        waiting = sum(len(groups) for _, groups in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
+        return waiting + sum(group is not None for of_round in self._rounds.values() for group in of_round.values())
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Says what is asked for together."""
+        if jobs and self._by_round.intersection(jobs[0].labels):
+            number = jobs[0].request.id
+            self._rounds[number] = {job.request.id: None for job in jobs}
+            self._round_of |= {job.request.id: number for job in jobs}
+
+    def add(self, group: Generated) -> None:
+        """Takes a group that is generated."""
+        number = self._round_of.pop(group.job.request.id, None)
+        if number is None:
+            self._units.append((False, [group]))
+            return
+        of_round = self._rounds[number]
+        of_round[group.job.request.id] = group
+        whole = [generated for generated in of_round.values() if generated is not None]
+        if len(whole) == len(of_round):
+            del self._rounds[number]
+            for share in np.array_split(np.arange(len(whole)), len(self.servers)):
+                if len(share):
+                    self._units.append((True, [whole[i] for i in share]))
+
+    def start(self) -> None:
+        """Gives what is ready to servers that are idle."""
+        busy = {server for server, _ in self.waiting.values()}
+        idle = [server for server in self.servers.ranks if server not in busy]
+        while idle and self._units:
+            is_own_call, groups = self._units[0]
+            if is_own_call:
+                del self._units[0]
+            else:
+                groups = self._loose(len(idle))
+            self._call(idle.pop(0), groups)
+
+    def finish(self, reference: Any) -> Iterator[ScoredGroup]:
+        """The groups of a call that has ended; none when its server died, and they are scored again.
+
+        Raises:
+            ActorFailure: The server failed otherwise.
+            RunError: It died too often.
+        """
+        server, groups = self.waiting.pop(reference)
+        try:
+            scores = self.servers.result(server, RewardServer.score, reference)
+        except ActorFailure as failure:
+            if not failure.died:
+                raise
+            self._restarts[server] += 1
+            if self._restarts[server] > MAX_RESTARTS:
+                raise RunError(f"{failure}; it was started {MAX_RESTARTS} times again before") from failure
+            self.servers.replace(server)
+            self._units.insert(0, (True, groups))
+            return
+        yield from _split(groups, scores)
+
+    def _loose(self, num_servers: int) -> list[Generated]:
+        """One server's share of the groups that may be scored in any company."""
+        together = self._units[0][1][0].job.labels
+        loose = [
+            place
+            for place, (is_own_call, groups) in enumerate(self._units)
+            if not is_own_call and groups[0].job.labels == together
+        ]
+        chosen = loose[: -(-len(loose) // num_servers)]
+        groups = [self._units[place][1][0] for place in chosen]
+        taken = set(chosen)
+        self._units = [unit for place, unit in enumerate(self._units) if place not in taken]
+        return groups
+
+    def _call(self, server: int, groups: list[Generated]) -> None:
+        texts = [group.texts() for group in groups]
+        reference = self.servers.start(server, RewardServer.score, texts, groups[0].job.labels)
+        self.waiting[reference] = (server, groups)
+
+
+def _split(groups: Sequence[Generated], scores: ScoreBatch) -> Iterator[ScoredGroup]:
+    first = 0
+    for group in groups:
+        rows = slice(first, first + len(group.rows))
+        yield ScoredGroup(
+            group,
+            {label: values[rows] for label, values in scores.rewards.items()},
+            {label: values[rows] for label, values in scores.failed.items()},
+            tuple(scores.causes.get(row, "") for row in range(rows.start, rows.stop)),
+            scores.errors if first == 0 else (),
+            scores.seconds,
+        )
+        first = rows.stop

@@ -1,0 +1,165 @@
+"""The thread around an engine: groups come back whole, weights come between steps, and every call ends."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from rlflow.actors.engine_thread import EngineThread
+from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
+from rlflow.types import GroupRequest, SamplingParams
+
+PROMPT = np.array([5, 6, 7], dtype=np.int32)
+
+
+class SteppedEngine(ScriptedEngine):
+    """Each step waits until the test lets it go."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        super().__init__(max_num_seqs, length=lambda request: request.seed)
+        self.may_step = threading.Semaphore(0)
+        self.began = threading.Semaphore(0)
+
+    def step(self):
+        self.began.release()
+        assert self.may_step.acquire(timeout=10)
+        return super().step()
+
+    def steps(self, number: int) -> None:
+        """Lets so many steps happen, and waits until they have."""
+        for _ in range(number):
+            assert self.began.acquire(timeout=10)
+            self.may_step.release()
+
+
+@pytest.fixture
+def engine():
+    return SteppedEngine(max_num_seqs=8)
+
+
+@pytest.fixture
+def thread(engine):
+    thread = EngineThread(engine, 8)
+    thread.load_weights(lambda: [], 0).result(10)
+    yield thread
+    for _ in range(1000):
+        engine.may_step.release()
+    thread.close(10)
+
+
+def group(id: int, *lengths: int, min_version: int = 0) -> GroupRequest:
+    """The script takes a rollout's seed for its length."""
+    return GroupRequest(id, PROMPT, lengths, SamplingParams(max_new_tokens=100), min_version)
+
+
+def versions(finished) -> list[list[int]]:
+    return [completion.versions.tolist() for completion in finished.completions]
+
+
+def test_a_group_comes_back_as_soon_as_its_longest_is_done(engine, thread):
+    asked = thread.submit([group(1, 1, 4), group(2, 2, 2)])
+    engine.steps(2)
+    asked.result(10)
+    (first,) = thread.take_finished(16, 10)
+    assert first.request.id == 2
+    assert thread.take_finished(16, 0.01) == []
+    engine.steps(2)
+    (second,) = thread.take_finished(16, 10)
+    assert [len(c.token_ids) for c in second.completions] == [1, 4]
+
+
+def test_weights_come_between_two_steps_and_what_is_under_way_goes_on(engine, thread):
+    thread.submit([group(1, 4, 2)])
+    engine.steps(1)
+    loaded = thread.load_weights(lambda: [], 1)
+    engine.steps(3)
+    loaded.result(10)
+    (finished,) = thread.take_finished(1, 10)
+    first, second = versions(finished)
+    # The order of weights and of the step that was under way is the thread's; from then on it is fixed.
+    assert first in ([0, 1, 1, 1], [0, 0, 1, 1]) and second == first[:2]
+    assert thread.version == 1 and thread.counts.loads == 2 and thread.counts.reread_tokens > 0
+
+
+def test_restart_begins_again_what_is_under_way(engine, thread):
+    thread.submit([group(1, 4)])
+    engine.steps(2)
+    assert engine.began.acquire(timeout=10)
+    loaded = thread.load_weights(lambda: [], 1, running="restart")
+    engine.may_step.release()
+    loaded.result(10)
+    engine.steps(4)
+    (finished,) = thread.take_finished(1, 10)
+    assert versions(finished) == [[1, 1, 1, 1]]
+
+
+def test_weights_that_wait_are_loaded_when_all_has_ended_and_nothing_is_begun_meanwhile(engine, thread):
+    thread.submit([group(1, 3)])
+    assert engine.began.acquire(timeout=10)
+    loaded = thread.load_weights(lambda: [], 1, running="wait")
+    later = thread.submit([group(2, 1)])
+    engine.may_step.release()
+    engine.steps(2)
+    loaded.result(10)
+    later.result(10)
+    engine.steps(1)
+    first, second = thread.take_finished(1, 10), thread.take_finished(1, 10)
+    assert versions(first[0]) == [[0, 0, 0]] and versions(second[0]) == [[1]]
+
+
+def test_a_group_waits_for_the_weights_that_it_asks_for(engine, thread):
+    thread.submit([group(1, 2, min_version=1), group(2, 1)]).result(10)
+    assert thread.num_held == 1 and thread.counts.samples == 2
+    engine.steps(1)
+    assert [g.request.id for g in thread.take_finished(9, 10)] == [2]
+    thread.load_weights(lambda: [], 1).result(10)
+    engine.steps(2)
+    (finished,) = thread.take_finished(9, 10)
+    assert versions(finished) == [[1, 1]] and thread.num_held == 0 and thread.counts.samples == 2
+
+
+def test_what_is_aborted_never_comes_back(engine, thread):
+    thread.submit([group(1, 1), group(2, 3), group(3, 3), group(4, 1, min_version=9)])
+    engine.steps(1)
+    assert engine.began.acquire(timeout=10)
+    gone = thread.abort([1, 2, 4, 77])
+    engine.may_step.release()
+    gone.result(10)
+    engine.steps(1)
+    assert [g.request.id for g in thread.take_finished(9, 10)] == [3]
+    assert (engine.num_running, engine.num_waiting, thread.num_held) == (0, 0, 0)
+
+
+def test_a_request_that_is_refused_is_told_to_who_asked_and_changes_nothing():
+    class Refuses(ScriptedEngine):
+        def add(self, requests):
+            if len(requests[0].token_ids) > 2:
+                raise ValueError("too long")
+            super().add(requests)
+
+    thread = EngineThread(Refuses(4, length=lambda request: 1), 4)
+    thread.load_weights(lambda: [], 0).result(10)
+    with pytest.raises(ValueError, match="too long"):
+        thread.submit([group(1, 1)]).result(10)
+    short = GroupRequest(2, PROMPT[:1], (1,), SamplingParams(max_new_tokens=3))
+    thread.submit([short]).result(10)
+    assert [g.request.id for g in thread.take_finished(9, 10)] == [2]
+    thread.close(10)
+
+
+@pytest.mark.parametrize("call", ["submit", "take_finished"])
+def test_an_engine_that_fails_is_what_every_later_call_says(call):
+    class Fails(ScriptedEngine):
+        def step(self):
+            raise MemoryError("no blocks left")
+
+    thread = EngineThread(Fails(4), 4)
+    thread.load_weights(lambda: [], 0).result(10)
+    thread.submit([group(1, 1)])
+    with pytest.raises(RuntimeError, match="the engine has failed: MemoryError: no blocks left"):
+        thread.take_finished(1, 10)
+    with pytest.raises(RuntimeError, match="no blocks left"):
+        thread.submit([group(2, 1)]) if call == "submit" else thread.take_finished(1, 0.01)
+    thread.close(10)
