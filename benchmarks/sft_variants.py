@@ -121,7 +121,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
 
     variant = VARIANTS[name]
     if variant.whole_logits or settings.chunk_elements is not None:
-        token_model._CHUNK_ELEMENTS = sys.maxsize if variant.whole_logits else settings.chunk_elements
+        token_model._CHUNK_BYTES = sys.maxsize if variant.whole_logits else 4 * settings.chunk_elements
     trainer = PolicyTrainer(
         ModelBlock(path=settings.model),
         TrainerBlock.model_validate({"workers": variant.ranks, **variant.trainer}),

@@ -2,7 +2,7 @@
 
 A step has a few moments that can be its peak; each is the sum of what is alive then, and the largest is the estimate:
 
-    scoring     all activations are kept, logits are computed again, chunk by chunk
+    scoring     all activations are kept, logits are there, chunk by chunk
     last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
     embeddings  the backward pass ends: no activations, all gradients
     snapshot    the weights are copied for the rollout workers: no activations, no gradients; from GPUs to the host
@@ -29,14 +29,12 @@ VLLM_PROCESS_BYTES = 3 << 28
 """Of an actor with vLLM, beside weights and cache (the same)."""
 REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
-LOGITS_ELEMENTS = 1 << 25
-"""Trainer and reference score tokens in chunks of this many logits, in float32: token_model._CHUNK_ELEMENTS."""
+LOGITS_BYTES = 1 << 28
+"""Trainer and reference score tokens in chunks whose logits take as much: token_model._CHUNK_BYTES."""
 BUCKET_ELEMENTS = 100_000_000
 """Of ZeRO's buffer of gradients, where there are as many parameters: deepspeed_engine._config."""
 SUMMED_ELEMENTS = 500_000_000
 """Of gradients that ZeRO 1 sums at a time in bfloat16: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE."""
-SCORING, SCORING_BACKWARD, SCORING_ENTROPY = 2, 3, 5
-"""Arrays of a chunk's size alive at once: in a forward pass, in a backward pass, and with an entropy bonus."""
 SAMPLING = 6
 """Arrays of float32 [sequences, vocabulary] that sampling a token holds; the cumulative one is of float64: twice."""
 
@@ -65,7 +63,7 @@ def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     weights = {"weights": shape.parameters * size}
     forward = tokens * activations.layer_forward(shape, size)
     scoring = tokens * 2 * shape.hidden * size
-    logits = SCORING * _chunk_bytes(tokens, shape)
+    _, logits = _chunks(tokens, shape, size)
     return _largest([{**weights, "activations": forward}, {**weights, "activations": scoring, "logits": logits}])
 
 
@@ -211,14 +209,16 @@ def _bucket_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 
 def _scoring_bytes(recipe: Recipe, shape: ModelShape, tokens: int, head: int) -> int:
     """Of the backward pass of a chunk of logits, with the head's gradient of the chunks before it and of its own."""
-    arrays = SCORING_ENTROPY if recipe.algorithm.loss.entropy_coef else SCORING_BACKWARD
-    chunk = _chunk_bytes(tokens, shape)
-    is_one = tokens * shape.vocabulary <= LOGITS_ELEMENTS
-    return (0 if is_one else head) + max(arrays * chunk, chunk + head)
+    number, chunk = _chunks(tokens, shape, computed_bytes(recipe))
+    return chunk + min(number, 2) * head
 
 
-def _chunk_bytes(tokens: int, shape: ModelShape) -> int:
-    return activations.FLOAT32 * min(tokens * shape.vocabulary, max(LOGITS_ELEMENTS, shape.vocabulary))
+def _chunks(tokens: int, shape: ModelShape, size: int) -> tuple[int, int]:
+    """How many chunks the logits of ``tokens`` are made in, and the bytes of one: logits of ``size`` bytes, and what
+    they are in float32."""
+    of_token = shape.vocabulary * (activations.FLOAT32 + (size if size != activations.FLOAT32 else 0))
+    number = math.ceil(tokens / max(1, LOGITS_BYTES // of_token))
+    return number, math.ceil(tokens / number) * of_token
 
 
 def _micro_batches(recipe: Recipe, ranks: int) -> int:

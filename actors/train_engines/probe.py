@@ -141,10 +141,12 @@ def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], pla
 
 
 def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> str | None:
-    numbers, embeddings = _traced(module, lambda: torch.cat(module.probe(sequences)))
     lengths, start = [len(tokens) for tokens in sequences], 0
-    for length, alone, own in zip(lengths, plain, numbers.split(lengths), strict=True):
-        gradient, inside = _gradient(own, embeddings), slice(start, start + length)
+    for index, (length, alone) in enumerate(zip(lengths, plain, strict=True)):
+        # Anew for each: a gradient takes the place of the logits that it is made from.
+        numbers, embeddings = _traced(module, lambda: torch.cat(module.probe(sequences)))
+        own, inside = numbers.split(lengths)[index], slice(start, start + length)
+        gradient = _gradient(own, embeddings)
         others = gradient.clone()
         others[inside] = 0
         if not (seen := float(others.norm() / gradient.norm())) < _leak(module.model):

@@ -1,14 +1,14 @@
 """A causal language model that returns log-probabilities of chosen tokens instead of logits.
 
-The [tokens, vocabulary] logits are computed only for the tokens asked for, in chunks, and computed again in the
-backward pass, so they are never whole in memory.
+The [tokens, vocabulary] logits are computed only for the tokens asked for, in chunks, and all chunks but one again in
+the backward pass, so they are never whole in memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines import liger
+from rlflow.actors.train_engines.chosen_logprobs import Entropies, chosen_logprobs
 from rlflow.actors.train_engines.decoder_passes import packed, passes_of
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.probe import choose_passes
@@ -29,10 +30,10 @@ from rlflow.data.vocabulary import ids_without_token
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
-_CHUNK_ELEMENTS = 1 << 25
-"""Logits held at a time (128 MiB in float32)."""
-Entropies = Literal["none", "values", "gradient"]
-"""Whether they are wanted, and with a gradient."""
+_CHUNK_BYTES = 1 << 28
+"""Of the logits held at a time."""
+_FLOAT32 = 4
+"""Bytes of a number."""
 
 
 class TokenOutputs(NamedTuple):
@@ -147,42 +148,40 @@ class TokenModel(nn.Module):
         is_plain = entropies == "none" and temperature == 1.0 and unchanged
         if self.uses_liger and is_plain and type(head) is nn.Linear:
             return (liger.token_logprobs(hidden, head, targets),)
-        chunk = max(1, _CHUNK_ELEMENTS // self.model.config.get_text_config().vocab_size)
-        run = _recomputed if len(targets) > chunk and torch.is_grad_enabled() else _call
-        parts = [
-            run(self._score, hidden[i : i + chunk], targets[i : i + chunk], temperature, entropies)
-            for i in range(0, max(1, len(targets)), chunk)
-        ]
+        num_chunks = max(1, -(-len(targets) // self._tokens_of_chunk(hidden)))
+        chunk = max(1, -(-len(targets) // num_chunks))
+        parts = []
+        for start in range(0, max(1, len(targets)), chunk):
+            # The last one's are there when the backward pass begins with them.
+            is_last = start + chunk >= len(targets)
+            run = _call if is_last or not torch.is_grad_enabled() else _recomputed
+            own = slice(start, start + chunk)
+            parts.append(run(self._score, hidden[own], targets[own], temperature, entropies))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _tokens_of_chunk(self, hidden: torch.Tensor) -> int:
+        """How many tokens' logits fit into ``_CHUNK_BYTES``: in float32, beside what they are made from."""
+        of_head = hidden.element_size()
+        makes_float32 = of_head == _FLOAT32 and type(self.model.get_output_embeddings()) is nn.Linear
+        of_logit = _FLOAT32 + (0 if makes_float32 else of_head)
+        return max(1, _CHUNK_BYTES // of_logit // self.model.config.get_text_config().vocab_size)
 
     def _score(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
     ) -> tuple[torch.Tensor, ...]:
-        """Of one chunk."""
+        """What ``_score_all`` returns, of one chunk."""
         head = self.model.get_output_embeddings()
         assert head is not None
         # Ranks have different numbers of chunks, and ZeRO 3 gathers weights anew for every call of a module.
-        plain = type(head) is nn.Linear
-        logits = (F.linear(hidden, head.weight, head.bias) if plain else head(hidden)).float()
+        if type(head) is nn.Linear:
+            logits = F.linear(hidden, head.weight, head.bias).float()
+        else:
+            # Its backward pass may need what it returned.
+            logits = head(hidden).to(torch.float32, copy=True)
+        scale = self.logit_scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits * (self.logit_scale / self.softcap))
-        scale = (self.logit_scale if self.softcap is None else 1.0) / temperature
-        if scale != 1.0:
-            logits = logits.mul_(scale)
-        if self.left_out is not None:
-            # Not infinity, whose product with a probability of 0 is no entropy.
-            logits = logits.masked_fill_(self.left_out, torch.finfo(torch.float32).min)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        del logits
-        chosen = logprobs.gather(1, targets[:, None].long()).squeeze(1)
-        # Two arrays of this size are alive here, three in the backward pass: memory.py counts on it.
-        match entropies:
-            case "none":
-                return (chosen,)
-            case "values":
-                return chosen, -logprobs.detach().exp().mul_(logprobs.detach()).sum(dim=-1)
-            case "gradient":
-                return chosen, -(logprobs.exp() * logprobs).sum(dim=-1)
+            logits, scale = self.softcap * torch.tanh(logits * (scale / self.softcap)), 1.0
+        return chosen_logprobs(logits, targets, scale / temperature, self.left_out, entropies)
 
 
 def logit_scale(config: Mapping[str, Any]) -> float:

@@ -129,7 +129,7 @@ def refusal(models: Path) -> str:
 
 def rank_main(rank: int, world_size: int, address: str, models: Path, output: Path) -> None:
     # Ranks then score their tokens in different numbers of chunks.
-    token_model._CHUNK_ELEMENTS = 4 * 100
+    token_model._CHUNK_BYTES = 4 * 4 * 100
     torch.set_num_threads(1)
     if world_size > 1:
         init_process_group(rank, world_size, address, timeout_s=120)

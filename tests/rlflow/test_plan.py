@@ -59,16 +59,16 @@ def test_memory_of_a_tiny_model_is_what_one_counts_by_hand(recipe_file: Path):
     plan = plan_of(recipe_file)
     parts = {planned.role.name: dict(planned.parts or {}) for planned in plan.roles}
     # Half of the parameters on each of two ranks, 4 bytes each. Micro-batches of 32 tokens, two an update: gradients of
-    # the first wait. The peak is scoring. A layer keeps of a token 6x8 + 3x8 + 2x4 + 4x16 = 144 elements, 2 numbers of
-    # attention (a head each) and 2 of norms; behind the layers are 2x8 + 1 of the last norm, its 8 and as many scored.
-    # Whole are the embeddings and two layers.
+    # the first wait. The peak is the last layer's backward pass, which makes 40 numbers of a token; the gradient of the
+    # tied head waits. A layer keeps of a token 6x8 + 3x8 + 2x4 + 4x16 = 144 elements, 2 numbers of attention (a head
+    # each) and 2 of norms. Whole are the embeddings and two layers.
     assert parts["trainer"] == {
         "weights": PARAMETERS // 2 * 4,
         "gradients": PARAMETERS // 2 * 4,
         "optimizer": PARAMETERS * 4,
         "gathered": (6 * 8 + 2 * ((PARAMETERS - 6 * 8) // 2)) * 4,
-        "activations": 32 * (2 * (144 + 2 + 2) + 33) * 4,
-        "logits": 3 * 32 * 6 * 4,
+        "activations": 32 * (2 * (144 + 2 + 2) + 40) * 4,
+        "logits": 6 * 8 * 4,
         "process": PROCESS_BYTES,
     }
     # 8 sequences of 16 tokens, each with 2 (keys, values) x 2 layers x 1 head of 4; sampling six arrays of 8 x 6.
@@ -128,7 +128,8 @@ def test_what_computes_in_bfloat16_is_trained_in_float32(recipe_file: Path, half
     (trainer, *_) = plan_of(recipe_file, half, "trainer.workers=1").roles
     # Of a token a layer keeps 144 numbers and 8 of each norm in 2 bytes, the norms' inputs and 2 x 1 numbers of theirs
     # and 2 of attention in 4; behind the layers are 8 + 1 in 4, then 8 and the 2 x 8 that are scored in 2.
-    # On one rank too, embeddings and two layers are copied into bfloat16.
+    # On one rank too, embeddings and two layers are copied into bfloat16. Logits are there in both, and the head's
+    # gradient.
     layer = 2 * (144 - 2 * 8) + 4 * (2 * 8 + 2 + 2)
     assert dict(trainer.parts or {}) == {
         "weights": PARAMETERS * 4,
@@ -136,7 +137,7 @@ def test_what_computes_in_bfloat16_is_trained_in_float32(recipe_file: Path, half
         "optimizer": PARAMETERS * 8,
         "gathered": (6 * 8 + 2 * ((PARAMETERS - 6 * 8) // 2)) * 2,
         "activations": 32 * (2 * layer + 4 * 9 + 2 * 3 * 8),
-        "logits": 3 * 32 * 6 * 4,
+        "logits": 32 * 6 * (2 + 4) + 6 * 8 * 2,
         "process": PROCESS_BYTES,
     }
 
@@ -203,7 +204,7 @@ def test_gradient_checkpointing_keeps_one_layer_and_the_inputs_of_the_others(rec
 def test_a_micro_batch_is_bounded_by_what_there_is_and_holds_the_longest_sequence(recipe_file: Path):
     def activations(budget: int) -> int:
         (trainer, *_) = plan_of(recipe_file, f"trainer.tokens_per_micro_batch={budget}").roles
-        return dict(trainer.parts or {})["activations"] // ((2 * 148 + 33) * 4)
+        return dict(trainer.parts or {})["activations"] // ((2 * 148 + 40) * 4)
 
     assert (activations(1_000_000), activations(8)) == (4 * 16, 16)
 

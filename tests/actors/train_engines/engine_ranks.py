@@ -153,7 +153,7 @@ def main(rank: int, world_size: int, address: str, work: Path) -> None:
 
     torch.set_num_threads(1)
     # Ranks then score their tokens in different numbers of chunks.
-    token_model._CHUNK_ELEMENTS = 4 * VOCABULARY
+    token_model._CHUNK_BYTES = 4 * 4 * VOCABULARY
     if world_size > 1:
         init_process_group(rank, world_size, address, timeout_s=120)
     answers = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from rlflow.actors.train_engines import token_model
+from rlflow.actors.train_engines import chosen_logprobs, token_model
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.token_model import load_token_model
 from rlflow.recipe import ModelBlock
@@ -141,9 +141,57 @@ def test_chunked_logits_give_the_gradient_of_whole_logits(pair, monkeypatch):
         return torch.autograd.grad(loss, list(ours.parameters()))
 
     whole = gradients()
-    monkeypatch.setattr(token_model, "_CHUNK_ELEMENTS", 5 * ours.model.config.vocab_size)
+    monkeypatch.setattr(token_model, "_CHUNK_BYTES", 4 * 5 * ours.model.config.vocab_size)
     for one, other in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("entropies", ["none", "values", "gradient"])
+def test_gradients_through_the_logits_place_are_those_of_torch(entropies, monkeypatch):
+    """Beside torch's operations in float64: scaled logits, ids that are left out, blocks of two rows."""
+    monkeypatch.setattr(chosen_logprobs, "_BLOCK_ELEMENTS", {"cpu": 2 * 11})
+    generator = torch.manual_seed(0)
+    logits = 3 * torch.randn(5, 11, generator=generator)
+    targets, weights = torch.tensor([0, 10, 3, 3, 7]), torch.randn(2, 5, generator=generator)
+    left_out = torch.arange(11) == 4
+    own = logits.clone().requires_grad_()
+    columns = chosen_logprobs.chosen_logprobs(own.clone(), targets, 0.7, left_out, entropies)
+    exact = logits.double().requires_grad_()
+    full = torch.log_softmax((0.7 * exact)[:, ~left_out], dim=-1)
+    places = torch.cumsum(~left_out, 0)[targets] - 1
+    expected = [full.gather(1, places[:, None]).squeeze(1), -(full.exp() * full).sum(-1)]
+    for column, other in zip(columns, expected, strict=False):
+        torch.testing.assert_close(column.double(), other, atol=1e-6, rtol=0)
+    count = 2 if entropies == "gradient" else 1
+    assert [column.requires_grad for column in columns] == [True, entropies == "gradient"][: len(columns)]
+    for loss in (sum((w * c).sum() for w, c in zip(weights[:count], of, strict=False)) for of in (columns, expected)):
+        loss.backward()
+    torch.testing.assert_close(own.grad.double(), exact.grad, atol=1e-6, rtol=0)
+
+
+def test_logits_whose_place_the_gradient_took_are_not_read_again():
+    logits = torch.ones(1, 3, requires_grad=True)
+    (chosen,) = chosen_logprobs.chosen_logprobs(logits.clone(), torch.tensor([1]), 1.0, None, "none")
+    chosen.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        chosen.sum().backward()
+
+
+def test_logits_are_made_twice_but_those_of_the_last_chunk(pair, monkeypatch):
+    ours, _ = pair
+    tokens = tokens_of(ours)
+    wanted = torch.cat([torch.arange(n) for n in LENGTHS]) > 0
+    made = []
+    monkeypatch.setattr(
+        token_model,
+        "chosen_logprobs",
+        lambda *args: made.append(len(args[1])) or chosen_logprobs.chosen_logprobs(*args),
+    )
+    monkeypatch.setattr(token_model, "_CHUNK_BYTES", 4 * 10 * ours.model.config.vocab_size)
+    outputs(ours, tokens, wanted).logprobs.sum().backward()
+    ours.zero_grad()
+    # 25 tokens: three chunks of at most ten.
+    assert made == [9, 9, 7, 9, 9]
 
 
 def test_a_batch_without_loss_tokens_still_reaches_every_parameter(pair):
