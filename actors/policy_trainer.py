@@ -66,13 +66,13 @@ class PolicyTrainer(Trainer):
         learning = algorithm.learning
         return "values" if learning.has_entropies and not (learning.family == "sft" and self.block.liger) else "none"
 
-    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-probabilities of the loss tokens under the current policy, float32 [N] for each micro-batch."""
+    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> np.ndarray:
+        """Log-probabilities of the loss tokens under the current policy, float32 [N] of the batches end to end."""
         from rlflow.actors.train_engines.token_model import score
 
         return score(self.module, micro_batches, self.device, temperature)
 
-    def reference_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
+    def reference_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> np.ndarray:
         """As ``logprobs``, of what an adapter's training started from: a ReferenceModel's numbers without its copy."""
         from rlflow.actors.adapters import as_reference
 

@@ -36,8 +36,8 @@ class ReferenceModel:
         """Seconds the model took to load."""
         return self._seconds
 
-    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-probabilities of the loss tokens, float32 [N] for each micro-batch."""
+    def logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> np.ndarray:
+        """Log-probabilities of the loss tokens, float32 [N] of the micro-batches end to end."""
         from rlflow.actors.train_engines.token_model import score
 
         return score(self.module, micro_batches, self.device, temperature)

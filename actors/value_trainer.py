@@ -38,9 +38,10 @@ class ValueTrainer(Trainer):
         values = self.module(micro_batch, self.device, "values")
         return value_objective(values, None, batch, algorithm, denominators)
 
-    def values(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """The critic's value before each loss token, float32 [N] for each micro-batch."""
+    def values(self, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+        """The critic's value before each loss token, float32 [N] of the micro-batches end to end."""
         import torch
 
         with torch.no_grad():
-            return [self.module(batch, self.device, "values").cpu().numpy() for batch in micro_batches]
+            parts = [self.module(batch, self.device, "values").cpu().numpy() for batch in micro_batches]
+        return np.concatenate(parts)

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from rlflow.batching import num_real_tokens, pack
+from rlflow.batching import pack
 from rlflow.memory import shape_of
 from rlflow.types import Sample
 
@@ -53,7 +53,7 @@ def row(name: str, number: int, num_ranks: int) -> str:
     trained = sum(len(batch.token_ids) for of_rank in by_cost for batch in of_rank)
     filled = lengths.sum() / MAX_TOKENS / sum(map(len, by_cost))
     waits = [waiting(batches, cost) for batches in (by_tokens, by_cost)]
-    assert num_real_tokens(by_cost) == lengths.sum()
+    assert sum(of_rank.num_real_tokens for of_rank in by_cost) == lengths.sum()
     return (
         f"| {name} | {number:,} | {num_ranks} | {trained / lengths.sum():.4f} | {filled:.3f} | "
         f"{waits[0] - 1:.2%} | {waits[1] - 1:.2%} | {seconds:.2f} |"

@@ -114,7 +114,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
     from rlflow.actors.policy_trainer import PolicyTrainer
     from rlflow.actors.train_engines import token_model
     from rlflow.algorithms.weighing import weigh
-    from rlflow.batching import num_real_tokens, pack
+    from rlflow.batching import pack
     from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
     from rlflow.recipe.presets import ALGORITHMS
     from rlflow.types import Sample
@@ -145,7 +145,8 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
         stats = trainer.optim_step(settings.learning_rate)
         seconds = time.perf_counter() - started
         assert not stats.skipped, "the gradient was not finite"
-        connection.send(Report(seconds, metrics["loss/sft"].value, num_real_tokens(packed), peak_bytes()))
+        num_tokens = sum(of_rank.num_real_tokens for of_rank in packed)
+        connection.send(Report(seconds, metrics["loss/sft"].value, num_tokens, peak_bytes()))
 
 
 def padded(batch: MicroBatch) -> MicroBatch:

@@ -1,5 +1,8 @@
 """Samples -> packed micro-batches by token budget, balanced over ranks, and per-token results back to their samples.
 
+A rank's micro-batches lie end to end in one array a field: they cross to its actor as they are, however many there are,
+and are views there.
+
 Packing is a pure function of the lengths and their order: the same samples give the same micro-batches. Tokens bound a
 micro-batch, as they take the memory; what ranks share evenly is its estimated cost, the time.
 """
@@ -8,24 +11,70 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any, overload
 
 import numpy as np
 
 from rlflow.types import MicroBatch, Sample
 
-_ALWAYS = ("token_ids", "loss_mask", "loss_weights")
 _OPTIONAL = tuple(
     f.name
     for f in fields(MicroBatch)
     if f.default is None  # the per-token fields that only some algorithms have
 )
+_OF_SAMPLES = ("token_ids", "loss_mask", "loss_weights", *_OPTIONAL)
+_PER_TOKEN = ("position_ids", *_OF_SAMPLES)
+_PER_SEQUENCE = ("sample_indices", "labels", "margins")
+_DTYPES = {"token_ids": np.int32, "loss_mask": np.bool_}
+"""float32 is the others'."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch(Sequence[MicroBatch]):
+    """The micro-batches of one rank."""
+
+    packed: MicroBatch
+    """All of their sequences, as if they were one micro-batch."""
+    bounds: tuple[int, ...]
+    """[B + 1]: micro-batch b has the sequences ``bounds[b]`` to ``bounds[b + 1]``."""
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        """A micro-batch, whose arrays but ``cu_seqlens`` are views."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
+        index %= len(self)
+        first, end = self.bounds[index], self.bounds[index + 1]
+        borders = self.packed.cu_seqlens[first : end + 1]
+        tokens, sequences = slice(int(borders[0]), int(borders[-1])), slice(first, end)
+        present = {name: getattr(self.packed, name) for name in _PER_TOKEN}
+        return MicroBatch(
+            cu_seqlens=borders - borders[0],
+            **{name: values[tokens] for name, values in present.items() if values is not None},
+            **{name: getattr(self.packed, name)[sequences] for name in _PER_SEQUENCE},
+        )
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens of samples: those of filler do not count."""
+        return int(np.diff(self.packed.cu_seqlens)[self.packed.sample_indices >= 0].sum())
 
 
 def pack(
     samples: Sequence[Sample], *, max_tokens: int, num_ranks: int, unit_size: int = 1, attention_cost: float = 0.0
-) -> list[list[MicroBatch]]:
+) -> list[RankBatch]:
     """Packs samples into micro-batches of at most ``max_tokens`` tokens, the same number for every rank.
 
     Args:
@@ -37,42 +86,36 @@ def pack(
             L tokens costs ``L * (1 + attention_cost * L)``.
 
     Returns:
-        ``[rank][micro-batch]``, the costliest first; those with the same index, which ranks work on at the same time,
+        Each rank's, the costliest micro-batch first; those with the same index, which ranks work on at the same time,
         cost about the same. A rank without work gets filler of two tokens and no loss, so that collective operations
         stay in step.
     """
     if len(samples) % unit_size:
         raise ValueError(f"{len(samples)} samples do not divide into units of {unit_size}")
-    of_sample = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64).reshape(-1, unit_size)
-    lengths, costs = of_sample.sum(axis=1), (of_sample * (1 + attention_cost * of_sample)).sum(axis=1)
+    in_units = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64).reshape(-1, unit_size)
+    lengths, costs = in_units.sum(axis=1), (in_units * (1 + attention_cost * in_units)).sum(axis=1)
     dealt = deal(lengths, costs, max_tokens, num_ranks)
     return [
-        [_pack_one(samples, [u * unit_size + i for u in units for i in range(unit_size)]) for units in of_rank]
+        _pack_rank(samples, [[u * unit_size + i for u in units for i in range(unit_size)] for units in of_rank])
         for of_rank in dealt
     ]
 
 
-def unpack(samples: Sequence[Sample], batches: Sequence[MicroBatch], values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Takes per-token results of micro-batches (each float32 [N]) back to their samples (each float32 [T])."""
+def unpack(samples: Sequence[Sample], batches: Sequence[RankBatch], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Takes results back to their samples, as views, each float32 [T].
+
+    Args:
+        values: Per-token results of each rank, float32 [N] of its micro-batches end to end.
+    """
     result: list[np.ndarray | None] = [None] * len(samples)
-    for batch, packed in zip(batches, values, strict=True):
-        for index, (start, end) in zip(batch.sample_indices, pairwise(batch.cu_seqlens), strict=True):
+    for batch, of_rank in zip(batches, values, strict=True):
+        borders = pairwise(batch.packed.cu_seqlens.tolist())
+        for index, (start, end) in zip(batch.packed.sample_indices.tolist(), borders, strict=True):
             if index >= 0:
-                result[index] = packed[start:end]
+                result[index] = of_rank[start:end]
     missing = [i for i, value in enumerate(result) if value is None]
     assert not missing, f"no result for samples {missing[:5]}"
     return [value for value in result if value is not None]
-
-
-def num_real_tokens(batches: Sequence[Sequence[MicroBatch]]) -> int:
-    """Tokens of all ranks' micro-batches, filler left out."""
-    return sum(
-        int(end - start)
-        for rank in batches
-        for batch in rank
-        for index, (start, end) in zip(batch.sample_indices, pairwise(batch.cu_seqlens), strict=True)
-        if index >= 0
-    )
 
 
 def deal(lengths: np.ndarray, costs: np.ndarray, max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
@@ -124,37 +167,39 @@ def _fill(lengths: np.ndarray, loads: np.ndarray, max_tokens: int, num_bins: int
     return bins
 
 
-def _pack_one(samples: Sequence[Sample], indices: list[int]) -> MicroBatch:
-    if not indices:
-        return _filler(samples)
-    chosen = [samples[i] for i in indices]
-    lengths = [len(sample.token_ids) for sample in chosen]
-    per_token = {
-        name: np.concatenate([getattr(sample, name) for sample in chosen])
-        for name in _ALWAYS + _OPTIONAL
-        if getattr(chosen[0], name) is not None
-    }
-    return MicroBatch(
-        position_ids=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -> RankBatch:
+    """
+    Args:
+        of_batches: The samples of each micro-batch; one without gets filler.
+    """
+    filler = _filler(samples)
+    indices = [index for of_one in of_batches for index in of_one or (-1,)]
+    chosen = [filler if index < 0 else samples[index] for index in indices]
+    lengths = np.array([len(sample.token_ids) for sample in chosen])
+    cu_seqlens = np.zeros(len(chosen) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(cu_seqlens[-1], dtype=np.int32)
+    positions -= np.repeat(cu_seqlens[:-1], lengths)
+    present = [name for name in _OF_SAMPLES if getattr(chosen[0], name) is not None]
+    packed = MicroBatch(
+        position_ids=positions,
+        cu_seqlens=cu_seqlens,
         sample_indices=np.array(indices, dtype=np.int32),
         labels=np.array([sample.label for sample in chosen], dtype=np.float32),
         margins=np.array([sample.margin for sample in chosen], dtype=np.float32),
-        **per_token,
+        **{
+            name: np.concatenate(
+                [getattr(sample, name) for sample in chosen], dtype=_DTYPES.get(name, np.float32), casting="same_kind"
+            )
+            for name in present
+        },
     )
+    bounds = np.cumsum([0, *(max(1, len(of_one)) for of_one in of_batches)])
+    return RankBatch(packed, tuple(bounds.tolist()))
 
 
-def _filler(samples: Sequence[Sample]) -> MicroBatch:
+def _filler(samples: Sequence[Sample]) -> Sample:
+    """Two tokens without a loss, with the fields that the samples have."""
     zeros = np.zeros(2, dtype=np.float32)
-    present = {name: zeros for name in _OPTIONAL if samples and getattr(samples[0], name) is not None}
-    return MicroBatch(
-        token_ids=np.zeros(2, dtype=np.int32),
-        position_ids=np.arange(2, dtype=np.int32),
-        cu_seqlens=np.array([0, 2], dtype=np.int32),
-        loss_mask=np.zeros(2, dtype=bool),
-        loss_weights=zeros,
-        sample_indices=np.array([-1], dtype=np.int32),
-        labels=np.zeros(1, dtype=np.float32),
-        margins=np.zeros(1, dtype=np.float32),
-        **present,
-    )
+    present: dict[str, Any] = {name: zeros for name in _OPTIONAL if samples and getattr(samples[0], name) is not None}
+    return Sample(np.zeros(2, dtype=np.int32), np.zeros(2, dtype=bool), zeros, **present)

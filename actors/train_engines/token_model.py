@@ -198,11 +198,11 @@ def logit_scale(config: Mapping[str, Any]) -> float:
 
 
 @torch.no_grad()
-def score(
-    module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float
-) -> list[np.ndarray]:
-    """Logprobs of the loss tokens, float32 [N] for each micro-batch."""
-    return [module.of_batch(batch, device, temperature, "none").logprobs.cpu().numpy() for batch in batches]
+def score(module: TokenModel, batches: Sequence[MicroBatch], device: torch.device, temperature: float) -> np.ndarray:
+    """Logprobs of the loss tokens, float32 [N] of the micro-batches end to end."""
+    return np.concatenate(
+        [module.of_batch(batch, device, temperature, "none").logprobs.cpu().numpy() for batch in batches]
+    )
 
 
 def _recomputed(function: Any, *args: Any) -> Any:

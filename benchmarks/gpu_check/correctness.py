@@ -120,7 +120,7 @@ def train_steps(record: Record, settings: Mapping[str, Any]) -> None:
     is_exact = recipe.model.dtype == "float32"
     trainer = make_trainer(recipe)
     batches = [random_batch(LENGTHS, VOCABULARY, seed) for seed in (0, 1)]
-    of_trainer = trainer.logprobs(batches[:1])[0][batches[0].loss_mask]
+    of_trainer = trainer.logprobs(batches[:1])[batches[0].loss_mask]
     of_plain = np.concatenate([_trained_logprobs(plain, batches[0], s).detach().numpy() for s in range(len(LENGTHS))])
     record.add("mean error of logprobs", np.abs(of_trainer - of_plain).mean(), most=1e-4 if is_exact else 0.05)
     before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
@@ -217,12 +217,12 @@ def four_bits(record: Record) -> None:
             num_quantized += 1
     record.add("layers in four bits", num_quantized, least=1)
     of_plain = np.concatenate([_trained_logprobs(plain, batch, s).detach().numpy() for s in range(len(LENGTHS))])
-    before = trainer.logprobs([batch])[0]
+    before = trainer.logprobs([batch])
     record.add("mean error of logprobs", np.abs(before[batch.loss_mask] - of_plain).mean(), most=0.02)
     trainer.forward_backward([batch], recipe.algorithm, denominators_of(batch))
     trainer.optim_step(LEARNING_RATE)
-    record.add("mean change of logprobs by a step", np.abs(trainer.logprobs([batch])[0] - before).mean(), least=1e-4)
-    change = np.abs(trainer.reference_logprobs([batch])[0] - before).max()
+    record.add("mean change of logprobs by a step", np.abs(trainer.logprobs([batch]) - before).mean(), least=1e-4)
+    change = np.abs(trainer.reference_logprobs([batch]) - before).max()
     record.add("largest change of the base's logprobs by a step", change, most=1e-5)
 
 
@@ -235,10 +235,10 @@ def eight_bits(record: Record) -> None:
     for kind in ("adamw", "adamw_8bit"):
         recipe = recipe_of(directory, {"trainer.optimizer.kind": kind})
         trainer = make_trainer(recipe)
-        before = trainer.logprobs([batch])[0][batch.loss_mask].mean()
+        before = trainer.logprobs([batch])[batch.loss_mask].mean()
         for _ in range(10):
             trainer.forward_backward([batch], recipe.algorithm, denominators_of(batch))
             trainer.optim_step(LEARNING_RATE)
-        gains.append(float(trainer.logprobs([batch])[0][batch.loss_mask].mean() - before))
+        gains.append(float(trainer.logprobs([batch])[batch.loss_mask].mean() - before))
     record.add("gain of logprobs in ten steps", gains[0], "nats", least=0.1)
     record.add("the same with eight bits", gains[1], "nats", least=0.8 * gains[0], most=1.2 * gains[0])

@@ -1,6 +1,6 @@
 """The ranks that hold one model: samples are packed and dealt to them, and what they say comes back once.
 
-samples --pack--> a list of micro-batches a rank --deal--> every rank --> results --once--> back in samples' order
+samples --pack--> each rank's micro-batches --deal--> every rank --> results --once--> back in samples' order
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from rlflow.actors.actor_group import ActorGroup, Pending
-from rlflow.batching import num_real_tokens, pack, unpack
-from rlflow.types import MicroBatch, Sample
+from rlflow.batching import RankBatch, pack, unpack
+from rlflow.types import Sample
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,13 +21,13 @@ R = TypeVar("R")
 class Started(Generic[R]):
     """A call on every rank, under way."""
 
-    def __init__(self, pending: Pending[R], batches: Sequence[list[MicroBatch]], timeout_s: float) -> None:
+    def __init__(self, pending: Pending[R], batches: Sequence[RankBatch], timeout_s: float) -> None:
         self._pending, self._batches, self._timeout_s = pending, batches, timeout_s
 
     @property
     def num_tokens(self) -> int:
         """Of all samples: filler does not count, and what several ranks were given counts once."""
-        return num_real_tokens(self._batches)
+        return sum(batch.num_real_tokens for batch in self._batches)
 
     def get(self) -> Sequence[R]:
         """Waits for every rank. Of ranks that share micro-batches, and so have the same results, it returns one's."""
@@ -55,13 +55,10 @@ class ModelRanks(Generic[T]):
         """Calls ``method(micro_batches, *args)`` on every rank, with its part of the samples. Waits for nothing."""
         return self._start(method, samples, self._unit_size, args)
 
-    def per_token(
-        self, method: Callable[..., list[np.ndarray]], samples: Sequence[Sample], *args: Any
-    ) -> list[np.ndarray]:
+    def per_token(self, method: Callable[..., np.ndarray], samples: Sequence[Sample], *args: Any) -> list[np.ndarray]:
         """One number a token from a forward pass: float32 [T] of each sample, in their order."""
         started = self._start(method, samples, 1, args)
-        values = [value for of_rank in started.get() for value in of_rank]
-        return unpack(samples, [batch for of_rank in started._batches for batch in of_rank], values)
+        return unpack(samples, started._batches, started.get())
 
     def _start(
         self, method: Callable[..., R], samples: Sequence[Sample], unit_size: int, args: tuple[Any, ...]

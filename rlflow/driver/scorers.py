@@ -25,8 +25,8 @@ class Scorer:
     """What it fills in every sample: a field of Sample."""
     model: str
     """Whose ranks compute it: trainer, critic or reference."""
-    method: Callable[..., list[np.ndarray]]
-    """Of these ranks' class: micro-batches to float32 [N] of each."""
+    method: Callable[..., np.ndarray]
+    """Of these ranks' class: micro-batches to float32 [N] of their tokens end to end."""
     is_tempered: bool
     """Its logprobs are of the distribution that was sampled from, so that it takes the temperature."""
     is_needed: Callable[[Recipe], bool]

@@ -91,7 +91,7 @@ def update(trainer: PolicyTrainer, samples: list[Sample], denominators: Any) -> 
     return weights | {"logprobs": logprobs, "metrics": totals, "grad_norm": torch.tensor([stats.grad_norm])}
 
 
-def of_all(trainer: PolicyTrainer, samples: list[Sample], batches: list, own: list[np.ndarray]) -> torch.Tensor:
+def of_all(trainer: PolicyTrainer, samples: list[Sample], batches: list, own: np.ndarray) -> torch.Tensor:
     """[tokens of all samples], once rank 0 has the others' results; ranks that share tokens must have the same."""
     share = trainer.trainer.sequence_parallel
     per_rank: list[Any] = [own]
@@ -100,9 +100,8 @@ def of_all(trainer: PolicyTrainer, samples: list[Sample], batches: list, own: li
         dist.all_gather_object(per_rank, own)
     for rank, values in enumerate(per_rank):
         first = per_rank[rank // share * share]
-        assert all(np.array_equal(one, other) for one, other in zip(values, first, strict=True))
-    flat = [value for values in per_rank[::share] for value in values]
-    return torch.from_numpy(np.concatenate(unpack(samples, [b for group in batches for b in group], flat)))
+        assert np.array_equal(values, first)
+    return torch.from_numpy(np.concatenate(unpack(samples, batches, per_rank[::share])))
 
 
 class Mixing(nn.Module):

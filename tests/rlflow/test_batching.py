@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
-from rlflow.batching import deal, num_real_tokens, pack, unpack
+from rlflow.batching import deal, pack, unpack
 from rlflow.types import Sample
 
 
@@ -26,7 +28,7 @@ def test_every_sample_lands_in_exactly_one_micro_batch_within_the_bound(num_rank
     assert all(len(batch.token_ids) <= 128 for batch in flat)
     placed = sorted(int(i) for batch in flat for i in batch.sample_indices if i >= 0)
     assert placed == list(range(97))
-    assert num_real_tokens(batches) == lengths.sum()
+    assert sum(rank.num_real_tokens for rank in batches) == lengths.sum()
 
 
 def test_fields_positions_and_boundaries_stay_aligned():
@@ -37,6 +39,21 @@ def test_fields_positions_and_boundaries_stay_aligned():
     assert batch.loss_mask.tolist() == [False, True, True, False, True]
     assert batch.advantages is not None and batch.advantages.tolist() == [1, 1, 1, 2, 2]
     assert batch.ref_logprobs is None
+
+
+def test_a_ranks_micro_batches_are_views_of_one_array_a_field_also_on_the_other_side():
+    samples = [sample(n, i) for i, n in enumerate([3, 2, 4, 2])]
+    (rank,) = pack(samples, max_tokens=6, num_ranks=1)
+    back = pickle.loads(pickle.dumps(rank))
+    for batches in (rank, back):
+        assert [batch.sample_indices.tolist() for batch in batches] == [[2, 3], [0, 1]]
+        assert [batch.cu_seqlens.tolist() for batch in batches] == [[0, 4, 6], [0, 3, 5]]
+        assert [batch.position_ids.tolist() for batch in batches] == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1]]
+        assert all(np.shares_memory(batch.token_ids, batches.packed.token_ids) for batch in batches)
+    assert [batch.token_ids.dtype for batch in rank[:1]] == [np.int32]
+    assert rank[-1].loss_mask.tolist() == [False, True, True, False, True]
+    with pytest.raises(IndexError):
+        rank[2]
 
 
 def test_a_sequence_longer_than_the_bound_is_alone():
@@ -62,8 +79,8 @@ def test_a_rank_without_work_gets_filler_that_has_no_loss():
 
 def test_results_find_their_way_back_to_their_samples():
     samples = [sample(n, i) for i, n in enumerate([7, 3, 12, 5, 9])]
-    batches = [batch for rank in pack(samples, max_tokens=14, num_ranks=2) for batch in rank]
-    values = unpack(samples, batches, [batch.token_ids.astype(np.float32) for batch in batches])
+    ranks = pack(samples, max_tokens=14, num_ranks=2)
+    values = unpack(samples, ranks, [np.concatenate([batch.token_ids for batch in rank]) for rank in ranks])
     for i, (one, value) in enumerate(zip(samples, values, strict=True)):
         assert value.tolist() == [i] * len(one.token_ids)
 

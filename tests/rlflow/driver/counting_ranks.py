@@ -61,7 +61,7 @@ class Ranks:
 
 def filled(value: float) -> Answer:
     """A forward pass that gives every token this number."""
-    return lambda batches: [np.full(len(batch.token_ids), value, dtype=np.float32) for batch in batches]
+    return lambda batches: np.full(sum(len(batch.token_ids) for batch in batches), value, dtype=np.float32)
 
 
 def recipe_of(name: str, **blocks: Any) -> Recipe:

@@ -26,8 +26,8 @@ def measured(batches: list[MicroBatch]) -> Measured:
     return Measured(2 * metrics["loss/tokens"].value, metrics)
 
 
-def numbered(batches: list[MicroBatch]) -> list[np.ndarray]:
-    return [batch.token_ids.astype(np.float32) for batch in batches]
+def numbered(batches: list[MicroBatch]) -> np.ndarray:
+    return np.concatenate([batch.token_ids.astype(np.float32) for batch in batches])
 
 
 ANSWERS = {"forward_backward": counted, "evaluate": measured, "logprobs": numbered, "values": numbered}
