@@ -1,13 +1,12 @@
 """How many mistakes do the tests notice? Makes single ones in copies of the code, and runs the tests on each.
 
-    .venv/bin/python tests/mistakes.py                              # 140 of them, an hour or two on two cores
-    .venv/bin/python tests/mistakes.py rlflow/driver -n 5           # the first five of one folder
-    .venv/bin/python tests/mistakes.py rlflow/driver -n 5 --skip 5  # the next five
+    .venv/bin/python tests/mistakes.py                     # 140 of them, an hour on two cores
+    .venv/bin/python tests/mistakes.py rlflow/driver -n 5  # five in one folder
 
 A mistake is one small change of one line: a comparison, an operator, a number, a condition, a call left out. Which
-ones are made follows from the code and the seed. Each is met by the quick tests that import its module and those of the
-folder that mirrors its own; when these notice nothing, by all quick tests whose imports lead to the module; and at last
-by the slow ones of the first kind.
+ones are made follows from the code and the seed. First all quick tests run once on the code as it is, and it is noted
+which of them come through the lines of the mistakes. Each mistake is then met by those, the cheapest files first; where
+no test comes through, as in a process of its own, by the files that import the module; and at last by slow tests.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import functools
+import json
 import multiprocessing
 import os
 import random
@@ -24,28 +23,27 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from queue import Queue
+from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("rlflow", "actors", "rewards", "tests", "recipes", "docs", "benchmarks", "cluster", "requirements")
-TESTS: dict[str, tuple[str, ...]] = {
-    "rlflow/driver": ("tests/rlflow/driver",),
-    "rlflow/algorithms": ("tests/rlflow/algorithms",),
-    "rlflow/data": ("tests/rlflow/data",),
-    "rlflow/recipe": ("tests/rlflow/recipe",),
-    "rlflow/tracking": ("tests/rlflow/tracking",),
-    "actors": ("tests/actors",),
-    "rewards": ("tests/rewards",),
-}
-"""Folder -> where its tests are, beside those that import the module."""
+COPIED = (
+    *("rlflow", "actors", "rewards", "tests", "recipes", "docs", "benchmarks", "cluster", "requirements"),
+    *("pyproject.toml", "README.md", "Makefile", "CONTRIBUTING.md", "CHANGELOG.md", ".gitignore", ".rayignore"),
+)
+FOLDERS = ("rlflow/driver", "rlflow/algorithms", "rlflow/data", "rlflow/recipe", "rlflow/tracking", "actors", "rewards")
+QUICK, SLOW = "not ray and not slow and not gpu", "(ray or slow) and not gpu"
 PER_FOLDER = 20
 TIMEOUT_S = 600
 SWAPS: dict[type[ast.AST], tuple[str, str]] = {
@@ -86,6 +84,8 @@ SAME: dict[str, str] = {
 class Mistake:
     path: str
     line: int
+    statement: int
+    """Where the statement begins that the line is of."""
     before: str
     after: str
     """The whole lines."""
@@ -99,8 +99,10 @@ def mistakes_in(path: Path) -> list[Mistake]:
     """Every mistake that can be made in a file."""
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
+    tree = ast.parse(source)
+    statements = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)}
     found: dict[tuple[int, str], Mistake] = {}
-    for node in _computing(ast.parse(source)):
+    for node in _computing(tree):
         for start, end, text in _changes(node, source):
             row, first = start
             if row != end[0]:
@@ -108,7 +110,8 @@ def mistakes_in(path: Path) -> list[Mistake]:
             raw = lines[row - 1].encode()
             changed = (raw[:first] + text.encode() + raw[end[1] :]).decode()
             if changed != lines[row - 1] and not HARMLESS.search(changed):
-                found[row, changed] = Mistake(str(path.relative_to(ROOT)), row, lines[row - 1], changed)
+                begins = max(line for line in statements if line <= row)
+                found[row, changed] = Mistake(str(path.relative_to(ROOT)), row, begins, lines[row - 1], changed)
     return list(found.values())
 
 
@@ -180,36 +183,44 @@ def _end(node: ast.expr | ast.stmt) -> Place:
     return node.end_lineno, node.end_col_offset
 
 
-def chosen(folder: str, count: int, skip: int, seed: int) -> list[Mistake]:
-    """``count`` mistakes of a folder after the first ``skip``, in an order that the seed gives."""
+def chosen(folder: str, count: int, seed: int) -> list[Mistake]:
+    """The first ``count`` mistakes of a folder, in an order that the seed gives."""
     every = [m for path in sorted((ROOT / folder).rglob("*.py")) for m in mistakes_in(path)]
     random.Random(f"{seed}/{folder}").shuffle(every)
-    return [m for m in every if m.key not in SAME][skip : skip + count]
+    return [m for m in every if m.key not in SAME][:count]
 
 
-def is_noticed(mistake: Mistake, folder: str, copy: Path, quick: bool) -> bool:
-    """Runs tests on a copy that has the mistake, nearest first, until one fails."""
+Tests = Mapping[str, float]
+"""Id -> seconds."""
+
+
+def is_noticed(mistake: Mistake, tests: Tests, copy: Path, quick: bool) -> bool:
+    """Runs tests on a copy that has the mistake until one fails.
+
+    Args:
+        tests: Those that come through its line.
+    """
     target = copy / mistake.path
     right = target.read_text(encoding="utf-8")
     lines = right.splitlines(keepends=True)
     lines[mistake.line - 1] = mistake.after + "\n"
     target.write_text("".join(lines), encoding="utf-8")
-    near, far = tests_of(mistake.path, folder)
+    near = nearest_tests(mistake.path)
     try:
-        return (
-            fails(copy, near, "not ray and not slow and not gpu")
-            or fails(copy, far, "not ray and not slow and not gpu")
-            or (not quick and fails(copy, near, "(ray or slow) and not gpu"))
-        )
+        if tests:
+            noticed = fails(copy, sorted({test.partition("::")[0] for test in tests}), QUICK, Selection(tests))
+        else:
+            noticed = fails(copy, near, QUICK)
+        return noticed or (not quick and fails(copy, near, SLOW))
     finally:
         target.write_text(right, encoding="utf-8")
 
 
-def fails(copy: Path, files: Sequence[str], markers: str) -> bool:
+def fails(copy: Path, files: Sequence[str], markers: str, *plugins: Any) -> bool:
     """Whether one of the tests fails. A run that does not end is noticed, too."""
     if not files:
         return False
-    process = PROCESSES.Process(target=run_tests, args=(copy, [*files, "-m", markers]))
+    process = PROCESSES.Process(target=run_tests, args=(copy, ["-x", *files, "-m", markers], plugins))
     process.start()
     process.join(TIMEOUT_S)
     assert process.pid is not None
@@ -221,10 +232,10 @@ def fails(copy: Path, files: Sequence[str], markers: str) -> bool:
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "torch", "transformers.models.auto", "peft", "datasets"])
-"""Each run of tests has a process of its own, in which the libraries are loaded already and rlflow is not."""
+"""A run of tests has a process of its own, in which the libraries are loaded and rlflow is not."""
 
 
-def run_tests(copy: Path, arguments: Sequence[str]) -> None:
+def run_tests(copy: Path, arguments: Sequence[str], plugins: Sequence[Any]) -> None:
     """Ends this process with pytest's exit code."""
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -234,121 +245,146 @@ def run_tests(copy: Path, arguments: Sequence[str]) -> None:
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, copy))]
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins)
     os._exit(int(code))
 
 
-def tests_of(path: str, folder: str) -> tuple[list[str], list[str]]:
-    """Test files that import a module or are its folder's, and the others whose imports lead to it, nearest first."""
-    distances = {_module(path): 0}
-    importers = imported_by()
-    queue = [_module(path)]
-    for module in queue:
-        for importer in sorted(importers.get(module, ())):
-            if importer not in distances:
-                distances[importer] = distances[module] + 1
-                queue.append(importer)
-    stem = Path(path).stem
-    found = sorted(
-        (distances[name], stem not in file.stem, str(file.relative_to(ROOT)))
-        for file in (ROOT / "tests").rglob("test_*.py")
-        if (name := _module(str(file.relative_to(ROOT)))) in distances
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A pytest plugin: these tests alone, the files that take least first."""
+
+    tests: Tests
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        seconds: dict[Path, float] = defaultdict(float)
+        items[:] = [item for item in items if item.nodeid in self.tests]
+        for item in items:
+            seconds[item.path] += self.tests[item.nodeid]
+        items.sort(key=lambda item: (seconds[item.path], str(item.path)))
+
+
+class LinesRun:
+    """A pytest plugin: writes which tests pass and come through the lines of mistakes, a JSON object a line."""
+
+    def __init__(self, copy: Path, mistakes: Sequence[Mistake], output: Path) -> None:
+        self.copy, self.output = copy, output
+        self.lines: dict[str, set[int]] = defaultdict(set)
+        for mistake in mistakes:
+            self.lines[mistake.path] |= {mistake.line, mistake.statement}
+        self.paths: dict[CodeType, str | None] = {}
+        """Of code in which a line is looked for."""
+        self.seen: set[tuple[str, int]] = set()
+        self.passed = True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.seen, self.passed, started = set(), True, time.monotonic()
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            if self.passed and self.seen:
+                found = {"test": item.nodeid, "seconds": time.monotonic() - started, "lines": sorted(self.seen)}
+                with self.output.open("a", encoding="utf-8") as file:
+                    print(json.dumps(found), file=file)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.passed = self.passed and not report.failed
+
+    def trace(self, frame: FrameType, _event: str, _argument: Any) -> Any:
+        code = frame.f_code
+        if code not in self.paths:
+            path = code.co_filename.removeprefix(f"{self.copy}/").replace("rlflow/actors/", "actors/")
+            path = path.replace("rlflow/rewards/", "rewards/")
+            lines = self.lines.get(path, ())
+            self.paths[code] = path if any(line in lines for _, _, line in code.co_lines()) else None
+        return None if self.paths[code] is None else self.trace_line
+
+    def trace_line(self, frame: FrameType, _event: str, _argument: Any) -> Any:
+        path = self.paths[frame.f_code]
+        if path is not None and frame.f_lineno in self.lines[path]:
+            self.seen.add((path, frame.f_lineno))
+        return self.trace_line
+
+
+def tests_through(mistakes: Sequence[Mistake], copies: Sequence[Path]) -> dict[tuple[str, int], dict[str, float]]:
+    """(path, line) -> the quick tests that come through it. All are run once, on the code as it is."""
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+    processes, outputs = [], []
+    for number, copy in enumerate(copies):
+        outputs.append(copy.with_suffix(".jsonl"))
+        arguments = [*files[number :: len(copies)], "-m", QUICK]
+        plugins = [LinesRun(copy, mistakes, outputs[-1])]
+        processes.append(PROCESSES.Process(target=run_tests, args=(copy, arguments, plugins)))
+        processes[-1].start()
+    for process in processes:
+        process.join(6 * TIMEOUT_S)
+    found: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for said in (json.loads(line) for output in outputs if output.exists() for line in output.open(encoding="utf-8")):
+        for path, line in said["lines"]:
+            found[path, line][said["test"]] = said["seconds"]
+    return found
+
+
+def nearest_tests(path: str) -> list[str]:
+    """Test files that import the module, those of its name first."""
+    module = ".".join(Path(path).with_suffix("").parts)
+    module = module if module.startswith("rlflow.") else f"rlflow.{module}"
+    parent, _, name = module.rpartition(".")
+    imports = re.compile(
+        rf"from {re.escape(module)} import|import {re.escape(module)}\b|from {re.escape(parent)} import .*\b{name}\b"
     )
-    near = [file for distance, _, file in found if distance == 1]
-    near += [
-        str(file.relative_to(ROOT))
-        for parent in TESTS[folder]
-        for file in sorted((ROOT / parent).rglob("test_*.py"))
-        if str(file.relative_to(ROOT)) not in near
-    ]
-    return near, [file for _, _, file in found if file not in near]
-
-
-@functools.cache
-def imported_by() -> dict[str, set[str]]:
-    """Module -> those that import it anywhere in their code, or name it in a text, as the tables of functions do."""
-    files = [p for top in ("rlflow", "actors", "rewards", "tests", "benchmarks") for p in (ROOT / top).rglob("*.py")]
-    modules = {_module(str(file.relative_to(ROOT))): file for file in files}
-    importers: dict[str, set[str]] = {}
-    for module, file in modules.items():
-        for name in _named_modules(ast.parse(file.read_bytes())):
-            while name and name not in modules:
-                name = name.rpartition(".")[0]
-            if name and name != module:
-                importers.setdefault(name, set()).add(module)
-    return importers
-
-
-def _named_modules(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names):
-                yield from (each.name for each in names)
-            case ast.ImportFrom(module=str(module), names=names):
-                yield from (f"{module}.{each.name}" for each in names)
-            case ast.Constant(value=str(text)):
-                yield from re.findall(r"rlflow(?:\.\w+)+", text)
-
-
-def _module(path: str) -> str:
-    """``actors/trainer.py`` is rlflow.actors.trainer, and a package's __init__ the package."""
-    parts = Path(path).with_suffix("").parts
-    parts = parts[:-1] if parts[-1] == "__init__" else parts
-    return ".".join(parts if parts[0] in ("rlflow", "tests", "benchmarks") else ("rlflow", *parts))
+    found = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if imports.search(p.read_text(encoding="utf-8"))]
+    return [str(p.relative_to(ROOT)) for p in sorted(found, key=lambda p: name not in p.stem)]
 
 
 def make_copy(directory: Path) -> Path:
     """A tree to make mistakes in."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, directory / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (
-        "pyproject.toml",
-        "README.md",
-        "Makefile",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        ".gitignore",
-        ".rayignore",
-    ):
-        shutil.copy(ROOT / name, directory / name)
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, directory / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, directory / name)
     (directory / ".venv").symlink_to(ROOT / ".venv")
     return directory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}")
+    parser.add_argument("folders", nargs="*", default=FOLDERS, help=f"of {', '.join(FOLDERS)}")
     parser.add_argument("-n", type=int, default=PER_FOLDER, help="mistakes in each folder")
-    parser.add_argument("--skip", type=int, default=0, help="how many of each folder were made before")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
     given = parser.parse_args(arguments)
-    of_folders = [
-        [(folder, mistake) for mistake in chosen(folder, given.n, given.skip, given.seed)] for folder in given.folders
-    ]
+    of_folders = [[(folder, one) for one in chosen(folder, given.n, given.seed)] for folder in given.folders]
     # By turns, so that what was seen when somebody stops it is of all folders.
     made = [one for of_turn in zip_longest(*of_folders) for one in of_turn if one is not None]
-    started, missed = time.monotonic(), []
+    missed: list[tuple[str, Mistake]] = []
     workers = min(4, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(workers) as pool:
+        made_copies = [make_copy(Path(directory) / str(worker)) for worker in range(workers)]
+        through = tests_through([mistake for _, mistake in made], made_copies)
         copies: Queue[Path] = Queue()
-        for worker in range(workers):
-            copies.put(make_copy(Path(directory) / str(worker)))
+        for copy in made_copies:
+            copies.put(copy)
 
         def examine(of: tuple[str, Mistake]) -> bool:
-            copy = copies.get()
+            mistake, copy = of[1], copies.get()
+            tests = through.get((mistake.path, mistake.line)) or through.get((mistake.path, mistake.statement), {})
             try:
-                return is_noticed(of[1], of[0], copy, given.quick)
+                return is_noticed(mistake, tests, copy, given.quick)
             finally:
                 copies.put(copy)
 
+        started = time.monotonic()
         for number, ((folder, mistake), noticed) in enumerate(zip(made, pool.map(examine, made), strict=True), 1):
             if not noticed:
                 missed.append((folder, mistake))
-                print(
-                    f"\nnot noticed: {mistake.path}:{mistake.line}\n  - {mistake.before}\n  + {mistake.after}",
-                    flush=True,
-                )
+                where = f"{mistake.path}:{mistake.line}"
+                print(f"\nnot noticed: {where}\n  - {mistake.before}\n  + {mistake.after}", flush=True)
             left = (time.monotonic() - started) / number * (len(made) - number)
             print(f"\r{number} of {len(made)}, {len(missed)} not noticed, {left:.0f} s left ", end="", flush=True)
     print("\n\n| folder | mistakes | noticed |\n|---|---|---|")
