@@ -250,6 +250,7 @@ def test_a_batch_beyond_memory_says_which_keys_to_change(
         function(PROMPTS, COMPLETIONS, [[]] * 4)
 
 
+@pytest.mark.slow
 def test_a_reward_child_loads_the_model_before_its_first_call_and_scores_by_it(reward_model_dir: Path) -> None:
     """Importing torch alone takes longer than the deadline of a call."""
     args = {"path": str(reward_model_dir), "batch_size": 2}
