@@ -22,6 +22,8 @@ R = TypeVar("R")
 
 Reference: TypeAlias = Any
 """The result of a call, there or on its way, as the transport stands for it: hashable, and usable as an argument."""
+Span: TypeAlias = Callable[[str, str, float, float], None]
+"""Takes an actor's name, what it did, and from when until when, in seconds since 1970."""
 Handle: TypeAlias = Any
 """One actor, as the transport stands for it."""
 
@@ -82,8 +84,20 @@ _WAITED_FOR: ContextVar[Pending[Any] | None] = ContextVar("waited_for", default=
 class Pending(Generic[R]):
     """Results on their way, each with the name of the actor that owes it."""
 
-    def __init__(self, names: Sequence[str], call: str, refs: Sequence[Reference], transport: Transport) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        call: str,
+        refs: Sequence[Reference],
+        transport: Transport,
+        span: Span | None = None,
+    ) -> None:
+        """
+        Args:
+            span: Called with who answered, which call, and from when until when that took.
+        """
         self.names, self.call, self.refs, self.transport = list(names), call, list(refs), transport
+        self._span, self._began = span, time.time()
         self.owing = list(names)
         """Those that have not answered yet, once somebody waits."""
 
@@ -110,6 +124,9 @@ class Pending(Generic[R]):
                 if not done:
                     raise ActorFailure(", ".join(self.owing), self.call, f"no answer within {timeout_s:.0f} s")
                 values |= {ref: self.transport.fetch(ref, name_of[ref], self.call) for ref in done}
+                if self._span is not None:
+                    for ref in done:
+                        self._span(name_of[ref], self.call, self._began, time.time())
             return [values[ref] for ref in self.refs]
         finally:
             _WAITED_FOR.reset(outer)
@@ -125,6 +142,8 @@ class ActorGroup(Generic[T]):
             timeout_s: How long the calls that wait for all actors do so.
         """
         self.name, self.transport, self.timeout_s = name, transport, timeout_s
+        self.span: Span | None = None
+        """Told of every call that somebody waits for; see `Pending`."""
         self.handles: dict[int, Handle] = {}
         """Rank -> actor, in the order of the ranks."""
         self._next_rank = 0
@@ -152,7 +171,9 @@ class ActorGroup(Generic[T]):
 
     def get(self, rank: int, method: Callable[Concatenate[T, P], R], ref: Reference) -> R:
         """Waits for what ``start`` returned."""
-        return Pending[R]([self.name_of(rank)], method.__name__, [ref], self.transport).get(self.timeout_s)[0]
+        return Pending[R]([self.name_of(rank)], method.__name__, [ref], self.transport, self.span).get(self.timeout_s)[
+            0
+        ]
 
     def start_all(self, method: Callable[Concatenate[T, P], R], *args: Any, **kwargs: Any) -> Pending[R]:
         """The same call on every actor."""
@@ -228,4 +249,4 @@ class ActorGroup(Generic[T]):
             self.transport.leave(rank)
 
     def _pending(self, method: Callable[Concatenate[T, P], R], refs: Sequence[Reference]) -> Pending[R]:
-        return Pending([self.name_of(rank) for rank in self.ranks], method.__name__, refs, self.transport)
+        return Pending([self.name_of(rank) for rank in self.ranks], method.__name__, refs, self.transport, self.span)

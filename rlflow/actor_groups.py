@@ -101,8 +101,12 @@ class Actors:
             # Killed with its actor, a reward child leaves behind what a function has detached from it.
             with suppress(ActorFailure):
                 self.rewards.start_all(RewardServer.close).get(CLOSE_TIMEOUT_S)
+        end_groups(self.groups(), self.release)
+
+    def groups(self) -> list[ActorGroup[Any]]:
+        """Those that there are."""
         groups = [self.trainer, self.rollout, self.rewards, self.critic, self.reference]
-        end_groups([group for group in groups if group is not None], self.release)
+        return [group for group in groups if group is not None]
 
 
 def end_groups(groups: Sequence[ActorGroup[Any]], release: Callable[[], None]) -> None:

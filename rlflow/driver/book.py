@@ -8,6 +8,7 @@ resume(num_steps)                 the newest valid checkpoint -> steps done, the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlflow.driver.learner import Learner
 from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
 from rlflow.driver.saving import EndedStep, SaveSchedule
 from rlflow.recipe import Recipe
+from rlflow.tracking.spans import busy_metrics, write_trace
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
 
@@ -54,6 +56,7 @@ class Book:
         self._schedule = SaveSchedule(recipe.run)
         self._measure = sum_of_measure(recipe, inputs)
         self._is_startup_told = False
+        self._step_began = time.time()
 
     def resume(self, num_steps: int) -> tuple[int, dict[str, Any]]:
         """Loads the newest valid checkpoint. Returns how many steps are done and the loop's saved state.
@@ -111,7 +114,7 @@ class Book:
         if not self._is_startup_told:
             self.tracker.message(self.clock.story(stats.step))
             self._is_startup_told = True
-        stats.metrics |= self.clock.metrics()
+        stats.metrics |= self.clock.metrics() | self._trace(stats.step)
         self.tracker.log(stats)
         stopping = self.should_stop() and not last
         own_state = {"step": stats.step, **self.learner.state()}
@@ -151,6 +154,14 @@ class Book:
                 "finite. Online, no group had two different rewards: look at rollouts/ and at the reward functions, or "
                 "start from a model that is right at times; offline, no token was trained: look at data.loss_on"
             )
+
+    def _trace(self, step: int) -> dict[str, float]:
+        """Writes what every actor did in a step whose rollouts are kept too. Returns how busy each role was."""
+        spans, began, ended = self.clock.trace.take(), self._step_began, time.time()
+        self._step_began = ended
+        if (step - 1) % self.recipe.run.log_rollouts_every == 0:
+            write_trace(self.directory / "traces" / f"step_{step:06d}.json", spans)
+        return busy_metrics(spans, began, ended)
 
     def _evaluate(self) -> Evaluation | None:
         """Measures the weights that the workers have."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlflow.tracking.spans import Trace
+
 
 class Clock:
     """Seconds spent in each named phase of a step. Those of a phase within another are its own alone."""
@@ -21,6 +23,8 @@ class Clock:
         self.made = self.started = time.perf_counter()
         self.phase = ""
         """The phase under way, the innermost; empty between phases."""
+        self.trace = Trace()
+        """Of every phase, and of whatever else is added to it."""
         self.tell: Callable[[str], None] = lambda phase: None
         """Called with the name of each phase that begins."""
         self._within: list[float] = []
@@ -31,7 +35,7 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.tell(phase)
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         around, self.phase = self.phase, phase
         self._within.append(0.0)
         try:
@@ -39,6 +43,7 @@ class Clock:
         finally:
             self.phase = around
             within = self._within.pop()
+            self.trace.add("driver", phase, began, time.time())
         seconds = time.perf_counter() - started
         if self._within:
             self._within[-1] += seconds

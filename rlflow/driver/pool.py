@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.actors.actor_group import ActorFailure, ActorGroup
+from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
 from rlflow.actors.rollout_worker import Collected, RolloutWorker, decode_completions
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Generated, Job
@@ -50,15 +50,17 @@ class RolloutPool:
         is_token: np.ndarray,
         startup_timeout_s: float,
         tell: Callable[[str], None] = lambda message: None,
+        span: Span = lambda actor, name, began, ended: None,
     ) -> None:
         """
         Args:
             workers: They have said that they are ready.
             is_token: bool [V]: ids that stand for a token.
             tell: Called with what users should know, e.g. that a worker was started again.
+            span: Called with what each worker did, and when.
         """
         self.workers, self.scoring, self.rollout = workers, scoring, rollout
-        self.tokenizer, self.is_token, self.tell = tokenizer, is_token, tell
+        self.tokenizer, self.is_token, self.tell, self.span = tokenizer, is_token, tell, span
         self.startup_timeout_s = startup_timeout_s
         self.lock = threading.Condition(threading.RLock())
         self.version = -1
@@ -270,6 +272,8 @@ class RolloutPool:
                 f"{self.workers.name_of(member.rank)} was given policy version {least_version}, and its engine still "
                 f"has {said.status.version}: new weights do not reach it"
             )
+        for what, began, ended in said.status.spans:
+            self.span(self.workers.name_of(member.rank), what, began, ended)
         before, member.status = member.status, said.status
         idle = not member.leases
         if idle or before is None or said.status.steps != before.steps:

@@ -250,6 +250,8 @@ def _learn(
         _wait_ready(actors, recipe)
         trainer = actors.trainer
         attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
+    for group in actors.groups():
+        group.span = clock.trace.add
     learner = Learner(
         recipe,
         clock,
@@ -260,7 +262,7 @@ def _learn(
         attention_cost=attention_cost,
     )
     params = sampling_params(recipe, material.tokenizer, material.model)
-    with _pool(recipe, actors, material, tracker) as pool:
+    with _pool(recipe, actors, material, tracker, clock) as pool:
         evaluator = _evaluator(recipe, learner, pool, params, material.held_out, tracker)
         book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked)
         with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
@@ -291,19 +293,22 @@ def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
 
 
 @contextmanager
-def _pool(recipe: Recipe, actors: Actors, material: Material, tracker: Tracker) -> Iterator[RolloutPool | None]:
+def _pool(
+    recipe: Recipe, actors: Actors, material: Material, tracker: Tracker, clock: Clock
+) -> Iterator[RolloutPool | None]:
     """None where nobody generates."""
     if actors.rollout is None or actors.rewards is None:
         yield None
         return
     pool = RolloutPool(
         actors.rollout,
-        Scoring(actors.rewards, recipe.scoring),
+        Scoring(actors.rewards, recipe.scoring, clock.trace.add),
         recipe.rollout,
         tokenizer=material.tokenizer,
         is_token=token_table(material.tokenizer),
         startup_timeout_s=recipe.run.startup_timeout_s,
         tell=tracker.message,
+        span=clock.trace.add,
     )
     try:
         yield pool

@@ -7,12 +7,13 @@ must not depend on who was faster.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlflow.actors.actor_group import ActorFailure, ActorGroup
+from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
 from rlflow.actors.reward_server import RewardServer
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Generated, Job, ScoredGroup
@@ -23,11 +24,20 @@ MAX_RESTARTS = 3
 
 
 class Scoring:
-    def __init__(self, servers: ActorGroup[RewardServer], rewards: Sequence[RewardBlock]) -> None:
-        """Args: rewards: all that the servers have, those of an evaluation too."""
-        self.servers = servers
-        self.waiting: dict[Any, tuple[int, list[Generated]]] = {}
-        """Reference -> the server that owes it, and what it scores."""
+    def __init__(
+        self,
+        servers: ActorGroup[RewardServer],
+        rewards: Sequence[RewardBlock],
+        span: Span = lambda actor, name, began, ended: None,
+    ) -> None:
+        """
+        Args:
+            rewards: All that the servers have, those of an evaluation too.
+            span: Called with what each server did, and when.
+        """
+        self.servers, self.span = servers, span
+        self.waiting: dict[Any, tuple[int, float, list[Generated]]] = {}
+        """Reference -> the server that owes it, since when, and what it scores."""
         self._by_round = {block.label for block in rewards if block.prompts_per_call > 1}
         self._rounds: dict[int, dict[int, Generated | None]] = {}
         """Of rounds that are scored as a whole: group -> what has come of it, in the order it was asked for."""
@@ -39,7 +49,7 @@ class Scoring:
     @property
     def num_groups(self) -> int:
         """Groups that are generated and not yet scored."""
-        waiting = sum(len(groups) for _, groups in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
+        waiting = sum(len(groups) for _, _, groups in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
         return waiting + sum(group is not None for of_round in self._rounds.values() for group in of_round.values())
 
     def expect(self, jobs: Sequence[Job]) -> None:
@@ -66,7 +76,7 @@ class Scoring:
 
     def start(self) -> None:
         """Gives what is ready to servers that are idle."""
-        busy = {server for server, _ in self.waiting.values()}
+        busy = {server for server, _, _ in self.waiting.values()}
         idle = [server for server in self.servers.ranks if server not in busy]
         while idle and self._units:
             is_own_call, groups = self._units[0]
@@ -83,7 +93,8 @@ class Scoring:
             ActorFailure: The server failed otherwise.
             RunError: It died too often.
         """
-        server, groups = self.waiting.pop(reference)
+        server, began, groups = self.waiting.pop(reference)
+        self.span(self.servers.name_of(server), "score", began, time.time())
         try:
             scores = self.servers.result(server, RewardServer.score, reference)
         except ActorFailure as failure:
@@ -114,7 +125,7 @@ class Scoring:
     def _call(self, server: int, groups: list[Generated]) -> None:
         texts = [group.texts() for group in groups]
         reference = self.servers.start(server, RewardServer.score, texts, groups[0].job.labels)
-        self.waiting[reference] = (server, groups)
+        self.waiting[reference] = (server, time.time(), groups)
 
 
 def _split(groups: Sequence[Generated], scores: ScoreBatch) -> Iterator[ScoredGroup]:
