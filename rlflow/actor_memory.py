@@ -96,7 +96,8 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
         "KV cache": prompts * longest * shape.cache_per_token * size,
         "activations": prompts * longest * activations.layer_forward(shape, size),
     }
-    # A layer's keys are joined with the new token's, then repeated for the query heads that share them.
+    # A layer's keys are there twice while rows are laid out anew; where attention is not grouped, keys and values are
+    # repeated for the query heads that share them.
     repeated = 2 * shape.query_width if shape.key_width < shape.query_width else 0
     writing = {
         "KV cache": written,

@@ -28,7 +28,7 @@ GROUPED = "rlflow_grouped"
 _READ_TOKENS = 8192
 """Tokens of one forward pass that reads texts, padding included, unless a single text is longer."""
 _MORE_COLUMNS = 64
-"""At least so many, and a quarter of the longest row, are there for steps to come."""
+"""At least so many, and an eighth of the longest row, are there for steps to come."""
 _BLOCKS = 4
 _FEW_KEYS = 8192
 """Of all rows together, padding included: so few are seen faster at once than in blocks."""
@@ -142,9 +142,10 @@ class SlotReading:
         first = self.span.num_rows
         wanted: dict[bytes, list[int]] = {}
         for slot, text in enumerate(texts, start=first):
-            self.texts.append(text.tobytes())
+            key = text.astype(np.int64).tobytes()
+            self.texts.append(key)
             if len(text) > 1:
-                wanted.setdefault(text.tobytes(), []).append(slot)
+                wanted.setdefault(key, []).append(slot)
         unread = {}
         for text, slots in wanted.items():
             if text in sources:
@@ -204,7 +205,7 @@ class SlotReading:
         """Texts [L], and the slots that each goes into; those of about one length together."""
         wanted.sort(key=lambda item: len(item[0]))
         while wanted:
-            longest, count = len(wanted[-1][0]), 1
+            longest = len(wanted[-1][0])
             count = min(len(wanted), max(1, _READ_TOKENS // longest))
             together = wanted[-count:]
             del wanted[-count:]
@@ -262,7 +263,7 @@ class SlotReading:
             return
         if num_rows > span.num_slots:
             span.num_slots = max(num_rows, 5 * span.num_slots // 4)
-        span.num_columns = width + max(_MORE_COLUMNS, width // 4)
+        span.num_columns = width + max(_MORE_COLUMNS, width // 8)
         seen, start = slice(span.start, span.end), width - span.longest
         for layer in self._layers:
             layer.lay_out(seen, start)

@@ -140,6 +140,17 @@ def test_a_prompt_is_read_once_for_as_long_as_one_of_its_samples_is_written(tmp_
         np.testing.assert_array_equal(completion.token_ids, generate(engine, [request])[0].token_ids)
 
 
+def test_a_text_of_the_same_bytes_in_other_numbers_is_another(tmp_path):
+    model = write_kind(tmp_path, "llama")
+    texts = [np.array([5, 7, 9], dtype=np.int64), np.array([5, 0, 7, 0, 9, 0], dtype=np.int32)]
+    with torch.inference_mode():
+        together, alone = SlotReading(model), SlotReading(model)
+        for text in texts:
+            together.add([text])
+        alone.add(texts[1:])
+        torch.testing.assert_close(together.logits()[1:], alone.logits())
+
+
 def test_long_rows_lie_before_short_ones_when_some_end(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_slots, "_FEW_KEYS", 0)
     model = write_kind(tmp_path, "llama")
