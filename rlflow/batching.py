@@ -19,14 +19,23 @@ import numpy as np
 
 from rlflow.types import MicroBatch, Sample
 
+_NUMBERS = {
+    "label": "labels",
+    "reward_margin": "reward_margins",
+    "rank_margin": "rank_margins",
+    "rank_partner": "rank_partners",
+    "batch_kl": "batch_kls",
+}
+"""A sample's number -> the micro-batch's field; but for the label, only some algorithms have it."""
 _OPTIONAL = tuple(
     f.name
     for f in fields(MicroBatch)
-    if f.default is None  # the per-token fields that only some algorithms have
+    # The per-token fields that only some algorithms have.
+    if f.default is None and f.name not in _NUMBERS.values()
 )
 _OF_SAMPLES = ("token_ids", "loss_mask", "loss_weights", *_OPTIONAL)
 _PER_TOKEN = ("position_ids", *_OF_SAMPLES)
-_PER_SEQUENCE = ("sample_indices", "labels", "margins")
+_PER_SEQUENCE = ("sample_indices", *_NUMBERS.values())
 _DTYPES = {"token_ids": np.int32, "loss_mask": np.bool_}
 """float32 is the others'."""
 
@@ -59,11 +68,11 @@ class RankBatch(Sequence[MicroBatch]):
         first, end = self.bounds[index], self.bounds[index + 1]
         borders = self.packed.cu_seqlens[first : end + 1]
         tokens, sequences = slice(int(borders[0]), int(borders[-1])), slice(first, end)
-        present = {name: getattr(self.packed, name) for name in _PER_TOKEN}
+        parts = {**dict.fromkeys(_PER_TOKEN, tokens), **dict.fromkeys(_PER_SEQUENCE, sequences)}
+        present = {name: getattr(self.packed, name) for name in parts}
         return MicroBatch(
             cu_seqlens=borders - borders[0],
-            **{name: values[tokens] for name, values in present.items() if values is not None},
-            **{name: getattr(self.packed, name)[sequences] for name in _PER_SEQUENCE},
+            **{name: values[parts[name]] for name, values in present.items() if values is not None},
         )
 
     @property
@@ -185,8 +194,11 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
         position_ids=positions,
         cu_seqlens=cu_seqlens,
         sample_indices=np.array(indices, dtype=np.int32),
-        labels=np.array([sample.label for sample in chosen], dtype=np.float32),
-        margins=np.array([sample.margin for sample in chosen], dtype=np.float32),
+        **{
+            name: np.array([getattr(sample, field) for sample in chosen], dtype=np.float32)
+            for field, name in _NUMBERS.items()
+            if getattr(chosen[0], field) is not None
+        },
         **{
             name: np.concatenate(
                 [getattr(sample, name) for sample in chosen], dtype=_DTYPES.get(name, np.float32), casting="same_kind"
@@ -201,5 +213,8 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
 def _filler(samples: Sequence[Sample]) -> Sample:
     """Two tokens without a loss, with the fields that the samples have."""
     zeros = np.zeros(2, dtype=np.float32)
-    present: dict[str, Any] = {name: zeros for name in _OPTIONAL if samples and getattr(samples[0], name) is not None}
+    fields_of = {**dict.fromkeys(_OPTIONAL, zeros), **dict.fromkeys(_NUMBERS, 0.0)}
+    present: dict[str, Any] = {
+        name: value for name, value in fields_of.items() if samples and getattr(samples[0], name) is not None
+    }
     return Sample(np.zeros(2, dtype=np.int32), np.zeros(2, dtype=bool), zeros, **present)

@@ -223,10 +223,14 @@ class Sample:
     """Which prompt, pair or row of its batch it is of: reductions over groups count these."""
     label: float = 0.0
     """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
-    margin: float = 0.0
-    """What the loss compares the sequence or its pair with. Reward modelling: by how much the chosen one should win;
-    aot: by how much the reference of equal rank exceeds the pair's own; aot_unpaired: the other side's score of equal
-    rank; kto: the batch's KL."""
+    reward_margin: float | None = None
+    """Reward modelling: by how much the chosen answer of its pair should win."""
+    rank_margin: float | None = None
+    """aot: by how much the reference's log-ratio of its pair's rank exceeds the pair's own."""
+    rank_partner: float | None = None
+    """aot_unpaired: the score of the other side's answer of its rank."""
+    batch_kl: float | None = None
+    """kto: the KL of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +251,13 @@ class MicroBatch:
     """int32 [S]: which sample of the batch each sequence is; -1 for filler that keeps ranks in step."""
     labels: np.ndarray
     """float32 [S]."""
-    margins: np.ndarray
-    """float32 [S]."""
+    reward_margins: np.ndarray | None = None
+    """float32 [S], as the three that follow."""
+    rank_margins: np.ndarray | None = None
+    rank_partners: np.ndarray | None = None
+    batch_kls: np.ndarray | None = None
     advantages: np.ndarray | None = None
+    """float32 [N], as all that follow."""
     old_logprobs: np.ndarray | None = None
     proximal_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None

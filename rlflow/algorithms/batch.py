@@ -43,8 +43,11 @@ class TensorBatch:
     """int64 [N], ascending: which sequence each token is of."""
     labels: torch.Tensor
     """float [S]; 0 for filler."""
-    margins: torch.Tensor
-    """float [S]."""
+    reward_margins: torch.Tensor | None = None
+    """float [S], as the three that follow."""
+    rank_margins: torch.Tensor | None = None
+    rank_partners: torch.Tensor | None = None
+    batch_kls: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     proximal_logprobs: torch.Tensor | None = None

@@ -41,7 +41,7 @@ def _rank_margins(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of:
     """AOT: how much the reference of equal rank exceeds each pair's own."""
     samples, scores, references = _scores(units, algorithm, logprobs_of)
     margins = np.repeat(aot_margins(scores[::2] - scores[1::2], references[::2] - references[1::2]), 2)
-    return [replace(sample, margin=float(margin)) for sample, margin in zip(samples, margins, strict=True)]
+    return [replace(sample, rank_margin=float(margin)) for sample, margin in zip(samples, margins, strict=True)]
 
 
 def _rank_partners(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
@@ -49,7 +49,7 @@ def _rank_partners(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of
     samples, scores, references = _scores(units, algorithm, logprobs_of)
     ratios = scores - references
     partners = np.stack(aot_partners(ratios[::2], ratios[1::2]), axis=1).ravel()
-    return [replace(sample, margin=float(score)) for sample, score in zip(samples, partners, strict=True)]
+    return [replace(sample, rank_partner=float(score)) for sample, score in zip(samples, partners, strict=True)]
 
 
 def _mismatched_kl(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
@@ -59,7 +59,7 @@ def _mismatched_kl(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of
     if mismatched and not algorithm.preference.reference_free:
         logprobs = logprobs_of(mismatched)
         kl = kto_kl(_sums(mismatched, logprobs), _sums(mismatched, [_reference(sample) for sample in mismatched]))
-    return [replace(answer, margin=kl) for answer, _ in units]
+    return [replace(answer, batch_kl=kl) for answer, _ in units]
 
 
 BATCH_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {

@@ -33,7 +33,7 @@ POLICY_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Pol
 }
 """``loss.kind`` -> function of ratio, logprobs, advantages [N] and the block's numbers."""
 
-PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PreferenceBlock], torch.Tensor]] = {
+PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, PreferenceBlock], torch.Tensor]] = {
     "sigmoid": lambda c, r, _, b: preference_losses.sigmoid(c, r, b.beta, b.label_smoothing, b.gamma),
     "hinge": lambda c, r, _, b: preference_losses.hinge(c, r, b.beta),
     "ipo": lambda c, r, _, b: preference_losses.ipo(c, r, b.beta),
@@ -42,14 +42,16 @@ PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor,
     "nca_pair": lambda c, r, _, b: preference_losses.nca_pair(c, r, b.beta),
     "bco_pair": lambda c, r, _, b: preference_losses.bco_pair(c, r, b.beta),
     "sppo": lambda c, r, _, b: preference_losses.sppo(c, r, b.beta),
-    "aot": lambda c, r, m, b: preference_losses.aot(c, r, m[0], b.beta, b.label_smoothing),
-    "aot_unpaired": lambda c, r, m, b: preference_losses.aot_unpaired(c, r, m[0], m[1], b.beta, b.label_smoothing),
+    "aot": lambda c, r, x, b: preference_losses.aot(c, r, _sides(x.rank_margins, x)[0], b.beta, b.label_smoothing),
+    "aot_unpaired": lambda c, r, x, b: preference_losses.aot_unpaired(
+        c, r, *_sides(x.rank_partners, x), b.beta, b.label_smoothing
+    ),
     "apo_zero": lambda c, r, _, b: preference_losses.apo_zero(c, r, b.beta),
     "apo_down": lambda c, r, _, b: preference_losses.apo_down(c, r, b.beta),
     "discopop": lambda c, r, _, b: preference_losses.discopop(c, r, b.beta),
     "orpo": lambda c, r, _, b: preference_losses.orpo(c, r, b.beta),
 }
-"""``preference.loss`` -> function of chosen and rejected scores [B], margins [2, B] and the block's numbers."""
+"""``preference.loss`` -> function of chosen and rejected scores [B], the batch and the block's numbers."""
 
 
 def objective_of(algorithm: AlgorithmBlock) -> Objective:
@@ -147,10 +149,9 @@ def preference_objective(
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
     reduce = segment_mean if block.length_normalized else segment_sum
     scores = reduce(_log_ratios(logprobs, tokens, block), tokens.sequence_ids, tokens.num_sequences)
-    chosen, rejected = scores[batch.labels > 0], scores[batch.labels < 0]
+    chosen, rejected = _sides(scores, batch)
     assert len(chosen) == len(rejected), "pairs must stay together in a micro-batch"
-    margins = torch.stack([batch.margins[batch.labels > 0], batch.margins[batch.labels < 0]])
-    losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, margins, block)
+    losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, batch, block)
     loss = losses.sum() / max(1, denominators.num_groups)
     metrics = {"loss/preference": Metric(loss.detach())}
     if block.sft_coef:
@@ -173,12 +174,13 @@ def kto_objective(
     algorithm: AlgorithmBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Mean over examples of KTO's loss. The batch's KL comes as every sequence's margin."""
+    """Mean over examples of KTO's loss."""
     block = algorithm.preference
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
     scores = segment_sum(_log_ratios(logprobs, tokens, block), tokens.sequence_ids, tokens.num_sequences)
     real = batch.labels != 0
-    scores, labels, kl = scores[real], batch.labels[real], batch.margins[real]
+    assert batch.batch_kls is not None
+    scores, labels, kl = scores[real], batch.labels[real], batch.batch_kls[real]
     losses = preference_losses.kto(scores, labels, kl, block.beta, block.desirable_weight, block.undesirable_weight)
     loss = losses.sum() / max(1, denominators.num_sequences)
     agreement = labels * block.beta * (scores - kl).detach()
@@ -203,8 +205,8 @@ def reward_model_objective(
     Args:
         scores: [S], the model's reward of each sequence, with gradient. Pairs are adjacent, chosen first.
     """
-    chosen, rejected = scores[batch.labels > 0], scores[batch.labels < 0]
-    margins = batch.margins[batch.labels > 0]
+    chosen, rejected = _sides(scores, batch)
+    margins, _ = _sides(batch.reward_margins, batch)
     losses = preference_losses.bradley_terry(chosen, rejected, margins, algorithm.preference.center_coef)
     loss = losses.sum() / max(1, denominators.num_groups)
     return loss, {
@@ -256,6 +258,12 @@ def _log_ratios(logprobs: torch.Tensor, tokens: TensorBatch, block: PreferenceBl
         return logprobs
     assert tokens.ref_logprobs is not None, "the loss compares with a reference: give ref_logprobs"
     return logprobs - tokens.ref_logprobs
+
+
+def _sides(values: torch.Tensor | None, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values [S], those of the chosen and of the rejected answers, [B] each."""
+    assert values is not None, "the loss looks at a number of each sequence that the samples do not have"
+    return values[batch.labels > 0], values[batch.labels < 0]
 
 
 def _mean(values: torch.Tensor, count: int) -> Metric:

@@ -1,6 +1,6 @@
 """What preference losses need to know of the whole batch, computed once from a forward pass. numpy, on the driver.
 
-The numbers travel to the loss as each sample's ``margin``, so that no split into micro-batches can change them.
+The numbers travel to the loss with each sample, so that no split into micro-batches can change them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ rlflow.algorithms.batch_targets has what becomes of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,15 @@ def example_units(rows: Sequence[Example], max_tokens: int) -> list[Unit]:
 
 def pair_units(rows: Sequence[Pair], max_tokens: int) -> list[Unit]:
     """The chosen answer, then the rejected one."""
+    return [(_sample(pair.chosen, label=1.0), _sample(pair.rejected, label=-1.0)) for pair in rows]
+
+
+def margin_units(rows: Sequence[Pair], max_tokens: int) -> list[Unit]:
+    """As `pair_units`, with the pair's margin."""
+    units = pair_units(rows, max_tokens)
     return [
-        (_sample(pair.chosen, label=1.0, margin=pair.margin), _sample(pair.rejected, label=-1.0, margin=pair.margin))
-        for pair in rows
+        tuple(replace(sample, reward_margin=pair.margin) for sample in unit)
+        for pair, unit in zip(rows, units, strict=True)
     ]
 
 
@@ -82,7 +89,7 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
 _UNITS: dict[str, Callable[[Sequence[Any], int], list[Unit]]] = {
     "example": example_units,
     "pair": pair_units,
-    "margin_pair": pair_units,
+    "margin_pair": margin_units,
     "labelled": judged_units,
 }
 """An algorithm's ``data_row`` -> function of the rows and the longest sequence."""
@@ -93,11 +100,10 @@ def _prompt(example: Example) -> np.ndarray:
     return example.token_ids[: int(example.loss_mask.argmax())]
 
 
-def _sample(example: Example, *, label: float = 0.0, margin: float = 0.0) -> Sample:
+def _sample(example: Example, *, label: float = 0.0) -> Sample:
     return Sample(
         token_ids=example.token_ids,
         loss_mask=example.loss_mask,
         loss_weights=np.zeros(len(example.token_ids), dtype=np.float32),
         label=label,
-        margin=margin,
     )

@@ -120,7 +120,10 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
                 old_values=noise[1] if name == "critic" else None,
                 returns=noise[2] if name == "critic" else None,
                 label=(1.0 if i % 2 == 0 else -1.0) if family == "preference" else 0.0,
-                margin=0.3,
+                reward_margin=0.3,
+                rank_margin=0.3,
+                rank_partner=0.3,
+                batch_kl=0.3,
                 group=i // (2 if online or paired else 1),
             )
         )

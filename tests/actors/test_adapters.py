@@ -61,7 +61,6 @@ def micro_batch(seed: int = 0) -> MicroBatch:
         loss_weights=(positions > 0).astype(np.float32),
         sample_indices=np.arange(2, dtype=np.int32),
         labels=np.zeros(2, dtype=np.float32),
-        margins=np.zeros(2, dtype=np.float32),
     )
 
 

@@ -198,7 +198,6 @@ def _micro_batch(generator: np.random.Generator, with_loss: bool) -> MicroBatch:
         loss_weights=mask.astype(np.float32),
         sample_indices=np.arange(len(lengths), dtype=np.int32),
         labels=np.zeros(len(lengths), dtype=np.float32),
-        margins=np.zeros(len(lengths), dtype=np.float32),
     )
 
 

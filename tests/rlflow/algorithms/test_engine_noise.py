@@ -30,7 +30,6 @@ def sequences(number: int = 200) -> tuple[torch.Tensor, TensorBatch, Denominator
         loss_weights=torch.full((size,), 1.0 / size, dtype=torch.float64),
         sequence_ids=torch.repeat_interleave(torch.arange(number), lengths),
         labels=torch.zeros(number),
-        margins=torch.zeros(number),
         advantages=torch.repeat_interleave(torch.tensor(random.choice([-1.0, 1.0], size=number)), lengths),
         old_logprobs=trainer + NOISE * torch.tensor(random.normal(size=size)),
     )

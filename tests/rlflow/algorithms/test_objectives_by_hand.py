@@ -39,7 +39,7 @@ def equal(actual: torch.Tensor, expected: float) -> None:
 def tokens_of(vector, lengths=(2,), **fields) -> TensorBatch:
     """Sequences of loss tokens only, each of weight 1/2 unless others are given. Logprobs come as probabilities."""
     size, number = sum(lengths), len(lengths)
-    plain = {"advantages", "loss_weights", "old_values", "returns", "labels", "margins"}
+    plain = {"advantages", "loss_weights", "old_values", "returns", "labels"}
     given = {name: vector(v) if name in plain else vector(v).log() for name, v in fields.items()}
     return TensorBatch(
         **{
@@ -49,7 +49,6 @@ def tokens_of(vector, lengths=(2,), **fields) -> TensorBatch:
             "loss_weights": vector([0.5] * size),
             "sequence_ids": torch.repeat_interleave(torch.arange(number), torch.tensor(lengths)),
             "labels": vector([0.0] * number),
-            "margins": vector([0.0] * number),
             **given,
         }
     )
@@ -254,7 +253,7 @@ def test_orpo_takes_odds_of_mean_logprobs_and_the_chosen_answers_likelihood(vect
 def test_kto_takes_sums_against_the_batchs_kl(vector):
     # beta 1, z0 = ln 3. Desirable, ln 3: 2 (1 - sigmoid(0)). Undesirable, 0: 3 (1 - sigmoid(ln 3)).
     logprobs, batch = pair_of(vector)
-    batch = replace(batch, margins=vector([np.log(3)] * 2))
+    batch = replace(batch, batch_kls=vector([np.log(3)] * 2))
     weights = {"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 3.0}
     loss, metrics = kto_objective(logprobs, None, batch, algorithm("kto", preference=weights), PAIR)
     equal(loss, (2 * 0.5 + 3 * 0.25) / 2)
@@ -265,7 +264,7 @@ def test_kto_takes_sums_against_the_batchs_kl(vector):
 def test_a_reward_model_compares_one_score_a_sequence(vector):
     # Scores ln 6 and 0, margin ln 2: -log sigmoid(ln 3) = ln(4/3); centring (ln 6)^2 / 2.
     _, batch = pair_of(vector)
-    batch = replace(batch, margins=vector([np.log(2)] * 2))
+    batch = replace(batch, reward_margins=vector([np.log(2)] * 2))
     block = algorithm("reward_model", preference={"center_coef": 0.5})
     loss, metrics = reward_model_objective(vector([np.log(6), 0.0]), None, batch, block, PAIR)
     equal(loss, np.log(4 / 3) + 0.5 * np.log(6) ** 2)

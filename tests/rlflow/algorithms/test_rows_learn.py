@@ -115,7 +115,7 @@ def test_chosen_answers_gain_on_rejected_ones(name):
     samples, policy = samples_for(row), new_policy()
     for index, sample in enumerate(samples):
         reference = per_token(policy, sample.token_ids) if loss != "orpo" else np.zeros_like(sample.ref_logprobs)
-        numbers = {"ref_logprobs": reference, "margin": 0.0}
+        numbers = {"ref_logprobs": reference, "rank_margin": 0.0, "rank_partner": 0.0, "batch_kl": 0.0}
         samples[index] = Sample(**{n: getattr(sample, n) for n in Sample.__slots__} | numbers)
     samples, denominators = weigh(samples, block)
     before = margin(policy, samples)

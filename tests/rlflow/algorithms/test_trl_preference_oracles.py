@@ -68,25 +68,23 @@ def our_dpo_loss(trainer, batch, **preference):
     counts = mask.sum(1).numpy()
     weights, denominators = preference_weights("token", counts, labels.numpy(), 1)
     sums = [(x.detach() * mask.flatten()).reshape(mask.shape).sum(1).numpy() for x in (ours, ref)]
-    margins = margins_by_rank(preference["loss"], *sums)
-    tensors = tensor_batch(
-        mask, torch.tensor(weights, dtype=torch.float32), labels=labels, margins=margins, ref_logprobs=ref
-    )
+    targets = targets_by_rank(preference["loss"], *sums)
+    tensors = tensor_batch(mask, torch.tensor(weights, dtype=torch.float32), labels=labels, ref_logprobs=ref, **targets)
     return preference_objective(ours, None, tensors, algorithm("dpo", preference=preference), denominators)[0]
 
 
-def margins_by_rank(loss: str, scores: np.ndarray, references: np.ndarray) -> torch.Tensor | None:
+def targets_by_rank(loss: str, scores: np.ndarray, references: np.ndarray) -> dict[str, torch.Tensor]:
     """What the driver computes of the whole batch."""
     if loss == "aot":
         margins = aot_margins(scores[0::2] - scores[1::2], references[0::2] - references[1::2])
         assert margins.any(), "the test needs a reference of another order"
-        return torch.tensor(margins).repeat_interleave(2)
+        return {"rank_margins": torch.tensor(margins).repeat_interleave(2)}
     if loss == "aot_unpaired":
         ratios = scores - references
         rejected, chosen = aot_partners(ratios[0::2], ratios[1::2])
         assert (rejected != ratios[1::2]).any(), "the test needs pairs of unequal ranks"
-        return torch.tensor(np.stack([rejected, chosen], axis=1).ravel())
-    return None
+        return {"rank_partners": torch.tensor(np.stack([rejected, chosen], axis=1).ravel())}
+    return {}
 
 
 def adjacent(stacked: torch.Tensor) -> torch.Tensor:
@@ -169,7 +167,7 @@ def test_kto_agrees_with_trl(tmp_path, weights):
         ref, _ = logprobs(trainer.ref_model, batch["input_ids"], batch["attention_mask"])
     labels = torch.where(torch.as_tensor(batch["label"]).bool(), 1.0, -1.0)
     tensors = tensor_batch(
-        batch["completion_mask"], labels=labels, margins=torch.full((len(rows),), kl), ref_logprobs=ref
+        batch["completion_mask"], labels=labels, batch_kls=torch.full((len(rows),), kl), ref_logprobs=ref
     )
     block = algorithm("kto", preference={"beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]})
     actual, metrics = kto_objective(ours, None, tensors, block, Denominators(0, len(rows), len(rows)))
@@ -197,7 +195,7 @@ def test_reward_modelling_agrees_with_trl(tmp_path, center, margins):
     tensors = tensor_batch(
         adjacent(batch["attention_mask"]),
         labels=torch.tensor([1.0, -1.0]).repeat(len(rows)),
-        margins=given.repeat_interleave(2),
+        reward_margins=given.repeat_interleave(2),
     )
     block = algorithm("reward_model", preference={"center_coef": center or 0.0})
     actual, _ = reward_model_objective(scores, None, tensors, block, Denominators(0, 2 * len(rows), len(rows)))

@@ -80,7 +80,10 @@ def samples_for(name: str, count: int = 12, seed: int = 0) -> list[Sample]:
                 old_values=noise(1.0, 0.0),
                 returns=noise(1.0, 0.0),
                 label=1.0 if index % 2 == 0 else -1.0,
-                margin=0.3 if ALGORITHMS[name].objective == "kto" else float(random.random()),
+                reward_margin=(number := float(random.random())),
+                rank_margin=number,
+                rank_partner=number,
+                batch_kl=0.3,
             )
         )
     return samples

@@ -53,8 +53,14 @@ def logprobs(model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor)
     return tuple(torch.nn.functional.pad(x, (1, 0)).flatten() for x in (taken, entropies))
 
 
-def tensor_batch(mask: torch.Tensor, weights: torch.Tensor | None = None, labels=None, margins=None, **per_token):
-    """mask [rows, T], weights [rows], per_token [rows, T] or [rows * T]: a batch whose padding is just not trained."""
+def tensor_batch(mask: torch.Tensor, weights: torch.Tensor | None = None, labels=None, **fields):
+    """A batch whose padding is just not trained.
+
+    Args:
+        mask: [rows, T].
+        weights: [rows].
+        fields: Of a token, [rows, T] or [rows * T], or of a row, [rows].
+    """
     rows, length = mask.shape
     weights = torch.zeros(rows) if weights is None else weights
     return TensorBatch(
@@ -64,8 +70,7 @@ def tensor_batch(mask: torch.Tensor, weights: torch.Tensor | None = None, labels
         loss_weights=weights.repeat_interleave(length),
         sequence_ids=torch.arange(rows).repeat_interleave(length),
         labels=torch.zeros(rows) if labels is None else labels,
-        margins=torch.zeros(rows) if margins is None else margins,
-        **{name: x.flatten() for name, x in per_token.items()},
+        **{name: x.flatten() for name, x in fields.items()},
     )
 
 

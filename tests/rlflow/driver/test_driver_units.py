@@ -52,9 +52,7 @@ def answer(logprob: float, reference: float, length: int, label: float) -> tuple
     size = 1 + length
     mask = np.arange(size) >= 1
     scored = np.where(mask, reference, 0.0).astype(np.float32)
-    sample = Sample(
-        np.zeros(size, np.int32), mask, np.zeros(size, np.float32), ref_logprobs=scored, label=label, margin=9.0
-    )
+    sample = Sample(np.zeros(size, np.int32), mask, np.zeros(size, np.float32), ref_logprobs=scored, label=label)
     return sample, logprob
 
 
@@ -87,7 +85,8 @@ def test_aots_margins_are_of_sums_or_of_means_on_both_sides(loss, normalized, ex
         {"name": "dpo", "preference": {"loss": loss, "length_normalized": normalized, "beta": 0.1}}
     )
     samples = with_targets(units, block, lambda samples: policy)
-    assert [sample.margin for sample in samples] == pytest.approx(expected)
+    field = {"aot": "rank_margin", "aot_unpaired": "rank_partner"}[loss]
+    assert [getattr(sample, field) for sample in samples] == pytest.approx(expected)
 
 
 def test_margins_of_the_data_reach_a_reward_model_and_no_other_loss(tmp_path):
@@ -100,6 +99,6 @@ def test_margins_of_the_data_reach_a_reward_model_and_no_other_loss(tmp_path):
     }
     tokenizer = build_character_tokenizer("abc")
     ((chosen, rejected),) = load_units(recipes["reward_model"], recipes["reward_model"].data, tokenizer)
-    assert (chosen.margin, rejected.margin) == (0.5, 0.5)
+    assert (chosen.reward_margin, rejected.reward_margin) == (0.5, 0.5)
     with pytest.raises(DataError, match="a column `margin`, which only the loss of a reward_model looks at"):
         load_units(recipes["dpo"], recipes["dpo"].data, tokenizer)
