@@ -131,7 +131,8 @@ class StandIn:
     def _as_sglang(self, body: Any) -> Any:
         """It looks at the stop tokens that are asked for only where it also heeds those of the model."""
         told = body["sampling_params"]
-        stop = () if told["ignore_eos"] else (*told["stop_token_ids"], *self.own_stops)
+        assert not told["ignore_eos"], "it would write on after the stop tokens"
+        stop = (*told["stop_token_ids"], *self.own_stops)
         params = SamplingParams(told["max_new_tokens"], told["temperature"], told["top_p"], max(told["top_k"], 0), stop)
         written = self._generate(body["rid"], body["input_ids"], told["sampling_seed"], params, told["logit_bias"])
         meta: dict[str, Any] = {"finish_reason": {"type": written.finish_reason}}

@@ -122,6 +122,9 @@ def test_completions_under_way_go_on_with_the_new_weights_and_say_which_version_
     versions = [completion.versions.tolist() for completion in completions]
     assert versions == [[0] * 7 + [3] * 5 + [7] * 12] * 8 + [[7] * 24] * 8
     assert_logprobs_match(policies, requests, completions)
+    bodies = [body for path, body in stand_in.bodies if path in ("/v1/completions", "/generate")]
+    seeds = [body["seed"] if "seed" in body else body["sampling_params"]["sampling_seed"] for body in bodies]
+    assert len(set(seeds)) == len(seeds) == 8 + 8 + 16, "none draws the numbers again that it drew before"
     prompts = sum(len(request.token_ids) for request in requests[:8])
     assert read_again == [prompts + 8 * 7, prompts + 8 * 12]
 
@@ -165,6 +168,19 @@ def test_what_was_written_of_an_aborted_request_comes_back_and_the_others_go_on(
     finished = finish(engine)
     assert finished.keys() == set(range(16)) - {0, 3, 15}
     assert_same_tokens([finished[id] for id in sorted(finished)], [undisturbed[id] for id in sorted(finished)])
+
+
+def test_a_request_that_is_stopped_before_its_first_token_has_none(
+    engine: HttpEngine, policy: PreTrainedModel, stand_in: StandIn
+) -> None:
+    stand_in.num_steps = 0
+    engine.add(make_requests(PARAMS, 2, 1))
+    stand_in.wait_until(lambda: stand_in.num_here == 2)
+    (aborted,) = engine.abort([0])
+    assert (aborted.token_ids.tolist(), aborted.finish_reason) == ([], "abort")
+    assert sync(engine, policy, 1) == 0
+    stand_in.num_steps = float("inf")
+    assert [c.versions.tolist() for c in finish(engine).values()] == [[1] * 24]
 
 
 def test_requests_that_are_added_while_others_run_get_the_tokens_that_they_get_alone(engine: HttpEngine) -> None:
