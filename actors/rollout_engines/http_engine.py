@@ -119,6 +119,9 @@ class HttpEngine:
         self._left_out: tuple[int, ...] = ()
         self._is_temperature_checked = False
         self._under_way: dict[int, UnderWay] = {}
+        self.num_running = self.num_waiting = 0
+        """Requests that the server has or has answered, and those that are not sent yet, as of the newest call. Other
+        threads may read them at any time."""
         self._threads = ThreadPoolExecutor(max_num_seqs, thread_name_prefix="completions")
         self._name, self._calls = uuid.uuid4().hex[:12], count()
 
@@ -146,6 +149,7 @@ class HttpEngine:
         going_on = [one for one in self._under_way.values() if one.finish_reason is None]
         for one in going_on:
             self._send(one)
+        self._count()
         return sum(len(one.request.token_ids) + len(one.token_ids) for one in going_on if one.token_ids)
 
     def leave_out(self, ids: np.ndarray) -> None:
@@ -176,6 +180,7 @@ class HttpEngine:
         for request in requests:
             self._under_way[request.id] = UnderWay(request)
             self._send(self._under_way[request.id])
+        self._count()
 
     def step(self) -> list[Completion]:
         """Waits a little for answers. Returns what has finished, in the order it was added.
@@ -198,24 +203,15 @@ class HttpEngine:
             if one.finish_reason is not None:
                 del self._under_way[one.request.id]
                 finished.append(one.completion(one.finish_reason))
+        self._count()
         return finished
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:
         """Ends requests, at the server too. Returns what was written, with the finish reason ``abort``."""
         ended = [self._under_way.pop(id) for id in dict.fromkeys(ids) if id in self._under_way]
         self._stop([one for one in ended if one.finish_reason is None])
+        self._count()
         return [one.completion("abort") for one in ended]
-
-    @property
-    def num_running(self) -> int:
-        """Requests that the server has, or has answered."""
-        return len(self._under_way) - self.num_waiting
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that are not sent yet."""
-        answers = [one.answer for one in self._under_way.values() if one.finish_reason is None and one.answer]
-        return sum(not answer.running() and not answer.done() for answer in answers)
 
     def sleep(self) -> None:
         """The server's memory is its own."""
@@ -227,6 +223,11 @@ class HttpEngine:
         """Leaves the server as it is, without requests of ours."""
         self.abort(list(self._under_way))
         self._threads.shutdown(cancel_futures=True)
+
+    def _count(self) -> None:
+        answers = [one.answer for one in self._under_way.values() if one.finish_reason is None and one.answer]
+        self.num_waiting = sum(not answer.running() and not answer.done() for answer in answers)
+        self.num_running = len(self._under_way) - self.num_waiting
 
     def _send(self, one: UnderWay) -> None:
         """Hands a request, or what is left of it, to the next thread that is free."""

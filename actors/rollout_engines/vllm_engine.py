@@ -7,6 +7,7 @@ which are added together is a function of the weights and those requests alone.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -104,6 +105,10 @@ class VllmEngine:
         self._num_loads = 0
         self._under_way: dict[int, UnderWay] = {}
         """By the request's id, in the order in which they were added."""
+        self._not_begun: deque[int] = deque()
+        """Those of them without a token, in the same order."""
+        self.num_running = self.num_waiting = 0
+        """Completions that have a token, and requests that have none yet. Other threads may read them at any time."""
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], version: int, cache: CacheAtUpdate = "recompute"
@@ -178,6 +183,8 @@ class VllmEngine:
                 raise ValueError(f"request {request.id}: {error}") from error
             self._under_way[request.id] = UnderWay(request, name, [(self.version, 0)])
             added.append(request.id)
+        self._not_begun += added
+        self._count()
 
     def step(self) -> list[Completion]:
         """Makes the next token of everything under way. Returns what has finished, in the order it was added."""
@@ -185,11 +192,10 @@ class VllmEngine:
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
             outputs = cast("list[vllm.RequestOutput]", self.llm.llm_engine.step())
         finished = {int(output.request_id): output.outputs[0] for output in outputs}
-        if not finished:
-            return []
-        ended = [one for id, one in self._under_way.items() if id in finished]
+        ended = [one for id, one in self._under_way.items() if id in finished] if finished else []
         for one in ended:
             del self._under_way[one.request.id]
+        self._count()
         return [_completion(one, finished[one.request.id]) for one in ended]
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:
@@ -199,17 +205,9 @@ class VllmEngine:
         ended = [self._under_way.pop(id) for id in dict.fromkeys(ids) if id in self._under_way]
         outputs = [self._state(one).make_request_output([], None, VllmFinishReason.ABORT, None) for one in ended]
         self.llm.llm_engine.abort_request([str(one.request.id) for one in ended])
+        self._not_begun = deque(id for id in self._not_begun if id in self._under_way)
+        self._count()
         return [_completion(one, output.outputs[0]) for one, output in zip(ended, outputs, strict=True)]
-
-    @property
-    def num_running(self) -> int:
-        """Completions that have a token."""
-        return len(self._under_way) - self.num_waiting
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have none yet."""
-        return sum(self._state(one).is_prefilling for one in self._under_way.values())
 
     def sleep(self) -> None:
         """Gives GPU memory back between generations: weights to host memory, key-value cache dropped. No-op on CPU."""
@@ -267,6 +265,16 @@ class VllmEngine:
             self.sampling_of(request),
             lora_request=None if self.adapter is None else self.adapter.request,
         )
+
+    def _count(self) -> None:
+        """vLLM begins requests in their order: those at the front that have a token, or have ended, are looked at."""
+        while self._not_begun:
+            one = self._under_way.get(self._not_begun[0])
+            if one is not None and self._state(one).is_prefilling:
+                break
+            self._not_begun.popleft()
+        self.num_waiting = len(self._not_begun)
+        self.num_running = max(0, len(self._under_way) - self.num_waiting)
 
     def _state(self, one: UnderWay) -> Any:
         """What vLLM has of a request so far: it tells neither how many tokens nor which before the end."""

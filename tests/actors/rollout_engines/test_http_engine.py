@@ -60,6 +60,11 @@ def start(url: str, model_dir: Path, directory: Path, **changes: Any) -> HttpEng
     return HttpEngine(str(model_dir), url=url, directory=directory, trust_remote_code=False, **(settings | changes))
 
 
+def forget(engine: HttpEngine) -> None:
+    """What has failed is not stopped once more when the engine is closed."""
+    engine._under_way.clear()
+
+
 @pytest.fixture(params=["vllm", "sglang"])
 def engine(
     request: pytest.FixtureRequest, served: tuple[StandIn, str], model_dir: Path, policy: Any, tmp_path: Path
@@ -225,7 +230,7 @@ def test_a_refusal_is_said_with_the_servers_words_and_not_repeated(engine: HttpE
     with pytest.raises(ServerError, match=r"POST http://127.*(completions|generate): it answered 400.*has 64 tokens"):
         finish(engine)
     assert len(stand_in.bodies) <= before + 1
-    engine._under_way.clear()
+    forget(engine)
 
 
 def test_an_answer_that_is_no_json_is_shown(engine: HttpEngine, stand_in: StandIn) -> None:
@@ -233,7 +238,7 @@ def test_an_answer_that_is_no_json_is_shown(engine: HttpEngine, stand_in: StandI
     engine.add(make_requests(PARAMS, 1, 1))
     with pytest.raises(ServerError, match="no JSON: <html>gateway"):
         finish(engine)
-    engine._under_way.clear()
+    forget(engine)
 
 
 def test_a_server_that_stays_away_ends_in_an_error_with_its_url_and_the_number_of_attempts(
@@ -256,7 +261,7 @@ def test_an_answer_that_does_not_come_ends_in_an_error_that_names_the_key(
     engine.add(make_requests(PARAMS, 1, 1))
     with pytest.raises(ServerError, match=r"/v1/completions: no answer within 2 s: raise rollout_server\.timeout_s"):
         finish(engine)
-    engine._under_way.clear()
+    forget(engine)
     engine.close()
 
 
@@ -282,7 +287,7 @@ def test_weights_that_sglang_did_not_load_and_weights_of_another_run_are_errors(
     engine.add(make_requests(PARAMS, 1, 1))
     with pytest.raises(ServerError, match="written with weights 5, not the 4 that were loaded"):
         finish(engine)
-    engine._under_way.clear()
+    forget(engine)
     engine.close()
 
 
