@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,6 +198,16 @@ def test_requests_that_are_added_while_others_run_get_the_tokens_that_they_get_a
             finished |= {completion.id: completion for completion in engine.step()}
     finished |= finish(engine)
     assert_same_tokens([finished[request.id] for request in requests], together)
+
+
+def test_other_threads_may_ask_at_any_time_how_much_is_under_way(engine: RolloutEngine) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        is_over = threading.Event()
+        seen = thread.submit(lambda: [engine.num_running + engine.num_waiting for _ in iter(is_over.is_set, True)])
+        for _ in range(4):
+            generate(engine, make_requests(SamplingParams(max_new_tokens=12)))
+        is_over.set()
+        assert {0, 16} < set(seen.result(60)) <= set(range(33))
 
 
 def test_what_finishes_in_a_step_comes_in_the_order_in_which_it_was_added(engine: RolloutEngine) -> None:
