@@ -101,12 +101,10 @@ class VllmEngine:
             )
             self.llm = vllm_start.start(model_dir, options | of_platform, self.on_cpu)
         self.max_model_len = max_model_len
-        self.version = -1
-        self._num_loads = 0
+        self.version, self._num_loads = -1, 0
         self._under_way: dict[int, UnderWay] = {}
-        """By the request's id, in the order in which they were added."""
         self._not_begun: deque[int] = deque()
-        """Those of them without a token, in the same order."""
+        """Requests by their ids, and the ids of those without a token, in the order in which they were added."""
         self.num_running = self.num_waiting = 0
         """Completions that have a token, and requests that have none yet. Other threads may read them at any time."""
 
