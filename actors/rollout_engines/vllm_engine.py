@@ -96,10 +96,8 @@ class VllmEngine:
         if self.adapter is not None:
             options |= {"load_format": "auto", **self.adapter.options}
         with vllm_start.quiet(log_path):
-            self.on_cpu, of_platform = vllm_start.platform_options(
-                gpu_memory_fraction, kv_cache_gib, tensor_parallel_size
-            )
-            self.llm = vllm_start.start(model_dir, options | of_platform, self.on_cpu)
+            self.on_cpu, own = vllm_start.platform_options(gpu_memory_fraction, kv_cache_gib, tensor_parallel_size)
+            self.llm = vllm_start.start(model_dir, options | own, self.on_cpu)
         self.max_model_len = max_model_len
         self.version, self._num_loads = -1, 0
         self._under_way: dict[int, UnderWay] = {}
