@@ -27,7 +27,7 @@ from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 CLOSE_TIMEOUT_S = 3.0
 """A reward server that is busy for longer is killed with its call."""
-RELEASE_TIMEOUT_S = 20.0
+RELEASE_TIMEOUT_S = 5.0
 """Ray answers in milliseconds, or not at all once its processes are gone."""
 TRAINERS = ("trainer", "critic")
 CALLS_AT_ONCE = {"rollout": 4}

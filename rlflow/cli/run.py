@@ -33,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    recipes = load_runnable(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
+    with without_collection():
+        recipes = load_runnable(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
     run(recipes, resume=arguments.resume, seconds_before=process_age_s(), process_ends=True)
     return 0
 

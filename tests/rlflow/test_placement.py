@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlflow.actor_groups import Actors, constructor_of
+from rlflow.actor_groups import Actors, constructor_of, start_actors
 from rlflow.actors.actor_group import ActorGroup
 from rlflow.in_process import LocalTransport
 from rlflow.placement import environment, options_of
@@ -103,6 +103,25 @@ def test_a_ray_that_answers_no_more_does_not_hold_the_end_up(monkeypatch):
     never = threading.Event()
     Actors.of(groups_of([]), release=lambda: None if never.wait(60) else pytest.fail("was waited for")).close()
     never.set()
+
+
+def test_of_actors_that_cannot_all_be_started_none_is_left(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (recipe,) = load_recipe(tmp_path / "recipe.yaml", {"rollout.workers": 2})
+    calls: list[str] = []
+
+    class Full(Watched):
+        def create(self, rank: int) -> Any:
+            if rank == 1:
+                raise OSError("no room")
+            return super().create(rank)
+
+    def transport_for(role: Role, construct: Any) -> LocalTransport:
+        return Full(Server(role.name, calls))
+
+    with pytest.raises(OSError, match="no room"):
+        start_actors(recipe, recipe.model, tmp_path, 8, transport_for, lambda: calls.append("released"))
+    assert calls == ["rollout.kill", "trainer.kill", "released"]
 
 
 def test_what_goes_wrong_while_actors_are_ended_is_raised():
