@@ -35,7 +35,9 @@ class ScriptedWorker(RolloutWorker):
 class ScriptedServer:
     """Scores a rollout by its number in its group, counted from 0, or as ``score`` says."""
 
-    def __init__(self, score: Callable[[Prompt, int], float], seconds: float = 0.0) -> None:
+    def __init__(
+        self, score: Callable[[Prompt, int], float] = lambda prompt, index: float(index), seconds: float = 0.0
+    ) -> None:
         self.of, self.seconds = score, seconds
         self.calls: list[list[str]] = []
         """Prompt ids of each call."""
@@ -55,6 +57,17 @@ class ScriptedServer:
         )
 
 
+def _on_ray(cls: type, arguments: Mapping[str, Any], *, has_rank: bool) -> Any:
+    import ray
+
+    from rlflow.placement import RayTransport
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=128, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+    options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 4 if has_rank else 1}
+    return RayTransport(lambda rank: (cls, {**arguments, **({"rank": rank} if has_rank else {})}), options, [])
+
+
 def snapshot(version: int) -> WeightSnapshot:
     """Weights of nothing."""
     return WeightSnapshot(version, (), np.zeros(0, dtype=np.uint8))
@@ -70,15 +83,22 @@ class Fleet:
         score: Callable[[Prompt, int], float] = lambda prompt, index: float(index),
         rollout: Mapping[str, Any] | None = None,
         reward: Mapping[str, Any] | None = None,
-        script_of: Callable[[int], Mapping[str, Any]] = lambda rank: {},
+        script: Mapping[str, Any] | None = None,
+        script_of: Callable[[int], Mapping[str, Any]] | None = None,
         score_s: float = 0.0,
+        on_ray: bool = False,
     ) -> None:
+        """
+        Args:
+            script: Of every worker's engine; or ``script_of`` of each.
+            on_ray: In processes of Ray's rather than in threads of this one: they cannot be looked into.
+        """
         self.workers_made: list[ScriptedWorker] = []
         self.servers_made: list[ScriptedServer] = []
         self.told: list[str] = []
 
         def make_worker(rank: int) -> ScriptedWorker:
-            self.workers_made.append(ScriptedWorker(rank, **script_of(rank)))
+            self.workers_made.append(ScriptedWorker(rank, **(script_of(rank) if script_of else script or {})))
             return self.workers_made[-1]
 
         def make_server(rank: int) -> ScriptedServer:
@@ -86,8 +106,13 @@ class Fleet:
             return self.servers_made[-1]
 
         self.rollout = RolloutBlock(**{"max_new_tokens": 8, **(rollout or {})})
-        self.workers = ActorGroup("rollout", LocalTransport(make_worker, calls_at_once=4), num_workers, 30.0)
-        self.servers = ActorGroup("rewards", LocalTransport(make_server), 1, 30.0)
+        if on_ray:
+            workers: Any = _on_ray(ScriptedWorker, script or {}, has_rank=True)
+            servers: Any = _on_ray(ScriptedServer, {}, has_rank=False)
+        else:
+            workers, servers = LocalTransport(make_worker, calls_at_once=4), LocalTransport(make_server)
+        self.workers = ActorGroup("rollout", workers, num_workers, 120.0)
+        self.servers = ActorGroup("rewards", servers, 1, 120.0)
         self.workers.call_all(RolloutWorker.ready)
         self.pool = RolloutPool(
             self.workers,
