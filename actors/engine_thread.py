@@ -48,6 +48,16 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
+class _Update:
+    """Weights that wait until what is under way has ended: the newest of them."""
+
+    version: int
+    load: Callable[[], None]
+    futures: list[Future[None]]
+    """Of these, and of older ones that wait no more."""
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedGroup:
     request: GroupRequest
     completions: tuple[Completion, ...]
@@ -94,7 +104,7 @@ class EngineThread:
         """Sample -> its group, and its index there."""
         self._sample_ids = itertools.count()
         self._finished: deque[FinishedGroup] = deque()
-        self._update: tuple[Callable[[], None], Future[None]] | None = None
+        self._update: _Update | None = None
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
         self._failure: BaseException | None = None
@@ -125,14 +135,23 @@ class EngineThread:
         running: RunningAtUpdate = "continue",
         cache: CacheAtUpdate = "recompute",
     ) -> Future[None]:
-        """Gives the engine new weights between two steps."""
+        """Gives the engine new weights between two steps; older ones than it has are left out.
+
+        Calls that were made one after the other may come in in another order, as they run in threads of their own.
+        """
         future: Future[None] = Future()
 
         def load() -> None:
-            if running == "wait" and self._groups:
-                self._update = (lambda: self._load(weights, version, running, cache), future)
-            else:
+            if running != "wait" or not self._groups:
                 _settle(future, lambda: self._load(weights, version, running, cache))
+                return
+            futures = [future]
+            if self._update is not None:
+                futures += self._update.futures
+            if self._update is None or self._update.version < version:
+                self._update = _Update(version, lambda: self._load(weights, version, running, cache), futures)
+            else:
+                self._update.futures[:] = futures
 
         asked = self.do(load)
         asked.add_done_callback(lambda done: done.exception() and future.set_exception(done.exception()))
@@ -205,8 +224,11 @@ class EngineThread:
                 if self._groups:
                     self._step()
                 if self._update is not None and not self._groups:
-                    (load, future), self._update = self._update, None
-                    _settle(future, load)
+                    update, self._update = self._update, None
+                    first, *others = update.futures
+                    _settle(first, update.load)
+                    for other in others:
+                        _settle(other, first.result)
         # The engine's failure is what every later call of the worker says.
         except BaseException as error:
             self._fail(error)
@@ -279,6 +301,8 @@ class EngineThread:
         running: RunningAtUpdate,
         cache: CacheAtUpdate,
     ) -> None:
+        if version <= self.version:
+            return
         started = time.time()
         again = [group.request for group in self._groups.values()] if running == "restart" else []
         self._forget([request.id for request in again])
@@ -301,10 +325,11 @@ class EngineThread:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            orders = [*self._orders, *([self._update] if self._update is not None else [])]
+            futures = [future for _, future in self._orders]
+            futures += self._update.futures if self._update is not None else []
             self._orders.clear()
             self._changed.notify_all()
-        for _, future in orders:
+        for future in futures:
             future.set_exception(error)
 
     def _require_alive(self) -> None:

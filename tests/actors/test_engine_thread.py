@@ -109,6 +109,24 @@ def test_weights_that_wait_are_loaded_when_all_has_ended_and_nothing_is_begun_me
     assert versions(first[0]) == [[0, 0, 0]] and versions(second[0]) == [[1]]
 
 
+def test_weights_that_come_in_behind_newer_ones_are_left_out(thread):
+    thread.load_weights(lambda: [], 3).result(10)
+    thread.load_weights(lambda: [], 2).result(10)
+    assert thread.version == 3
+
+
+@pytest.mark.parametrize("versions", [(2, 1), (1, 3, 2), (3,)])
+def test_of_weights_that_wait_the_newest_are_loaded_and_every_call_ends(engine, thread, versions):
+    thread.submit([group(1, 2)])
+    assert engine.began.acquire(timeout=10)
+    waiting = [thread.load_weights(lambda: [], version, running="wait") for version in versions]
+    engine.may_step.release()
+    engine.steps(1)
+    for loaded in waiting:
+        loaded.result(10)
+    assert thread.version == max(versions)
+
+
 def test_a_group_waits_for_the_weights_that_it_asks_for(engine, thread):
     thread.submit([group(1, 2, min_version=1), group(2, 1)]).result(10)
     assert thread.num_held == 1 and thread.counts.samples == 2
