@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ class Ranks:
         """Of the calls that take micro-batches: the method, and those of each rank."""
         self.rates: list[float] = []
         """Of every optim_step."""
+        self.places: list[tuple[str, Path]] = []
+        """Of every save, load and export."""
 
     def __len__(self) -> int:
         return self.size
@@ -45,7 +48,9 @@ class Ranks:
         return SimpleNamespace(get=lambda timeout_s: [answer(of_rank) for of_rank in per_rank])
 
     def call_all(self, method: Any, *args: Any) -> list[UpdateStats]:
-        assert method.__name__ == "optim_step"
+        if method.__name__ != "optim_step":
+            self.places.append((method.__name__, *args))
+            return []
         self.rates.append(*args)
         return [self.updates.pop(0) if self.updates else UpdateStats(1.0, False)] * self.size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +137,21 @@ def test_every_update_gets_as_many_groups_however_large_they_are():
     learner_of(recipe, trainer=trainer).update(batch, 0)
     trained = [given for method, given in trainer.calls if method == "forward_backward"]
     assert [sum(len(b.sample_indices) for b in of_rank) for (of_rank,) in trained] == [4, 3]
+
+
+def test_a_checkpoint_has_the_critic_beside_the_policy_and_what_the_learner_counted(tmp_path: Path):
+    learner, ranks = make("ppo", 1, trainer=1, critic=1)
+    learner.save(tmp_path)
+    assert ranks["trainer"].places == [("save", tmp_path)]
+    assert ranks["critic"].places == [("save", tmp_path / "critic")] and (tmp_path / "critic").is_dir()
+    assert learner.state() == {"kl_coef": None, "has_trained": False}
+    learner.load(tmp_path, {"kl_coef": 0.5, "has_trained": False})
+    assert ranks["trainer"].places[-1] == ("load", tmp_path)
+    assert ranks["critic"].places[-1] == ("load", tmp_path / "critic")
+    assert learner.algorithm.kl.coef == 0.5 and learner.state() == {"kl_coef": 0.5, "has_trained": False}
+
+
+def test_a_checkpoint_that_does_not_say_whether_anything_was_trained_is_of_a_run_that_has(tmp_path: Path):
+    learner, _ = make("sft", 1, trainer=1)
+    learner.load(tmp_path, {"kl_coef": None})
+    assert learner.has_trained
