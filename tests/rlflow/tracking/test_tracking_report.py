@@ -222,6 +222,8 @@ def test_bucketing_keeps_the_ends_and_the_mean_of_a_line() -> None:
     few = bucket(points, 50)
     assert len(few) == 50 and few[0] == points[0] and few[-1] == points[-1]
     assert all(y == pytest.approx(3.0 * x) for x, y in few)
+    # Equal numbers of neighbours, some 21 each, and none of the 998 is left out.
+    assert few[1][0] == pytest.approx(11.0) and few[-2][0] == pytest.approx(988.0)
     assert bucket(points[:50], 50) == points[:50]
 
 
