@@ -74,6 +74,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert records[2].completion == "? <b>"
 
 
+def test_a_rollout_alone_has_its_rewards(tmp_path: Path) -> None:
+    prompt = make_prompt(0)
+    group = Group(prompt, 0, (make_rollout(prompt, 3, {"exact": 1.0}),))
+    write_rollouts(tmp_path / "one.parquet", [group], [np.zeros(1)], ["trained"])
+    (record,) = read_rollouts(tmp_path / "one.parquet")
+    assert record.rewards == {"exact": 1.0}
+
+
 def test_only_texts_that_repeat_are_looked_up_in_a_dictionary(tmp_path: Path) -> None:
     path = tmp_path / "step_000001.parquet"
     write_rollouts(path, *make_groups())
