@@ -99,7 +99,8 @@ def _plain_number(answer: str) -> Number | None:
 
 @lru_cache(maxsize=4096)
 def _read(answer: str) -> Reading:
-    text = clean(answer).strip(" .")
+    text = clean(answer).rstrip(" .").lstrip()
+    text = text if re.match(r"\.\d", text) else text.lstrip(" .")
     depth = deepest = 0
     for character in text:
         depth += (character in "({[") - (character in ")}]")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -148,3 +150,22 @@ def test_a_bucket_is_never_padded_by_more_than_a_quarter():
     for tokens in buckets:
         real = (tokens < layout.num_tokens).sum(dim=1)
         assert real.min() >= 0.75 * tokens.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sizes", "has_kernel"),
+    [
+        ((8, 0), torch.bfloat16, (64, 64), True),
+        ((9, 0), torch.float16, (256, 256), True),
+        ((7, 5), torch.float16, (64, 64), False),
+        ((9, 0), torch.float32, (64, 64), False),
+        ((9, 0), torch.bfloat16, (64, 128), False),
+        ((9, 0), torch.bfloat16, (60, 60), False),
+    ],
+)
+def test_flash_attention_is_there_since_ampere_in_16_bits_for_heads_of_one_size(
+    monkeypatch, capability, dtype, sizes, has_kernel
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    query, value = (SimpleNamespace(shape=(1, 1, size), is_cuda=True, dtype=dtype, device="cuda") for size in sizes)
+    assert packed_attention._has_kernel(cast(Any, query), cast(Any, value)) == has_kernel

@@ -25,3 +25,22 @@ FIVE, SIX = Number(Fraction(5)), Number(Fraction(6))
 )
 def test_brackets_say_what_a_collection_is(answer: str, reading: Reading) -> None:
     assert read(answer) == reading
+
+
+@pytest.mark.parametrize(
+    ("answer", "value", "last_place", "unit"),
+    [
+        (".25 cm", Fraction(1, 4), Fraction(1, 100), "cm"),
+        ("0.5 cm", Fraction(1, 2), Fraction(1, 10), "cm"),
+        ("2.50e3 cm", Fraction(2500), Fraction(10), "cm"),
+        ("1.5 million", Fraction(1_500_000), Fraction(100_000), ""),
+        ("25 cm", Fraction(25), None, "cm"),
+    ],
+)
+def test_a_decimal_may_be_rounded_in_its_last_digit(
+    answer: str, value: Fraction, last_place: Fraction | None, unit: str
+) -> None:
+    reading = read(answer)
+    assert isinstance(reading, Number)
+    assert (reading.value, reading.last_place) == (value, last_place)
+    assert reading.unit == unit or answer.endswith("million")

@@ -37,6 +37,7 @@ def verdict(answer: str, reference: str) -> float | None:
         ("5 years", "5 months"),
         ("5 N", "5 J"),
         ("20°C", "20°F"),
+        (".5 cm", "5 cm"),
     ],
 )
 def test_the_same_number_of_another_unit_is_wrong(answer: str, reference: str) -> None:
@@ -64,6 +65,7 @@ def test_the_same_number_of_another_unit_is_wrong(answer: str, reference: str) -
         ("20 degrees Celsius", "20°C"),
         ("5 years old", "5 years"),
         ("5 apples", "5"),
+        (".5 cm", "0.5 cm"),
     ],
 )
 def test_the_same_number_of_the_same_unit_or_of_none_is_right(answer: str, reference: str) -> None:
