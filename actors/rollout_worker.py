@@ -149,10 +149,16 @@ class RolloutWorker:
     def load_weights(
         self, snapshot: WeightSnapshot, running: RunningAtUpdate = "continue", cache: CacheAtUpdate = "recompute"
     ) -> None:
-        """Takes new weights between two steps."""
-        from rlflow.actors.weight_sync import unpack_weights
+        """Takes new weights between two steps. Until they have come here, the steps go on.
 
-        loaded = self.engine.load_weights(lambda: unpack_weights(snapshot), snapshot.version, running, cache)
+        Raises:
+            ConnectionError: They do not come.
+            ValueError: They are not what was sent, or not for this model.
+        """
+        from rlflow.actors.weight_sync import receive, tensors_of
+
+        arrays = receive(snapshot)
+        loaded = self.engine.load_weights(lambda: tensors_of(snapshot, arrays), snapshot.version, running, cache)
         loaded.result(ORDER_TIMEOUT_S if running != "wait" else None)
 
     def abort(self, group_ids: Sequence[int]) -> None:

@@ -75,7 +75,7 @@ def rlflow_pass(model_dir: str, rows: Rows, threads: int) -> Callable[[], float]
     batch, denominators = pack_rows(rows), Denominators(int(rows.lengths.sum()), len(rows.lengths), GROUP)
 
     def once() -> float:
-        loss = trainer.forward_backward([batch], algorithm, denominators)["loss/total"]
+        loss = trainer.forward_backward([batch], algorithm, denominators)["loss/total"].value
         for parameter in trainer.module.parameters():
             parameter.grad = None
         return loss

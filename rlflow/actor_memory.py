@@ -5,7 +5,7 @@ A step has a few moments that can be its peak; each is the sum of what is alive 
     scoring     all activations are kept, logits are there, chunk by chunk
     last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
     embeddings  the backward pass ends: no activations, all gradients
-    snapshot    the weights are copied for the rollout workers: no activations, no gradients; from GPUs to the host
+    snapshot    the weights go to the rollout workers, chunk by chunk: no activations, no gradients; from GPUs to the host
 
 benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
 padding of sequences whose lengths differ by less than a quarter, DoRA's own activations.
@@ -31,6 +31,8 @@ REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
 LOGITS_BYTES = 1 << 28
 """Trainer and reference score tokens in chunks whose logits take as much: token_model._CHUNK_BYTES."""
+SNAPSHOT_CHUNK_BYTES = 1 << 28
+"""Of weights on their way to the rollout workers that a trainer holds at a time: weight_sync.CHUNK_BYTES."""
 BUCKET_ELEMENTS = 100_000_000
 """Of ZeRO's buffer of gradients, where there are as many parameters: deepspeed_engine._config."""
 SUMMED_ELEMENTS = 500_000_000
@@ -46,7 +48,8 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     scores = recipe.algorithm.learning.head == "token"
     moments = _step(recipe, shape, state, trainer.workers, scores=scores, on_gpu=bool(trainer.gpus_per_worker))
     if recipe.needs_rollouts and not trainer.gpus_per_worker:
-        moments.append({**state, "gradients": 0, "snapshot": snapshot_bytes(recipe, shape)})
+        chunk = min(snapshot_bytes(recipe, shape), SNAPSHOT_CHUNK_BYTES)
+        moments.append({**state, "gradients": 0, "snapshot": chunk})
     return _largest(moments)
 
 

@@ -81,9 +81,8 @@ def sent(policy: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def sync(engine: RolloutEngine, policy: PreTrainedModel, version: int = 0, cache: CacheAtUpdate = "recompute") -> int:
-    """Read-only views into one buffer, as the trainer's weights arrive."""
+    """Read-only views, as the trainer's weights arrive."""
     snapshot = pack_weights(sent(policy).items(), version)
-    snapshot.buffer.flags.writeable = False
     return engine.load_weights(unpack_weights(snapshot), version, cache)
 
 

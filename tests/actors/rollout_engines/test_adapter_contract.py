@@ -68,9 +68,8 @@ class Policy:
     def send_to(self, engine: RolloutEngine, version: int = 0) -> int:
         """Returns the bytes that travelled."""
         snapshot = pack_weights(adapters.adapter_parameters(self.model).items(), version)
-        snapshot.buffer.flags.writeable = False
         engine.load_weights(unpack_weights(snapshot), version)
-        return snapshot.buffer.nbytes
+        return snapshot.num_bytes
 
     def as_peft_reads_it(self) -> Any:
         adapters.write(self.directory, self.model, adapters.adapter_parameters(self.model).items())

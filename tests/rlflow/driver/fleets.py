@@ -70,7 +70,7 @@ def _on_ray(cls: type, arguments: Mapping[str, Any], *, has_rank: bool) -> Any:
 
 def snapshot(version: int) -> WeightSnapshot:
     """Weights of nothing."""
-    return WeightSnapshot(version, (), np.zeros(0, dtype=np.uint8))
+    return WeightSnapshot(version)
 
 
 class Fleet:
