@@ -53,6 +53,8 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=1 << 30)
     rank = ray.remote(Rank).remote()
     samples = make_samples(given.samples, given.length)
+    expected = samples[7].old_logprobs
+    assert expected is not None
     print("| micro-batch | pack | to the rank and back | unpack | together | median |\n|---|---|---|---|---|---|")
     for max_tokens in (given.samples * given.length, 2048):
         turns = []
@@ -64,7 +66,7 @@ def main() -> None:
             answered = time.perf_counter()
             values = unpack(samples, batches, answers)
             ended = time.perf_counter()
-            assert np.array_equal(values[7], samples[7].old_logprobs)
+            assert np.array_equal(values[7], expected)
             turns.append((packed - started, answered - packed, ended - answered, ended - started))
         # The first two make the object store's pages.
         columns = list(zip(*turns[2:], strict=True))

@@ -95,7 +95,7 @@ def main() -> None:
         seconds = (copied, packed, received, loaded, time.perf_counter() - started)
         if version >= 2:
             for column, value in zip(columns.values(), seconds, strict=True):
-                column.append(value)
+                column.append(float(value))
     assert ray.get(trainer.checksum.remote(), timeout=60) == ray.get(worker.checksum.remote(), timeout=60)
     print(f"{num_bytes() / GIB:.2f} GiB\n\n| | seconds | GiB/s |\n|---|---|---|")
     for name, column in columns.items():

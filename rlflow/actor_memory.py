@@ -5,7 +5,7 @@ A step has a few moments that can be its peak; each is the sum of what is alive 
     scoring     all activations are kept, logits are there, chunk by chunk
     last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
     embeddings  the backward pass ends: no activations, all gradients
-    snapshot    the weights go to the rollout workers, chunk by chunk: no activations, no gradients; from GPUs to the host
+    snapshot    weights go to the rollout workers, chunk by chunk: no activations, no gradients; from GPUs to the host
 
 benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
 padding of sequences whose lengths differ by less than a quarter, DoRA's own activations.
