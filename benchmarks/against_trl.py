@@ -1,7 +1,7 @@
 """Whole GRPO steps on a CPU: `rlflow run` and TRL's GRPOTrainer, in pairs of runs one after the other.
 
     python benchmarks/against_trl.py --case equal                  # 1.3M parameters, 64 completions of some 110 tokens
-    python benchmarks/against_trl.py --case varied                 # 0.8M parameters, of up to 512 tokens, most far shorter
+    python benchmarks/against_trl.py --case varied                 # 0.8M parameters, of up to 512 tokens, most shorter
     python benchmarks/against_trl.py --case smollm2 --model models/SmolLM2-135M-Instruct    # 16 of up to 64
     python benchmarks/against_trl.py --case varied --staleness 1   # rlflow generates the next step meanwhile
 

@@ -66,8 +66,8 @@ def rlflow_pass(model_dir: str, rows: Rows, threads: int) -> Callable[[], float]
     from rlflow.actors.policy_trainer import PolicyTrainer
     from rlflow.recipe import ALGORITHMS, AlgorithmBlock, ModelBlock, TrainerBlock
 
-    defaults = ALGORITHMS["grpo"].defaults
-    algorithm = AlgorithmBlock.model_validate({"name": "grpo", **defaults, "kl": {"coef": 0.0}})
+    changes = {"kl": {"coef": 0.0}, "correction": {"mode": "none"}}
+    algorithm = AlgorithmBlock.model_validate({"name": "grpo", **ALGORITHMS["grpo"].defaults, **changes})
     trainer = PolicyTrainer(
         ModelBlock(path=model_dir), TrainerBlock(), rank=0, world_size=1, num_threads=threads, seed=0
     )
@@ -94,10 +94,7 @@ def pack_rows(rows: Rows) -> MicroBatch:
         mask = np.arange(len(token_ids)) >= len(prompt)
         # Each sequence's mean, then the mean over sequences: what TRL calls grpo.
         weights = mask / np.float32(length * len(rows.lengths))
-        no_logprobs = np.zeros(len(mask), np.float32)
-        samples.append(
-            Sample(token_ids, mask, weights.astype(np.float32), advantages=mask * advantage, old_logprobs=no_logprobs)
-        )
+        samples.append(Sample(token_ids, mask, weights.astype(np.float32), advantages=mask * advantage))
     ((batch,),) = pack(samples, max_tokens=rows.num_tokens, num_ranks=1)
     return batch
 
