@@ -107,6 +107,8 @@ class EngineThread:
         self._update: _Update | None = None
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
+        self._broken: Exception | None = None
+        """Why new weights could not be loaded: the engine may have some of them, and what it wrote is of neither."""
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="engine", daemon=True)
         self._thread.start()
@@ -169,7 +171,6 @@ class EngineThread:
             wants_room: Also return as soon as there is room for more.
         """
         with self._changed:
-            self._is_hurried = False
             self._changed.wait_for(
                 lambda: (
                     self._finished
@@ -180,12 +181,13 @@ class EngineThread:
                 ),
                 timeout_s,
             )
+            self._is_hurried = False
             if not self._finished:
                 self._require_alive()
             return [self._finished.popleft() for _ in range(min(most, len(self._finished)))]
 
     def hurry(self) -> None:
-        """Ends a wait for groups."""
+        """Ends a wait for groups: the one that is under way, or the next."""
         with self._changed:
             self._is_hurried = True
             self._changed.notify_all()
@@ -216,12 +218,12 @@ class EngineThread:
                 with self._changed:
                     self._changed.wait_for(lambda: self._orders or self._groups or self._is_closed)
                     if self._is_closed:
-                        return
+                        break
                     orders = list(self._orders)
                     self._orders.clear()
                 for order, future in orders:
                     _settle(future, order)
-                if self._groups:
+                if self._broken is None and self._groups:
                     self._step()
                 if self._update is not None and not self._groups:
                     update, self._update = self._update, None
@@ -229,6 +231,9 @@ class EngineThread:
                     _settle(first, update.load)
                     for other in others:
                         _settle(other, first.result)
+                if self._broken is not None:
+                    raise self._broken
+            self._end_calls(RuntimeError("the engine is closed"))
         # The engine's failure is what every later call of the worker says.
         except BaseException as error:
             self._fail(error)
@@ -306,7 +311,11 @@ class EngineThread:
         started = time.time()
         again = [group.request for group in self._groups.values()] if running == "restart" else []
         self._forget([request.id for request in again])
-        self.counts.reread_tokens += self.engine.load_weights(weights(), version, cache)
+        try:
+            self.counts.reread_tokens += self.engine.load_weights(weights(), version, cache)
+        except Exception as error:
+            self._broken = error
+            raise
         self.version = version
         ended = time.time()
         self.counts.loads += 1
@@ -325,10 +334,15 @@ class EngineThread:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
+            self._changed.notify_all()
+        self._end_calls(error)
+
+    def _end_calls(self, error: BaseException) -> None:
+        """Tells everybody who waits for an order that it will not be done."""
+        with self._changed:
             futures = [future for _, future in self._orders]
             futures += self._update.futures if self._update is not None else []
             self._orders.clear()
-            self._changed.notify_all()
         for future in futures:
             future.set_exception(error)
 

@@ -128,11 +128,13 @@ class RolloutWorker:
         groups = self.engine.take_finished(most, timeout_s, wants_room=wants_room)
         batch = self._batch(groups) if groups else None
         counts = self.engine.counts
+        # Read first: what is taken meanwhile is then counted twice, and nobody sends more than there is room for.
+        num_taken = counts.samples
         status = WorkerStatus(
             version=self.engine.version,
             num_running=self.engine.engine.num_running,
             num_waiting=self.engine.engine.num_waiting + self.engine.num_held,
-            num_taken=counts.samples,
+            num_taken=num_taken,
             steps=counts.steps,
             tokens=counts.tokens,
             busy_s=counts.busy_s,
@@ -143,7 +145,7 @@ class RolloutWorker:
         return Collected(batch, status)
 
     def hurry(self) -> None:
-        """Ends a `collect` that waits."""
+        """Ends the `collect` that waits, or the next."""
         self.engine.hurry()
 
     def load_weights(

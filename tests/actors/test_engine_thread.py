@@ -127,6 +127,50 @@ def test_of_weights_that_wait_the_newest_are_loaded_and_every_call_ends(engine, 
     assert thread.version == max(versions)
 
 
+def test_nothing_is_written_with_weights_that_were_loaded_in_part():
+    class Breaks(ScriptedEngine):
+        def load_weights(self, weights, version, cache="recompute"):
+            if version == 1:
+                raise RuntimeError("no memory for the second half")
+            return super().load_weights(weights, version, cache)
+
+    thread = EngineThread(Breaks(4, length=lambda request: 100, step_s=0.001), 4)
+    thread.load_weights(lambda: [], 0).result(10)
+    thread.submit([group(1, 100)]).result(10)
+    with pytest.raises(RuntimeError, match="second half"):
+        thread.load_weights(lambda: [], 1).result(10)
+    with pytest.raises(RuntimeError, match="the engine has failed: RuntimeError: no memory for the second half"):
+        thread.take_finished(1, 10)
+    thread.close(10)
+
+
+def test_who_waits_for_an_order_is_told_when_the_thread_ends(engine):
+    thread = EngineThread(engine, 8)
+    thread.load_weights(lambda: [], 0).result(10)
+    thread.submit([group(1, 3)])
+    assert engine.began.acquire(timeout=10)
+    weights = thread.load_weights(lambda: [], 1, running="wait")
+    engine.may_step.release()
+    assert engine.began.acquire(timeout=10)
+    later = thread.submit([group(2, 1)])
+    closing = threading.Thread(target=thread.close, args=(10,))
+    closing.start()
+    while not thread._is_closed:
+        closing.join(0.001)
+    engine.may_step.release()
+    for call in (weights, later):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            call.result(10)
+    closing.join(10)
+
+
+def test_a_hurry_that_comes_between_two_waits_ends_the_next(thread):
+    thread.hurry()
+    ended = threading.Event()
+    threading.Thread(target=lambda: (thread.take_finished(1, 30), ended.set()), daemon=True).start()
+    assert ended.wait(10)
+
+
 def test_a_group_waits_for_the_weights_that_it_asks_for(engine, thread):
     thread.submit([group(1, 2, min_version=1), group(2, 1)]).result(10)
     assert thread.num_held == 1 and thread.counts.samples == 2
