@@ -212,6 +212,7 @@ class RolloutPool:
                     self._watch()
                     self._lease()
                     self._hedge()
+                    self.scoring.watch()
                     self.scoring.start()
                     self.lock.notify_all()
         # What ends this thread is raised in the driver's, at its next call.

@@ -302,7 +302,7 @@ def _pool(
         return
     pool = RolloutPool(
         actors.rollout,
-        Scoring(actors.rewards, recipe.scoring, clock.trace.add),
+        Scoring(actors.rewards, recipe.scoring, clock.trace.add, tracker.message),
         recipe.rollout,
         tokenizer=material.tokenizer,
         is_token=token_table(material.tokenizer),

@@ -8,13 +8,15 @@ must not depend on who was faster.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
-from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.reward_pool import START_TIMEOUT_S
+from rlflow.actors.reward_server import RESTART_S, WASTED_CALLS, RewardServer
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import RewardBlock
@@ -23,21 +25,41 @@ from rlflow.types import ScoreBatch
 MAX_RESTARTS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a server was asked to score."""
+
+    server: int
+    groups: list[Generated]
+    limit_s: float
+    """A server that takes longer does not work any more."""
+    began: float = field(default_factory=time.time)
+    """In seconds since 1970."""
+    asked_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        return self.asked_at + self.limit_s
+
+
 class Scoring:
     def __init__(
         self,
         servers: ActorGroup[RewardServer],
         rewards: Sequence[RewardBlock],
         span: Span = lambda actor, name, began, ended: None,
+        tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         """
         Args:
             rewards: All that the servers have, those of an evaluation too.
             span: Called with what each server did, and when.
+            tell: Called with what users should know, e.g. that a server was started again.
         """
-        self.servers, self.span = servers, span
-        self.waiting: dict[Any, tuple[int, float, list[Generated]]] = {}
-        """Reference -> the server that owes it, since when, and what it scores."""
+        self.servers, self.span, self.tell = servers, span, tell
+        self.waiting: dict[Any, Call] = {}
+        """Reference -> what is owed."""
+        self._blocks = {block.label: block for block in rewards}
         self._by_round = {block.label for block in rewards if block.prompts_per_call > 1}
         self._rounds: dict[int, dict[int, Generated | None]] = {}
         """Of rounds that are scored as a whole: group -> what has come of it, in the order it was asked for."""
@@ -49,7 +71,7 @@ class Scoring:
     @property
     def num_groups(self) -> int:
         """Groups that are generated and not yet scored."""
-        waiting = sum(len(groups) for _, _, groups in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
+        waiting = sum(len(call.groups) for call in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
         return waiting + sum(group is not None for of_round in self._rounds.values() for group in of_round.values())
 
     def expect(self, jobs: Sequence[Job]) -> None:
@@ -76,7 +98,7 @@ class Scoring:
 
     def start(self) -> None:
         """Gives what is ready to servers that are idle."""
-        busy = {server for server, _, _ in self.waiting.values()}
+        busy = {call.server for call in self.waiting.values()}
         idle = [server for server in self.servers.ranks if server not in busy]
         while idle and self._units:
             is_own_call, groups = self._units[0]
@@ -93,20 +115,46 @@ class Scoring:
             ActorFailure: The server failed otherwise.
             RunError: It died too often.
         """
-        server, began, groups = self.waiting.pop(reference)
-        self.span(self.servers.name_of(server), "score", began, time.time())
+        call = self.waiting.pop(reference)
+        self.span(self.servers.name_of(call.server), "score", call.began, time.time())
         try:
-            scores = self.servers.result(server, RewardServer.score, reference)
+            scores = self.servers.result(call.server, RewardServer.score, reference)
         except ActorFailure as failure:
             if not failure.died:
                 raise
-            self._restarts[server] += 1
-            if self._restarts[server] > MAX_RESTARTS:
-                raise RunError(f"{failure}; it was started {MAX_RESTARTS} times again before") from failure
-            self.servers.replace(server)
-            self._units.insert(0, (True, groups))
+            self._again(call, str(failure))
             return
-        yield from _split(groups, scores)
+        yield from _split(call.groups, scores)
+
+    def watch(self) -> None:
+        """Replaces a server that has not answered when its call must have ended.
+
+        Raises:
+            RunError: It was replaced too often.
+        """
+        now = time.monotonic()
+        for reference, call in list(self.waiting.items()):
+            if now > call.deadline:
+                del self.waiting[reference]
+                self._again(call, f"{self.servers.name_of(call.server)}.score: no answer within {call.limit_s:.0f} s")
+
+    def _again(self, call: Call, reason: str) -> None:
+        """Starts the server of a call again, and has the call's groups scored."""
+        name = self.servers.name_of(call.server)
+        self._restarts[call.server] += 1
+        if self._restarts[call.server] > MAX_RESTARTS:
+            raise RunError(f"{reason}; it was started {MAX_RESTARTS} times again before")
+        self.tell(f"{reason}. {name} is started again, and {len(call.groups)} groups are scored again")
+        self.servers.replace(call.server)
+        self._units.insert(0, (True, call.groups))
+
+    def limit_s(self, groups: Sequence[Generated]) -> float:
+        """How long a server that works may take over them, all of whose functions have deadlines of their own."""
+        rows = sum(len(group.rows) for group in groups)
+        # A call that fails is made again for each of its rows.
+        blocks = [self._blocks[label] for label in groups[0].job.labels]
+        calls = len(groups) + rows + WASTED_CALLS + 1
+        return START_TIMEOUT_S + sum(calls * (block.timeout_s + RESTART_S) for block in blocks)
 
     def _loose(self, num_servers: int) -> list[Generated]:
         """One server's share of the groups that may be scored in any company."""
@@ -125,7 +173,7 @@ class Scoring:
     def _call(self, server: int, groups: list[Generated]) -> None:
         texts = [group.texts() for group in groups]
         reference = self.servers.start(server, RewardServer.score, texts, groups[0].job.labels)
-        self.waiting[reference] = (server, time.time(), groups)
+        self.waiting[reference] = Call(server, groups, self.limit_s(groups))
 
 
 def _split(groups: Sequence[Generated], scores: ScoreBatch) -> Iterator[ScoredGroup]:

@@ -116,7 +116,7 @@ class Fleet:
         self.workers.call_all(RolloutWorker.ready)
         self.pool = RolloutPool(
             self.workers,
-            Scoring(self.servers, [RewardBlock(name="length", **(reward or {}))]),
+            Scoring(self.servers, [RewardBlock(name="length", **(reward or {}))], tell=self.told.append),
             self.rollout,
             tokenizer=TOKENIZER,
             is_token=IS_TOKEN,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlflow.driver.errors import RunError
+from rlflow.driver.scoring import Scoring
 from tests.rlflow.driver.fleets import Fleet
 from tests.rlflow.driver.schedules import DYNAMIC, drawn, names, recipe_of, run_schedule, train, window_of
 
@@ -109,6 +110,36 @@ def test_a_worker_whose_engine_hangs_is_replaced(fleet):
     window.release(0)
     groups, _ = window.take(0)
     assert len(groups) == 4 and "no step of its engine within 1 s" in made.told[0]
+
+
+def test_a_reward_server_that_hangs_is_replaced_and_its_groups_are_scored_once(fleet, monkeypatch):
+    monkeypatch.setattr(Scoring, "limit_s", lambda self, groups: 0.3)
+    goes_on, hung = threading.Event(), []
+
+    def score(prompt: Any, index: int) -> float:
+        if not hung:
+            hung.append(prompt.id)
+            goes_on.wait(20)
+        return float(index)
+
+    made = fleet(2, score=score)
+    window = window_of(made, recipe_of())
+    taken = train(made, window, 2)
+    goes_on.set()
+    assert [name for groups in taken for name in names(groups)] == drawn(recipe_of(), 8)
+    assert len(made.servers_made) == 2 and len(made.told) == 1
+    assert made.told[0].startswith("rewards[0].score: no answer within 0 s. rewards[0] is started again")
+
+
+def test_a_reward_server_that_always_hangs_ends_the_run_with_its_name(fleet, monkeypatch):
+    monkeypatch.setattr(Scoring, "limit_s", lambda self, groups: 0.05)
+    goes_on = threading.Event()
+    made = fleet(1, score=lambda prompt, index: float(goes_on.wait(20)))
+    window = window_of(made, recipe_of())
+    window.release(0)
+    with pytest.raises(RunError, match=r"rewards\[0\].score: no answer within 0 s; it was started 3 times again"):
+        window.take(0)
+    goes_on.set()
 
 
 def test_workers_may_join_and_leave_while_a_run_goes_on(fleet):
