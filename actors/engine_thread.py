@@ -108,7 +108,7 @@ class EngineThread:
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
         self._broken: Exception | None = None
-        """Why new weights could not be loaded: the engine may have some of them, and what it wrote is of neither."""
+        """Why something was done in part: with some of the new weights, what the engine writes is of no version."""
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="engine", daemon=True)
         self._thread.start()
@@ -297,7 +297,15 @@ class EngineThread:
             for id in left:
                 del self._place_of[id]
         if samples:
-            self.engine.abort(sorted(samples))
+            self._whole(lambda: self.engine.abort(sorted(samples)))
+
+    def _whole(self, change: Callable[[], T]) -> T:
+        """Does something that breaks the engine where it fails half-way."""
+        try:
+            return change()
+        except Exception as error:
+            self._broken = error
+            raise
 
     def _load(
         self,
@@ -311,11 +319,7 @@ class EngineThread:
         started = time.time()
         again = [group.request for group in self._groups.values()] if running == "restart" else []
         self._forget([request.id for request in again])
-        try:
-            self.counts.reread_tokens += self.engine.load_weights(weights(), version, cache)
-        except Exception as error:
-            self._broken = error
-            raise
+        self.counts.reread_tokens += self._whole(lambda: self.engine.load_weights(weights(), version, cache))
         self.version = version
         ended = time.time()
         self.counts.loads += 1

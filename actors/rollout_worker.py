@@ -5,7 +5,7 @@
     collect        a group that is done, or the time             -> whole groups, and how the worker is doing
     load_weights   the step under way (and, with `running:       weights of a version
                    wait`, for all that is under way)
-    abort          the step under way                            ids of groups
+    abort          nothing                                       ids of groups
 
 Calls come from several threads at a time; the engine is used by one alone (engine_thread).
 """
@@ -164,8 +164,8 @@ class RolloutWorker:
         loaded.result(ORDER_TIMEOUT_S if running != "wait" else None)
 
     def abort(self, group_ids: Sequence[int]) -> None:
-        """Forgets groups, whatever has become of them."""
-        self.engine.abort(group_ids).result(ORDER_TIMEOUT_S)
+        """Forgets groups, whatever has become of them, after the step under way; waits for nothing."""
+        self.engine.abort(group_ids)
 
     def sleep(self) -> None:
         """Gives accelerator memory back."""

@@ -30,8 +30,9 @@ CLOSE_TIMEOUT_S = 3.0
 RELEASE_TIMEOUT_S = 5.0
 """Ray answers in milliseconds, or not at all once its processes are gone."""
 TRAINERS = ("trainer", "critic")
-CALLS_AT_ONCE = {"rollout": 4}
-"""Of an actor of these roles: one call waits inside for what is finished while others come in."""
+CALLS_AT_ONCE = {"rollout": 16}
+"""Of an actor of these roles: one call waits inside for what is finished while others come in. There must be room for
+it while an engine loads for minutes and everything that is asked of it meanwhile waits."""
 
 
 Construct = Callable[[int], tuple[type, dict[str, Any]]]

@@ -93,7 +93,9 @@ class Window:
         self.too_old = 0
         """Groups in which a token was older than it may be."""
         self._drawn: dict[int, list[tuple[int, int]]] = {}
-        """Of steps that an earlier process has drawn, and not trained."""
+        """Of steps that an earlier process has drawn first, and not trained."""
+        self._spare: list[tuple[int, int]] = []
+        """What it had drawn to replace others, and not trained."""
         self._next = 0
         self._unscored_in_a_row = 0
 
@@ -150,15 +152,21 @@ class Window:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: what was drawn and not yet trained is generated again."""
         with self.pool.lock:
-            left = [(step, groups.first) for step, groups in self.steps.items()]
+            # Those of steps that are not asked for again yet are among them.
+            left = [*((step, groups.first) for step, groups in self.steps.items()), *self._drawn.items()]
+            spare = [
+                *self._spare,
+                *(row for groups in self.steps.values() for row in groups.drawn[len(groups.first) :]),
+            ]
             counts = {"trained": self.ledger.trained, "filtered": self.ledger.filtered}
-            return {"sampler": self.sampler.state(), "drawn": left, "ledger": counts}
+            return {"sampler": self.sampler.state(), "drawn": left, "spare": spare, "ledger": counts}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Goes on at ``step``, counted from 0."""
         self._next = step
         self.sampler.restore(state["sampler"])
         self._drawn = {of_step: [(epoch, row) for epoch, row in rows] for of_step, rows in state.get("drawn", [])}
+        self._spare = [(epoch, row) for epoch, row in state.get("spare", [])]
         counts = state.get("ledger", {"trained": 0, "filtered": 0})
         self.ledger = Ledger(counts["trained"] + counts["filtered"], counts["trained"], counts["filtered"])
 
@@ -202,7 +210,8 @@ class Window:
             return
         missing = self._num_missing(groups)
         if missing and groups.rounds <= self.recipe.algorithm.groups.max_resamples:
-            self._ask(groups, self.sampler.take(missing))
+            kept, self._spare = self._spare[:missing], self._spare[missing:]
+            self._ask(groups, [*kept, *self.sampler.take(missing - len(kept))])
         else:
             groups.is_whole = True
 

@@ -144,6 +144,16 @@ def test_nothing_is_written_with_weights_that_were_loaded_in_part():
     thread.close(10)
 
 
+def test_an_engine_that_cannot_abort_has_failed(engine, thread):
+    engine.abort = lambda ids: 1 / 0
+    thread.submit([group(1, 3)])
+    assert engine.began.acquire(timeout=10)
+    thread.abort([1])
+    engine.may_step.release()
+    with pytest.raises(RuntimeError, match="the engine has failed: ZeroDivisionError"):
+        thread.take_finished(1, 10)
+
+
 def test_who_waits_for_an_order_is_told_when_the_thread_ends(engine):
     thread = EngineThread(engine, 8)
     thread.load_weights(lambda: [], 0).result(10)

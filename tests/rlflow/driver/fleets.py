@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlflow.actor_groups import CALLS_AT_ONCE
 from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
@@ -110,7 +111,7 @@ class Fleet:
             workers: Any = _on_ray(ScriptedWorker, script or {}, has_rank=True)
             servers: Any = _on_ray(ScriptedServer, {}, has_rank=False)
         else:
-            workers, servers = LocalTransport(make_worker, calls_at_once=4), LocalTransport(make_server)
+            workers, servers = LocalTransport(make_worker, CALLS_AT_ONCE["rollout"]), LocalTransport(make_server)
         self.workers = ActorGroup("rollout", workers, num_workers, 120.0)
         self.servers = ActorGroup("rewards", servers, 1, 120.0)
         self.workers.call_all(RolloutWorker.ready)

@@ -112,6 +112,24 @@ def test_a_worker_whose_engine_hangs_is_replaced(fleet):
     assert len(groups) == 4 and "no step of its engine within 1 s" in made.told[0]
 
 
+def test_a_worker_that_loads_for_long_is_heard_however_much_is_asked_of_it_meanwhile(fleet):
+    made = fleet(1)
+    window = window_of(made, recipe_of(run={"max_staleness": 4}))
+    window.release(0)
+    window.take(0)
+    member, goes_on = made.pool.members[0], threading.Event()
+    made.engine_of(0).load_weights = lambda weights, version, cache: goes_on.wait(30)
+    made.publish(1)
+    # As every step of the window does that asks for replacements.
+    for _ in range(5):
+        made.pool.ask([window._job(window.steps[1], 0, 0)])
+    with made.pool.lock:
+        for _ in range(3):
+            heard_at = member.heard_at
+            assert made.pool.lock.wait_for(lambda: member.heard_at > heard_at, 10)  # noqa: B023
+    goes_on.set()
+
+
 def test_a_reward_server_that_hangs_is_replaced_and_its_groups_are_scored_once(fleet, monkeypatch):
     monkeypatch.setattr(Scoring, "limit_s", lambda self, groups: 0.3)
     goes_on, hung = threading.Event(), []
@@ -206,6 +224,32 @@ def test_a_resumed_window_goes_on_where_the_ledger_stood(fleet):
     after = train(made, again, first=3)
     assert [names(groups) for groups in before + after] == whole
     assert (again.ledger.issued, again.ledger.trained, again.ledger.in_flight) == (24, 24, 0)
+
+
+def test_a_resumed_window_trains_the_replacements_that_had_been_drawn(fleet):
+    # Prompts whose number is even have no signal.
+    recipe = recipe_of(run={"max_staleness": 2}, algorithm={"groups": DYNAMIC})
+    script: dict[str, Any] = {"score": lambda prompt, index: float(index * (int(prompt.id[2:]) % 2))}
+    made = fleet(2, **script)
+    window = window_of(made, recipe)
+    trained = [name for groups in train(made, window, 2) for name in names(groups)]
+    window.release(2)
+    made.pool.wait_until(lambda: all(groups.is_whole for groups in window.steps.values()), lambda: None)
+    state = window.state()
+    assert len(state["spare"]) > 2
+    # A run that is stopped again before it has asked for all of them forgets none.
+    again = window_of(fleet(1), recipe, 4)
+    again.restore(2, state)
+    assert {key: sorted(value) for key, value in again.state().items() if key in ("drawn", "spare")} == {
+        key: sorted(state[key]) for key in ("drawn", "spare")
+    }
+    made = fleet(2, **script)
+    made.publish(2)
+    again = window_of(made, recipe)
+    again.restore(2, state)
+    trained += [name for groups in train(made, again, first=2) for name in names(groups)]
+    wanted = [name for name in drawn(recipe, 80) if int(name.partition(":")[2]) % 2]
+    assert sorted(trained) == sorted(wanted[:24])
 
 
 def test_rewards_that_want_several_prompts_in_a_call_are_called_in_the_order_of_the_draw(fleet):
