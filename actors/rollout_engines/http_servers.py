@@ -53,7 +53,8 @@ class CompletionServer(Protocol):
         ...
 
     def load(self, directory: Path, version: int) -> None:
-        """Loads a checkpoint's weights, and forgets what was read with those before. Nothing is under way."""
+        """Loads a checkpoint's weights, and forgets what was read with those before. Nothing of ours is under way; what
+        a worker that died has left there does not matter."""
         ...
 
     def check_temperature(self, prompt: list[int]) -> None:
@@ -84,7 +85,7 @@ class VllmServer:
     def load(self, directory: Path, version: int) -> None:
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         self._control("/collective_rpc", rpc)
-        if not self._control("/reset_prefix_cache", {}).get("success"):
+        if not self._control("/reset_prefix_cache?reset_running_requests=true", {}).get("success"):
             raise ServerError(f"{self.server.url}/reset_prefix_cache: it kept what older weights have written")
 
     def check_temperature(self, prompt: list[int]) -> None:
@@ -173,7 +174,12 @@ class SglangServer:
             self.server.post("/abort_request", {"rid": key})
 
     def load(self, directory: Path, version: int) -> None:
-        body = {"model_path": str(directory), "weight_version": str(version), "flush_cache": True}
+        body = {
+            "model_path": str(directory),
+            "weight_version": str(version),
+            "abort_all_requests": True,
+            "flush_cache": True,
+        }
         answer = self.server.post("/update_weights_from_disk", body)
         if not answer.get("success"):
             said = answer.get("message", "")

@@ -84,11 +84,12 @@ class StandIn:
             assert body["method"] == "reload_weights"
             self._load(body["kwargs"]["weights_path"], "unnamed")
             return 200, {"results": [None]}
-        if path == "/reset_prefix_cache":
-            return 200, {"success": self.num_here == 0}
+        if path == "/reset_prefix_cache?reset_running_requests=true":
+            return 200, {"success": True}
         if path == "/update_weights_from_disk":
             if not Path(body["model_path"]).is_dir():
                 return 400, {"success": False, "message": "no such directory"}
+            assert body["abort_all_requests"] and body["flush_cache"]
             self._load(body["model_path"], body["weight_version"])
             return 200, {"success": True, "message": "Succeeded"}
         return 404, {"detail": "Not Found"}
