@@ -17,6 +17,7 @@ import rlflow
 from rlflow.actor_groups import Actors
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.errors import RunError
+from rlflow.driver.window import Window
 from rlflow.tracking.rollouts import read_rollouts
 
 pytestmark = pytest.mark.ray
@@ -102,6 +103,22 @@ def test_the_same_recipe_and_seed_give_the_same_parameters_to_the_bit(finished, 
     again = run(tmp_path, "again")
     assert equal(weights_of(finished / "sft"), weights_of(again / "sft"))
     assert equal(weights_of(finished / "grpo"), weights_of(again / "grpo"))
+
+
+def test_a_worker_that_is_killed_in_a_step_is_replaced_and_changes_no_parameter(finished, monkeypatch, tmp_path):
+    release = Window.release
+
+    def killing(window: Window, step: int) -> None:
+        release(window, step)
+        if step == 1:
+            window.pool.workers.transport.kill(window.pool.workers.handles[0])
+
+    monkeypatch.setattr(Window, "release", killing)
+    directory = run(tmp_path, "killed")
+    assert equal(weights_of(finished / "grpo"), weights_of(directory / "grpo"))
+    lines = metrics_of(directory / "grpo")
+    assert [line.get("fleet/restarts") for line in lines[1:]] == [0, 1, 1, 1]
+    assert lines[-1]["group/issued"] == lines[-1]["group/trained"] == 16
 
 
 def test_a_run_resumed_from_a_checkpoint_ends_like_one_never_stopped(finished, tmp_path):
