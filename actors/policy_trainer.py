@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.trainer import Objective, Trainer
-from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
+from rlflow.recipe import AlgorithmBlock, ModelBlock, OnlineBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PolicyTrainer(Trainer):
 
     def _entropies(self, algorithm: AlgorithmBlock) -> Entropies:
         """Preference losses have no use for them; Liger's kernel, which has none, is worth more than SFT's metric."""
-        if algorithm.loss.entropy_coef:
+        if isinstance(algorithm, OnlineBlock) and algorithm.loss.entropy_coef:
             return "gradient"
         learning = algorithm.learning
         return "values" if learning.has_entropies and not (learning.family == "sft" and self.block.liger) else "none"

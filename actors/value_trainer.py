@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.trainer import Objective, Trainer
-from rlflow.recipe import AlgorithmBlock
+from rlflow.recipe import AlgorithmBlock, OnlineBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class ValueTrainer(Trainer):
         temperature: float,
     ) -> Objective:
         from rlflow.algorithms.objectives import value_objective
+
+        assert isinstance(algorithm, OnlineBlock)
 
         values = self.module(micro_batch, self.device, "values")
         return value_objective(values, None, batch, algorithm, denominators)

@@ -115,8 +115,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
     from rlflow.actors.train_engines import token_model
     from rlflow.algorithms.weighing import weigh
     from rlflow.batching import pack
-    from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
-    from rlflow.recipe.presets import ALGORITHMS
+    from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
     from rlflow.types import Sample
 
     variant = VARIANTS[name]
@@ -131,7 +130,7 @@ def train_rlflow(connection: Connection, name: str, settings: Settings, rank: in
         seed=0,
     )
     trainer.setup(address)
-    algorithm = AlgorithmBlock.model_validate({"name": "sft", **ALGORITHMS["sft"].defaults})
+    algorithm = algorithm_of("sft")
     max_tokens = max(settings.tokens_of_steps)
     connection.send(None)
     for step in settings.steps:

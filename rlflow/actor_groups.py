@@ -176,7 +176,7 @@ def constructor_of(
                 return RewardTrainer, arguments
             return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
         case "critic":
-            path = recipe.algorithm.critic.path
+            path = None if recipe.critic is None else recipe.critic.path
             # A critic is trained whole, also where the policy is an adapter.
             whole = model.model_copy(update={"adapter": None})
             start = whole if path is None else _other_model(path, model)

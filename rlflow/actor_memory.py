@@ -55,7 +55,8 @@ def trainer_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 
 def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the critic: a trainer of all weights, without logits."""
-    critic = recipe.algorithm.critic
+    critic = recipe.critic
+    assert critic is not None
     state = state_bytes(recipe, replace(shape, adapter=None), critic.workers, bool(critic.gpus_per_worker))
     return _largest(_step(recipe, shape, state, critic.workers, scores=False, on_gpu=bool(critic.gpus_per_worker)))
 
@@ -83,7 +84,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
     sequences = rollout.max_num_seqs
     prompts = sequences
     if recipe.family == "online":
-        group = recipe.algorithm.group_size
+        group = recipe.online.group_size
         share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * group
         sequences = min(sequences, share)
         prompts = math.ceil(sequences / group)
@@ -134,7 +135,7 @@ def longest_sequence(recipe: Recipe) -> int:
 def sequences_per_step(recipe: Recipe) -> int:
     """Rollouts, examples, or both answers of every pair."""
     if recipe.family == "online":
-        return recipe.data.prompts_per_step * recipe.algorithm.group_size
+        return recipe.data.prompts_per_step * recipe.online.group_size
     return recipe.data.prompts_per_step * recipe.algorithm.learning.unit_size
 
 
@@ -227,9 +228,8 @@ def _chunks(tokens: int, shape: ModelShape, size: int) -> tuple[int, int]:
 
 def _micro_batches(recipe: Recipe, ranks: int) -> int:
     """Of one of ``ranks`` that have their own, in one update, where all sequences are as long as they may be."""
-    updates = recipe.algorithm.groups.updates_per_step if recipe.family == "online" else 1
-    of_rank = math.ceil(sequences_per_step(recipe) / updates / ranks) * longest_sequence(recipe)
-    return math.ceil(of_rank / micro_batch_tokens(recipe))
+    sequences = math.ceil(sequences_per_step(recipe) / recipe.algorithm.num_mini_batches / ranks)
+    return math.ceil(sequences * longest_sequence(recipe) / micro_batch_tokens(recipe))
 
 
 def _largest(moments: list[Parts]) -> Parts:

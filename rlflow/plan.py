@@ -15,7 +15,7 @@ from typing import Any
 from rlflow import actor_memory, memory
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
-from rlflow.recipe import ALGORITHMS, AdapterBlock, AlgorithmBlock, Recipe
+from rlflow.recipe import AdapterBlock, AlgorithmBlock, Recipe, algorithm_of
 from rlflow.recipe.architectures import why_one_at_a_time
 from rlflow.recipe.reference import options
 from rlflow.recipe.token_shares import longest_with_one_rotation
@@ -96,8 +96,7 @@ class Plan:
 
     @property
     def updates_per_step(self) -> int:
-        groups = self.recipe.algorithm.groups
-        return groups.updates_per_step * groups.epochs_per_step if self.recipe.family == "online" else 1
+        return self.recipe.algorithm.num_updates
 
     @property
     def host_bytes(self) -> int:
@@ -125,8 +124,7 @@ def roles(recipe: Recipe) -> list[Role]:
         found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
         server = recipe.reward_server
         found.append(Role("rewards", server.workers, server.cpus_per_worker, server.gpus_per_worker))
-    if recipe.needs_critic:
-        critic = recipe.algorithm.critic
+    if (critic := recipe.critic) is not None:
         found.append(Role("critic", critic.workers, critic.cpus_per_worker, critic.gpus_per_worker))
     if recipe.places_reference:
         found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
@@ -135,14 +133,16 @@ def roles(recipe: Recipe) -> list[Role]:
 
 def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
     """What makes the algorithm what it is: every key that differs from neutral, and who says so."""
-    row = ALGORITHMS[algorithm.name]
-    neutral = {option.key: option.value for option in options(AlgorithmBlock.model_construct(name=algorithm.name))}
+    name = algorithm.name
+    row = {option.key: option.value for option in options(algorithm_of(name))}
+    neutral = {option.key: option.value for option in options(type(algorithm).model_construct(name=name))}
     for option in options(algorithm):
-        default = row.value(option.key, neutral[option.key])
-        if option.value != default:
-            yield Setting(option.key, option.value, f"recipe ({algorithm.name}: {shown(default)})")
-        elif option.value != neutral[option.key]:
-            yield Setting(option.key, option.value, algorithm.name)
+        if option.key not in row:
+            yield Setting(option.key, option.value, "recipe")
+        elif option.value != row[option.key]:
+            yield Setting(option.key, option.value, f"recipe ({name}: {shown(row[option.key])})")
+        elif option.value != neutral.get(option.key, option.default):
+            yield Setting(option.key, option.value, name)
 
 
 def make_plans(
@@ -322,8 +322,8 @@ def _what_to_change(plan: Plan, limit: int, size: Size) -> Iterator[str]:
 
 def _oddities(plan: Plan) -> Iterator[str]:
     recipe = plan.recipe
-    updates, prompts = recipe.algorithm.groups.updates_per_step, recipe.data.prompts_per_step
-    if recipe.family == "online" and prompts == updates:
+    prompts = recipe.data.prompts_per_step
+    if recipe.family == "online" and prompts == recipe.algorithm.num_mini_batches:
         yield "one prompt an update: gradients will be noisy; raise data.prompts_per_step, or lower updates_per_step"
     yield from _cut_sampling(recipe)
     yield from _other_rotations(plan)
@@ -364,7 +364,7 @@ def _idle_policy(recipe: Recipe) -> Iterator[str]:
     steps, warmup = recipe.run.steps, recipe.trainer.warmup_steps
     if steps is None:
         return
-    for_critic = recipe.algorithm.critic.warmup_steps if recipe.needs_critic else 0
+    for_critic = 0 if recipe.critic is None else recipe.critic.warmup_steps
     if for_critic >= steps:
         yield f"the policy is never trained: algorithm.critic.warmup_steps is {for_critic} of {steps} steps"
     elif warmup >= steps - for_critic:

@@ -58,12 +58,12 @@ def _model_line(plan: Plan) -> str:
 def _step_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
     if recipe.family == "online":
-        what = f"{recipe.data.prompts_per_step} prompts x {recipe.algorithm.group_size} completions = {plan.sequences}"
+        what = f"{recipe.data.prompts_per_step} prompts x {recipe.online.group_size} completions = {plan.sequences}"
         longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.rollout.max_new_tokens} new)"
         lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
     else:
         lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]
-    count = recipe.algorithm.groups.updates_per_step if recipe.family == "online" else 1
+    count = recipe.algorithm.num_mini_batches
     passes = plan.updates_per_step // count
     updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"
     again = f", {passes} passes over them" if passes > 1 else ""

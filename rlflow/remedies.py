@@ -62,7 +62,7 @@ def enough(
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """What could be less: workers and sizes half, switches on."""
-    trainer, rollout, critic = recipe.trainer, recipe.rollout, recipe.algorithm.critic
+    trainer, rollout, critic = recipe.trainer, recipe.rollout, recipe.critic
     if not trainer.gradient_checkpointing:
         yield "trainer.gradient_checkpointing", True
     if (budget := max(longest_sequence(recipe), trainer.tokens_per_micro_batch // 2)) < trainer.tokens_per_micro_batch:
@@ -76,14 +76,14 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "model.adapter", {"kind": "lora"}
     if trainer.gpus_per_worker:
         yield from _for_gpus(recipe)
-    if critic.gpus_per_worker:
+    if critic is not None and critic.gpus_per_worker:
         yield "algorithm.critic.workers", critic.workers * 2
     workers = {
         "trainer": trainer.workers,
         "rollout": rollout.workers,
         "reference": recipe.reference.workers,
         "reward_server": recipe.reward_server.workers,
-        "algorithm.critic": critic.workers,
+        "algorithm.critic": 1 if critic is None else critic.workers,
     }
     for block, count in workers.items():
         if count > 1:

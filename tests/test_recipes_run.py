@@ -94,13 +94,13 @@ def small(recipe: Recipe, directory: Path) -> dict[str, Any]:
         "run.steps": 2,
         "run.stop_at_score": None,
     }
-    changes |= {f"{role}.cpus_per_worker": 1 for role in ("rollout", "trainer", "reference", "algorithm.critic")}
+    changes |= {f"{role}.cpus_per_worker": 1 for role in ("rollout", "trainer", "reference")}
     if recipe.data.system is not None:
         changes["data.system"] = "Be short."
-    if recipe.algorithm.critic.warmup_steps:
-        changes["algorithm.critic.warmup_steps"] = 0
+    if recipe.critic is not None:
+        changes |= {"algorithm.critic.warmup_steps": 0, "algorithm.critic.cpus_per_worker": 1}
     if recipe.family == "online":
-        changes["algorithm.group_size"] = min(recipe.algorithm.group_size, 2)
+        changes["algorithm.group_size"] = min(recipe.online.group_size, 2)
         changes["rewards"] = [*own_rewards(recipe, directory), code_reward(directory)]
     if recipe.evaluation is not None:
         changes |= source_of_few_rows("evaluation.data", recipe.evaluation.data, directory)

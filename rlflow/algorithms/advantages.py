@@ -9,15 +9,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rlflow.recipe import AdvantageBlock
+from rlflow.recipe.algorithm_blocks import Advantage, BaselineBlock, GAEBlock
 
 
-def compute_advantages(rewards: np.ndarray, block: AdvantageBlock) -> np.ndarray:
+def compute_advantages(rewards: np.ndarray, block: BaselineBlock) -> np.ndarray:
     """One advantage a rollout: (reward - baseline) / (standard deviation + eps).
 
     Args:
         rewards: float [P, G], NaN where unscored; of groups that have fewer than G rollouts, also where there is none.
-        block: Its estimator may be any but gae, which needs values (see token_advantages).
 
     Returns:
         float64 [P, G], 0 where unscored.
@@ -33,7 +32,7 @@ def token_advantages(
     rewards: np.ndarray,
     group_of: np.ndarray,
     penalties: Sequence[np.ndarray],
-    block: AdvantageBlock,
+    block: Advantage,
     values: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
@@ -54,10 +53,11 @@ def token_advantages(
         Advantages and returns (what values should have been), float64 [L] a rollout each; 0 where unscored.
     """
     scored = ~np.isnan(rewards)
-    if block.estimator in ("return", "gae"):
-        if block.estimator == "gae" and values is None:
+    if not isinstance(block, BaselineBlock):
+        is_gae = isinstance(block, GAEBlock)
+        if is_gae and values is None:
             raise ValueError("advantage.estimator gae needs a value for each token; none were given")
-        baseline, lam = (values, block.gae_lambda) if block.estimator == "gae" and values else (None, 1.0)
+        baseline, lam = (values, block.gae_lambda) if is_gae and values else (None, 1.0)
         advantages, returns = _with_values(rewards, penalties, baseline, block.gamma, lam)
     else:
         totals = rewards - np.array([float(np.sum(p)) for p in penalties])
@@ -212,7 +212,6 @@ BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "group_mean": _group_mean,
     "leave_one_out": _leave_one_out,
     "batch_mean": _batch_mean,
-    "return": np.zeros_like,
 }
 """``advantage.estimator`` -> what is subtracted: [P, G] to something that broadcasts to it."""
 

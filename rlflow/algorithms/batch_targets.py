@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
-from rlflow.recipe import AlgorithmBlock
+from rlflow.recipe import AlgorithmBlock, PairBlock
 from rlflow.types import Sample
 
 Unit = tuple[Sample, ...]
@@ -34,6 +34,7 @@ def _as_they_are(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: 
 
 
 def _of_pair_loss(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
+    assert isinstance(algorithm, PairBlock)
     return PAIR_TARGETS.get(algorithm.preference.loss, _as_they_are)(units, algorithm, logprobs_of)
 
 
@@ -56,7 +57,7 @@ def _mismatched_kl(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of
     """KTO: the KL of the mismatched pairs, which are not trained themselves."""
     mismatched = [other for _, other in units if other.loss_mask.any()]
     kl = 0.0
-    if mismatched and not algorithm.preference.reference_free:
+    if mismatched:
         logprobs = logprobs_of(mismatched)
         kl = kto_kl(_sums(mismatched, logprobs), _sums(mismatched, [_reference(sample) for sample in mismatched]))
     return [replace(answer, batch_kl=kl) for answer, _ in units]
@@ -82,7 +83,7 @@ def _scores(
     samples = _as_they_are(units, algorithm, logprobs_of)
     scores = _sums(samples, logprobs_of(samples))
     references = _sums(samples, [_reference(sample) for sample in samples])
-    if algorithm.preference.length_normalized:
+    if isinstance(algorithm, PairBlock) and algorithm.preference.length_normalized:
         lengths = np.array([max(1, sample.loss_mask.sum()) for sample in samples])
         scores, references = scores / lengths, references / lengths
     return samples, scores, references

@@ -8,6 +8,7 @@ gives the batch's mean, or a maximum.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,24 +17,23 @@ from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.kl import KL_ESTIMATORS, k3, unbiased
 from rlflow.algorithms.value_losses import value_loss
 from rlflow.metrics import Metric
-from rlflow.recipe import AlgorithmBlock
-from rlflow.recipe.algorithm_blocks import PolicyLossBlock, PreferenceBlock
+from rlflow.recipe import AlgorithmBlock, KTOBlock, OnlineBlock, PairBlock, RewardModelBlock
+from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, CISPOBlock, ClipBlock, PolicyLossBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.types import Denominators
 
 Metrics = dict[str, Metric]
-Objective = Callable[
-    [torch.Tensor, torch.Tensor | None, TensorBatch, AlgorithmBlock, Denominators], tuple[torch.Tensor, Metrics]
-]
+Objective = Callable[[torch.Tensor, torch.Tensor | None, TensorBatch, Any, Denominators], tuple[torch.Tensor, Metrics]]
+"""The fourth is the algorithm, of the class that has the objective in rlflow.recipe.algorithm.BLOCKS."""
 
-POLICY_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PolicyLossBlock], torch.Tensor]] = {
+POLICY_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]] = {
     "clip": lambda ratio, _, adv, b: policy_losses.clip_loss(ratio, adv, b.clip_low, b.clip_high, b.dual_clip),
     "cispo": lambda ratio, logprobs, adv, b: policy_losses.cispo_loss(ratio, logprobs, adv, b.clip_low, b.clip_high),
-    "sapo": lambda ratio, _, adv, b: policy_losses.sapo_loss(ratio, adv, b.sapo_tau_positive, b.sapo_tau_negative),
+    "sapo": lambda ratio, _, adv, b: policy_losses.sapo_loss(ratio, adv, b.tau_positive, b.tau_negative),
 }
-"""``loss.kind`` -> function of ratio, logprobs, advantages [N] and the block's numbers."""
+"""``loss.kind`` -> function of ratio, logprobs, advantages [N] and the numbers of the kind's block."""
 
-PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, PreferenceBlock], torch.Tensor]] = {
+PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, Any], torch.Tensor]] = {
     "sigmoid": lambda c, r, _, b: preference_losses.sigmoid(c, r, b.beta, b.label_smoothing, b.gamma),
     "hinge": lambda c, r, _, b: preference_losses.hinge(c, r, b.beta),
     "ipo": lambda c, r, _, b: preference_losses.ipo(c, r, b.beta),
@@ -51,7 +51,7 @@ PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, 
     "discopop": lambda c, r, _, b: preference_losses.discopop(c, r, b.beta),
     "orpo": lambda c, r, _, b: preference_losses.orpo(c, r, b.beta),
 }
-"""``preference.loss`` -> function of chosen and rejected scores [B], the batch and the block's numbers."""
+"""``preference.loss`` -> function of chosen and rejected scores [B], the batch and the numbers of the kind's block."""
 
 
 def objective_of(algorithm: AlgorithmBlock) -> Objective:
@@ -63,7 +63,7 @@ def policy_objective(
     logprobs: torch.Tensor,
     entropies: torch.Tensor | None,
     batch: TensorBatch,
-    algorithm: AlgorithmBlock,
+    algorithm: OnlineBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
     """sum over loss tokens of weight * (policy loss * correction + kl.coef * KL - entropy_coef * entropy).
@@ -89,7 +89,7 @@ def policy_objective(
     metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), tokens.advantages, block, denominators)
     if engine is not None:
         metrics |= _mismatch_metrics(proximal, engine, denominators)
-    if correction.mode != "none":
+    if isinstance(correction, BoundedWeightBlock):
         assert engine is not None, "a correction needs the engine's logprobs"
         weights = corrections.mismatch_weights(
             proximal, engine, tokens.sequence_ids, tokens.num_sequences, correction.level
@@ -137,7 +137,7 @@ def preference_objective(
     logprobs: torch.Tensor,
     entropies: torch.Tensor | None,
     batch: TensorBatch,
-    algorithm: AlgorithmBlock,
+    algorithm: PairBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
     """Mean over pairs of the pair's loss, plus sft_coef times the chosen answers' weighted cross-entropy.
@@ -148,7 +148,7 @@ def preference_objective(
     block = algorithm.preference
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
     reduce = segment_mean if block.length_normalized else segment_sum
-    scores = reduce(_log_ratios(logprobs, tokens, block), tokens.sequence_ids, tokens.num_sequences)
+    scores = reduce(_log_ratios(logprobs, tokens, block.reference_free), tokens.sequence_ids, tokens.num_sequences)
     chosen, rejected = _sides(scores, batch)
     assert len(chosen) == len(rejected), "pairs must stay together in a micro-batch"
     losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, batch, block)
@@ -171,13 +171,13 @@ def kto_objective(
     logprobs: torch.Tensor,
     entropies: torch.Tensor | None,
     batch: TensorBatch,
-    algorithm: AlgorithmBlock,
+    algorithm: KTOBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
     """Mean over examples of KTO's loss."""
     block = algorithm.preference
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
-    scores = segment_sum(_log_ratios(logprobs, tokens, block), tokens.sequence_ids, tokens.num_sequences)
+    scores = segment_sum(_log_ratios(logprobs, tokens), tokens.sequence_ids, tokens.num_sequences)
     real = batch.labels != 0
     assert batch.batch_kls is not None
     scores, labels, kl = scores[real], batch.labels[real], batch.batch_kls[real]
@@ -197,7 +197,7 @@ def reward_model_objective(
     scores: torch.Tensor,
     entropies: torch.Tensor | None,
     batch: TensorBatch,
-    algorithm: AlgorithmBlock,
+    algorithm: RewardModelBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
     """Mean over pairs of the Bradley-Terry loss.
@@ -219,7 +219,7 @@ def value_objective(
     values: torch.Tensor,
     entropies: torch.Tensor | None,
     batch: TensorBatch,
-    algorithm: AlgorithmBlock,
+    algorithm: OnlineBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
     """sum over loss tokens of weight * value loss: what PPO's critic minimises.
@@ -229,6 +229,7 @@ def value_objective(
     """
     tokens, values = batch.loss_tokens(), values[batch.loss_mask]
     assert tokens.old_values is not None and tokens.returns is not None
+    assert algorithm.critic is not None
     clip = algorithm.critic.clip
     loss = (tokens.loss_weights * value_loss(values, tokens.old_values, tokens.returns, clip)).sum()
     moved = (values - tokens.old_values).detach().abs()
@@ -252,9 +253,9 @@ OBJECTIVES: dict[str, Objective] = {
 """A row's ``objective`` -> function. value_objective is the critic's, beside the policy's."""
 
 
-def _log_ratios(logprobs: torch.Tensor, tokens: TensorBatch, block: PreferenceBlock) -> torch.Tensor:
+def _log_ratios(logprobs: torch.Tensor, tokens: TensorBatch, reference_free: bool = False) -> torch.Tensor:
     """logprobs [N] minus the reference's, unless the reference is uniform."""
-    if block.reference_free:
+    if reference_free:
         return logprobs
     assert tokens.ref_logprobs is not None, "the loss compares with a reference: give ref_logprobs"
     return logprobs - tokens.ref_logprobs
@@ -293,15 +294,15 @@ def _ratio_metrics(
         "ratio/value_max": _largest(ratio),
         "kl/old": _token_mean(k3(torch.zeros_like(log_ratio), log_ratio), denominators),
     }
-    if block.kind == "sapo":
+    if not isinstance(block, ClipBlock | CISPOBlock):
         return metrics
     low, high = ratio < 1.0 - block.clip_low, ratio > 1.0 + block.clip_high
-    if block.kind == "clip":
+    if isinstance(block, ClipBlock):
         # The pessimistic bound holds only where it lowers the objective.
         low, high = low & (advantages < 0), high & (advantages > 0)
     metrics["clip/low_fraction"] = _token_mean(low.to(ratio.dtype), denominators)
     metrics["clip/high_fraction"] = _token_mean(high.to(ratio.dtype), denominators)
-    if block.dual_clip is not None:
+    if isinstance(block, ClipBlock) and block.dual_clip is not None:
         dual = (ratio > block.dual_clip) & (advantages < 0)
         metrics["clip/dual_fraction"] = _token_mean(dual.to(ratio.dtype), denominators)
     return metrics

@@ -38,7 +38,7 @@ def _of_all(
     samples: Sequence[Sample], algorithm: AlgorithmBlock, max_tokens: int, trained: np.ndarray, counted: np.ndarray
 ) -> tuple[np.ndarray, Denominators]:
     groups = np.array([sample.group for sample in samples])
-    weights = loss_weights(algorithm.loss.reduction, counted, groups, count_denominators(counted, groups), max_tokens)
+    weights = loss_weights(algorithm.reduction, counted, groups, count_denominators(counted, groups), max_tokens)
     return weights, count_denominators(trained, groups)
 
 
@@ -46,7 +46,7 @@ def _of_chosen(
     samples: Sequence[Sample], algorithm: AlgorithmBlock, max_tokens: int, trained: np.ndarray, counted: np.ndarray
 ) -> tuple[np.ndarray, Denominators]:
     labels = np.array([sample.label for sample in samples])
-    return preference_weights(algorithm.loss.reduction, counted, labels, max_tokens)
+    return preference_weights(algorithm.reduction, counted, labels, max_tokens)
 
 
 WEIGHTS: dict[

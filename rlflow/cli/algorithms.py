@@ -8,11 +8,23 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rlflow.cli.common import parser_of
 from rlflow.plan import settings
-from rlflow.recipe import ALGORITHMS, AlgorithmBlock, Problem, RecipeError
+from rlflow.recipe import (
+    ALGORITHMS,
+    AlgorithmBlock,
+    KTOBlock,
+    OnlineBlock,
+    PairBlock,
+    Problem,
+    RecipeError,
+    RewardModelBlock,
+    SFTBlock,
+    algorithm_of,
+)
+from rlflow.recipe.algorithm_blocks import BaselineBlock, SAPOBlock
+from rlflow.recipe.block import kinds_in
 from rlflow.recipe.problems import did_you_mean
 from rlflow.recipe.reference import options
-from rlflow.recipe.used_options import can_have_effect, has_effect, needed
-from rlflow.recipe.yaml_source import dump_value, merge
+from rlflow.recipe.yaml_source import dump_value
 
 SUMMARY = "list the algorithms, or one with all its options"
 WIDTH = 120
@@ -42,7 +54,7 @@ def table() -> str:
     """The columns of every algorithm, family by family, and what each is."""
     lines = []
     for family, title in FAMILIES.items():
-        blocks = [resolved(name) for name, found in ALGORITHMS.items() if found.family == family]
+        blocks = [algorithm_of(name) for name, found in ALGORITHMS.items() if found.family == family]
         columns, cells = (ONLINE_COLUMNS, _online) if family == "online" else (OFFLINE_COLUMNS, _offline)
         lines += [title, *_aligned([columns, *map(cells, blocks)]), ""]
     width = max(map(len, ALGORITHMS)) + 2
@@ -59,37 +71,37 @@ def row(name: str) -> str:
     """
     if name not in ALGORITHMS:
         raise RecipeError([Problem(name, None, "", f"is no algorithm ({did_you_mean(name, list(ALGORITHMS))})")])
-    found, block = ALGORITHMS[name], resolved(name)
+    found, block = ALGORITHMS[name], algorithm_of(name)
     own = {setting.key for setting in settings(block)}
     lines = [f"{name}: {found.summary} ({found.source})", f"family: {found.family}", ""]
-    idle: dict[str, list[str]] = {}
     for option in options(block):
-        if option.key == "name" or not can_have_effect(name, option.key):
-            continue
-        if not has_effect(block, option.key):
-            idle.setdefault(needed(name, option.key), []).append(option.key)
-            continue
-        lines.append(f"{'*' if option.key in own else ' '} {option.key}: {dump_value(option.value)}")
-        lines += _wrapped(f"      {option.doc}", "      ")
+        if option.key != "name":
+            lines.append(f"{'*' if option.key in own else ' '} {option.key}: {dump_value(option.value)}")
+            lines += _wrapped(f"      {option.doc}", "      ")
     lines += ["", "* set by this algorithm; every option is a key of the recipe's algorithm block"]
-    if idle:
-        lines += ["", "further options, with other values of these:"]
-    for setting, keys in idle.items():
-        lines += _wrapped(f"  {setting}: {', '.join(keys)}", "      ")
+    lines += ["", "other kinds of these blocks, each with its own options:", *_other_kinds(block)]
     return "\n".join(lines)
 
 
-def resolved(name: str) -> AlgorithmBlock:
-    """A row as a recipe has it that sets nothing else."""
-    return AlgorithmBlock.model_validate(merge(ALGORITHMS[name].defaults, {"name": name}))
+def _other_kinds(block: AlgorithmBlock) -> Iterator[str]:
+    """Every kind that a block of the algorithm could be of, with the options that not all kinds have."""
+    for field, kinds in kinds_in(type(block)).items():
+        for kind in dict.fromkeys(kinds.names.values()):
+            names = ", ".join(name for name, named in kinds.names.items() if named is kind)
+            own = ", ".join(f"{field}.{key}" for key in kind.model_fields if key not in kinds.shared)
+            if not isinstance(getattr(block, field), kind):
+                yield from _wrapped(f"  {field}.{kinds.key} {names}: {own or 'no options of its own'}", "      ")
 
 
-def _online(block: AlgorithmBlock) -> tuple[str, ...]:
+def _online(block: OnlineBlock) -> tuple[str, ...]:
     advantage, loss, kl = block.advantage, block.loss, block.kl
-    baseline = advantage.estimator if advantage.scale == "none" else f"{advantage.estimator}/{advantage.scale}"
-    bounds = f"{_number(loss.clip_low)}/{_number(loss.clip_high)}"
-    if loss.kind == "sapo":
-        bounds = f"tau {_number(loss.sapo_tau_positive)}/{_number(loss.sapo_tau_negative)}"
+    baseline = advantage.estimator
+    if isinstance(advantage, BaselineBlock) and advantage.scale != "none":
+        baseline = f"{baseline}/{advantage.scale}"
+    if isinstance(loss, SAPOBlock):
+        bounds = f"tau {_number(loss.tau_positive)}/{_number(loss.tau_negative)}"
+    else:
+        bounds = f"{_number(loss.clip_low)}/{_number(loss.clip_high)}"
     return (
         block.name,
         f"{baseline}, whitened" if advantage.whiten else baseline,
@@ -100,17 +112,18 @@ def _online(block: AlgorithmBlock) -> tuple[str, ...]:
     )
 
 
-def _offline(block: AlgorithmBlock) -> tuple[str, ...]:
-    objective, preference = ALGORITHMS[block.name].objective, block.preference
+def _offline(block: PairBlock | KTOBlock | RewardModelBlock | SFTBlock) -> tuple[str, ...]:
+    preference = () if isinstance(block, SFTBlock) else block.preference
     numbers = (
         name if value is True else f"{name} {_number(value)}"
         for name, value in preference
-        if name not in ("loss", "reference_free") and value and has_effect(block, f"preference.{name}")
+        if name not in ("loss", "reference_free") and value
     )
+    has_likelihood = isinstance(block, SFTBlock) or (isinstance(block, PairBlock) and block.preference.sft_coef)
     return (
         block.name,
-        preference.loss if objective == "preference" else objective,
-        block.loss.reduction if has_effect(block, "loss.reduction") else "",
+        block.preference.loss if isinstance(block, PairBlock) else block.learning.objective,
+        block.reduction if has_likelihood else "",
         ", ".join(numbers),
         ", ".join(_needs(block)),
     )
@@ -119,7 +132,7 @@ def _offline(block: AlgorithmBlock) -> tuple[str, ...]:
 def _needs(block: AlgorithmBlock) -> Iterator[str]:
     if block.needs_reference:
         yield "ref"
-    if block.needs_critic:
+    if isinstance(block, OnlineBlock) and block.critic is not None:
         yield "critic"
 
 

@@ -58,7 +58,7 @@ def _others(recipe: Recipe) -> dict[str, str]:
     """Key -> path of the models beside the policy that score its ids."""
     given = {
         "reference.path": recipe.reference.path if recipe.needs_reference else None,
-        "algorithm.critic.path": recipe.algorithm.critic.path if recipe.needs_critic else None,
+        "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
     }
     return {key: path for key, path in given.items() if path is not None and path != recipe.model.path}
 

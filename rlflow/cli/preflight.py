@@ -132,7 +132,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     models = {
         "model.path": recipe.model.path,
         "reference.path": recipe.reference.path,
-        "algorithm.critic.path": recipe.algorithm.critic.path,
+        "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
     }
     for key, path in models.items():
         if path is not None and path in to_come:

@@ -23,12 +23,12 @@ def in_sequence_parallel(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found
     Args:
         to_come: The directory that each earlier stage will write, and the stage.
     """
-    ranks, critic = recipe.trainer.sequence_parallel, recipe.algorithm.critic.path
+    ranks, critic = recipe.trainer.sequence_parallel, recipe.critic
     if ranks == 1:
         return
     models = [recipe.model]
-    if recipe.needs_critic and critic is not None:
-        models.append(ModelBlock(path=critic))
+    if critic is not None and critic.path is not None:
+        models.append(ModelBlock(path=critic.path))
     for model in models:
         config = config_of(model, to_come)
         if config is not None and (problem := sharing_problem(config, ranks)):

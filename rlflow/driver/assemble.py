@@ -10,7 +10,7 @@ import numpy as np
 from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
 from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
 from rlflow.driver.jobs import ScoredGroup
-from rlflow.recipe import AlgorithmBlock, RewardBlock
+from rlflow.recipe import OnlineBlock, RewardBlock
 from rlflow.types import Group, Rollout, Sample
 
 
@@ -42,7 +42,7 @@ class Batch:
         return ["trained" if sample.loss_mask.any() else "masked" for sample in self.samples]
 
 
-def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: AlgorithmBlock) -> Group:
+def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock) -> Group:
     """A group as it was generated and scored; rewards combined by their weights."""
     batch, job = scored.generated.batch, scored.job
     by_function = np.stack([scored.rewards[block.label] for block in rewards])
@@ -73,7 +73,7 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
 
 
 def assemble(
-    groups: Sequence[Group], algorithm: AlgorithmBlock, max_new_tokens: int, *, engine_logprobs: bool = True
+    groups: Sequence[Group], algorithm: OnlineBlock, max_new_tokens: int, *, engine_logprobs: bool = True
 ) -> Batch:
     """Groups of one step, of any sizes, to samples without advantages and loss weights.
 
@@ -110,7 +110,7 @@ def assemble(
     return Batch(list(groups), rewards, samples)
 
 
-def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: AlgorithmBlock) -> list[Sample]:
+def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBlock) -> list[Sample]:
     """Gives every loss token its advantage; with the KL in the reward, from the samples' reference logprobs.
 
     Samples that have a critic's values get what these should have been, too. Other tokens have neither: what a mask
@@ -131,7 +131,7 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: Algorith
     ]
 
 
-def _penalty(sample: Sample, algorithm: AlgorithmBlock) -> np.ndarray:
+def _penalty(sample: Sample, algorithm: OnlineBlock) -> np.ndarray:
     """float64 [L]: what the KL takes off the reward of each loss token."""
     kl, mask = algorithm.kl, sample.loss_mask
     if kl.placement != "reward" or sample.ref_logprobs is None:

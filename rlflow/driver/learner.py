@@ -35,7 +35,8 @@ from rlflow.driver.model_ranks import ModelRanks
 from rlflow.driver.schedules import KLController, LearningRate
 from rlflow.driver.scorers import scorers_of
 from rlflow.metrics import Metric, over_ranks, over_updates
-from rlflow.recipe import AlgorithmBlock, Recipe
+from rlflow.recipe import AlgorithmBlock, OnlineBlock, Recipe
+from rlflow.recipe.algorithm_blocks import KLBlock
 from rlflow.types import Denominators, Sample
 
 _ANSWER_S = 30.0
@@ -60,11 +61,11 @@ class Learner:
             attention_cost: Of the trainer's model, see `rlflow.batching.pack`.
         """
         self.recipe, self.clock = recipe, clock
-        groups = recipe.algorithm.groups
-        self._num_updates = groups.updates_per_step * groups.epochs_per_step
-        self._critic_steps = recipe.algorithm.critic.warmup_steps if recipe.needs_critic else 0
+        self._num_updates = recipe.algorithm.num_updates
+        self._critic_steps = 0 if recipe.critic is None else recipe.critic.warmup_steps
         self._learning_rate = LearningRate(recipe.trainer, num_steps, self._num_updates, self._critic_steps)
-        self._kl = KLController(recipe.algorithm.kl)
+        algorithm = recipe.algorithm
+        self._kl = KLController(algorithm.kl if isinstance(algorithm, OnlineBlock) else KLBlock(coef=0.0))
         is_online = recipe.algorithm.learning.family == "online"
         self._temperature = recipe.rollout.temperature if is_online else 1.0
         self._max_tokens = recipe.rollout.max_new_tokens if is_online else recipe.data.max_tokens
@@ -79,7 +80,14 @@ class Learner:
     @property
     def algorithm(self) -> AlgorithmBlock:
         """The recipe's, with the KL coefficient of this step."""
-        return self.recipe.algorithm.model_copy(update={"kl": self._kl.current})
+        algorithm = self.recipe.algorithm
+        return algorithm if self._kl.coef is None else algorithm.model_copy(update={"kl": self._kl.current})
+
+    @property
+    def online(self) -> OnlineBlock:
+        """``algorithm``, of a recipe that learns from rollouts."""
+        assert isinstance(self.algorithm, OnlineBlock)
+        return self.algorithm
 
     def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with what the models say of them, as far as the algorithm needs it and they do not have it."""
@@ -114,7 +122,7 @@ class Learner:
         Raises:
             RunError: Too many updates in a row had no finite gradient.
         """
-        parts = _by_group(samples, self.recipe.algorithm.groups.updates_per_step)
+        parts = _by_group(samples, self.recipe.algorithm.num_mini_batches)
         all_metrics = []
         with self.clock("train"):
             for update in range(self._num_updates):
@@ -135,8 +143,8 @@ class Learner:
     ) -> dict[str, Metric]:
         """forward_backward on every rank, then one optimizer step: of the policy, and of the critic beside it."""
         rates = {"trainer": self._learning_rate.of(step, update)} if step >= self._critic_steps else {}
-        if "critic" in self._models:
-            rates["critic"] = self.algorithm.critic.learning_rate
+        if "critic" in self._models and self.recipe.critic is not None:
+            rates["critic"] = self.recipe.critic.learning_rate
         began = time.perf_counter()
         started = {
             name: self._models[name].start(

@@ -34,7 +34,7 @@ from rlflow.types import StepStats
 
 def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, num_steps: int, *, resume: bool) -> None:
     """Runs the steps that are left and leaves a checkpoint after the last."""
-    algorithm, rollout, pool = recipe.algorithm, recipe.rollout, window.pool
+    algorithm, rollout, pool = recipe.online, recipe.rollout, window.pool
     first = 0
     if resume:
         first, state = book.resume(num_steps)
@@ -52,7 +52,7 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             uncut = rollout.cut_by is None
             batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
             metrics |= assemble.rollout_metrics(batch, step)
-            samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.algorithm)
+            samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts)
             pool.publish(learner.weights(step + 1), step + 1)

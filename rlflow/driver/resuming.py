@@ -22,6 +22,7 @@ from rlflow.data.errors import DataError
 from rlflow.data.sources import Table, read_table
 from rlflow.recipe import Recipe, RewardBlock
 from rlflow.recipe.adapter_files import CONFIG, same_model
+from rlflow.recipe.algorithm import of_this_version
 from rlflow.recipe.block import Block
 from rlflow.recipe.yaml_source import dump, dump_value, read_document
 from rlflow.tracking.jsonl import read_metrics
@@ -109,7 +110,7 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         "model.path": recipe.model.path,
         "model.adapter.path": None if adapter is None else adapter.path,
         "reference.path": recipe.reference.path if recipe.needs_reference else None,
-        "algorithm.critic.path": recipe.algorithm.critic.path if recipe.needs_critic else None,
+        "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
     }
     for key, reward in rewards_of(recipe).items():
         if reward.name == "reward_model" and "path" in reward.args:
@@ -147,7 +148,7 @@ def read_recipe(directory: Path) -> dict[str, Any] | None:
         return None
     # A recipe that a user wrote never has all blocks.
     is_resolved = Recipe.model_fields.keys() - {"stage", "evaluation"} <= data.keys()
-    return data if is_resolved else None
+    return of_this_version(data) if is_resolved else None
 
 
 def trained_steps(directory: Path) -> int:

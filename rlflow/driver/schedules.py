@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from rlflow.algorithms.kl_reward import adapt_kl_coef
-from rlflow.recipe import KLBlock, TrainerBlock
+from rlflow.recipe import TrainerBlock
+from rlflow.recipe.algorithm_blocks import KLBlock
 
 
 @dataclass(frozen=True, slots=True)

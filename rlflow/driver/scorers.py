@@ -12,7 +12,7 @@ from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.driver.model_ranks import ModelRanks
-from rlflow.recipe import Recipe
+from rlflow.recipe import OnlineBlock, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,9 @@ def _needs_proximal(recipe: Recipe) -> bool:
     another distribution.
     """
     algorithm = recipe.algorithm
-    if algorithm.learning.family != "online":
+    if not isinstance(algorithm, OnlineBlock):
         return False
-    groups = algorithm.groups
-    has_later_updates = groups.updates_per_step * groups.epochs_per_step > 1
-    if algorithm.correction.old_policy == "trainer" and has_later_updates:
+    if algorithm.correction.old_policy == "trainer" and algorithm.num_updates > 1:
         return True
     return recipe.rollout.cut_by is not None and algorithm.kl.needs_policy_logprobs
 
@@ -61,7 +59,7 @@ SCORERS = (
         lambda recipe: recipe.needs_reference and not recipe.places_reference,
     ),
     Scorer("proximal", "proximal_logprobs", "trainer", PolicyTrainer.logprobs, True, _needs_proximal),
-    Scorer("values", "old_values", "critic", ValueTrainer.values, False, lambda recipe: recipe.needs_critic),
+    Scorer("values", "old_values", "critic", ValueTrainer.values, False, lambda recipe: recipe.critic is not None),
 )
 """All there are, in the order of a step: the reference by actors of its own, or by a trainer of adapters, which holds
 what it started from anyway."""

@@ -182,7 +182,7 @@ class Window:
     def _job(self, groups: StepGroups, place: int, min_version: int) -> Job:
         epoch, row = groups.drawn[place]
         prompt, seed = self.prompts[row], self.recipe.run.seed
-        size = self.recipe.algorithm.group_size
+        size = self.recipe.online.group_size
         seeds = tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(size))
         return Job(
             request=GroupRequest(self.pool.next_id(), prompt.token_ids, seeds, self.params, min_version),
@@ -196,7 +196,7 @@ class Window:
 
     def _arrived(self, groups: StepGroups, place: int, scored: ScoredGroup) -> None:
         """Takes a group; the pool's lock is held."""
-        group: Group | None = build_group(scored, self.recipe.rewards, self.recipe.algorithm)
+        group: Group | None = build_group(scored, self.recipe.rewards, self.recipe.online)
         if groups.step - scored.generated.oldest_version > self.max_staleness:
             self.too_old += 1
             is_last = len(groups.groups) + 1 == len(groups.drawn) and not any(groups.groups.values())
@@ -209,7 +209,7 @@ class Window:
         if len(groups.groups) < len(groups.drawn):
             return
         missing = self._num_missing(groups)
-        if missing and groups.rounds <= self.recipe.algorithm.groups.max_resamples:
+        if missing and groups.rounds <= self.recipe.online.groups.max_resamples:
             kept, self._spare = self._spare[:missing], self._spare[missing:]
             self._ask(groups, [*kept, *self.sampler.take(missing - len(kept))])
         else:
@@ -229,10 +229,10 @@ class Window:
         self.pool.ask([replace(self._job(groups, place, oldest), is_pinned=False)])
 
     def _is_wanted(self, group: Group | None) -> bool:
-        return group is not None and (not self.recipe.algorithm.groups.require_signal or has_signal(group.rewards))
+        return group is not None and (not self.recipe.online.groups.require_signal or has_signal(group.rewards))
 
     def _num_missing(self, groups: StepGroups) -> int:
-        if not self.recipe.algorithm.groups.require_signal:
+        if not self.recipe.online.groups.require_signal:
             return 0
         return max(0, len(groups.first) - sum(self._is_wanted(group) for group in groups.groups.values()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Annotated, NamedTuple
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -38,11 +40,57 @@ class Block(BaseModel):
         """Combinations of this block's values that make no sense."""
         return ()
 
+    def idle(self, option: str, switch: str) -> Iterator[Conflict]:
+        """The conflict of an option that was set where ``switch``, another key of the block, was left off.
+
+        Switched off on purpose, as for an ablation, it may leave its options where they are.
+        """
+        default = type(self).model_fields[option].default
+        if getattr(self, option) != default and not getattr(self, switch) and switch not in self.model_fields_set:
+            yield Conflict((option, switch), f"has no effect without {switch}: remove it, or set it to {default}")
+
     @model_validator(mode="after")
     def _has_no_conflicts(self, info: ValidationInfo) -> Block:
         if info.context != LATER and (found := list(self.conflicts())):
             raise ValueError("; ".join(f"{conflict.keys[0]}: {conflict.reason}" for conflict in found))
         return self
+
+
+def blocks_in(hint: Any) -> Iterator[type[Block]]:
+    """Every class of block in a type."""
+    if isinstance(hint, type) and issubclass(hint, Block):
+        yield hint
+    for argument in typing.get_args(hint):
+        yield from blocks_in(argument)
+
+
+class Kinds(NamedTuple):
+    """The kinds of block that a field may hold, told apart by a key of theirs: a discriminated union."""
+
+    key: str
+    names: dict[str, type[Block]]
+    """Value of the key -> kind, the default first."""
+
+    def of(self, given: Mapping[str, Any]) -> type[Block] | None:
+        """The kind of a block as it was given; None where it names none that there is."""
+        name = given.get(self.key, next(iter(self.names)))
+        return self.names[name] if name in list(self.names) else None
+
+    @property
+    def shared(self) -> set[str]:
+        """The keys that every kind has."""
+        return set.intersection(*(set(kind.model_fields) for kind in self.names.values()))
+
+
+@cache
+def kinds_in(block: type[Block]) -> dict[str, Kinds]:
+    """The fields of a block that hold one of several kinds."""
+    found = {}
+    for field, info in block.model_fields.items():
+        if isinstance(key := info.discriminator, str):
+            kinds = list(blocks_in(info.annotation))
+            found[field] = Kinds(key, {n: k for k in kinds for n in typing.get_args(k.model_fields[key].annotation)})
+    return found
 
 
 def exactly_one(**given: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rlflow.recipe.block import LATER, Block
+from rlflow.recipe.algorithm import BLOCKS, AlgorithmBlock, UnknownBlock, rows_of
+from rlflow.recipe.block import LATER, Block, blocks_in, kinds_in
+from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, nearest
 from rlflow.recipe.schema import Recipe
 from rlflow.recipe.yaml_source import Document, KeyPath
@@ -85,14 +86,17 @@ def validate(document: Document, problems: list[Problem]) -> Recipe | None:
     try:
         recipe = Recipe.model_validate(document.data, context=LATER)
     except ValidationError as failure:
-        errors = [(_without_tags(error["loc"]), error) for error in failure.errors()]
-        problems += [Problem.at(document.place(path), dotted(path), _explain(path, error)) for path, error in errors]
+        errors = [(_without_tags(error["loc"], document.data), error) for error in failure.errors()]
+        for path, error in errors:
+            key = (*path, error.get("ctx", {})["discriminator"].strip("'")) if "union_tag" in error["type"] else path
+            problems.append(Problem.at(document.place(key), dotted(key), _explain(key, error, document.data)))
         try:
             recipe = Recipe.model_validate(_pruned(document.data, [path for path, _ in errors]), context=LATER)
         except ValidationError:
             return None
         wrong = {_named(path) for path, _ in errors}
-        wrong |= {key for path, error in errors if error["type"] == "extra_forbidden" for key in _meant(path)}
+        unknown = [path for path, error in errors if error["type"] == "extra_forbidden"]
+        wrong |= {key for path in unknown for key in _meant(path, document.data)}
         problems += _conflicts(recipe, document, wrong)
         return None
     found = _conflicts(recipe, document, set())
@@ -122,23 +126,28 @@ def dotted(path: KeyPath) -> str:
 
 
 @cache
-def block_classes() -> dict[str, type[Block]]:
-    """Every block by its dotted path, list indices left out: ``algorithm.kl``, ``rewards``, ``data.train``."""
-    return dict(_walk("", Recipe))
+def blocks_at() -> dict[str, dict[type[Block], str]]:
+    """The classes of blocks by dotted path, list indices left out: ``algorithm.kl``, ``rewards``, ``data.train``.
+
+    Where a path has several, each with what decides for it: ``loss.kind clip``, ``dpo, cpo, simpo, orpo``.
+    """
+    found: dict[str, dict[type[Block], str]] = {}
+    for path, block, choice in _walk("", Recipe, ""):
+        before = found.setdefault(path, {}).get(block)
+        found[path][block] = choice if before in (None, choice) else f"{before}, {choice}"
+    return found
 
 
-def _walk(path: str, block: type[Block]) -> Iterator[tuple[str, type[Block]]]:
-    yield path, block
-    hints = typing.get_type_hints(block)
-    for name in block.model_fields:
-        for inner in _blocks_in(hints[name]):
-            yield from _walk(f"{path}.{name}".lstrip("."), inner)
-
-
-def _blocks_in(hint: Any) -> set[type[Block]]:
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and issubclass(hint, Block):
-        return {hint}
-    return {block for argument in typing.get_args(hint) for block in _blocks_in(argument)}
+def _walk(path: str, block: type[Block], choice: str) -> Iterator[tuple[str, type[Block], str]]:
+    yield path, block, choice
+    for field, info in block.model_fields.items():
+        kinds = kinds_in(block).get(field)
+        for inner in dict.fromkeys(blocks_in(info.annotation)):
+            names = [name for name, kind in kinds.names.items() if kind is inner] if kinds else []
+            of_inner = f"{field}.{kinds.key} {', '.join(names)}" if kinds else choice
+            if inner is not UnknownBlock:
+                is_row = issubclass(inner, AlgorithmBlock)
+                yield from _walk(_join(path, field), inner, rows_of(inner) if is_row else of_inner)
 
 
 def _blocks_of(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Block]]:
@@ -151,8 +160,19 @@ def _blocks_of(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Block]
             yield from _blocks_of(item, (*path, index))
 
 
-def _without_tags(location: tuple[int | str, ...]) -> KeyPath:
-    return tuple(part for part in location if not str(part).startswith("<"))
+def _without_tags(location: tuple[int | str, ...], data: Any) -> KeyPath:
+    """pydantic's place of an error as keys and list indices: it names the kind of a block as well."""
+    path: list[int | str] = []
+    for index, part in enumerate(location):
+        is_last = index == len(location) - 1
+        if isinstance(data, list) and isinstance(part, int):
+            data = data[part] if part < len(data) else None
+        elif isinstance(data, dict) and (part in data or is_last):
+            data = data.get(part)
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
 
 
 def _pruned(data: Any, paths: list[KeyPath]) -> Any:
@@ -169,11 +189,13 @@ def _under(paths: list[KeyPath], part: int | str) -> list[KeyPath]:
     return [path[1:] for path in paths if path[:1] == (part,) and len(path) > 1]
 
 
-def _explain(path: KeyPath, error: ErrorDetails) -> str:
+def _explain(path: KeyPath, error: ErrorDetails, data: Any) -> str:
     kind, value = error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown_key(path)
+        return _unknown_key(path, data)
+    if kind == "union_tag_invalid":
+        kind, value, context = "literal_error", value[path[-1]], {"expected": context["expected_tags"]}
     if kind == "missing":
         return f"is missing: {_meaning(path)}" if isinstance(path[-1], str) else "has too few values"
     if kind == "value_error":
@@ -181,7 +203,8 @@ def _explain(path: KeyPath, error: ErrorDetails) -> str:
     if value is None:
         return "has no value: give one, or remove the line"
     if kind == "literal_error":
-        return _not_among(value, str(context["expected"]))
+        elsewhere = _belonging(path, data, value) if isinstance(path[-1], str) else ""
+        return _not_among(value, str(context["expected"])) + (f" ({_shown(value)} {elsewhere})" if elsewhere else "")
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
         return f"must be {words} {context[bound]:g}, is {_shown(value)}"
@@ -197,9 +220,9 @@ def _explain(path: KeyPath, error: ErrorDetails) -> str:
 
 
 def _meaning(path: KeyPath) -> str:
-    block = block_classes()[_named(path[:-1])]
-    text = block.model_fields[str(path[-1])].description or ""
-    return " ".join(text.split())
+    """What a key is that is missing."""
+    owners = [block for block in blocks_at()[_named(path[:-1])] if path[-1] in block.model_fields]
+    return " ".join((owners[0].model_fields[str(path[-1])].description or "").split())
 
 
 def _named(path: KeyPath) -> str:
@@ -207,34 +230,66 @@ def _named(path: KeyPath) -> str:
     return dotted(tuple(part for part in path if isinstance(part, str)))
 
 
-def _meant(path: KeyPath) -> list[str]:
+def _given_to(path: KeyPath, data: Any) -> type[Block]:
+    """The class of the block at ``path`` of what was given."""
+    block: type[Block] = Recipe
+    for part in path:
+        data = data[part]
+        if part == "algorithm":
+            block = BLOCKS[ALGORITHMS[data["name"]].objective]
+        elif isinstance(part, str):
+            kinds = kinds_in(block).get(part)
+            block = (kinds and kinds.of(data)) or next(blocks_in(block.model_fields[part].annotation))
+    return block
+
+
+def _meant(path: KeyPath, data: Any) -> list[str]:
     """The dotted keys that an unknown one may stand for, likeliest first."""
     key, here = str(path[-1]), _named(path[:-1])
-    keys = {owner: list(block.model_fields) for owner, block in block_classes().items()}
+    keys = {owner: [name for block in blocks for name in block.model_fields] for owner, blocks in blocks_at().items()}
     keys[""] += ["extends", "stages"]
-    owners = sorted((owner for owner, own in keys.items() if key in own), key=lambda owner: owner.count("."))
+    own = list(_given_to(path[:-1], data).model_fields) if here else keys[""]
+    owners = sorted((owner for owner, of_owner in keys.items() if key in of_owner), key=lambda owner: owner.count("."))
     found = [_join(owner, key) for owner in owners]
-    if near := nearest(key, keys[here], cutoff=0.8):
+    if near := nearest(key, own, cutoff=0.8) or nearest(key, keys[here], cutoff=0.8):
         found.insert(0, _join(here, near))
     if found or key in ELSEWHERE:
         return found or [ELSEWHERE[key]]
-    owner_of = {name: owner for owner, own in keys.items() for name in own}
+    owner_of = {name: owner for owner, of_owner in keys.items() for name in of_owner}
     if near := nearest(key, owner_of, cutoff=0.8):
         return [_join(owner_of[near], near)]
-    near = nearest(key, keys[here])
+    near = nearest(key, own)
     return [_join(here, near)] if near else []
 
 
-def _unknown_key(path: KeyPath) -> str:
-    key, here, meant = str(path[-1]), _named(path[:-1]), _meant(path)
+def _unknown_key(path: KeyPath, data: Any) -> str:
+    key, here, meant = str(path[-1]), _named(path[:-1]), _meant(path, data)
     if not meant:
-        return f"unknown key; keys here are {', '.join(block_classes()[here].model_fields)}"
+        return f"unknown key; keys here are {', '.join(_given_to(path[:-1], data).model_fields)}"
+    if _join(here, key) in meant:
+        return f"{_belonging(path, data)}: remove it"
     owners = [full.rpartition(".")[0] for full in meant if _last(full) == key]
-    remedies = [f"did you mean {full.removeprefix(f'{here}.')}?" for full in meant if _last(full) != key]
+    remedies = []
+    for near in (full for full in meant if _last(full) != key):
+        remedies.append(f"did you mean {near.removeprefix(f'{here}.')}?")
+        if near.rpartition(".")[0] == here and _last(near) not in _given_to(path[:-1], data).model_fields:
+            remedies.append(f"It {_belonging((*path[:-1], _last(near)), data)}.")
     if owners:
         shown = ", ".join(f"`{owner}`" if owner else "the top level" for owner in owners[:4])
         remedies.append(f"{key} belongs to {shown}")
     return f"unknown key here ({' '.join(remedies)})"
+
+
+def _belonging(path: KeyPath, data: Any, value: Any = None) -> str:
+    """Which kinds of the block around a key have it, or may have ``value`` there, and which kind it is; or nothing."""
+    blocks, given = blocks_at()[_named(path[:-1])], _given_to(path[:-1], data)
+    fields = {choice: block.model_fields.get(str(path[-1])) for block, choice in blocks.items() if block is not given}
+    owners = [
+        choice
+        for choice, info in fields.items()
+        if info is not None and (value is None or value in typing.get_args(info.annotation))
+    ]
+    return f"belongs to {', '.join(owners)}, not to {blocks[given]}" if owners else ""
 
 
 def _join(owner: str, key: str) -> str:
@@ -248,7 +303,8 @@ def _last(dotted_key: str) -> str:
 def _not_among(value: Any, expected: str) -> str:
     words = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
     near = nearest(value, words) if isinstance(value, str) else None
-    return f"must be one of {', '.join(words)}; is {_shown(value)}" + (f" (did you mean {near}?)" if near else "")
+    among = f"must be one of {', '.join(words)}; is" if len(words) > 1 else f"must be {words[0].lower()}, is"
+    return f"{among} {_shown(value)}" + (f" (did you mean {near}?)" if near else "")
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlflow.recipe.algorithm import of_this_version, with_defaults, without_other_kinds
 from rlflow.recipe.explain import validate
 from rlflow.recipe.local_paths import expand, make_absolute
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
@@ -22,7 +23,7 @@ from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
 from rlflow.recipe.schema import Recipe
-from rlflow.recipe.yaml_source import Document, dump, merge, read_document
+from rlflow.recipe.yaml_source import Document, dump, read_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
     if not path.is_file():
         raise RecipeError([Problem(str(path), None, "", f"there is no such file{_similar_file(path)}")])
     document = read_document(path, problems)
+    document = document.cut_to(of_this_version(document.data))
     if "extends" not in document.data:
         return document
     base, place = document.data["extends"], document.places["extends",]
@@ -113,7 +115,18 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
     if not base_path.is_file():
         message = f"there is no file {base_path}{_similar_file(base_path)}"
         raise RecipeError([Problem.at(place, "extends", message)])
-    return document.without("extends").merged_over(_read_with_bases(base_path, problems, chain))
+    return _merged(document.without("extends"), _read_with_bases(base_path, problems, chain))
+
+
+def _merged(own: Document, base: Document) -> Document:
+    """``own`` over ``base``, of which options go that a kind named in ``own`` does not have."""
+    return without_other_kinds(own.merged_over(base), own.places.keys())
+
+
+def _with_changes(document: Document, changes: Sequence[Change], problems: list[Problem]) -> Document:
+    """The document with overrides; options in its files go that a kind named in an override does not have."""
+    changed = apply(document, changes, problems)
+    return without_other_kinds(changed, {path for path, place in changed.places.items() if place.line is None})
 
 
 def _similar_file(path: Path) -> str:
@@ -141,7 +154,7 @@ def _split_stages(document: Document, changes: Sequence[Change], problems: list[
     for_one = [change for change in changes if change.path[0] == "stages"]
     if "stages" not in document.data:
         problems += [change.problem("the recipe has no stages: leave out stages.<name>") for change in for_one]
-        return [_Stage(None, apply(document, for_all, problems), own_model=True)]
+        return [_Stage(None, _with_changes(document, for_all, problems), own_model=True)]
     names = _stage_names(document, problems)
     for change in for_one:
         if len(change.path) < 3:
@@ -154,11 +167,11 @@ def _split_stages(document: Document, changes: Sequence[Change], problems: list[
         own_changes = [
             Change(change.path[2:], change.value, change.place) for change in for_one if change.path[1:2] == (name,)
         ]
-        own = apply(document.below(("stages", index)).without("name"), own_changes, problems)
+        own = _with_changes(document.below(("stages", index)).without("name"), own_changes, problems)
         own_model = bool({"path", "architecture"} & _block(own.data, "model").keys())
-        merged = own.merged_over(shared.without("algorithm") if _other_algorithm(own, shared) else shared)
+        merged = _merged(own, shared.without("algorithm") if _other_algorithm(own, shared) else shared)
         merged.data["stage"] = name
-        stages.append(_Stage(name, apply(merged, for_all, problems), own_model or index == 0))
+        stages.append(_Stage(name, _with_changes(merged, for_all, problems), own_model or index == 0))
     return stages
 
 
@@ -229,7 +242,7 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
         data["run"] = run
     algorithm = _block(data, "algorithm")
     if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):
-        data["algorithm"] = _with_correction(merge(ALGORITHMS[algorithm["name"]].defaults, algorithm), data)
+        data["algorithm"] = with_defaults(_with_correction(algorithm, _block(data, "rollout")))
     if not stage.own_model and starts_from:
         model = _block(data, "model")
         kept = {key: value for key, value in model.items() if key not in _OF_THE_START}
@@ -246,17 +259,16 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
 _WHOLE_SAMPLING = {"top_p": 1.0, "top_k": 0}
 
 
-def _with_correction(algorithm: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def _with_correction(algorithm: dict[str, Any], rollout: dict[str, Any]) -> dict[str, Any]:
     """The algorithm block, without a correction between engine and trainer where nobody asked for one and none can be.
 
     It needs the trainer's logprobs under the ratio, and the engine's of a distribution that was sampled whole.
     """
     correction = algorithm.get("correction", {})
-    if not isinstance(correction, dict) or ALGORITHMS[algorithm["name"]].family != "online":
+    if ALGORITHMS[algorithm["name"]].objective != "policy" or not isinstance(correction, dict) or "mode" in correction:
         return algorithm
-    of_sampling = {key: value for key, value in _block(data, "rollout").items() if key in _WHOLE_SAMPLING}
-    is_whole = of_sampling.items() <= _WHOLE_SAMPLING.items()
-    of_trainer = "old_policy" not in correction or correction["old_policy"] != "engine"
-    if (is_whole and of_trainer) or correction.keys() - {"old_policy"}:
-        return algorithm
-    return {**algorithm, "correction": {**correction, "mode": "none"}}
+    of_sampling = {key: value for key, value in rollout.items() if key in _WHOLE_SAMPLING}
+    is_cut = not of_sampling.items() <= _WHOLE_SAMPLING.items()
+    if correction.get("old_policy") == "engine" or (is_cut and not correction.keys() - {"old_policy"}):
+        return {**algorithm, "correction": {**correction, "mode": "none"}}
+    return algorithm

@@ -24,9 +24,6 @@ class Learning:
     win), or an answer with a label."""
     head: Literal["token", "scalar"] = "token"
     """What the trained model puts out: logits of every token, or one score."""
-    reference: Literal["none", "kl", "loss"] = "none"
-    """Who compares with a frozen model: nobody; the KL term, while its coefficient is not 0; or the loss, unless it is
-    ``reference_free``."""
     batch_targets: Literal["none", "pair_loss", "mismatched_kl"] = "none"
     """What the loss needs to know of the whole batch, from a forward pass before the update: what ``preference.loss``
     asks for, or KTO's KL. A key of rlflow.algorithms.batch_targets.BATCH_TARGETS."""
@@ -42,20 +39,12 @@ class Learning:
         return 2 if self.data_row in ("pair", "margin_pair") else 1
 
 
-FROM_ROLLOUTS = Learning("online", "policy", "prompt", reference="kl")
+FROM_ROLLOUTS = Learning("online", "policy", "prompt")
 FROM_EXAMPLES = Learning("sft", "sft", "example")
 FROM_PAIRS = Learning(
-    "preference",
-    "preference",
-    "pair",
-    reference="loss",
-    batch_targets="pair_loss",
-    weights="chosen",
-    has_entropies=False,
+    "preference", "preference", "pair", batch_targets="pair_loss", weights="chosen", has_entropies=False
 )
-FROM_LABELS = Learning(
-    "preference", "kto", "labelled", reference="loss", batch_targets="mismatched_kl", has_entropies=False
-)
+FROM_LABELS = Learning("preference", "kto", "labelled", batch_targets="mismatched_kl", has_entropies=False)
 REWARDS_FROM_PAIRS = Learning(
     "preference", "reward_model", "margin_pair", head="scalar", weights="chosen", has_entropies=False
 )
@@ -198,12 +187,7 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         {
             "group_size": 8,
             "advantage": _GROUP_STD,
-            "loss": {
-                "kind": "sapo",
-                "sapo_tau_positive": 1.0,
-                "sapo_tau_negative": 1.05,
-                "reduction": "sequence",
-            },
+            "loss": {"kind": "sapo", "tau_positive": 1.0, "tau_negative": 1.05, "reduction": "sequence"},
         },
     ),
     "sft": AlgorithmRow(FROM_EXAMPLES, "cross-entropy on the loss tokens of the batch", "arXiv 2203.02155"),
@@ -259,6 +243,6 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
         REWARDS_FROM_PAIRS,
         "Bradley-Terry loss on pairs, with margins and centring",
         "arXiv 2203.02155",
-        {"preference": {"center_coef": 0.0, "reference_free": True}},
+        {"preference": {"center_coef": 0.0}},
     ),
 }

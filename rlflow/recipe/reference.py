@@ -10,12 +10,14 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from rlflow.recipe.block import LARGEST, Block
-from rlflow.recipe.explain import block_classes
+from rlflow.recipe.algorithm import UnknownBlock
+from rlflow.recipe.block import LARGEST, Block, blocks_in
+from rlflow.recipe.explain import blocks_at
 
 INTRODUCTION = """# Recipe reference
 
@@ -33,8 +35,9 @@ them at once. Beside the blocks below, a file may have:
 On the command line, `trainer.learning_rate=2e-6` sets a key, `rewards.0.weight=2` reaches into a list, and
 `stages.sft.run.steps=50` sets it for one stage. Relative paths are looked up from the current directory, then from
 the file that names them; `~`, `$NAME` and `${NAME}` in a path are what a shell makes of them. Defaults of `algorithm`
-are those of the named row where it has them: `rlflow algorithms NAME`. An option of `algorithm` that would have no
-effect, in this row or beside the others that are set, stays at its default.
+are those of the named row where it has them: `rlflow algorithms NAME`. A block of several kinds (`loss.kind`,
+`advantage.estimator`, `correction.mode`, `preference.loss`) is of the row's kind until a recipe names another one; then
+it has that kind's defaults, but for what all kinds have, and options of the kind before it are left behind.
 """
 
 
@@ -45,6 +48,8 @@ class Option:
     key: str
     """Dotted, from the block that was asked for."""
     value: Any
+    default: Any
+    """Of the schema, whatever the row has."""
     doc: str
 
 
@@ -55,7 +60,7 @@ def options(block: Block, prefix: str = "") -> Iterator[Option]:
         if isinstance(value, Block):
             yield from options(value, f"{prefix}{name}.")
         else:
-            yield Option(f"{prefix}{name}", value, doc_of(info))
+            yield Option(f"{prefix}{name}", value, info.default, doc_of(info))
 
 
 def doc_of(info: FieldInfo) -> str:
@@ -66,21 +71,38 @@ def doc_of(info: FieldInfo) -> str:
 def markdown() -> str:
     """The reference page."""
     sections = []
-    for block, path in _sections().items():
-        hints = typing.get_type_hints(block, include_extras=True)
-        keys = [(name, info) for name, info in block.model_fields.items() if (path, name) != ("", "stage")]
-        rows = [f"| `{name}` | {_words(hints[name])} | {_default(info)} | {doc_of(info)} |" for name, info in keys]
-        title = f"## `{path}`" if path else "## Blocks"
-        sections.append("\n".join([title, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows]))
-    return "\n".join([INTRODUCTION, "\n\n".join(sections), ""])
+    for path, blocks in _sections().items():
+        sections.append(f"## `{path}`" if path else "## Blocks")
+        shared = set.intersection(*(set(_rows(path, block)) for block in blocks))
+        for block, choice in blocks.items():
+            own = [row for row in _rows(path, block) if row not in shared]
+            if own and len(blocks) > 1:
+                sections += [f"{choice[0].upper()}{choice[1:]}:", _table(own)]
+        if rows := [row for row in _rows(path, next(iter(blocks))) if row in shared]:
+            sections += ["All of them:", _table(rows)] if len(blocks) > 1 else [_table(rows)]
+    return "\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n"
 
 
-def _sections() -> dict[type[Block], str]:
-    """Every kind of block, by the first place it has in a recipe."""
-    first: dict[type[Block], str] = {}
-    for path, block in block_classes().items():
-        first.setdefault(block, path)
-    return first
+@cache
+def _sections() -> dict[str, dict[type[Block], str]]:
+    """The classes of blocks, by the first path that has them, as in ``blocks_at``."""
+    sections: dict[str, dict[type[Block], str]] = {}
+    for path, blocks in blocks_at().items():
+        seen = {block for of_path in sections.values() for block in of_path}
+        if new := {block: choice for block, choice in blocks.items() if block not in seen}:
+            sections[path] = new
+    return sections
+
+
+def _rows(path: str, block: type[Block]) -> Iterator[str]:
+    hints = typing.get_type_hints(block, include_extras=True)
+    for name, info in block.model_fields.items():
+        if (path, name) != ("", "stage"):
+            yield f"| `{name}` | {_words(hints[name])} | {_default(info)} | {doc_of(info)} |"
+
+
+def _table(rows: list[str]) -> str:
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
 
 
 def _words(hint: Any) -> str:
@@ -91,7 +113,10 @@ def _words(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(argument) for argument in arguments if argument is not type(None))
+        kinds = (
+            argument for argument in arguments if argument is not type(None) and UnknownBlock not in blocks_in(argument)
+        )
+        return " or ".join(dict.fromkeys(map(_words, kinds)))
     if origin is list:
         return f"list of {_words(arguments[0])}"
     if origin is tuple:
@@ -99,7 +124,7 @@ def _words(hint: Any) -> str:
     if origin is dict:
         return "mapping"
     if issubclass(hint, Block):
-        path = _sections()[hint]
+        path = next(path for path, blocks in _sections().items() if hint in blocks)
         return f"[`{path}`](#{path.replace('.', '')}) block"
     return {int: "integer", float: "number", str: "text", date: "date", bool: "`true`, `false`"}[hint]
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from rlflow.recipe.adapter_rules import adapter_conflicts
-from rlflow.recipe.algorithm_blocks import AlgorithmBlock
+from rlflow.recipe.algorithm import Algorithm, OnlineBlock
+from rlflow.recipe.algorithm_blocks import CriticBlock
 from rlflow.recipe.block import (
     Block,
     Conflict,
@@ -241,7 +242,7 @@ class Recipe(Block):
 
     stage: str | None = None
     """Name of the stage, when the file has several."""
-    algorithm: AlgorithmBlock
+    algorithm: Algorithm
     """What is optimised."""
     model: ModelBlock
     """The policy's starting point."""
@@ -287,9 +288,15 @@ class Recipe(Block):
         return self.needs_reference and (self.model.adapter is None or self.reference.path is not None)
 
     @property
-    def needs_critic(self) -> bool:
-        """Whether a value model learns beside the policy."""
-        return self.algorithm.needs_critic
+    def online(self) -> OnlineBlock:
+        """The algorithm of a recipe that learns from rollouts."""
+        assert isinstance(self.algorithm, OnlineBlock), f"{self.algorithm.name} learns from given rows"
+        return self.algorithm
+
+    @property
+    def critic(self) -> CriticBlock | None:
+        """The value model that learns beside the policy."""
+        return self.algorithm.critic if isinstance(self.algorithm, OnlineBlock) else None
 
     @property
     def evaluation_reward(self) -> RewardBlock | None:
@@ -308,24 +315,20 @@ class Recipe(Block):
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
         yield from rollout_server_conflicts(self)
-        critic = self.algorithm.critic if self.needs_critic else None
-        yield from trainer_conflicts(self.trainer, self.model, critic)
+        yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
             yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
-        if self.family != "online":
-            return
-        groups, prompts = self.algorithm.groups, self.data.prompts_per_step
-        if prompts % groups.updates_per_step:
-            reason = f"{groups.updates_per_step} does not divide data.prompts_per_step ({prompts})"
-            yield Conflict(("algorithm.groups.updates_per_step", "data.prompts_per_step"), reason)
-        yield from self._online_conflicts()
+        if isinstance(self.algorithm, OnlineBlock):
+            yield from self._online_conflicts(self.algorithm)
 
-    def _online_conflicts(self) -> Iterator[Conflict]:
-        algorithm, rollout = self.algorithm, self.rollout
-        kl = algorithm.kl
-        samples = self.data.prompts_per_step * algorithm.group_size
+    def _online_conflicts(self, algorithm: OnlineBlock) -> Iterator[Conflict]:
+        rollout, kl, prompts = self.rollout, algorithm.kl, self.data.prompts_per_step
+        updates, samples = algorithm.groups.updates_per_step, prompts * algorithm.group_size
+        if prompts % updates:
+            reason = f"{updates} does not divide data.prompts_per_step ({prompts})"
+            yield Conflict(("algorithm.groups.updates_per_step", "data.prompts_per_step"), reason)
         if kl.target is not None and kl.horizon < samples:
             reason = f"{kl.horizon} is less than the {samples} samples of a step: the coefficient would jump; raise it"
             yield Conflict(("algorithm.kl.horizon", "data.prompts_per_step"), reason)

@@ -6,7 +6,7 @@ Scalars follow YAML 1.2: ``1e-6`` is a number, ``yes``, ``off`` and ``12:30`` ar
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +94,11 @@ class Document:
         data = {name: value for name, value in self.data.items() if name != key}
         return Document(data, {path: place for path, place in self.places.items() if path[:1] != (key,)})
 
+    def cut_to(self, data: dict[str, Any]) -> Document:
+        """The document with ``data``, a part of its own, and the places of what that still has."""
+        left = set(_paths(data))
+        return Document(data, {path: place for path, place in self.places.items() if path in left})
+
     def merged_over(self, base: Document) -> Document:
         """This document's values over those of ``base``: blocks are merged, anything else is replaced."""
         replaced = {path for path in self.places if not isinstance(self.value(path), dict)}
@@ -103,6 +108,14 @@ class Document:
             if not any(path[:size] in replaced for size in range(1, len(path)))
         }
         return Document(merge(base.data, self.data), kept | self.places)
+
+
+def _paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Of a value and of everything in it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _paths(inner, (*path, key))
 
 
 def merge(base: Any, over: Any) -> Any:

@@ -215,8 +215,8 @@ def _described_training(stage: StageHistory) -> str:
     algorithm = stage.recipe["algorithm"]
     row = ALGORITHMS[algorithm["name"]]
     source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", row.source)
-    prompts, size = stage.recipe["data"]["prompts_per_step"], algorithm["group_size"]
-    rows = f"{prompts} prompts x {size} completions" if row.family == "online" else f"{prompts} rows"
+    prompts = stage.recipe["data"]["prompts_per_step"]
+    rows = f"{prompts} prompts x {algorithm['group_size']} completions" if row.family == "online" else f"{prompts} rows"
     steps = f"{stage.steps[-1]['step']:.0f} steps of {rows}" if stage.steps else f"steps of {rows}"
     rate = stage.recipe["trainer"]["learning_rate"]
     return f"`{algorithm['name']}`: {row.summary} ({source}); {steps}, learning rate {rate:g}"

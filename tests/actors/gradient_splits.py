@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 from rlflow.algorithms.weighing import weigh
 from rlflow.batching import pack
-from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
-from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock, algorithm_of
 from rlflow.types import Denominators, Sample
 
 VOCABULARY = 60
@@ -80,12 +79,9 @@ def cases_of(name: str) -> list[Case]:
     ]
 
 
-def algorithm_of(name: str) -> AlgorithmBlock:
+def algorithm_for(name: str) -> AlgorithmBlock:
     row = "ppo" if name == "critic" else name.removesuffix(", experts")
-    given = {"name": row, **ALGORITHMS[row].defaults}
-    for block, values in OBJECTIVES[name].items():
-        given[block] = {**given.get(block, {}), **values}
-    return AlgorithmBlock.model_validate(given)
+    return algorithm_of(row, **OBJECTIVES[name])
 
 
 @cache
@@ -95,7 +91,7 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
     Old and reference logprobs lie near those of ``model``, a transformers model, so that ratios are as in training.
     """
     generator = np.random.default_rng(7)
-    algorithm = algorithm_of(name)
+    algorithm = algorithm_for(name)
     family, paired = algorithm.learning.family, algorithm.learning.unit_size == 2
     samples = []
     for i in range(2 if paired and kind == "lone" else NUM_SAMPLES[kind]):
@@ -158,7 +154,7 @@ def gradients(trainer: Any, case: Case, model: Any) -> dict[str, torch.Tensor]:
     samples, denominators, unit_size = batch_of(case.name, case.batch, model)
     share, num_ranks = case.share, case.world_size // case.share
     batches = pack(samples, max_tokens=case.max_tokens, num_ranks=num_ranks, unit_size=unit_size)
-    metrics = trainer.forward_backward(batches[trainer.rank // share], algorithm_of(case.name), denominators)
+    metrics = trainer.forward_backward(batches[trainer.rank // share], algorithm_for(case.name), denominators)
     found = {}
     for key, parameter in trainer.module.named_parameters():
         gradient = parameter.grad

@@ -17,7 +17,7 @@ from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.train_engines.optimizers import AdamW, decay_groups, set_learning_rate, trained_rates
 from rlflow.actors.train_engines.token_model import load_token_model
-from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OptimizerBlock, TrainerBlock
+from rlflow.recipe import AdapterBlock, ModelBlock, OptimizerBlock, TrainerBlock, algorithm_of
 from rlflow.types import Denominators, MicroBatch
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -66,7 +66,7 @@ def micro_batch(seed: int = 0) -> MicroBatch:
 
 def train(trainer: PolicyTrainer, steps: int = 2, learning_rate: float = 1e-2) -> None:
     for step in range(steps):
-        trainer.forward_backward([micro_batch(step)], AlgorithmBlock(name="sft"), Denominators(22, 2, 2))
+        trainer.forward_backward([micro_batch(step)], algorithm_of("sft"), Denominators(22, 2, 2))
         trainer.optim_step(learning_rate)
 
 
@@ -171,7 +171,7 @@ def test_the_reference_of_a_run_that_goes_on_is_the_adapter_it_goes_on_from(tiny
 def test_dropout_is_there_where_gradients_are_and_nowhere_else(tiny_model_dir: Path):
     trainer = trainer_of(tiny_model_dir, AdapterBlock(rank=4, dropout=0.5))
     train(trainer)
-    algorithm, denominators = AlgorithmBlock(name="sft"), Denominators(22, 2, 2)
+    algorithm, denominators = algorithm_of("sft"), Denominators(22, 2, 2)
     losses = [trainer.forward_backward([micro_batch()], algorithm, denominators) for _ in range(2)]
     assert losses[0] != losses[1]
     scored = [trainer.logprobs([micro_batch()]) for _ in range(2)]

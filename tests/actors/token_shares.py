@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from gradient_splits import algorithm_of, batch_of
+from gradient_splits import algorithm_for, batch_of
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -77,8 +77,8 @@ def update(trainer: PolicyTrainer, samples: list[Sample], denominators: Any) -> 
     batches = pack(samples, max_tokens=MAX_TOKENS, num_ranks=trainer.world_size // share)
     own = batches[trainer.rank // share]
     logprobs = of_all(trainer, samples, batches, trainer.logprobs(own, TEMPERATURE))
-    metrics = trainer.forward_backward(own, algorithm_of("grpo"), denominators, TEMPERATURE)
-    evaluated = trainer.evaluate(own, algorithm_of("grpo"), denominators, TEMPERATURE)
+    metrics = trainer.forward_backward(own, algorithm_for("grpo"), denominators, TEMPERATURE)
+    evaluated = trainer.evaluate(own, algorithm_for("grpo"), denominators, TEMPERATURE)
     assert evaluated.metrics == metrics
     stats = trainer.optim_step(1.0)
     counted = 1.0 if trainer.rank % share == 0 else 0.0

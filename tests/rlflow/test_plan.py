@@ -188,10 +188,10 @@ def test_a_step_has_prompts_times_group_size_samples_of_the_longest_length(recip
 
 
 def test_offline_training_counts_examples_and_both_answers_of_a_pair(recipe_file: Path):
-    sft = plan_of(recipe_file, "algorithm={name: sft}", "algorithm.group_size=1", "rewards=[]")
+    sft = plan_of(recipe_file, "algorithm.name=sft", "rewards=[]")
     assert (sft.sequences, sft.max_tokens) == (4, 80)
     assert [planned.role.name for planned in sft.roles] == ["trainer"]
-    dpo = plan_of(recipe_file, "algorithm={name: dpo}", "algorithm.group_size=1", "rewards=[]")
+    dpo = plan_of(recipe_file, "algorithm={name: dpo}", "rewards=[]")
     assert dpo.sequences == 8
 
 
@@ -284,7 +284,7 @@ def test_every_change_that_is_said_saves_what_is_said_in_this_order(recipe_file:
 
 def test_bfloat16_is_not_said_to_save_what_is_trained_in_float32_all_the_same(recipe_file: Path):
     large = ("model.architecture.hidden_size=2048", "model.architecture.intermediate_size=8192")
-    sft = ("rewards=[]", "algorithm={name: sft, group_size: 1}", "trainer.workers=1", "data.max_tokens=1024")
+    sft = ("rewards=[]", "algorithm={name: sft}", "trainer.workers=1", "data.max_tokens=1024")
 
     def found(*overrides: str) -> dict[str, int]:
         recipe = plan_of(recipe_file, *large, *sft, *overrides).recipe

@@ -15,12 +15,12 @@ from rlflow.actors.train_engines.routers import find_routers
 from rlflow.actors.train_engines.token_model import TokenModel
 from rlflow.batching import pack
 from rlflow.metrics import values_of
-from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock
+from rlflow.recipe import ModelBlock, RouterBlock, TrainerBlock, algorithm_of
 from rlflow.types import Denominators, Sample
 
 CPU = torch.device("cpu")
 LENGTHS = (6, 11, 4)
-SFT = AlgorithmBlock(name="sft")
+SFT = algorithm_of("sft")
 LOSSES = RouterBlock(balance_coef=0.1, z_coef=0.01)
 
 

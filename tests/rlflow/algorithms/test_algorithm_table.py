@@ -1,43 +1,65 @@
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from toy_policy import algorithm
 
+from rlflow.algorithms import objectives
 from rlflow.algorithms.advantages import BASELINES, SCALES
 from rlflow.algorithms.corrections import CORRECTIONS, LEVELS
 from rlflow.algorithms.kl import KL_ESTIMATORS
 from rlflow.algorithms.objectives import OBJECTIVES, POLICY_LOSSES, PREFERENCE_LOSSES, objective_of
 from rlflow.algorithms.policy_losses import RATIOS
 from rlflow.algorithms.reductions import REDUCTIONS
-from rlflow.recipe import ALGORITHMS, AdvantageBlock, CorrectionBlock, KLBlock, PolicyLossBlock, PreferenceBlock
+from rlflow.recipe import ALGORITHMS, PairBlock, algorithm_of
+from rlflow.recipe.block import kinds_in
+from rlflow.recipe.explain import blocks_at
 
 DOCS = Path(__file__).parents[3] / "docs" / "algorithms.md"
 
 
 @pytest.mark.parametrize(
-    ("block", "name", "bound", "without"),
+    ("path", "name", "bound", "without"),
     [
-        (AdvantageBlock, "estimator", BASELINES, {"gae"}),
-        (AdvantageBlock, "scale", SCALES, {"none"}),
-        (PolicyLossBlock, "kind", POLICY_LOSSES, set()),
-        (PolicyLossBlock, "ratio", RATIOS, set()),
-        (PolicyLossBlock, "reduction", REDUCTIONS, set()),
-        (KLBlock, "estimator", KL_ESTIMATORS, set()),
-        (CorrectionBlock, "mode", CORRECTIONS, {"none"}),
-        (CorrectionBlock, "level", LEVELS, set()),
-        (PreferenceBlock, "loss", PREFERENCE_LOSSES, set()),
+        ("advantage", "estimator", BASELINES, {"gae", "return"}),
+        ("advantage", "scale", SCALES, {"none"}),
+        ("loss", "kind", POLICY_LOSSES, set()),
+        ("loss", "ratio", RATIOS, set()),
+        ("loss", "reduction", REDUCTIONS, set()),
+        ("kl", "estimator", KL_ESTIMATORS, set()),
+        ("correction", "mode", CORRECTIONS, {"none"}),
+        ("correction", "level", LEVELS, set()),
+        ("preference", "loss", PREFERENCE_LOSSES, set()),
     ],
 )
-def test_every_word_of_the_schema_is_bound_to_a_function_and_no_function_is_without_a_word(block, name, bound, without):
-    assert set(get_args(block.model_fields[name].annotation)) - without == set(bound)
+def test_every_word_of_the_schema_is_bound_to_a_function_and_no_function_is_without_a_word(path, name, bound, without):
+    fields = [block.model_fields.get(name) for block in blocks_at()[f"algorithm.{path}"]]
+    words = {word for info in fields if info is not None for word in get_args(info.annotation)}
+    assert words - without == set(bound)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "gamma"])
+def test_the_losses_that_take_a_number_are_those_that_are_given_it(option: str):
+    (table,) = (
+        node.value
+        for node in ast.parse(inspect.getsource(objectives)).body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PREFERENCE_LOSSES"
+    )
+    assert isinstance(table, ast.Dict)
+    given = {
+        key.value
+        for key, function in zip(table.keys, table.values, strict=True)
+        if isinstance(key, ast.Constant) and f"b.{option}" in ast.unparse(function)
+    }
+    assert given == {n for n, kind in kinds_in(PairBlock)["preference"].names.items() if option in kind.model_fields}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_is_a_valid_block_with_an_objective(name):
-    block = algorithm(name)
+    block = algorithm_of(name)
     assert objective_of(block) is OBJECTIVES[ALGORITHMS[name].objective]
     assert f"`{name}`" in DOCS.read_text(), "docs/algorithms.md explains every row"
 
@@ -48,15 +70,15 @@ def test_every_option_is_documented(word):
 
 
 def test_the_defaults_are_the_papers():
-    assert algorithm("grpo").kl.coef == 0.04
-    assert (algorithm("dapo").loss.clip_low, algorithm("dapo").loss.clip_high) == (0.2, 0.28)
-    assert algorithm("dapo").groups.overlong_buffer * 20480 == 4096
-    assert (algorithm("gspo").loss.clip_low, algorithm("gspo").loss.clip_high) == (3e-4, 4e-4)
-    assert algorithm("dr_grpo").advantage.scale == "none"
-    assert algorithm("ppo").advantage.gae_lambda == 0.95
-    assert algorithm("sapo").loss.sapo_tau_negative == 1.05
-    assert algorithm("dpo").preference.beta == 0.1
-    simpo = algorithm("simpo").preference
+    assert algorithm_of("grpo").kl.coef == 0.04
+    assert (algorithm_of("dapo").loss.clip_low, algorithm_of("dapo").loss.clip_high) == (0.2, 0.28)
+    assert algorithm_of("dapo").groups.overlong_buffer * 20480 == 4096
+    assert (algorithm_of("gspo").loss.clip_low, algorithm_of("gspo").loss.clip_high) == (3e-4, 4e-4)
+    assert algorithm_of("dr_grpo").advantage.scale == "none"
+    assert algorithm_of("ppo").advantage.gae_lambda == 0.95
+    assert algorithm_of("sapo").loss.tau_negative == 1.05
+    assert algorithm_of("dpo").preference.beta == 0.1
+    simpo = algorithm_of("simpo").preference
     assert (simpo.beta, simpo.gamma, simpo.length_normalized, simpo.reference_free) == (2.0, 1.0, True, True)
 
 

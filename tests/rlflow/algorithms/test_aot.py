@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toy_policy import algorithm, logprobs_of, new_policy, run, samples_for
+from toy_policy import logprobs_of, new_policy, run, samples_for
 
 from rlflow.algorithms.batch_targets import with_targets
 from rlflow.algorithms.weighing import weigh
 from rlflow.batching import pack
+from rlflow.recipe import algorithm_of
 from rlflow.types import Sample
 
 MARGIN = 5e-6
@@ -41,7 +42,7 @@ def sorted_loss(loss: str, policy: torch.Tensor, samples: list[Sample], length_n
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
 def test_any_split_has_the_sorted_batchs_loss_and_gradient(loss, length_normalized):
     policy, samples = new_policy(), samples_for("dpo")
-    block = algorithm("dpo", preference={"loss": loss, "beta": 0.3, "length_normalized": length_normalized})
+    block = algorithm_of("dpo", preference={"loss": loss, "beta": 0.3, "length_normalized": length_normalized})
     units = list(zip(samples[::2], samples[1::2], strict=True))
     targeted = with_targets(units, block, lambda asked: [x.detach().numpy() for x in logprobs(policy, asked)])
     weighed, denominators = weigh(targeted, block, 64)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_policy import algorithm
 
 from rlflow.algorithms.batch_targets import with_targets
 from rlflow.algorithms.weighing import weigh
+from rlflow.recipe import algorithm_of
 from rlflow.types import Denominators, Sample
 
 
@@ -39,7 +39,7 @@ def test_ktos_kl_is_the_mean_log_ratio_of_the_mismatched_answers_and_these_are_n
         asked.extend(samples)
         return [np.full(len(one.token_ids), -0.5, np.float32) for one in samples]
 
-    answers = with_targets(units, algorithm("kto"), logprobs_of)
+    answers = with_targets(units, algorithm_of("kto"), logprobs_of)
     # 2 (-0.5 + 2) = 3 and 4 (-0.5 + 1) = 2.
     assert [one.batch_kl for one in answers] == [2.5] * 3
     assert [one.label for one in answers] == [1.0, -1.0, 1.0]
@@ -48,19 +48,21 @@ def test_ktos_kl_is_the_mean_log_ratio_of_the_mismatched_answers_and_these_are_n
 
 def test_ktos_kl_is_0_where_nothing_is_left_to_measure_it_on():
     units = [(sample(3, 1.0, -9.0), sample(0, reference=-2.0))]
-    assert with_targets(units, algorithm("kto"), lambda samples: [])[0].batch_kl == 0.0
+    assert with_targets(units, algorithm_of("kto"), lambda samples: [])[0].batch_kl == 0.0
 
 
 @pytest.mark.parametrize(("name", "groups"), [("sft", [0, 1]), ("dpo", [0, 0, 1, 1]), ("reward_model", [0, 0, 1, 1])])
 def test_a_sample_names_its_row_and_losses_on_single_rows_ask_for_no_forward_pass(name: str, groups: list[int]):
     units = [tuple(sample(2) for _ in range(len(groups) // 2)) for _ in range(2)]
-    assert [one.group for one in with_targets(units, algorithm(name), lambda samples: pytest.fail("asked"))] == groups
+    assert [
+        one.group for one in with_targets(units, algorithm_of(name), lambda samples: pytest.fail("asked"))
+    ] == groups
 
 
 def test_samples_are_weighed_in_their_groups_of_any_size():
     # Prompts of 1 + 2 and of 3 tokens: 1 / (2 prompts x their tokens).
     samples = [sample(1), sample(2), sample(3, group=1)]
-    block = algorithm("grpo", loss={"reduction": "prompt"})
+    block = algorithm_of("grpo", loss={"reduction": "prompt"})
     weighed, denominators = weigh(samples, block, 8)
     assert weights_of(weighed) == pytest.approx([1 / 6, 1 / 6, 1 / 6])
     assert denominators == Denominators(6, 3, 2)
@@ -70,6 +72,6 @@ def test_samples_are_weighed_in_their_groups_of_any_size():
 
 def test_of_pairs_the_chosen_answers_alone_are_weighed_and_all_tokens_are_counted():
     samples = [sample(1, 1.0), sample(4, -1.0), sample(3, 1.0), sample(2, -1.0)]
-    weighed, denominators = weigh(samples, algorithm("cpo"), 8)
+    weighed, denominators = weigh(samples, algorithm_of("cpo"), 8)
     assert weights_of(weighed) == pytest.approx([1 / 4, 0, 1 / 4, 0])
     assert denominators == Denominators(10, 4, 2)

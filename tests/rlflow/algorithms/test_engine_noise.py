@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toy_policy import algorithm
 
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.objectives import policy_objective
-from rlflow.recipe import ALGORITHMS
+from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 
 NOISE = 0.02
@@ -39,7 +38,7 @@ def sequences(number: int = 200) -> tuple[torch.Tensor, TensorBatch, Denominator
 def clipped(name: str, **correction) -> float:
     """Share of the tokens that the first update's clip holds."""
     trainer, batch, denominators = sequences()
-    block = algorithm(name, kl={"coef": 0.0}, **correction)
+    block = algorithm_of(name, kl={"coef": 0.0}, **correction)
     _, metrics = policy_objective(trainer, None, batch, block, denominators)
     return sum(float(metric.value) for key, metric in metrics.items() if key.startswith("clip/"))
 
@@ -56,7 +55,7 @@ def test_with_the_engines_logprobs_under_it_a_sequences_ratio_is_clipped_by_the_
 
 def test_the_weight_of_a_token_is_near_one_and_the_ratio_exactly():
     trainer, batch, denominators = sequences()
-    _, metrics = policy_objective(trainer, None, batch, algorithm("gspo"), denominators)
+    _, metrics = policy_objective(trainer, None, batch, algorithm_of("gspo"), denominators)
     assert float(metrics["ratio/mean"].value) == float(metrics["ratio/value_max"].value) == 1.0
     assert float(metrics["kl/old"].value) == 0.0
     assert float(metrics["correction/weight_mean"].value) == pytest.approx(1.0, abs=1e-3)

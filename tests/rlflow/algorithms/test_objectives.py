@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_policy import algorithm, logprobs_of, new_policy, preference_block, run, samples_for, weigh
+from toy_policy import logprobs_of, new_policy, preference_block, run, samples_for, weigh
 
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.objectives import (
@@ -12,7 +12,7 @@ from rlflow.algorithms.objectives import (
     value_objective,
 )
 from rlflow.batching import pack
-from rlflow.recipe import ALGORITHMS
+from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 
 ONLINE = [name for name, row in ALGORITHMS.items() if row.family == "online"]
@@ -34,7 +34,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_split_into_micro_batches_or_ranks_changes_loss_gradient_or_metrics(name):
-    policy, block = new_policy(), algorithm(name)
+    policy, block = new_policy(), algorithm_of(name)
     samples, denominators = weigh(samples_for(name), block)
     whole = run(policy, samples, denominators, block)
     assert whole[1].abs().max() > 1e-4
@@ -46,7 +46,7 @@ def test_no_split_into_micro_batches_or_ranks_changes_loss_gradient_or_metrics(n
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token", "sequence_product"])
 def test_no_split_matters_with_every_option_on(reduction, ratio):
     options = {**ALL_OPTIONS, "loss": {**ALL_OPTIONS["loss"], "reduction": reduction, "ratio": ratio, "dual_clip": 3.0}}
-    policy, block = new_policy(), algorithm("grpo", **options)
+    policy, block = new_policy(), algorithm_of("grpo", **options)
     samples, denominators = weigh(samples_for("grpo"), block)
     whole = run(policy, samples, denominators, block)
     for max_tokens, num_ranks in SPLITS:
@@ -56,7 +56,7 @@ def test_no_split_matters_with_every_option_on(reduction, ratio):
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_no_split_matters_for_any_pairwise_loss(loss):
     fields = {**preference_block(loss), "sft_coef": 0.5}
-    policy, block = new_policy(), algorithm("dpo", preference=fields)
+    policy, block = new_policy(), algorithm_of("dpo", preference=fields)
     samples, denominators = weigh(samples_for("dpo"), block)
     if loss == "orpo":
         samples = [replace(sample, ref_logprobs=np.zeros_like(sample.ref_logprobs)) for sample in samples]
@@ -67,7 +67,7 @@ def test_no_split_matters_for_any_pairwise_loss(loss):
 
 
 def test_no_split_matters_for_the_critic():
-    values, block = new_policy(), algorithm("ppo")
+    values, block = new_policy(), algorithm_of("ppo")
     samples, denominators = weigh(samples_for("ppo"), block)
     whole = run(values, samples, denominators, block, objective=value_objective)
     for max_tokens, num_ranks in SPLITS:
@@ -79,7 +79,7 @@ def test_no_split_matters_for_the_critic():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_batch_of_filler_has_loss_and_gradient_zero(name):
-    policy, block = new_policy(), algorithm(name)
+    policy, block = new_policy(), algorithm_of(name)
     sample = samples_for(name, count=2)
     filler_only = pack(sample, max_tokens=10_000, num_ranks=3, unit_size=2)[2]
     assert filler_only[0].sample_indices.tolist() == [-1]
@@ -92,7 +92,7 @@ def test_a_batch_of_filler_has_loss_and_gradient_zero(name):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_first_update_on_policy_has_ratio_one_and_the_plain_policy_gradient(name):
-    policy, block = new_policy(), algorithm(name, kl={"coef": 0.0}, correction={"mode": "none"})
+    policy, block = new_policy(), algorithm_of(name, kl={"coef": 0.0}, correction={"mode": "none"})
     samples, denominators = weigh([replace(s, proximal_logprobs=None) for s in samples_for(name)], block)
     _, gradient, metrics = run(policy, samples, denominators, block)
     assert metrics["ratio/mean"] == pytest.approx(1.0)
@@ -122,15 +122,18 @@ def test_gspo_on_one_token_completions_is_ppos_clip():
     policy = new_policy()
     for name in ("gspo", "gspo_token"):
         results = []
-        for block in (algorithm(name, loss=clip), algorithm("ppo", loss=clip, kl={"coef": 0.0, "estimator": "k3"})):
+        for block in (
+            algorithm_of(name, loss=clip),
+            algorithm_of("ppo", loss=clip, kl={"coef": 0.0, "estimator": "k3"}),
+        ):
             weighed, denominators = weigh(samples, block)
             results.append(run(policy, weighed, denominators, block))
         assert_same(*results)
 
 
 def test_dapo_with_equal_clips_and_no_filter_is_grpo_with_token_mean():
-    dapo = algorithm("dapo", loss={"clip_high": 0.2}, groups={"require_signal": False, "overlong_buffer": 0.0})
-    grpo = algorithm("grpo", loss={"reduction": "token"}, kl={"coef": 0.0})
+    dapo = algorithm_of("dapo", loss={"clip_high": 0.2}, groups={"require_signal": False, "overlong_buffer": 0.0})
+    grpo = algorithm_of("grpo", loss={"reduction": "token"}, kl={"coef": 0.0})
     assert dapo.model_dump(exclude={"name"}) == grpo.model_dump(exclude={"name"})
     policy = new_policy()
     samples, denominators = weigh(samples_for("dapo"), dapo)
@@ -138,7 +141,7 @@ def test_dapo_with_equal_clips_and_no_filter_is_grpo_with_token_mean():
 
 
 def test_nothing_outside_the_mask_has_a_gradient_and_everything_inside_has():
-    block = algorithm("grpo", **ALL_OPTIONS, groups={"mask_truncated": True})
+    block = algorithm_of("grpo", **ALL_OPTIONS, groups={"mask_truncated": True})
     samples, denominators = weigh(samples_for("grpo"), block)
     micro_batch = pack(samples, max_tokens=10_000, num_ranks=1)[0][0]
     batch = TensorBatch.from_numpy(micro_batch, "cpu")

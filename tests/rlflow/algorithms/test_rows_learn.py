@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from toy_policy import VOCABULARY, algorithm, logprobs_of, new_policy, preference_block, run, samples_for, weigh
+from toy_policy import VOCABULARY, logprobs_of, new_policy, preference_block, run, samples_for, weigh
 
 from rlflow.algorithms.advantages import token_advantages
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.kl_reward import kl_penalty
 from rlflow.algorithms.objectives import PREFERENCE_LOSSES, value_objective
 from rlflow.batching import pack
-from rlflow.recipe import ALGORITHMS, AlgorithmBlock
+from rlflow.recipe import ALGORITHMS, AlgorithmBlock, algorithm_of
 from rlflow.types import Sample
 
 GOOD = 3
@@ -74,7 +74,7 @@ def update_critic(values: torch.Tensor, samples, denominators, block: AlgorithmB
 def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
     # A GSPO ratio may move by 4e-4 only: wider, so that a few dozen steps of a toy can show it.
     wide = {"loss": {"clip_low": 0.1, "clip_high": 0.1}} if name.startswith("gspo") else {}
-    block = algorithm(name, **wide, group_size=GROUP)
+    block = algorithm_of(name, **wide, group_size=GROUP)
     random, policy = np.random.default_rng(0), new_policy()
     reference = policy.detach().clone()
     values = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)
@@ -111,7 +111,7 @@ PAIRWISE = [f"dpo:{loss}" for loss in PREFERENCE_LOSSES if loss != "discopop"]
 def test_chosen_answers_gain_on_rejected_ones(name):
     row, _, loss = name.partition(":")
     fields = preference_block(loss) if loss else {}
-    block = algorithm(row, preference=fields)
+    block = algorithm_of(row, preference=fields)
     samples, policy = samples_for(row), new_policy()
     for index, sample in enumerate(samples):
         reference = per_token(policy, sample.token_ids) if loss != "orpo" else np.zeros_like(sample.ref_logprobs)

@@ -13,12 +13,12 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value.functional import generalized_advantage_estimate, reward2go
-from toy_policy import algorithm
 from trl_models import assert_same_loss_and_gradient, tensor_batch
 
 from rlflow.algorithms.advantages import gae, token_advantages, whiten
 from rlflow.algorithms.objectives import policy_objective, value_objective
-from rlflow.recipe import AdvantageBlock
+from rlflow.recipe import algorithm_of
+from rlflow.recipe.algorithm_blocks import GAEBlock, ReturnBlock
 from rlflow.types import Denominators
 
 GAMMAS_AND_LAMBDAS = [(1.0, 0.95), (1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.5, 0.7)]
@@ -76,7 +76,7 @@ def rollouts():
 @pytest.mark.parametrize(("gamma", "lam"), GAMMAS_AND_LAMBDAS)
 def test_ppos_advantages_of_a_batch_agree_with_torchrls_of_each_completion(gamma, lam):
     penalties, values, token_rewards = rollouts()
-    block = AdvantageBlock(estimator="gae", gamma=gamma, gae_lambda=lam)
+    block = GAEBlock(gamma=gamma, gae_lambda=lam)
     advantages, returns = token_advantages(REWARDS, GROUP_OF, penalties, block, values)
     for row in np.flatnonzero(~np.isnan(REWARDS)):
         expected = torchrls_gae(token_rewards[row], values[row], gamma, lam)
@@ -87,7 +87,7 @@ def test_ppos_advantages_of_a_batch_agree_with_torchrls_of_each_completion(gamma
 @pytest.mark.parametrize("gamma", [1.0, 0.99, 0.9, 0.5])
 def test_reinforce_plus_plus_agrees_with_torchrls_discounted_rewards_to_go(gamma):
     penalties, _, token_rewards = rollouts()
-    advantages, _ = token_advantages(REWARDS, GROUP_OF, penalties, AdvantageBlock(estimator="return", gamma=gamma))
+    advantages, _ = token_advantages(REWARDS, GROUP_OF, penalties, ReturnBlock(gamma=gamma))
     for row in np.flatnonzero(~np.isnan(REWARDS)):
         rewards, done = episodes(token_rewards[row])
         same(advantages[row], reward2go(rewards, done, gamma).flatten(), 1e-10)
@@ -165,7 +165,7 @@ def tokens(request):
 
 @pytest.mark.parametrize(("low", "high"), LOW_AND_HIGH)
 def test_ppos_clipped_loss_and_its_entropy_bonus_agree_with_torchrl(tokens, low, high):
-    block = algorithm("ppo", loss={"clip_low": low, "clip_high": high, "entropy_coef": 0.03}, kl={"coef": 0.0})
+    block = algorithm_of("ppo", loss={"clip_low": low, "clip_high": high, "entropy_coef": 0.03}, kl={"coef": 0.0})
     actual, metrics = tokens.ours(policy_objective, block)
     theirs = tokens.torchrls(clip_epsilon=(low, high), entropy_bonus=True, entropy_coeff=0.03)
     assert metrics["clip/low_fraction"].value > 0 and metrics["clip/high_fraction"].value > 0
@@ -175,7 +175,7 @@ def test_ppos_clipped_loss_and_its_entropy_bonus_agree_with_torchrl(tokens, low,
 def test_whitening_agrees_with_torchrls(tokens):
     (whitened,) = whiten([tokens.advantages.numpy()])
     actual, _ = tokens.ours(
-        policy_objective, algorithm("ppo", kl={"coef": 0.0}), torch.as_tensor(whitened).to(tokens.returns)
+        policy_objective, algorithm_of("ppo", kl={"coef": 0.0}), torch.as_tensor(whitened).to(tokens.returns)
     )
     theirs = tokens.torchrls(clip_epsilon=0.2, entropy_bonus=False, normalize_advantage=True)
     assert_same_loss_and_gradient(actual, theirs["loss_objective"], tokens.actor)
@@ -184,7 +184,7 @@ def test_whitening_agrees_with_torchrls(tokens):
 @pytest.mark.parametrize("clip", [None, 0.2, 0.5])
 def test_the_critics_loss_agrees_with_torchrl(tokens, clip):
     # Theirs is the squared error; critic_coeff 1/2 makes it ours.
-    actual, metrics = tokens.ours(value_objective, algorithm("ppo", critic={"clip": clip}))
+    actual, metrics = tokens.ours(value_objective, algorithm_of("ppo", critic={"clip": clip}))
     theirs = tokens.torchrls(entropy_bonus=False, clip_value=clip)
     assert (metrics["value/clip_fraction"].value > 0) == (clip is not None)
     assert_same_loss_and_gradient(actual, theirs["loss_critic"], tokens.critic)

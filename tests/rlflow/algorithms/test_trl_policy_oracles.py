@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from toy_policy import algorithm as row_of_the_table
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_models import CPU, assert_same_loss_and_gradient, causal_model, logprobs, tensor_batch, tokenizer
 
 from rlflow.algorithms.advantages import combine_rewards, compute_advantages
 from rlflow.algorithms.objectives import policy_objective
 from rlflow.algorithms.reductions import count_denominators, loss_weights
-from rlflow.recipe import AdvantageBlock
+from rlflow.recipe import algorithm_of
+from rlflow.recipe.algorithm_blocks import BaselineBlock
 
 MAX_NEW_TOKENS = 8
 PROMPT_LENGTHS, LENGTHS = [3, 1, 2, 3, 3, 2], [4, 8, 1, 6, 3, 5]
@@ -27,9 +27,9 @@ REWARDS = [[1.0, 0.0, None, 2.0, 2.0, 5.0], [0.5, None, None, -1.0, 3.0, 0.0]]
 ROWS = [{"prompt": "w1 w2"}] * GROUP_SIZE + [{"prompt": "w3"}] * GROUP_SIZE
 
 
-def algorithm(name, **changes):
+def uncorrected(name, **changes):
     """A row without a correction between engine and trainer, unless one is given."""
-    return row_of_the_table(name, **{"correction": {"mode": "none"}, **changes})
+    return algorithm_of(name, **{"correction": {"mode": "none"}, **changes})
 
 
 def _score(index):
@@ -152,7 +152,7 @@ def test_clipped_losses_agree_with_trl_by_loss_type_and_level(grpo, inputs, thei
     configure(loss_type=theirs, importance_sampling_level=level, epsilon_low=0.03, epsilon_high=0.04)
     configure(beta=beta, use_bias_correction_kl=False)
     narrow = {"clip_low": 0.03, "clip_high": 0.04}
-    block = algorithm("dapo", loss={"reduction": reduction, "ratio": level, **narrow}, kl={"coef": beta})
+    block = uncorrected("dapo", loss={"reduction": reduction, "ratio": level, **narrow}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
@@ -165,7 +165,7 @@ def test_both_gspos_agree_with_trl_when_a_sequence_has_one_advantage(grpo, input
     trainer, configure = grpo
     configure(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04)
     configure(beta=beta, use_bias_correction_kl=False)
-    block = algorithm(row, loss={"clip_low": 0.03, "clip_high": 0.04}, kl={"coef": beta})
+    block = uncorrected(row, loss={"clip_low": 0.03, "clip_high": 0.04}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["clip/low_fraction"].value > 0 and metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
@@ -179,7 +179,7 @@ def test_gspo_over_a_fixed_length_is_trls_luspo_divided_by_that_length(grpo, inp
     configure(loss_type="luspo", importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04)
     configure(beta=beta, use_bias_correction_kl=False)
     narrow = {"clip_low": 0.03, "clip_high": 0.04}
-    block = algorithm(row, loss={"reduction": "fixed_length", **narrow}, kl={"coef": beta})
+    block = uncorrected(row, loss={"reduction": "fixed_length", **narrow}, kl={"coef": beta})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     expected = trainer.compute_loss(trainer.model, inputs)
@@ -189,7 +189,7 @@ def test_gspo_over_a_fixed_length_is_trls_luspo_divided_by_that_length(grpo, inp
 def test_the_unbiased_kl_agrees_with_trl(grpo, inputs):
     trainer, configure = grpo
     configure(beta=0.1, use_bias_correction_kl=True)
-    block = algorithm("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1, "unbiased_gradient": True})
+    block = uncorrected("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1, "unbiased_gradient": True})
     actual, _ = our_loss(trainer.model, inputs, block)
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
@@ -197,7 +197,7 @@ def test_the_unbiased_kl_agrees_with_trl(grpo, inputs):
 def test_dual_clip_agrees_with_trls_two_sided_clip(grpo, inputs):
     trainer, configure = grpo
     configure(delta=1.5)
-    block = algorithm("dapo", loss={"reduction": "sequence", "dual_clip": 1.5})
+    block = uncorrected("dapo", loss={"reduction": "sequence", "dual_clip": 1.5})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["clip/dual_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
@@ -208,7 +208,7 @@ def test_cispo_agrees_with_trl(grpo, inputs, level):
     # TRL's epsilon_high is the bound itself, ours what is above 1.
     trainer, configure = grpo
     configure(loss_type="cispo", epsilon_high=1.1, importance_sampling_level=level)
-    actual, metrics = our_loss(trainer.model, inputs, algorithm("cispo", loss={"clip_high": 0.1, "ratio": level}))
+    actual, metrics = our_loss(trainer.model, inputs, uncorrected("cispo", loss={"clip_high": 0.1, "ratio": level}))
     assert metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
@@ -218,14 +218,14 @@ def test_sapo_agrees_with_trl(grpo, inputs, level):
     trainer, configure = grpo
     levels = {"importance_sampling_level": level}
     configure(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **levels)
-    actual, _ = our_loss(trainer.model, inputs, algorithm("sapo", loss={"ratio": level}))
+    actual, _ = our_loss(trainer.model, inputs, uncorrected("sapo", loss={"ratio": level}))
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
 def test_the_entropy_bonus_agrees_with_trl_under_a_token_mean(grpo, inputs):
     trainer, configure = grpo
     configure(loss_type="dapo", _entropy_bonus_enabled=True, use_adaptive_entropy=False, entropy_coef=0.05)
-    actual, _ = our_loss(trainer.model, inputs, algorithm("dapo", loss={"entropy_coef": 0.05}))
+    actual, _ = our_loss(trainer.model, inputs, uncorrected("dapo", loss={"entropy_coef": 0.05}))
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
@@ -261,7 +261,7 @@ def test_the_engine_correction_is_trls(grpo, inputs, monkeypatch, theirs, mode, 
         "ref_per_token_logps": torch.zeros_like(scored["old_per_token_logps"]),
     }
     correction = {"mode": mode, "level": level, "low": low or 0.0, "high": 1.2}
-    block = algorithm("dapo", loss={"reduction": "sequence"}, correction=correction)
+    block = uncorrected("dapo", loss={"reduction": "sequence"}, correction=correction)
     actual, metrics = our_loss(trainer.model, ours, block)
     assert 0 < metrics["correction/bounded_fraction"].value < 1
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, scored), trainer.model)
@@ -274,7 +274,7 @@ def test_the_correction_of_later_updates_is_of_before_the_first_and_leaves_the_k
     ratio = torch.exp((inputs["old_per_token_logps"] - inputs["sampling"]) * mask).clamp(max=1.2)
     configure(use_vllm=True, vllm_importance_sampling_correction=True, beta=0.1, use_bias_correction_kl=False)
     expected = trainer.compute_loss(trainer.model, inputs | {"importance_sampling_ratio": ratio})
-    block = row_of_the_table("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction={"high": 1.2})
+    block = algorithm_of("dapo", loss={"reduction": "sequence"}, kl={"coef": 0.1}, correction={"high": 1.2})
     actual, metrics = our_loss(trainer.model, inputs, block)
     assert metrics["correction/bounded_fraction"].value > 0
     assert_same_loss_and_gradient(actual, expected, trainer.model)
@@ -285,7 +285,7 @@ def test_rloo_agrees_with_trl(trainers, inputs):
     trainer.model.eval()
     mask = inputs["completion_mask"]
     plain = inputs | {"tool_mask": torch.ones_like(mask), "old_logps": (inputs["old_per_token_logps"] * mask).sum(1)}
-    actual, metrics = our_loss(trainer.model, plain, algorithm("rloo", kl={"coef": 0.0}))
+    actual, metrics = our_loss(trainer.model, plain, uncorrected("rloo", kl={"coef": 0.0}))
     assert metrics["clip/low_fraction"].value + metrics["clip/high_fraction"].value > 0
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, plain), trainer.model)
 
@@ -301,7 +301,7 @@ def test_group_advantages_agree_with_trl(grpo, scale):
     configure(scale_rewards=scale, multi_objective_aggregation="sum_then_normalize")
     trainer.model.train()
     expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
-    block = AdvantageBlock(scale="none" if scale == "none" else f"{scale}_std")
+    block = BaselineBlock(scale="none" if scale == "none" else f"{scale}_std")
     np.testing.assert_allclose(compute_advantages(combined(), block).ravel(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -310,7 +310,7 @@ def test_rewards_normalised_one_by_one_agree_with_trls_gdpo(grpo):
     configure(multi_objective_aggregation="normalize_then_sum")
     trainer.model.train()
     expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
-    block = AdvantageBlock(estimator="batch_mean", scale="batch_std")
+    block = BaselineBlock(estimator="batch_mean", scale="batch_std")
     actual = compute_advantages(combined("normalize_each"), block).ravel()
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
@@ -319,5 +319,5 @@ def test_leave_one_out_advantages_agree_with_trl(trainers):
     trainer = trainers["rloo"]
     trainer.model.train()
     expected = trainer._generate_and_score_completions([dict(row) for row in ROWS])["advantages"]
-    actual = compute_advantages(combined(), AdvantageBlock(estimator="leave_one_out")).ravel()
+    actual = compute_advantages(combined(), BaselineBlock(estimator="leave_one_out")).ravel()
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)

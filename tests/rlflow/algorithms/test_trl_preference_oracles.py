@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from toy_policy import algorithm
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -32,6 +31,7 @@ from rlflow.algorithms.objectives import (
 )
 from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 from rlflow.algorithms.reductions import preference_weights
+from rlflow.recipe import algorithm_of
 from rlflow.types import Denominators
 
 PAIRS = [
@@ -70,7 +70,7 @@ def our_dpo_loss(trainer, batch, **preference):
     sums = [(x.detach() * mask.flatten()).reshape(mask.shape).sum(1).numpy() for x in (ours, ref)]
     targets = targets_by_rank(preference["loss"], *sums)
     tensors = tensor_batch(mask, torch.tensor(weights, dtype=torch.float32), labels=labels, ref_logprobs=ref, **targets)
-    return preference_objective(ours, None, tensors, algorithm("dpo", preference=preference), denominators)[0]
+    return preference_objective(ours, None, tensors, algorithm_of("dpo", preference=preference), denominators)[0]
 
 
 def targets_by_rank(loss: str, scores: np.ndarray, references: np.ndarray) -> dict[str, torch.Tensor]:
@@ -120,7 +120,8 @@ def test_dpo_losses_agree_with_trl(dpo, theirs, ours, label_smoothing, beta):
     trainer.loss_types, trainer.loss_weights = [theirs], [1.0]
     trainer.beta, trainer.label_smoothing = beta, label_smoothing
     expected = trainer.compute_loss(trainer.model, batch)
-    actual = our_dpo_loss(trainer, batch, beta=beta, label_smoothing=label_smoothing, **ours)
+    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    actual = our_dpo_loss(trainer, batch, beta=beta, **smoothing, **ours)
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 
@@ -169,7 +170,9 @@ def test_kto_agrees_with_trl(tmp_path, weights):
     tensors = tensor_batch(
         batch["completion_mask"], labels=labels, batch_kls=torch.full((len(rows),), kl), ref_logprobs=ref
     )
-    block = algorithm("kto", preference={"beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]})
+    block = algorithm_of(
+        "kto", preference={"beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    )
     actual, metrics = kto_objective(ours, None, tensors, block, Denominators(0, len(rows), len(rows)))
     assert kl > 0, "the test needs a reference point that matters"
     assert float(metrics["kto/kl"].value) == pytest.approx(kl)
@@ -197,7 +200,7 @@ def test_reward_modelling_agrees_with_trl(tmp_path, center, margins):
         labels=torch.tensor([1.0, -1.0]).repeat(len(rows)),
         reward_margins=given.repeat_interleave(2),
     )
-    block = algorithm("reward_model", preference={"center_coef": center or 0.0})
+    block = algorithm_of("reward_model", preference={"center_coef": center or 0.0})
     actual, _ = reward_model_objective(scores, None, tensors, block, Denominators(0, 2 * len(rows), len(rows)))
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
@@ -221,7 +224,7 @@ def test_cross_entropy_agrees_with_trl_on_completions_and_on_plain_text(tmp_path
     num_tokens = int(mask.sum())
     tensors = tensor_batch(mask, torch.full((len(rows),), 1.0 / num_tokens))
     denominators = Denominators(num_tokens, len(rows), len(rows))
-    actual, _ = sft_objective(ours, None, tensors, algorithm(name), denominators)
+    actual, _ = sft_objective(ours, None, tensors, algorithm_of(name), denominators)
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 

@@ -18,21 +18,10 @@ VOCABULARY = 7
 MAX_NEW_TOKENS = 16
 
 
-def algorithm(name: str, **changes) -> AlgorithmBlock:
-    """A row of the table with changes to its blocks."""
-    defaults = ALGORITHMS[name].defaults
-    merged = {**defaults, **{k: {**defaults.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}}
-    return AlgorithmBlock(name=name, **merged)
-
-
 def preference_block(loss: str) -> dict[str, object]:
     """The preference block of a loss, with the options it has."""
-    fields: dict[str, object] = {"loss": loss}
-    if loss in ("sigmoid", "robust", "aot", "aot_unpaired", "exo_pair"):
-        fields["label_smoothing"] = 0.1
-    if loss == "orpo":
-        fields |= {"length_normalized": True, "reference_free": True}
-    return fields
+    is_smoothed = loss in ("sigmoid", "robust", "aot", "aot_unpaired", "exo_pair")
+    return {"loss": loss, "label_smoothing": 0.1} if is_smoothed else {"loss": loss}
 
 
 def new_policy(seed: int = 0) -> torch.Tensor:
@@ -94,11 +83,11 @@ def weigh(samples: list[Sample], block: AlgorithmBlock, group_size: int = 4) -> 
     counts = np.array([int(sample.loss_mask.sum()) for sample in samples])
     if ALGORITHMS[block.name].objective in ("preference", "reward_model"):
         labels = np.array([sample.label for sample in samples])
-        weights, denominators = preference_weights(block.loss.reduction, counts, labels, MAX_NEW_TOKENS)
+        weights, denominators = preference_weights(block.reduction, counts, labels, MAX_NEW_TOKENS)
     else:
         groups = np.arange(len(samples)) // group_size
         denominators = count_denominators(counts, groups)
-        weights = loss_weights(block.loss.reduction, counts, groups, denominators, MAX_NEW_TOKENS)
+        weights = loss_weights(block.reduction, counts, groups, denominators, MAX_NEW_TOKENS)
     weighed = [
         replace(sample, loss_weights=np.where(sample.loss_mask, weight, 0).astype(np.float32))
         for sample, weight in zip(samples, weights, strict=True)

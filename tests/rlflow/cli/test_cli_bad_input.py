@@ -29,7 +29,7 @@ def run(tmp_path, tiny_model_dir, monkeypatch, capsys):
         recipe: dict[str, Any] = {
             "run": {"output_dir": str(tmp_path / "out"), "steps": 1},
             "model": {"path": str(tiny_model_dir)},
-            "algorithm": {"name": "grpo", "group_size": 2},
+            "algorithm": {"name": "grpo"},
             "data": {"train": {"path": str(data)}, "max_prompt_tokens": 64},
             "rewards": [{"name": "exact_match"}],
             "rollout": {"engine": "torch", "max_new_tokens": 2},
@@ -53,7 +53,7 @@ def run(tmp_path, tiny_model_dir, monkeypatch, capsys):
 
 
 def offline(name: str) -> dict[str, Any]:
-    return {"algorithm": {"name": name, "group_size": 1}, "rewards": None, "rollout": None}
+    return {"algorithm": {"name": name}, "rewards": None, "rollout": None}
 
 
 def test_a_mistyped_key_is_named_with_its_line_and_the_nearest_one(run):
@@ -135,7 +135,7 @@ def test_labels_of_one_kind_are_refused(run):
 
 
 def test_rewards_are_refused_where_nothing_is_generated(run):
-    assert "rewards" in run(PROMPTS, algorithm={"name": "dpo", "group_size": 1})
+    assert "rewards" in run(PROMPTS, algorithm={"name": "dpo"})
 
 
 def test_stopping_at_a_score_needs_something_that_passes(run, tmp_path):

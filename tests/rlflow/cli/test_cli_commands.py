@@ -212,13 +212,13 @@ def test_a_row_shows_the_options_that_it_uses_and_says_what_brings_in_others(cap
     assert main(["algorithms", "dpo"]) == 0
     text = capsys.readouterr().out
     assert "  preference.beta: 0.1\n" in text
-    assert "  preference.sft_coef: loss.reduction" in text
-    for foreign in ("kl.coef", "group_size", "preference.center_coef", "critic."):
+    assert "  preference.loss exo_pair: preference.label_smoothing\n" in text
+    for foreign in ("kl.coef", "group_size", "preference.center_coef", "critic"):
         assert foreign not in text
     assert main(["algorithms", "grpo"]) == 0
     text = capsys.readouterr().out
-    assert "  loss.kind sapo: loss.sapo_tau_positive, loss.sapo_tau_negative\n" in text
-    assert "  loss.sapo_tau_positive: " not in text
+    assert "  loss.kind sapo: loss.tau_positive, loss.tau_negative\n" in text
+    assert "  loss.tau_positive: " not in text
 
 
 def test_an_unknown_algorithm_names_the_nearest(capsys: pytest.CaptureFixture):

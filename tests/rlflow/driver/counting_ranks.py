@@ -12,7 +12,7 @@ import numpy as np
 from rlflow.actors.trainer import UpdateStats
 from rlflow.driver.clock import Clock
 from rlflow.driver.learner import Learner
-from rlflow.recipe import ALGORITHMS, Recipe
+from rlflow.recipe import ALGORITHMS, Recipe, algorithm_of
 from rlflow.recipe.yaml_source import merge
 from rlflow.types import MicroBatch
 
@@ -78,8 +78,8 @@ def recipe_of(name: str, **blocks: Any) -> Recipe:
         "rewards": [{"name": "exact_match"}] if row.family == "online" else [],
         "run": {"steps": 1},
     }
-    algorithm = {"name": name, **merge(row.defaults, blocks.pop("algorithm", {}))}
-    return Recipe.model_validate(merge(given, {**blocks, "algorithm": algorithm}))
+    algorithm = algorithm_of(name, **blocks.pop("algorithm", {}))
+    return Recipe.model_validate({**merge(given, blocks), "algorithm": algorithm})
 
 
 def learner_of(recipe: Recipe, num_steps: int = 1, **ranks: Ranks) -> Learner:

@@ -10,20 +10,12 @@ import pytest
 from rlflow.algorithms.kl_reward import kl_of_sequences
 from rlflow.algorithms.weighing import weigh
 from rlflow.driver import assemble
-from rlflow.recipe import AlgorithmBlock
-from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe import algorithm_of
 from rlflow.types import FinishReason, Group, Prompt, Rollout
 from tests.flat_rollouts import flat
 
 PROMPT = np.array([10, 11, 12], dtype=np.int32)
 EOS = 1
-
-
-def algorithm(name: str = "grpo", **blocks) -> AlgorithmBlock:
-    given = {"name": name, **ALGORITHMS[name].defaults}
-    for block, values in blocks.items():
-        given[block] = {**given.get(block, {}), **values}
-    return AlgorithmBlock.model_validate(given)
 
 
 def rollout(tokens: list[int], reward: float, finish_reason: FinishReason = "stop") -> Rollout:
@@ -39,7 +31,7 @@ def weights_of(samples) -> list[list[float]]:
 
 
 def test_the_stop_token_the_policy_wrote_is_trained_and_nothing_of_the_prompt_is():
-    batch = assemble.assemble([group(rollout([20, 21, EOS], 1.0), rollout([EOS], 0.0))], algorithm(), 8)
+    batch = assemble.assemble([group(rollout([20, 21, EOS], 1.0), rollout([EOS], 0.0))], algorithm_of("grpo"), 8)
     assert [sample.token_ids.tolist() for sample in batch.samples] == [[10, 11, 12, 20, 21, EOS], [10, 11, 12, EOS]]
     assert [sample.loss_mask.tolist() for sample in batch.samples] == [[False] * 3 + [True] * 3, [False] * 3 + [True]]
     old = [s.old_logprobs.tolist() for s in batch.samples if s.old_logprobs is not None]
@@ -49,14 +41,14 @@ def test_the_stop_token_the_policy_wrote_is_trained_and_nothing_of_the_prompt_is
 @pytest.mark.parametrize(("masked", "state"), [(True, "masked"), (False, "trained")])
 @pytest.mark.parametrize("reason", ["length", "abort"])
 def test_a_truncated_completion_is_trained_unless_the_recipe_filters_it(masked, state, reason):
-    block = algorithm("dapo", groups={"mask_truncated": masked})
+    block = algorithm_of("dapo", groups={"mask_truncated": masked})
     batch = assemble.assemble([group(rollout([20, 21], 1.0, reason), rollout([EOS], 0.0))], block, 2)
     assert batch.states == [state, "trained"]
 
 
 def test_an_unscored_rollout_is_masked_and_leaves_the_baseline_alone():
     rollouts = [rollout([20, EOS], float("nan")), rollout([21, EOS], 1.0), rollout([EOS], 0.0)]
-    block = algorithm(advantage={"scale": "none"})
+    block = algorithm_of("grpo", advantage={"scale": "none"})
     batch = assemble.assemble([group(*rollouts)], block, 8)
     samples = assemble.with_advantages(batch, batch.samples, block)
     assert batch.states == ["masked", "trained", "trained"]
@@ -66,13 +58,13 @@ def test_an_unscored_rollout_is_masked_and_leaves_the_baseline_alone():
 
 def test_soft_overlong_punishment_is_added_to_the_reward():
     # Of 10 tokens the last 4 are the buffer: 8 tokens are 2 into it, half of the punishment of 1.
-    block = algorithm("dapo", groups={"overlong_buffer": 0.4})
+    block = algorithm_of("dapo", groups={"overlong_buffer": 0.4})
     batch = assemble.assemble([group(rollout([20] * 8, 1.0), rollout([20] * 6, 1.0))], block, 10)
     assert batch.rewards.tolist() == [0.5, 1.0]
 
 
 def test_masked_completions_count_in_the_weights_only_when_the_recipe_says_so():
-    block = algorithm("dapo", groups={"mask_truncated": True})
+    block = algorithm_of("dapo", groups={"mask_truncated": True})
     batch = assemble.assemble([group(rollout([20, 21, 22], 1.0, "length"), rollout([EOS], 0.0))], block, 3)
     samples, denominators = weigh(batch.samples, block, 3)
     assert denominators.num_tokens == 1
@@ -84,7 +76,7 @@ def test_masked_completions_count_in_the_weights_only_when_the_recipe_says_so():
 
 def test_the_kl_in_the_reward_is_that_of_each_token():
     """reinforce++: A_t = r - coef * sum of (old - ref) from t on; whitening off."""
-    block = algorithm("reinforce++", advantage={"whiten": False}, kl={"coef": 0.1})
+    block = algorithm_of("reinforce++", advantage={"whiten": False}, kl={"coef": 0.1})
     batch = assemble.assemble([group(rollout([20, EOS], 1.0))], block, 8)
     reference = np.array([0, 0, 0, -2.0, -1.0], dtype=np.float32)
     samples = [replace(batch.samples[0], ref_logprobs=reference)]
@@ -96,7 +88,7 @@ def test_the_kl_in_the_reward_is_that_of_each_token():
 
 def test_a_critics_values_make_advantages_and_returns():
     """gae with gamma = lambda = 1: the return is what follows, the advantage what the value did not expect."""
-    block = algorithm("ppo", advantage={"whiten": False, "gae_lambda": 1.0}, kl={"coef": 0.0})
+    block = algorithm_of("ppo", advantage={"whiten": False, "gae_lambda": 1.0}, kl={"coef": 0.0})
     batch = assemble.assemble([group(rollout([20, 21, EOS], 1.0))], block, 8)
     values = np.array([0, 0, 0, 0.25, 0.5, 0.75], dtype=np.float32)
     (sample,) = assemble.with_advantages(batch, [replace(batch.samples[0], old_values=values)], block)
@@ -106,7 +98,7 @@ def test_a_critics_values_make_advantages_and_returns():
 
 
 def test_the_kl_of_a_sequence_is_summed_over_its_trained_tokens():
-    batch = assemble.assemble([group(rollout([20, EOS], 1.0), rollout([EOS], float("nan")))], algorithm(), 8)
+    batch = assemble.assemble([group(rollout([20, EOS], 1.0), rollout([EOS], float("nan")))], algorithm_of("grpo"), 8)
     samples = [replace(s, ref_logprobs=np.full(len(s.token_ids), -3.0, np.float32)) for s in batch.samples]
     assert kl_of_sequences(samples) == pytest.approx((-1 + 3) + (-2 + 3))
 
@@ -114,7 +106,7 @@ def test_the_kl_of_a_sequence_is_summed_over_its_trained_tokens():
 @pytest.mark.parametrize(("ddof", "expected"), [(0, 1.0), (1, 0.5**0.5)])
 def test_rewards_are_normalised_over_the_batch_with_the_recipes_ddof(ddof, expected):
     # 1 and 3: deviations of 1; variance 1 with ddof 0, 2 with ddof 1.
-    block = algorithm(groups={"reward_scaling": "normalize_sum"}, advantage={"ddof": ddof, "eps": 1e-9})
+    block = algorithm_of("grpo", groups={"reward_scaling": "normalize_sum"}, advantage={"ddof": ddof, "eps": 1e-9})
     batch = assemble.assemble([group(rollout([EOS], 1.0), rollout([EOS], 3.0))], block, 8)
     np.testing.assert_allclose(batch.rewards, [-expected, expected], rtol=1e-6)
 

@@ -9,8 +9,7 @@ import pytest
 
 from rlflow.algorithms.kl_reward import kl_of_sequences
 from rlflow.driver import assemble
-from rlflow.recipe import AlgorithmBlock
-from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe import AlgorithmBlock, algorithm_of
 from rlflow.types import Group, Prompt, Sample
 from tests.flat_rollouts import flat
 
@@ -18,13 +17,6 @@ NAN = float("nan")
 PROMPT = np.array([10, 11], dtype=np.int32)
 ANYWHERE_ELSE = np.float32(1e6)
 """What stands outside the mask: whatever reads it is wrong by a lot."""
-
-
-def algorithm(name: str, **blocks) -> AlgorithmBlock:
-    given = {"name": name, **ALGORITHMS[name].defaults}
-    for block, values in blocks.items():
-        given[block] = {**given.get(block, {}), **values}
-    return AlgorithmBlock.model_validate(given)
 
 
 def batch_of(rewards: list[list[float]], masks: list[list[int]], **fields: list[list[float]]) -> assemble.Batch:
@@ -66,7 +58,7 @@ def test_gae_skips_what_the_mask_leaves_out_and_the_reward_lands_on_the_last_los
     # Loss tokens with values 1, 2, 3; gamma 1, lambda 1/2; reward 6. Deltas: 2 - 1 = 1, 3 - 2 = 1, 6 - 3 = 3.
     # A_3 = 3; A_2 = 1 + 3/2 = 2.5; A_1 = 1 + 2.5/2 = 2.25.
     batch = batch_of([[6.0]], [[1, 0, 0, 1, 0, 1, 0, 0]], old_values=[[1.0, 2.0, 3.0]])
-    block = algorithm("ppo", advantage={"whiten": False, "gae_lambda": 0.5}, kl={"coef": 0.0})
+    block = algorithm_of("ppo", advantage={"whiten": False, "gae_lambda": 0.5}, kl={"coef": 0.0})
     advantages, returns = given_by(batch, block)
     assert advantages == [[2.25, 2.5, 3.0]]
     assert returns == [[3.25, 4.5, 6.0]]
@@ -76,7 +68,7 @@ def test_what_follows_a_token_is_discounted_by_loss_tokens_and_loses_their_penal
     # Penalties 0.1 * (old - ref) = 1, 2, 4; reward 8; gamma 1/2: 8 - 4 = 4; -2 + 4/2 = 0; -1 + 0 = -1.
     fields = {"old_logprobs": [[-1.0, -2.0, -3.0]], "ref_logprobs": [[-11.0, -22.0, -43.0]]}
     batch = batch_of([[8.0]], [[0, 1, 1, 0, 0, 1]], **fields)
-    block = algorithm("reinforce++", advantage={"whiten": False, "gamma": 0.5}, kl={"coef": 0.1})
+    block = algorithm_of("reinforce++", advantage={"whiten": False, "gamma": 0.5}, kl={"coef": 0.1})
     advantages, _ = given_by(batch, block)
     assert advantages[0] == pytest.approx([-1.0, 0.0, 4.0], abs=1e-6)
 
@@ -84,7 +76,7 @@ def test_what_follows_a_token_is_discounted_by_loss_tokens_and_loses_their_penal
 def test_whitening_counts_loss_tokens_alone():
     # Group mean 2: -1 on one token, 1 on two. Mean 1/3, squares 16/9 + 4/9 + 4/9, variance 4/3.
     batch = batch_of([[1.0, 3.0]], [[0, 1, 0], [1, 0, 1]])
-    advantages, _ = given_by(batch, algorithm("reinforce++_baseline"))
+    advantages, _ = given_by(batch, algorithm_of("reinforce++_baseline"))
     assert advantages[0] == pytest.approx([-4 / 3 / (4 / 3) ** 0.5])
     assert advantages[1] == pytest.approx([2 / 3 / (4 / 3) ** 0.5] * 2)
 
@@ -93,12 +85,12 @@ def test_the_trainers_own_logprobs_go_before_the_engines_in_the_kl():
     # rloo: 0.5 * (-1 - -3) = 1 off the first reward; the second has none to lose.
     fields = {"old_logprobs": [[-9.0], [-9.0]], "proximal_logprobs": [[-1.0], [-2.0]]}
     batch = batch_of([[1.0, 0.0]], [[0, 1], [1]], ref_logprobs=[[-3.0], [-2.0]], **fields)
-    advantages, _ = given_by(batch, algorithm("rloo", kl={"coef": 0.5}))
+    advantages, _ = given_by(batch, algorithm_of("rloo", kl={"coef": 0.5}))
     assert advantages == [[0.0], [0.0]]
     assert kl_of_sequences(batch.samples) == 1.0
     without = [replace(sample, proximal_logprobs=None, old_logprobs=None) for sample in batch.samples]
     with pytest.raises(AssertionError, match="needs the policy's logprobs"):
-        assemble.with_advantages(batch, without, algorithm("rloo", kl={"coef": 0.5}))
+        assemble.with_advantages(batch, without, algorithm_of("rloo", kl={"coef": 0.5}))
 
 
 def test_a_completion_left_out_whole_counts_what_it_wrote_and_a_tools_output_is_never_counted():
@@ -156,7 +148,7 @@ def test_any_mask_gives_the_advantages_of_its_loss_tokens_by_definition(estimato
         advantage["gae_lambda"] = 0.8
     else:
         del fields["old_values"]
-    block = algorithm("rloo", advantage=advantage, kl={"coef": 0.3})
+    block = algorithm_of("rloo", advantage=advantage, kl={"coef": 0.3})
     actual, _ = given_by(batch_of(REWARDS, masks, **fields), block)
     expected = by_definition(REWARDS, tokens, estimator, 0.9, 0.8, 0.3)
     if whiten:

@@ -39,7 +39,7 @@ def make(name: str, rollout: dict[str, Any], trainer: dict[str, Any], **algorith
 
     policy = Ranks(1, {"forward_backward": count, "logprobs": filled(-3.0)})
     others = {"reference": Ranks(1, {"logprobs": filled(-5.0)})} if recipe.places_reference else {}
-    if recipe.needs_critic:
+    if recipe.critic is not None:
         others["critic"] = Ranks(1, {"values": filled(0.25), "forward_backward": lambda batches: {}})
     return learner_of(recipe, 6, trainer=policy, **others), policy
 

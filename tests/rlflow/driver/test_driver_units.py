@@ -11,7 +11,7 @@ from rlflow.data.examples import Example
 from rlflow.data.preferences import Labelled
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.driver.units import judged_units, load_units
-from rlflow.recipe import AlgorithmBlock, Recipe
+from rlflow.recipe import Recipe, algorithm_of
 from rlflow.types import Sample
 
 
@@ -81,9 +81,7 @@ PAIRS = [
 def test_aots_margins_are_of_sums_or_of_means_on_both_sides(loss, normalized, expected):
     units = [(chosen[0], rejected[0]) for chosen, rejected in PAIRS]
     policy = [np.full(len(sample.token_ids), logprob) for pair in PAIRS for sample, logprob in pair]
-    block = AlgorithmBlock.model_validate(
-        {"name": "dpo", "preference": {"loss": loss, "length_normalized": normalized, "beta": 0.1}}
-    )
+    block = algorithm_of("dpo", preference={"loss": loss, "length_normalized": normalized, "beta": 0.1})
     samples = with_targets(units, block, lambda samples: policy)
     field = {"aot": "rank_margin", "aot_unpaired": "rank_partner"}[loss]
     assert [getattr(sample, field) for sample in samples] == pytest.approx(expected)

@@ -122,7 +122,7 @@ BAD = {
         1, "algorithm: {name: grpo, group_size: 1}", "algorithm.group_size", "set group_size to 2 or more"
     ),
     "adaptive KL from nothing": Bad(
-        1, "algorithm: {name: grpo, kl: {coef: 0, target: 0.1}}", "algorithm.kl.target", "has no effect without kl.coef"
+        1, "algorithm: {name: grpo, kl: {coef: 0, target: 0.1}}", "algorithm.kl.target", "and 0 stays 0: set kl.coef"
     ),
     "updates that do not divide": Bad(
         1,

@@ -21,12 +21,13 @@ def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
     ("algorithm", "others", "says"),
     [
         ("sft", "run: {steps: 1, stop_at_score: 0.5}", "nothing decides what passes"),
-        ("dpo, preference: {loss: ipo, label_smoothing: 0.1}", "run: {steps: 1}", "label_smoothing"),
-        ("dpo, preference: {loss: orpo}", "run: {steps: 1}", "use the row orpo"),
-        ("kto, preference: {loss: ipo}", "run: {steps: 1}", "kto has no use for it: remove it, or set it to sigmoid"),
-        ("sft, critic: {clip: 0.1}", "run: {steps: 1}", "critic"),
-        ("dpo, groups: {updates_per_step: 2}", "run: {steps: 1}", "dpo has no use for it: remove it, or set it to 1"),
-        ("grpo, correction: {old_policy: engine, mode: mask}", "run: {steps: 1}", "set old_policy: trainer"),
+        ("dpo, preference: {loss: orpo, reference_free: false}", "run: {steps: 1}", "must be true, is false"),
+        ("dpo, preference: {loss: exo_pair, label_smoothing: 0.0}", "run: {steps: 1}", "must be more than 0"),
+        (
+            "grpo, correction: {old_policy: engine, mode: mask}",
+            "run: {steps: 1}",
+            "old_policy: must be trainer, is engine (engine belongs to correction.mode none, not to",
+        ),
         ("grpo, correction: {mode: mask, low: 3.0}", "run: {steps: 1}", "3 is not below high (2): no weight is within"),
         ("ppo, kl: {target: 1.0, horizon: 4}", "run: {steps: 1}\nrewards: [{name: exact_match}]", "would jump"),
         (

@@ -165,8 +165,8 @@ def test_a_stage_is_merged_over_the_shared_blocks(recipe_file: Path):
 def test_a_stage_with_another_algorithm_replaces_the_block_and_one_with_the_same_extends_it(recipe_file: Path):
     text = SHARED.replace("{name: grpo}", "{name: grpo, group_size: 4, kl: {coef: 0.5}}") + STAGES
     sft, grpo = load_recipe(write(recipe_file, text))
-    assert (sft.algorithm.name, sft.algorithm.group_size, sft.algorithm.kl.coef) == ("sft", 1, 0.0)
-    assert (grpo.algorithm.group_size, grpo.algorithm.kl.coef) == (16, 0.5)
+    assert sft.algorithm.model_dump() == {"name": "sft", "loss": {"reduction": "token"}}
+    assert (grpo.online.group_size, grpo.online.kl.coef) == (16, 0.5)
 
 
 def test_a_stage_starts_from_the_model_of_the_one_before(recipe_file: Path):
