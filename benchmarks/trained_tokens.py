@@ -69,10 +69,9 @@ def make_rows(number: int, prompt: int, longest: int) -> Rows:
 def rlflow_pass(model_dir: str, rows: Rows, threads: int) -> Callable[[], float]:
     """Makes the function that goes through PolicyTrainer once and returns the loss."""
     from rlflow.actors.policy_trainer import PolicyTrainer
-    from rlflow.recipe import ALGORITHMS, AlgorithmBlock, ModelBlock, TrainerBlock
+    from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 
-    changes = {"kl": {"coef": 0.0}, "correction": {"mode": "none"}}
-    algorithm = AlgorithmBlock.model_validate({"name": "grpo", **ALGORITHMS["grpo"].defaults, **changes})
+    algorithm = algorithm_of("grpo", kl={"coef": 0.0}, correction={"mode": "none"})
     trainer = PolicyTrainer(
         ModelBlock(path=model_dir), TrainerBlock(), rank=0, world_size=1, num_threads=threads, seed=0
     )
