@@ -95,6 +95,12 @@ class RayTransport:
             raise ActorFailure(
                 actor, call, f"its result could not be fetched within {_FETCH_TIMEOUT_S:.0f} s"
             ) from error
+        except RayError as error:
+            # The actor had answered, and what it said is gone: with its node, or out of a store that was full.
+            said = str(error).strip().splitlines() or [""]
+            raise ActorFailure(
+                actor, call, f"what it answered is lost ({type(error).__name__}: {said[0]})", died=True
+            ) from error
 
     def put(self, value: Any) -> ray.ObjectRef:
         return ray.put(value)

@@ -77,7 +77,7 @@ class RolloutPool:
         """Reference -> who owes it, in which incarnation, by which call, and what is done with it."""
         self._ids = itertools.count()
         self._durations: list[float] = []
-        self._asked_at = time.monotonic()
+        self._asked_at = self._watched_at = time.monotonic()
         self._failure: BaseException | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
@@ -145,7 +145,7 @@ class RolloutPool:
             member = self.members.pop(rank)
             member.incarnation += 1
             self.workers.remove(rank)
-            left = [job for job in member.leases.values() if job.request.id in self._open]
+            left = self._left_by(member)
             others = sorted(self.members)
             self._enqueue(job for job in left if not job.is_pinned)
             for index, job in enumerate(job for job in left if job.is_pinned):
@@ -183,9 +183,8 @@ class RolloutPool:
     def metrics(self) -> dict[str, float]:
         """What the workers have done since this was last asked."""
         with self.lock:
-            now, before = time.monotonic(), self._asked_at
-            self._asked_at = now
-            return metrics_of(self.members, now - before) | {
+            before, self._asked_at = self._asked_at, time.monotonic()
+            return metrics_of(self.members, self._asked_at - before) | {
                 "fleet/hedged": float(self.hedged),
                 "fleet/refused": float(self.refused),
             }
@@ -250,8 +249,7 @@ class RolloutPool:
 
     def _listen(self, member: Member) -> None:
         then = partial(self._collected, member, member.version)
-        wants_room = bool(self._queue)
-        self._call(member, then, RolloutWorker.collect, COLLECT_MOST, POLL_S, wants_room=wants_room)
+        self._call(member, then, RolloutWorker.collect, COLLECT_MOST, POLL_S, wants_room=bool(self._queue))
 
     def _send_weights(self, member: Member) -> None:
         update, version = self.rollout.at_update, self.version
@@ -360,13 +358,17 @@ class RolloutPool:
     def _watch(self) -> None:
         """Replaces a worker that does not answer, or whose engine does not move."""
         now = time.monotonic()
+        if now - self._watched_at > 2 * POLL_S + self.rollout.recovery.silence_s / 2:
+            # It was this process that stood still: what they said meanwhile may not be here yet.
+            for member in self.members.values():
+                member.heard_at = member.moved_at = now
+        self._watched_at = now
         for member in list(self.members.values()):
+            name = self.workers.name_of(member.rank)
             limit = self.rollout.recovery.silence_s if member.is_up else self.startup_timeout_s
             if now - member.heard_at > limit:
-                name = self.workers.name_of(member.rank)
                 self._replace(member, f"{name}: no answer within {limit:.0f} s")
             elif member.leases and member.is_up and now - member.moved_at > self.rollout.timeout_s:
-                name = self.workers.name_of(member.rank)
                 self._replace(member, f"{name}: no step of its engine within {self.rollout.timeout_s:.0f} s")
 
     def _replace(self, member: Member, reason: str) -> None:
@@ -381,14 +383,18 @@ class RolloutPool:
                 f"{reason}. {name} was started {limit} times again before (rollout.recovery.max_restarts): "
                 f"look at logs/ and at its machine's memory"
             )
-        left = [job for job in member.leases.values() if job.request.id in self._open]
+        left = self._left_by(member)
         member.begin_again()
         self.tell(f"{reason}. {name} is started again, and {len(left)} groups are asked for again")
         self.workers.replace(member.rank)
         if self._weights is not None:
             self._send_weights(member)
-        held = {group_id for other in self.members.values() for group_id in other.leases}
-        self._enqueue(job for job in left if not job.is_pinned and job.request.id not in held)
+        self._enqueue(job for job in left if not job.is_pinned)
         if any(job.is_pinned for job in left):
             self._submit(member, member.round)
         self._listen(member)
+
+    def _left_by(self, member: Member) -> list[Job]:
+        """What a worker that is lost was asked for, and nobody else is, and has not come."""
+        held = {group_id for other in self.members.values() if other is not member for group_id in other.leases}
+        return [job for id, job in member.leases.items() if id in self._open and id not in held]

@@ -7,11 +7,12 @@ import threading
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError
 
 from rlflow.actor_groups import Actors, constructor_of, start_actors
-from rlflow.actors.actor_group import ActorGroup
+from rlflow.actors.actor_group import ActorFailure, ActorGroup
 from rlflow.in_process import LocalTransport
-from rlflow.placement import environment, options_of
+from rlflow.placement import RayTransport, environment, options_of
 from rlflow.plan import Role, roles
 from rlflow.recipe import load_recipe
 
@@ -134,6 +135,20 @@ def test_what_goes_wrong_while_actors_are_ended_is_raised():
 
 def test_a_rollout_worker_takes_calls_while_one_waits_and_no_actor_is_restarted_by_ray():
     options = {name: options_of(Role(name, 1, 1.0, 0.0), has_gpus=False) for name in ("trainer", "rollout", "rewards")}
-    assert options["rollout"]["max_concurrency"] == 4
+    assert options["rollout"]["max_concurrency"] == 16
     assert all("max_concurrency" not in options[name] for name in ("trainer", "rewards"))
     assert all("max_restarts" not in of_role for of_role in options.values())
+
+
+def test_an_answer_that_is_lost_is_the_failure_of_the_actor_that_gave_it(monkeypatch):
+    # A node that goes takes with it what its actors had answered.
+    def get(ref: Any, timeout: float) -> None:
+        raise ObjectLostError("00ff", None, "")
+
+    monkeypatch.setattr("rlflow.placement.ray.get", get)
+    transport = RayTransport(lambda rank: (object, {}), {}, [])
+    with pytest.raises(
+        ActorFailure, match=r"rollout\[1\]\.collect: what it answered is lost \(ObjectLostError"
+    ) as caught:
+        transport.fetch("a reference", "rollout[1]", "collect")  # type: ignore[arg-type]
+    assert caught.value.died

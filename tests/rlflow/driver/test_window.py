@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,6 +174,36 @@ def test_workers_may_join_and_leave_while_a_run_goes_on(fleet):
     assert rank == 1 and made.workers.ranks == (1,)
     with pytest.raises(ValueError, match="the last worker"):
         made.pool.remove_worker(1)
+
+
+def test_what_an_idle_worker_was_asked_for_too_is_not_asked_again_when_the_slow_one_leaves(fleet):
+    made = fleet(2, rollout={"max_num_seqs": 1})
+    window = window_of(made, recipe_of(run={"max_staleness": 1}), num_steps=1)
+    for worker in made.workers_made:
+        worker.engine.engine.step_s = 0.5
+    with made.pool.lock:
+        window.release(0)
+        slow, idle = made.pool.members.values()
+        job = next(iter(slow.leases.values()))
+        made.pool._submit(idle, [job])
+        made.pool.remove_worker(0)
+        assert job in idle.leases.values() and job not in made.pool._queue
+        assert made.pool.counts()["running"] == len(idle.leases)
+
+
+def test_workers_that_could_not_be_heard_while_this_process_stood_still_are_not_replaced(fleet, monkeypatch):
+    made = fleet(4)
+    window = window_of(made, recipe_of())
+    train(made, window, 1)
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + 1000.0
+
+    monkeypatch.setattr("rlflow.driver.pool.time", Clock)
+    train(made, window, 6, first=1)
+    assert made.told == []
 
 
 @pytest.mark.parametrize("too_old", ["redo", "drop"])
