@@ -65,7 +65,7 @@ def _on_ray(cls: type, arguments: Mapping[str, Any], *, has_rank: bool) -> Any:
 
     if not ray.is_initialized():
         ray.init(num_cpus=128, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
-    options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 4 if has_rank else 1}
+    options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": CALLS_AT_ONCE["rollout"] if has_rank else 1}
     return RayTransport(lambda rank: (cls, {**arguments, **({"rank": rank} if has_rank else {})}), options, [])
 
 
