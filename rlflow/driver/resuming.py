@@ -38,6 +38,10 @@ _FIXED = (
     "trainer.optimizer.kind",
     "run.seed",
 )
+_BLOCKS = frozenset(
+    ("algorithm", "model", "data", "rewards", "reward_server", "rollout", "trainer", "reference", "run", "tracking")
+)
+"""Of a resolved recipe, whichever version wrote it: a recipe that a user wrote never has all of them."""
 _SAMPLED = re.compile(r"data\.train(\.\d+)?\.rows")
 _UNTOLD = ("run.output_dir", "run.steps", "run.epochs", "stage")
 _LENGTH = ("steps", "epochs", "stop_at_score")
@@ -146,9 +150,7 @@ def read_recipe(directory: Path) -> dict[str, Any] | None:
         data = read_document(directory / RECIPE, []).data
     except (OSError, ValueError):
         return None
-    # A recipe that a user wrote never has all blocks.
-    is_resolved = Recipe.model_fields.keys() - {"stage", "evaluation"} <= data.keys()
-    return of_this_version(data) if is_resolved else None
+    return of_this_version(data) if data.keys() >= _BLOCKS else None
 
 
 def trained_steps(directory: Path) -> int:

@@ -26,9 +26,22 @@ from rlflow.driver.resuming import (
     sum_of_rows,
     write_recipe,
 )
-from rlflow.recipe import Recipe, SourceBlock
+from rlflow.recipe import Recipe, RecipeError, SourceBlock
 
 Run = Callable[..., Path]
+OLDEST_BLOCKS = (
+    "algorithm",
+    "model",
+    "data",
+    "rewards",
+    "reward_server",
+    "rollout",
+    "trainer",
+    "reference",
+    "run",
+    "tracking",
+)
+"""Of the recipe that the first version with checkpoints wrote down."""
 
 
 def write_rows(path: Path, answer: str = "{}") -> Path:
@@ -118,6 +131,19 @@ def test_a_finished_run_that_is_killed_while_it_goes_on_is_not_finished(run: Run
             run("grown", resume=True, run__steps=6)
     grown = run("grown", resume=True, run__steps=6)
     assert json.loads((grown / "final" / FINAL_MANIFEST).read_text())["step"] == 6
+
+
+def test_a_run_goes_on_that_was_written_before_the_recipe_had_all_of_its_blocks(run: Run):
+    directory = run()
+    as_if_killed_after(directory, 2)
+    recipe = yaml.safe_load((directory / "recipe.yaml").read_text())
+    later = [name for name in Recipe.model_fields if name not in ("evaluation", "stage") and name not in OLDEST_BLOCKS]
+    assert later
+    (directory / "recipe.yaml").write_text(yaml.safe_dump({name: recipe[name] for name in recipe if name not in later}))
+    assert same_weights(run(resume=True), run("whole"))
+    (directory / "recipe.yaml").write_text(yaml.safe_dump({name: recipe[name] for name in OLDEST_BLOCKS[:-1]}))
+    with pytest.raises(RecipeError, match="is not empty and no run of rlflow's"):
+        run(resume=True)
 
 
 def test_fewer_steps_than_are_trained_are_refused(run: Run):
