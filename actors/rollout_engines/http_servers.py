@@ -17,7 +17,8 @@ from rlflow.types import SamplingParams
 
 NEVER = -100.0
 """Added to the logits of tokens that must not be drawn: 1e-43 of their probability is left."""
-_HOTTER = 4.0
+_HOTTER = 2.0
+"""The highest temperature that vLLM's server takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,20 @@ def test_where_vllm_itself_refuses_a_request_none_is_taken(engine: VllmEngine) -
 
 
 @pytest.mark.slow
+def test_requests_of_one_prompt_read_it_once_and_an_engine_with_nothing_under_way_has_forgotten_it(
+    engine: VllmEngine,
+) -> None:
+    (request,) = make_requests(1, 100, SamplingParams(max_new_tokens=4))
+    for _ in range(2):
+        engine.add([request, replace(request, id=1)])
+        engine.step()
+        states = engine.llm.llm_engine.output_processor.request_states.values()
+        assert [state.num_cached_tokens for state in states] == [0, 96], "in blocks of 32"
+        while engine.num_running:
+            engine.step()
+
+
+@pytest.mark.slow
 def test_a_batch_larger_than_the_cache_gets_the_tokens_of_its_parts(engine: VllmEngine) -> None:
     """Sequences are thrown out of the cache in mid-flight and read again; their random streams go on."""
     requests = make_requests(96, 20, SamplingParams(max_new_tokens=100))
