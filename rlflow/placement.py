@@ -27,7 +27,7 @@ from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.driver.errors import RunError
 from rlflow.plan import Role, roles
-from rlflow.ray_cluster import ask_for_a_token, named_cluster, on_loopback
+from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback
 from rlflow.recipe import ModelBlock, Recipe
 
 _OBJECT_STORE_BYTES = 2 << 30
@@ -144,7 +144,7 @@ def start_ray(recipes: Sequence[Recipe]) -> bool:
         return True
     wanted = max(sum(role.cpus * role.workers for role in roles(recipe)) for recipe in recipes)
     ask_for_a_token()
-    with on_loopback():
+    with on_loopback(), few_services():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rlflow.driver.errors import RunError
@@ -14,6 +16,7 @@ from rlflow.driver.errors import RunError
 ANSWER_TIMEOUT_S = 3.0
 """A cluster that is silent for longer is gone. Ray itself goes on asking for minutes."""
 _REMEDY = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
+_PRESTART_SWITCH = "RAY_prestart_worker_first_driver"
 _TOKEN_FILE = "~/.ray/auth_token"
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, after the systems where it is off: without it all of Ray's processes,
@@ -87,6 +90,30 @@ def ask_for_a_token() -> None:
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
     Config.initialize("")  # this process has read its environment already
+
+
+@contextmanager
+def few_services() -> Iterator[None]:
+    """Within it, a Ray that is started has no autoscaler, no log monitor and no workers that wait for tasks.
+
+    A run on one machine uses none of them, and each is a Python process of about half a second of CPU time. Ray has
+    switches for them, which `ray.init` does not pass on; a version that has others starts what it starts by itself.
+    """
+    from ray._private import parameter
+
+    ray_params, left_out = parameter.RayParams, {"no_monitor": True, "include_log_monitor": False}
+    if not left_out.keys() <= inspect.signature(ray_params).parameters.keys():
+        yield
+        return
+    is_chosen = _PRESTART_SWITCH in os.environ
+    os.environ.setdefault(_PRESTART_SWITCH, "0")
+    parameter.RayParams = partial(ray_params, **left_out)
+    try:
+        yield
+    finally:
+        parameter.RayParams = ray_params
+        if not is_chosen:
+            del os.environ[_PRESTART_SWITCH]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from rlflow.cli.main import main
 from rlflow.driver.errors import RunError
-from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.ray_cluster import few_services, named_cluster, require_answer
 
 RECIPE = """\
 algorithm: {name: sft}
@@ -114,6 +114,7 @@ def test_a_dead_cluster_is_one_line_before_anything_starts(command, closed_port,
 
 STARTED = """
 import os, sys
+from pathlib import Path
 import grpc, psutil, ray
 from rlflow.placement import start_ray
 from rlflow.recipe import load_recipe
@@ -127,6 +128,7 @@ ray.get(actor.pid.remote())
 processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == "LISTEN"}
 print("listening", *sorted(listening))
+print("running", *sorted({Path(a).name for p in processes[1:] for a in p.cmdline() if a.endswith(".py")}))
 channel = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
 call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
 for metadata in ([], [("authorization", "Bearer " + os.environ["RAY_AUTH_TOKEN"])]):
@@ -139,6 +141,24 @@ ray.shutdown()
 """
 
 
+def test_what_ray_starts_is_its_own_business_again_afterwards(monkeypatch):
+    from ray._private import parameter
+
+    def switches() -> list[object]:
+        return [parameter.RayParams, dict(os.environ)]
+
+    before = switches()
+    with pytest.raises(KeyError), few_services():
+        assert parameter.RayParams().no_monitor and not parameter.RayParams().include_log_monitor
+        assert not any(one == other for one, other in zip(before, switches(), strict=True))
+        raise KeyError
+    assert switches() == before
+    monkeypatch.setattr(parameter, "RayParams", lambda: None)
+    of_another_version = switches()
+    with few_services():
+        assert switches() == of_another_version
+
+
 @pytest.mark.ray
 def test_a_ray_that_is_started_here_listens_on_loopback_alone_and_wants_a_token_of_its_own(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -149,5 +169,7 @@ def test_a_ray_that_is_started_here_listens_on_loopback_alone_and_wants_a_token_
     assert finished.returncode == 0, finished.stderr
     said = [line for line in finished.stdout.splitlines() if line]
     assert set(said[0].split()[1:]) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and len(said[0].split()) > 1
-    assert said[1:] == ["UNAUTHENTICATED", "answered"]
+    running = said[1].split()
+    assert running[0] == "running" and not {"monitor.py", "log_monitor.py"} & {*running}
+    assert said[2:] == ["UNAUTHENTICATED", "answered"]
     assert not (tmp_path / ".ray" / "auth_token").exists()
