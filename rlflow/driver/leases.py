@@ -32,7 +32,7 @@ class Member:
     """What it was asked for and has not given back, by group."""
     leased_at: dict[int, float] = field(default_factory=dict)
     round: list[Job] = field(default_factory=list)
-    """All pinned groups that it was asked for last, given back or not."""
+    """All pinned groups that it was asked for last, given back or not; none once it has given back all."""
     heard_at: float = field(default_factory=time.monotonic)
     is_up: bool = False
     """It has answered since it was started."""
@@ -46,6 +46,14 @@ class Member:
     """What `take_done` has said of this incarnation."""
     num_sent: int = 0
     """Completions that it was ever asked for."""
+
+    def give_back(self, group_id: int) -> float | None:
+        """Takes a group from what it was asked for. Returns when it was asked for that, if it was."""
+        self.leases.pop(group_id, None)
+        if not self.leases:
+            # Who made the jobs keeps what came of them.
+            self.round = []
+        return self.leased_at.pop(group_id, None)
 
     def begin_again(self) -> None:
         """Forgets all that the one before said and was asked for; ``round`` stays."""
@@ -69,7 +77,10 @@ class Member:
         )
 
     def room(self, max_num_seqs: int) -> int:
-        """How many completions more it could write at the same time, as far as it has said."""
+        """How many completions more it could write at the same time, as far as it has said; it is believed as long as
+        it owes any."""
+        if not self.leases:
+            return max_num_seqs
         if self.status is None:
             return max_num_seqs - self.num_sent
         on_their_way = self.num_sent - self.status.num_taken

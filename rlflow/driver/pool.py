@@ -290,8 +290,7 @@ class RolloutPool:
         self._listen(member)
 
     def _generated(self, member: Member, group_id: int, batch: RolloutBatch, index: int) -> None:
-        member.leases.pop(group_id, None)
-        begun = member.leased_at.pop(group_id, None)
+        begun = member.give_back(group_id)
         job = self._open.pop(group_id, None)
         if job is None:
             self.refused += 1
@@ -299,8 +298,8 @@ class RolloutPool:
         if begun is not None:
             self._durations = [*self._durations[-63:], time.monotonic() - begun]
         for other in self.members.values():
-            if other is not member and other.leases.pop(group_id, None) is not None:
-                other.leased_at.pop(group_id)
+            if group_id in other.leases:
+                other.give_back(group_id)
                 self._call(other, lambda _: None, RolloutWorker.abort, [group_id])
         self.scoring.add(Generated(job, batch, index))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -204,6 +206,33 @@ def test_workers_that_could_not_be_heard_while_this_process_stood_still_are_not_
     monkeypatch.setattr("rlflow.driver.pool.time", Clock)
     train(made, window, 6, first=1)
     assert made.told == []
+
+
+def test_what_has_been_given_back_is_not_kept_by_the_pool(fleet):
+    made = fleet(2)
+    window = window_of(made, recipe_of(), num_steps=1)
+    asked, kept = made.pool.ask, []
+
+    def ask(jobs: Any) -> None:
+        kept.extend(weakref.ref(job.deliver) for job in jobs)
+        asked(jobs)
+
+    made.pool.ask = ask
+    window.release(0)
+    window.take(0)
+    with made.pool.lock:
+        assert made.pool.lock.wait_for(lambda: gc.collect() >= 0 and not any(ref() for ref in kept), 10)
+    assert len(kept) == 4
+
+
+def test_a_worker_that_says_it_is_full_and_owes_nothing_is_not_believed(fleet):
+    made = fleet(1)
+    type(made.engine_of(0)).num_running = property(lambda engine: 1000)
+    try:
+        taken = train(made, window_of(made, recipe_of(run={"max_staleness": 1})))
+    finally:
+        type(made.engine_of(0)).num_running = property(lambda engine: len(engine._running))
+    assert [len(groups) for groups in taken] == [4] * 6
 
 
 @pytest.mark.parametrize("too_old", ["redo", "drop"])
