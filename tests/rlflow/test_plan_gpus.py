@@ -151,7 +151,7 @@ def test_ranks_with_two_gpus_use_one(recipe_file: Path, hub: HubServer):
 
 def test_changes_that_are_said_go_together(recipe_file: Path, hub: HubServer):
     small = replace(NODE, gpu_memory=19 * GIB // 2)
-    sft = ("rewards=[]", "algorithm={name: sft, group_size: 1}", "trainer.workers=2")
+    sft = ("rewards=[]", "algorithm={name: sft}", "trainer.workers=2")
     warnings = plan_of(recipe_file, *sft, machine=small).warnings
     said = [line.strip().rpartition(" saves ")[0] for line in warnings if " saves " in line]
     # They exclude each other.

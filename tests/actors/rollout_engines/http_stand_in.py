@@ -55,6 +55,9 @@ class StandIn:
     def wait_until(self, is_true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not is_true():
+            if self._is_over.is_set():
+                # Nobody waits for an answer any more: the thread of this request ends without a word.
+                raise SystemExit
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
