@@ -36,6 +36,7 @@ ALLOWED = re.compile(
 )
 """Variables that a reward may need and that hold no secret: where things are, how many threads, which GPU."""
 MARK = "RLFLOW_REWARD_PROCESS"
+_START_S = 0.01
 KILL_ROUNDS = 20
 """So often what a process left behind is looked for, while it starts new ones."""
 MAX_MESSAGE = 500
@@ -155,13 +156,17 @@ class RewardProcess:
         """Kills the process and what it started; returns how it had ended, and the last line it had printed."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        was_empty = False
         for _ in range(KILL_ROUNDS):
             left = _marked(f"{MARK}={self._mark}".encode())
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if not left:
+            if not left and was_empty:
                 break
+            # A program that is just being started has no environment yet.
+            was_empty = not left
+            time.sleep(_START_S)
         try:
             code = self._process.wait(REAP_TIMEOUT_S)
             ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -170,6 +170,9 @@ def test_what_ranks_attend_to_together_is_what_one_attends_to(monkeypatch, size,
 
 @pytest.fixture
 def one_rank():
+    # An engine that other tests had in this process may have left its own.
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

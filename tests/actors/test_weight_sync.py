@@ -20,6 +20,12 @@ NAMED = [
 ]
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """No Ray is up, whatever other tests have started in this process."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
 def assert_same(snapshot) -> None:
     assert snapshot.num_bytes == sum(tensor.nbytes for _, tensor in NAMED)
     for (name, tensor), (name_back, tensor_back) in zip(NAMED, unpack_weights(snapshot), strict=True):
@@ -29,7 +35,7 @@ def assert_same(snapshot) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 70, 1 << 28])
-def test_what_is_unpacked_equals_what_was_packed_in_every_dtype_shape_and_chunk(monkeypatch, chunk_bytes):
+def test_what_is_unpacked_equals_what_was_packed_in_every_dtype_shape_and_chunk(alone, monkeypatch, chunk_bytes):
     monkeypatch.setattr(weight_sync, "CHUNK_BYTES", chunk_bytes)
     snapshot = pack_weights(NAMED, version=3)
     assert (snapshot.version, snapshot.channel) == (3, "process")
@@ -38,7 +44,7 @@ def test_what_is_unpacked_equals_what_was_packed_in_every_dtype_shape_and_chunk(
     assert_same(snapshot)
 
 
-def test_a_snapshot_keeps_the_weights_that_a_trainer_in_the_same_process_writes_over():
+def test_a_snapshot_keeps_the_weights_that_a_trainer_in_the_same_process_writes_over(alone):
     weight = torch.ones(3)
     snapshot = pack_weights([("a", weight)], version=0)
     weight.fill_(2.0)
@@ -46,7 +52,7 @@ def test_a_snapshot_keeps_the_weights_that_a_trainer_in_the_same_process_writes_
     assert tensor.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_whole_tensors_are_let_go_with_their_chunk(monkeypatch):
+def test_whole_tensors_are_let_go_with_their_chunk(alone, monkeypatch):
     """A sharded trainer gathers each as it is asked for."""
     monkeypatch.setattr(weight_sync, "CHUNK_BYTES", 1000)
     alive: list[weakref.ref] = []
@@ -76,7 +82,7 @@ def test_what_arrives_is_read_only_and_a_tensor_without_a_warning(recwarn):
     assert not recwarn.list
 
 
-def test_weights_of_another_version_or_another_size_are_refused():
+def test_weights_of_another_version_or_another_size_are_refused(alone):
     first, second = (pack_weights(NAMED, version) for version in (1, 2))
     with pytest.raises(ValueError, match=r"'process' are not the weights of policy version 2 that were sent"):
         unpack_weights(replace(second, handles=first.handles))

@@ -85,5 +85,5 @@ def test_numbers_of_an_engine_and_of_a_trainer_are_right_on_a_cpu(check, monkeyp
     assert check.main(["--output", str(tmp_path), "torch_float32", "fsdp"]) == 0
     results = {r["part"]: r for r in json.loads((tmp_path / "results.json").read_text())}
     assert [r["verdict"] for r in results.values()] == ["ok", "ok"]
-    assert len(results["torch_float32"]["measurements"]) == 8
+    assert len(results["torch_float32"]["measurements"]) == 10
     assert len(results["fsdp"]["measurements"]) == 4

@@ -16,7 +16,7 @@ from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError, resolve
 from rlflow.rewards.reward_model import score_head_problem
-from rlflow.types import Prompt, RolloutBatch
+from rlflow.types import GroupTexts, Prompt
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?:\n"
 CHAT_TEMPLATE = (
@@ -256,19 +256,15 @@ def test_a_reward_child_loads_the_model_before_its_first_call_and_scores_by_it(r
     args = {"path": str(reward_model_dir), "batch_size": 2}
     server = RewardServer([RewardBlock(name="reward_model", args=args, timeout_s=2.0)], 1)
     texts = ("four", "five, I think", "", "4")
-    rollouts = RolloutBatch(
-        token_ids=np.zeros(4, np.int32),
-        logprobs=np.zeros(4, np.float32),
-        offsets=np.arange(5),
-        finish_reasons=("stop",) * 4,
-        texts=texts,
-        policy_version=0,
-        seconds=0.0,
-    )
-    prompts = tuple(Prompt(f"set:{i}", np.zeros(1, np.int32), PROMPTS[i], {"level": i}) for i in range(2))
+    groups = [
+        GroupTexts(
+            Prompt(f"set:{i}", np.zeros(1, np.int32), PROMPTS[i], {"level": i}), texts[2 * i : 2 * i + 2], (b"",) * 2
+        )
+        for i in range(2)
+    ]
     try:
         server.ready()
-        scores = server.score(rollouts, prompts)
+        scores = server.score(groups)
     finally:
         server.close()
     rows = [conversation_ids(reward_model_dir, PROMPTS[i // 2], text) for i, text in enumerate(texts)]

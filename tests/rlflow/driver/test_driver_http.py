@@ -33,6 +33,7 @@ def run(tmp_path: Path, name: str, model_dir: Path, rollout: dict[str, Any], **b
     return tmp_path / name
 
 
+@pytest.mark.slow
 def test_a_run_over_http_ends_with_the_weights_of_one_with_its_own_engine(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
