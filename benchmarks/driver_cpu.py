@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def measure(workers: int, steps: int, tokens: int, on_ray: bool) -> dict[str, fl
     fleet = Fleet(workers, rollout=recipe.rollout.model_dump(), script=script, on_ray=on_ray)
     prompts = [Prompt(f"p:{i}", np.zeros(PROMPT_TOKENS, dtype=np.int32), [], {}) for i in range(4 * prompts_per_step)]
     window = Window(fleet.pool, recipe, prompts, SamplingParams(max_new_tokens=tokens), steps + 1, Trackers())
-    pool_clock = time.pthread_getcpuclockid(fleet.pool.thread_id)
+    [pool_thread] = [thread for thread in threading.enumerate() if thread.name == "rollout-pool"]
+    assert pool_thread.ident is not None
+    pool_clock = time.pthread_getcpuclockid(pool_thread.ident)
     parts = {"window and pool": 0.0, "assembly": 0.0, "rollout file": 0.0}
     with tempfile.TemporaryDirectory() as directory:
         for step in range(steps + 1):

@@ -85,12 +85,6 @@ class RolloutPool:
             self._listen(member)
         self._thread.start()
 
-    @property
-    def thread_id(self) -> int:
-        """Of the thread that waits for the workers."""
-        assert self._thread.ident is not None
-        return self._thread.ident
-
     def next_id(self) -> int:
         """An id of no other group."""
         return next(self._ids)
