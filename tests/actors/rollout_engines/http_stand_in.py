@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -172,7 +173,8 @@ def serving(model_dir: Path) -> Iterator[tuple[StandIn, str]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threads = [threading.Thread(target=run, daemon=True) for run in (server.serve_forever, stand_in.run)]
+    serve = partial(server.serve_forever, poll_interval=0.02)
+    threads = [threading.Thread(target=run, daemon=True) for run in (serve, stand_in.run)]
     for thread in threads:
         thread.start()
     try:
