@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+__version__ = "0.1.0"
+
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
     """Runs a recipe, as ``rlflow run`` does.

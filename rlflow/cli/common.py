@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Protocol
+import re
+from typing import NoReturn, Protocol
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 the recipe or data is wrong; 3 stopped on request, with a checkpoint; 1 anything else"
@@ -25,9 +26,19 @@ class Command(Protocol):
         ...
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Says of an option that it does not know what to write instead, where that is a key of the recipe."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: .*?--([\w.]+)(=\S+)?", message)
+        if unknown and "RECIPE" in self.format_usage():
+            message += f" (keys of the recipe are set without dashes: {unknown[1]}{unknown[2] or '=...'})"
+        super().error(message)
+
+
 def parser_of(name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A command's parser, with an example under its help."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"rlflow {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"example:\n  {example}\n\n{EXIT_CODES}",

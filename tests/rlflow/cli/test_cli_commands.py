@@ -13,7 +13,7 @@ import pytest
 
 import rlflow
 from rlflow.cli import submit
-from rlflow.cli.main import COMMANDS, main
+from rlflow.cli.main import COMMANDS, load_command, main, summary_of
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import ALGORITHMS, RecipeError
@@ -166,6 +166,35 @@ def test_every_help_has_an_example_and_the_exit_codes(command: str, capsys: pyte
     text = capsys.readouterr().out
     assert f"example:\n  rlflow {command}" in text
     assert "2 the recipe or data is wrong" in text
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_list_of_commands_loads_none_of_them(option: str):
+    code = (
+        "import sys; from rlflow.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print([name for name in sys.modules if name.partition('.')[0] in ('pydantic', 'numpy', 'yaml', 'torch')])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('rlflow')))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    *said, heavy, own = finished.stdout.splitlines()
+    assert heavy == "[]"
+    assert own == str(["rlflow", "rlflow.cli", "rlflow.cli.common", "rlflow.cli.main"])
+    assert said == [f"rlflow {rlflow.__version__}"] if option == "--version" else "commands:" in said
+
+
+def test_the_list_of_commands_says_of_each_what_its_module_says():
+    assert {name: summary_of(name) for name in COMMANDS} == {name: load_command(name).SUMMARY for name in COMMANDS}
+
+
+def test_a_key_of_the_recipe_with_dashes_is_refused_with_how_to_write_it(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as exited:
+        main(["run", "recipe.yaml", "--run.steps=3"])
+    assert exited.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith("--run.steps=3 (keys of the recipe are set without dashes: run.steps=3)")
 
 
 def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.CaptureFixture):
