@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rlflow.actors.host_memory import allocator_environment
-from rlflow.plan import make_plans
+from rlflow.planning import make_plans
 from rlflow.recipe import Recipe, load_recipe
 from rlflow.types import Denominators, GroupRequest, MicroBatch, Sample, SamplingParams
 

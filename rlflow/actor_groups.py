@@ -22,7 +22,7 @@ from rlflow.actors.reward_trainer import RewardTrainer
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
-from rlflow.plan import Role, roles, rollout_engine
+from rlflow.planning import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 
 CLOSE_TIMEOUT_S = 3.0

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, start_actors
 from rlflow.actors.actor_group import ActorFailure
-from rlflow.plan import Role, roles
+from rlflow.planning import Role, roles
 from rlflow.recipe import ModelBlock, Recipe
 
 _TORCH = threading.Lock()

@@ -26,7 +26,7 @@ from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, end_
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.driver.errors import RunError
-from rlflow.plan import Role, roles
+from rlflow.planning import Role, roles
 from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback
 from rlflow.recipe import ModelBlock, Recipe
 

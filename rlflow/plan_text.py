@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlflow.plan import GIB, Plan, gib
+from rlflow.planning import GIB, Plan, gib
 from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown

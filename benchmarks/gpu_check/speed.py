@@ -12,7 +12,7 @@ from measurements import Record
 from models import denominators_of, device, make_trainer, random_batch, recipe_of, save_policy, write_config
 
 from rlflow.memory import ModelShape, read_shape
-from rlflow.plan import make_plans
+from rlflow.planning import make_plans
 from rlflow.types import SampleRequest, SamplingParams
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from rlflow.cli.common import parser_of
-from rlflow.plan import settings
+from rlflow.planning import settings
 from rlflow.recipe import (
     ALGORITHMS,
     AlgorithmBlock,

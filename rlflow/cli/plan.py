@@ -9,8 +9,8 @@ from dataclasses import replace
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import check, check_in_use
 from rlflow.machine import this_machine
-from rlflow.plan import GIB, make_plans
 from rlflow.plan_text import render
+from rlflow.planning import GIB, make_plans
 from rlflow.ray_cluster import named_cluster, require_answer
 from rlflow.recipe.loading import load_located
 

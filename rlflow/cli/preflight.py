@@ -24,7 +24,7 @@ from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.machine import this_machine
-from rlflow.plan import roles
+from rlflow.planning import roles
 from rlflow.ray_cluster import named_cluster, require_answer
 from rlflow.recipe import Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter

@@ -13,7 +13,7 @@ from rlflow.actor_groups import Actors, constructor_of, start_actors
 from rlflow.actors.actor_group import ActorFailure, ActorGroup
 from rlflow.in_process import LocalTransport
 from rlflow.placement import RayTransport, environment, options_of
-from rlflow.plan import Role, roles
+from rlflow.planning import Role, roles
 from rlflow.recipe import load_recipe
 
 

@@ -12,8 +12,8 @@ import pytest
 from rlflow.actor_memory import PROCESS_BYTES, REWARD_PROCESS_BYTES, VLLM_PROCESS_BYTES
 from rlflow.machine import Machine
 from rlflow.memory import UnknownShape, count_stored, read_shape, shape_of
-from rlflow.plan import GIB, Plan, make_plans
 from rlflow.plan_text import render
+from rlflow.planning import GIB, Plan, make_plans
 from rlflow.recipe import ModelBlock, load_recipe
 from rlflow.remedies import remedies, shown
 

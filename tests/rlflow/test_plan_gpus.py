@@ -13,7 +13,7 @@ import rlflow.machine
 from rlflow.actor_memory import PROCESS_BYTES
 from rlflow.cli.main import main
 from rlflow.machine import Machine, this_machine
-from rlflow.plan import GIB, Plan, make_plans
+from rlflow.planning import GIB, Plan, make_plans
 from rlflow.recipe import load_recipe
 from tests.rlflow.cli.hub_servers import TOKEN, HubServer, HuggingFaceHandler, Repo, serving
 

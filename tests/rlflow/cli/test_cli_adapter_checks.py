@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlflow.cli.preflight import load_checked
-from rlflow.plan import make_plans, roles
 from rlflow.plan_text import render
+from rlflow.planning import make_plans, roles
 from rlflow.recipe import RecipeError
 
 RECIPE = """\

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlflow.plan import make_plans
 from rlflow.plan_text import render
+from rlflow.planning import make_plans
 from rlflow.recipe import RecipeError, load_recipe
 
 RECIPE = """\
