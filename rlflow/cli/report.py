@@ -13,8 +13,22 @@ SUMMARY = "write report.html, one page about a run that opens without a network"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = parser_of("report", SUMMARY, "rlflow report runs/gsm8k")
+    example = (
+        "rlflow report runs/gsm8k\n  rlflow report runs/gsm8k --compare runs/gsm8k.1 runs/gsm8k.2 -o compared.html"
+    )
+    parser = parser_of("report", SUMMARY, example)
     parser.add_argument("directory", metavar="RUN_DIR", type=Path, help="a run's directory, or that of its stages")
+    parser.add_argument(
+        "--compare",
+        metavar="RUN_DIR",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="draw these runs' curves over its own, and say in which keys their recipes differ",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE.html", type=Path, help="the page; RUN_DIR/report.html if absent"
+    )
     parser.add_argument(
         "--curve",
         metavar="FILE.svg",
@@ -26,15 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    from rlflow.tracking.report import write_curve_svg, write_report
+    from rlflow.tracking.report import ReportError, write_curve_svg, write_report
 
     try:
         if arguments.curve is not None:
             write_curve_svg(arguments.directory, arguments.keys, arguments.curve)
             print(arguments.curve)
         else:
-            print(write_report(arguments.directory))
-    except HistoryError as error:
+            print(write_report(arguments.directory, compare=arguments.compare, output=arguments.output))
+    except (HistoryError, ReportError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -1,9 +1,9 @@
-"""Line charts and stacked bars as SVG text: colours come from CSS variables, numbers are hover titles, no script."""
+"""Line charts as SVG text: colours come from CSS variables, numbers are hover titles, no script."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -15,7 +15,6 @@ NUM_COLORS = 8
 MOST_POINTS = 400
 """A line of more points is drawn through means of neighbours."""
 MOST_HOVER_BANDS = 80
-MOST_BARS = 60
 SMOOTH_FROM = 40
 """A noisy line of at least so many points is drawn faint under its mean over the nearest 15th of its length."""
 
@@ -92,32 +91,6 @@ def line_chart(series: Sequence[Series], *, width: float = 520, height: float = 
             parts += [dot(frame.x(x), frame.y(y), color) for x, y in line_points]
     parts.append(_hover_bands(frame, series))
     return svg(width, height, "".join(parts))
-
-
-def stacked_bars(
-    rows: Sequence[tuple[float, Mapping[str, float]]], names: Sequence[str], *, width: float = 1060, height: float = 220
-) -> str:
-    """A bar a step (or the mean of neighbouring steps), its parts stacked in the order of ``names``."""
-    num_bars = min(len(rows), MOST_BARS)
-    edges = [round(i * len(rows) / num_bars) for i in range(num_bars + 1)]
-    shares = [rows[start:end] for start, end in pairwise(edges)]
-    means = [{name: sum(parts.get(name, 0.0) for _, parts in share) / len(share) for name in names} for share in shares]
-    highest = max(sum(parts.values()) for parts in means)
-    frame = Frame(width, height, (rows[0][0] - 0.5, rows[-1][0] + 0.5), (0.0, highest * 1.05 or 1.0))
-    slot = (width - frame.left - frame.right) / num_bars
-    chart = [frame.axes()]
-    for i, (share, parts) in enumerate(zip(shares, means, strict=True)):
-        first, last = share[0][0], share[-1][0]
-        when = f"step {first:.0f}" if first == last else f"steps {first:.0f} to {last:.0f}, mean"
-        lines = [f"{when}: {number(sum(parts.values()))} s", *(f"{n} {number(v)} s" for n, v in parts.items())]
-        base, rects = 0.0, []
-        for index, value in enumerate(parts.values()):
-            top, bottom = frame.y(base + value), frame.y(base)
-            place = f'x="{frame.left + (i + 0.11) * slot:.1f}" y="{top:.1f}" width="{0.78 * slot:.1f}"'
-            rects.append(f'<rect {place} height="{bottom - top:.1f}" fill="var(--s{index % NUM_COLORS})"/>')
-            base += value
-        chart.append(f"<g><title>{escape(chr(10).join(lines))}</title>{''.join(rects)}</g>")
-    return svg(width, height, "".join(chart))
 
 
 def standalone(series: Sequence[Series], *, width: float = 860, height: float = 320) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class StageHistory:
     """A mapping a step, in order; NaN where a value was not finite."""
 
     @property
+    def times(self) -> list[float]:
+        """When each step ended, in seconds since 1970; 0 where a line does not say."""
+        return [row.get("time", 0.0) for row in self.steps]
+
+    @property
     def keys(self) -> list[str]:
         """Every metric, in the order in which it first appeared."""
         return list(dict.fromkeys(key for row in self.steps for key in row if key not in ("step", "time")))
@@ -71,7 +77,18 @@ class StageHistory:
 
     def rollout_files(self) -> list[Path]:
         """Parquet files in the order of their steps."""
-        return sorted((self.directory / "rollouts").glob("step_*.parquet"))
+        return list(rollout_files(self.directory).values())
+
+
+def rollout_files(directory: Path) -> dict[int, Path]:
+    """The rollout files of a stage's directory by step, in order."""
+    return dict(sorted((step_of(path), path) for path in (directory / "rollouts").glob("step_*.parquet")))
+
+
+def step_of(path: Path) -> int:
+    """The step in a rollout file's name; 0 where there is none."""
+    found = re.fullmatch(r"step_(\d+)", path.stem)
+    return int(found[1]) if found else 0
 
 
 def read_stages(run_directory: Path) -> list[StageHistory]:
@@ -82,7 +99,7 @@ def read_stages(run_directory: Path) -> list[StageHistory]:
     """
     paths = [path for path in (run_directory / METRICS, *run_directory.glob(f"*/{METRICS}")) if path.is_file()]
     stages = [read_stage(path.parent) for path in paths]
-    stages = sorted((stage for stage in stages if stage.steps), key=lambda stage: stage.steps[0]["time"])
+    stages = sorted((stage for stage in stages if stage.steps), key=lambda stage: stage.times[0])
     if not stages:
         raise HistoryError(
             f"{run_directory}: no {METRICS} with a step in it, here or one directory below. "
@@ -112,8 +129,18 @@ def smooth(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[floa
 
 
 def read_stage(directory: Path) -> StageHistory:
-    """One stage's directory; without a metrics.jsonl it has no steps."""
+    """One stage's directory; without a metrics.jsonl it has no steps.
+
+    Raises:
+        HistoryError: One of its files cannot be read.
+    """
     recipe_path, metrics_path = directory / RECIPE, directory / METRICS
-    recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.exists() else {}
-    steps = tuple(read_metrics(metrics_path)) if metrics_path.exists() else ()
-    return StageHistory(directory.name, directory, redact(recipe), steps)
+    try:
+        recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.exists() else {}
+        steps = tuple(read_metrics(metrics_path)) if metrics_path.exists() else ()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise HistoryError(f"{directory}: {reason}. Is this a run's directory, and is it whole?") from error
+    if not isinstance(recipe, dict):
+        raise HistoryError(f"{recipe_path} is no recipe (a {type(recipe).__name__}): is {directory} a run's directory?")
+    return StageHistory(directory.resolve().name, directory, redact(recipe), steps)

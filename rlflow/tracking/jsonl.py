@@ -69,11 +69,16 @@ def keep_before(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The steps of a metrics.jsonl in order, ``step`` and ``time`` among the keys; null becomes NaN.
 
-    Lines of the same step are merged, the later value wins. Lines that are no JSON object (cut short) are left out.
+    Lines of the same step are merged, the later value wins. What is no number is left out, and so are lines that are no
+    JSON object (cut short).
     """
     steps: dict[int, dict[str, float]] = {}
     for _, row in _rows(path):
-        numbers = {name: math.nan if value is None else float(value) for name, value in row.items()}
+        numbers = {
+            name: math.nan if value is None else float(value)
+            for name, value in row.items()
+            if value is None or isinstance(value, int | float)
+        }
         steps.setdefault(int(row["step"]), {}).update(numbers)
     return [steps[step] for step in sorted(steps)]
 
@@ -88,7 +93,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
                 yield line, row
 
 

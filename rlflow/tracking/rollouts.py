@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlflow.checkpoint import naming_the_disk
+from rlflow.tracking.history import step_of
+from rlflow.tracking.row_columns import keep_columns
 from rlflow.types import FinishReason, Group, Prompt, Rollout
 
 RolloutState = Literal["trained", "masked", "filtered"]
 """trained; in the batch without loss (unscored, truncated); or in a group that was replaced."""
 
 REWARD_PREFIX = "reward/"
+_NEEDED_COLUMNS = (
+    "prompt_id",
+    "epoch",
+    "sample_index",
+    "prompt",
+    "messages",
+    "completion",
+    "reward",
+    "advantage",
+    "policy_version",
+    "finish_reason",
+    "state",
+)
+"""Those that files of every version have."""
 _TOKEN_COLUMNS = ("prompt_token_ids", "token_ids", "is_sampled", "logprobs", "versions")
-_REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "error", "finish_reason", "state"]
+_REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "opened", "columns", "error", "finish_reason", "state"]
 """Those that a dictionary makes smaller. To look every token up in one costs more than all other writing."""
 
 
@@ -61,6 +77,20 @@ class RolloutRecord:
     """float32 [C]."""
     versions: np.ndarray
     """int32 [C]: of the weights that sampled it; -1 where it was not sampled."""
+    step: int = 0
+    """By the file's name; 0 where that says none."""
+    num_tokens: int = 0
+    """How many the policy wrote; known without the tokens themselves."""
+    opened: str = ""
+    """What the prompt ended with and the completion goes on from, e.g. ``<think>``: rewards saw it in front."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns, which reward functions saw; empty in files of an earlier version."""
+    inexact_columns: tuple[str, ...] = ()
+    """Those of them that were cut short, or are text in place of what rewards saw."""
+
+
+class RolloutFileError(ValueError):
+    """A rollout file that cannot be read; the message names it and says what to do."""
 
 
 def write_rollouts(
@@ -84,6 +114,7 @@ def write_rollouts(
         counts = f"{len(rollouts)} rollouts, {len(flat_advantages)} advantages, {len(states)} states"
         raise ValueError(f"{path.name}: {counts} where each rollout needs one of each")
     prompts = [group.prompt for group in groups for _ in group.rollouts]
+    kept = [columns for group in groups for columns in [keep_columns(group.prompt.columns)] * len(group.rollouts)]
     behind = [(rollout, len(prompt.token_ids)) for rollout, prompt in zip(rollouts, prompts, strict=True)]
     columns: dict[str, Any] = {
         "prompt_id": [prompt.id for prompt in prompts],
@@ -91,13 +122,16 @@ def write_rollouts(
         "sample_index": pa.array([g for group in groups for g in range(len(group.rollouts))], pa.int32()),
         "prompt": _texts([last_user_text(prompt) for prompt in prompts]),
         "messages": _texts([json.dumps(list(p.messages), ensure_ascii=False, default=str) for p in prompts]),
+        "opened": _texts([prompt.opened for prompt in prompts]),
+        "columns": _texts([columns.text for columns in kept]),
+        "inexact_columns": pa.array([columns.inexact for columns in kept], pa.list_(pa.string())),
         "completion": _texts([rollout.text for rollout in rollouts]),
         "reward": _numbers([rollout.reward for rollout in rollouts]),
     }
     for name in rollouts[0].rewards if rollouts else ():
         columns[f"{REWARD_PREFIX}{name}"] = _numbers([rollout.rewards[name] for rollout in rollouts])
     columns |= {
-        "error": pa.array([rollout.error or None for rollout in rollouts], pa.string()),
+        "error": _texts([rollout.error or None for rollout in rollouts]),
         "advantage": _numbers(flat_advantages),
         "policy_version": pa.array([_oldest(rollout) for rollout in rollouts], pa.int64()),
         "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()).dictionary_encode(),
@@ -111,24 +145,57 @@ def write_rollouts(
     _publish(pa.table(columns), path)
 
 
-def read_rollouts(path: Path, *, tokens: bool = True) -> list[RolloutRecord]:
+def read_rollouts(path: Path, *, tokens: bool = True, rows: slice = slice(None)) -> list[RolloutRecord]:
     """Reads a file back.
 
     Args:
         tokens: Whether token ids and logprobs are wanted; without them reading is several times faster.
+        rows: Which rows are wanted; others are not made into records.
+
+    Raises:
+        RolloutFileError: The file is damaged, or of a version that this one does not read.
     """
-    file = pq.ParquetFile(path)
-    names = [name for name in file.schema_arrow.names if tokens or name not in _TOKEN_COLUMNS]
-    rows = file.read(columns=names).to_pylist()
-    return [_record(row) for row in rows]
+    names = column_names(path)
+    if missing := [name for name in _NEEDED_COLUMNS if name not in names]:
+        raise RolloutFileError(
+            f"{path} has no column {missing[0]!r}: it is no rollout file of this version of rlflow. "
+            "Read it with pyarrow or pandas, or with the version that wrote it"
+        )
+    lengths = _num_tokens(path, "is_sampled" if "is_sampled" in names else "token_ids", names)[rows]
+    table = _read(path, [name for name in names if tokens or name not in _TOKEN_COLUMNS])
+    start, stop, _ = rows.indices(table.num_rows)
+    step = step_of(path)
+    records = table.slice(start, max(0, stop - start)).to_pylist()
+    return [_record(row, step, length, path) for row, length in zip(records, lengths, strict=True)]
 
 
 def read_errors(path: Path) -> list[str]:
-    """Of every rollout of a file on which a reward function failed: why."""
-    file = pq.ParquetFile(path)
-    if "error" not in file.schema_arrow.names:
+    """Of every rollout of a file on which a reward function failed: why.
+
+    Raises:
+        RolloutFileError: The file is damaged.
+    """
+    if "error" not in column_names(path):
         return []
-    return [error for error in file.read(columns=["error"])["error"].to_pylist() if error]
+    return [error for error in _read(path, ["error"])["error"].to_pylist() if error]
+
+
+def num_rollouts(path: Path) -> int:
+    """How many rows a file has.
+
+    Raises:
+        RolloutFileError: The file is damaged.
+    """
+    return _open(path).metadata.num_rows
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file.
+
+    Raises:
+        RolloutFileError: The file is damaged.
+    """
+    return _open(path).schema_arrow.names
 
 
 def last_user_text(prompt: Prompt) -> str:
@@ -142,7 +209,44 @@ def last_user_text(prompt: Prompt) -> str:
     return ""
 
 
-def _record(row: Mapping[str, Any]) -> RolloutRecord:
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, names: Sequence[str]) -> pa.Table:
+    try:
+        with _open(path) as file:
+            return file.read(columns=list(names))
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RolloutFileError:
+    if not path.exists():
+        return RolloutFileError(f"{path} is not there (any more)")
+    reason = (str(error).splitlines() or ["unknown"])[0].rstrip(".")
+    return RolloutFileError(
+        f"{path} cannot be read, it is damaged or cut short ({reason}): remove it, or name another step"
+    )
+
+
+def _num_tokens(path: Path, name: str, names: Sequence[str]) -> list[int]:
+    """Of every rollout, how many tokens the policy wrote."""
+    if name not in names:
+        return [0] * num_rollouts(path)
+    lists = _read(path, [name])[name].combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    if name == "token_ids":
+        return np.diff(offsets).tolist()
+    flat = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
+    sums = np.concatenate([[0], np.cumsum(flat)])
+    return (sums[offsets[1:]] - sums[offsets[:-1]]).tolist()
+
+
+def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> RolloutRecord:
     tokens: dict[str, Any] = {name: row.get(name, ()) for name in _TOKEN_COLUMNS}
     # Files of an earlier version have completions of one turn and one version.
     size = len(tokens["token_ids"])
@@ -153,7 +257,7 @@ def _record(row: Mapping[str, Any]) -> RolloutRecord:
         epoch=row["epoch"],
         sample_index=row["sample_index"],
         prompt=row["prompt"],
-        messages=json.loads(row["messages"]),
+        messages=_json(row["messages"], path),
         completion=row["completion"],
         reward=_or_nan(row["reward"]),
         rewards={
@@ -171,16 +275,28 @@ def _record(row: Mapping[str, Any]) -> RolloutRecord:
         is_sampled=np.array(is_sampled, dtype=bool),
         versions=np.array(versions, dtype=np.int32),
         logprobs=np.array(tokens["logprobs"], dtype=np.float32),
+        step=step,
+        num_tokens=num_tokens,
+        opened=row.get("opened", ""),
+        columns=_json(row.get("columns", "{}"), path),
+        inexact_columns=tuple(row.get("inexact_columns", ())),
     )
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RolloutFileError(f"{path} has a row that is no JSON ({error}): rlflow did not write it so") from error
 
 
 def _oldest(rollout: Rollout) -> int:
     return int(rollout.versions[rollout.is_sampled].min())
 
 
-def _texts(values: Sequence[str]) -> pa.Array:
+def _texts(values: Sequence[str | None]) -> pa.Array:
     """Strings; half of a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    return pa.array([value.encode(errors="replace").decode() for value in values], pa.string())
+    return pa.array([value and value.encode(errors="replace").decode() for value in values], pa.string())
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> pa.Array:

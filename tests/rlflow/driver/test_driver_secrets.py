@@ -10,6 +10,7 @@ import pytest
 
 from rlflow.cli.main import main
 from tests.local_actors import use_local_actors
+from tests.report_pages import embedded
 
 RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 1}}
@@ -58,12 +59,14 @@ def recipe_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir:
 
 
 def files_with_canaries(directory: Path) -> list[str]:
-    """Names of files that hold the word, compressed columns included."""
+    """Names of files that hold the word, what is compressed included."""
     found = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         content = path.read_bytes()
         if path.suffix == ".parquet":
             content += str(pq.read_table(path).to_pydict()).encode()
+        if path.suffix == ".html":
+            content += str(embedded(content.decode())).encode()
         if b"CANARY" in content:
             found.append(str(path.relative_to(directory)))
     return found

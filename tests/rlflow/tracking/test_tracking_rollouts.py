@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import datetime
+import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from rlflow.tracking import rollouts
-from rlflow.tracking.rollouts import last_user_text, read_errors, read_rollouts, write_rollouts
+from rlflow.tracking.rollouts import (
+    RolloutFileError,
+    RolloutRecord,
+    last_user_text,
+    read_errors,
+    read_rollouts,
+    write_rollouts,
+)
+from rlflow.tracking.row_columns import keep_columns
 from rlflow.types import Group, Message, Prompt, Rollout
 from tests.flat_rollouts import flat
 
@@ -88,7 +99,7 @@ def test_only_texts_that_repeat_are_looked_up_in_a_dictionary(tmp_path: Path) ->
     row_group = pq.ParquetFile(path).metadata.row_group(0)
     columns = [row_group.column(index) for index in range(row_group.num_columns)]
     looked_up = {column.path_in_schema for column in columns if column.has_dictionary_page}
-    assert looked_up == {"prompt_id", "prompt", "messages", "error", "finish_reason", "state"}
+    assert looked_up == {"prompt_id", "prompt", "messages", "opened", "columns", "error", "finish_reason", "state"}
 
 
 def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path) -> None:
@@ -96,8 +107,9 @@ def test_columns_have_fixed_types_and_an_unscored_reward_is_null(tmp_path: Path)
     write_rollouts(path, *make_groups())
     table = pq.read_table(path)
     assert " ".join(table.schema.names) == (
-        "prompt_id epoch sample_index prompt messages completion reward reward/exact reward/brevity error advantage "
-        "policy_version finish_reason state prompt_token_ids token_ids is_sampled logprobs versions"
+        "prompt_id epoch sample_index prompt messages opened columns inexact_columns completion reward reward/exact "
+        "reward/brevity error advantage policy_version finish_reason state prompt_token_ids token_ids is_sampled "
+        "logprobs versions"
     )
     assert str(table.schema.field("token_ids").type) == "list<element: int32>"
     assert str(table.schema.field("logprobs").type) == "list<element: float>"
@@ -121,6 +133,79 @@ def test_why_a_reward_failed_is_beside_the_rollout(tmp_path: Path) -> None:
     write_rollouts(path, groups, advantages, states)
     assert [record.error for record in read_rollouts(path)] == ["", "", "exact: it raised KeyError: 'x'", ""]
     assert read_errors(path) == ["exact: it raised KeyError: 'x'"]
+
+
+def with_columns(columns: dict[str, Any], opened: str = "") -> Prompt:
+    return replace(make_prompt(0), columns=columns, opened=opened)
+
+
+def write_one(path: Path, prompt: Prompt) -> RolloutRecord:
+    write_rollouts(path, [Group(prompt, 0, (make_rollout(prompt, 2, {"exact": 1.0}),))], [np.zeros(1)], ["trained"])
+    (record,) = read_rollouts(path)
+    return record
+
+
+def test_what_rewards_saw_beside_the_completion_is_in_the_file(tmp_path: Path) -> None:
+    columns = {"solution": "1/2 ½", "tests": [{"in": [1, 2.5], "out": None}], "difficulty": 3}
+    record = write_one(tmp_path / "step_000012.parquet", with_columns(columns, "<think>\n"))
+    assert (record.columns, record.inexact_columns, record.opened) == (columns, (), "<think>\n")
+    assert (record.step, record.num_tokens) == (12, 2)
+
+
+def test_columns_that_are_cut_or_that_json_does_not_hold_are_named(tmp_path: Path) -> None:
+    given = {"when": datetime.date(2026, 1, 2), "share": math.nan, "keys": {1: 2}, "half": "\ud83d", "solution": "4"}
+    record = write_one(tmp_path / "step_000001.parquet", with_columns(given))
+    assert record.columns == {"when": "2026-01-02", "share": "nan", "keys": "{1: 2}", "half": "?", "solution": "4"}
+    assert record.inexact_columns == ("when", "share", "keys", "half")
+
+
+def test_long_columns_are_cut_and_the_short_ones_beside_them_stay_whole(tmp_path: Path) -> None:
+    given = {"cases": ["x" * 99_000], "story": "y" * 60_000, "solution": "4"}
+    kept = keep_columns(given)
+    assert json.loads(kept.text) == {"cases": '["' + "x" * 998, "story": given["story"], "solution": "4"}
+    assert kept.inexact == ("cases",)
+    assert len(kept.text) < 65_536 + 1_100
+
+
+def test_half_a_surrogate_pair_in_an_error_or_a_prompt_does_not_lose_the_file(tmp_path: Path) -> None:
+    prompt = replace(make_prompt(0, [{"role": "user", "content": "a\ud83d"}]), opened="\ud83d")
+    rollout = replace(make_rollout(prompt, 1, {"exact": 1.0}), error="exact: it raised \ud83d")
+    write_rollouts(tmp_path / "one.parquet", [Group(prompt, 0, (rollout,))], [np.zeros(1)], ["trained"])
+    (record,) = read_rollouts(tmp_path / "one.parquet")
+    assert (record.error, record.prompt, record.opened, record.step) == ("exact: it raised ?", "a?", "?", 0)
+
+
+def test_files_of_earlier_versions_are_read_and_those_of_others_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    table = pq.read_table(path)
+    pq.write_table(table.drop(["opened", "columns", "inexact_columns", "is_sampled", "versions", "error"]), path)
+    record = read_rollouts(path)[0]
+    assert (record.columns, record.opened, record.error, record.num_tokens) == ({}, "", "", 3)
+    assert record.is_sampled.tolist() == [True] * 3 and record.versions.tolist() == [7] * 3
+    pq.write_table(table.drop(["advantage"]), path)
+    with pytest.raises(RolloutFileError, match=r"step_000001\.parquet has no column 'advantage'"):
+        read_rollouts(path)
+
+
+@pytest.mark.parametrize("cut", [0, 10, -30])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(RolloutFileError, match=r"step_000001\.parquet cannot be read, it is damaged or cut short"):
+        read_rollouts(path)
+
+
+def test_some_rows_of_a_file_can_be_read_alone(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.parquet"
+    write_rollouts(path, *make_groups())
+    middle = read_rollouts(path, rows=slice(1, 3))
+    assert [(record.prompt_id, record.num_tokens, len(record.token_ids)) for record in middle] == [
+        ("set:0", 1, 1),
+        ("set:1", 2, 2),
+    ]
+    assert read_rollouts(path, rows=slice(4, 9)) == []
 
 
 def test_a_step_without_groups_is_an_empty_file(tmp_path: Path) -> None:
