@@ -70,7 +70,7 @@ class ActorFailure(RuntimeError):
             refused: The actor raised a ValueError: what it was given cannot be used.
         """
         super().__init__(f"{actor}.{call}: {reason}")
-        self.actor, self.call, self.died, self.refused = actor, call, died, refused
+        self.actor, self.call, self.reason, self.died, self.refused = actor, call, reason, died, refused
 
     @classmethod
     def raised(cls, actor: str, call: str, cause: BaseException) -> ActorFailure:
@@ -216,6 +216,24 @@ class ActorGroup(Generic[T]):
             ActorFailure: The call failed, or its actor died before it had answered.
         """
         return self.transport.fetch(ref, self.name_of(rank), method.__name__)
+
+    def find_dead(self, method: Callable[[T], Any], timeout_s: float) -> ActorFailure | None:
+        """The death of one of its actors, if one is gone: of those that are busy for longer than that, nothing shows.
+
+        Args:
+            method: A call that costs nothing.
+        """
+        rank_of = {self.start(rank, method): rank for rank in self.ranks}
+        waiting, deadline = list(rank_of), time.monotonic() + timeout_s
+        while waiting and time.monotonic() < deadline:
+            done, waiting = self.wait(waiting, max(0.0, deadline - time.monotonic()))
+            for ref in done:
+                try:
+                    self.result(rank_of[ref], method, ref)
+                except ActorFailure as failure:
+                    if failure.died:
+                        return failure
+        return None
 
     def put(self, value: Any) -> Reference:
         """Keeps a value once for all the actors that it is given to."""

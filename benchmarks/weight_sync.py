@@ -5,15 +5,17 @@
 
 The trainer sends all tensors (`pack_weights`), the worker takes them from the store (`receive`) and copies them into
 parameters of its own, as the torch engine does. Beside it: one memcpy of as many bytes between arrays that are there.
-The best of ten, after two for the store's pages. On two cores that others used as well, with --copied:
+The best of ten, after two for the store's pages. On two cores with little else to do:
 
 | | seconds | GiB/s |
 |---|---|---|
-| memcpy | 0.048 | 10.4 |
-| pack | 0.107 | 4.7 |
-| receive | 0.001 | 389.7 |
-| load | 0.036 | 13.8 |
-| packed to loaded | 0.186 | 2.7 |
+| memcpy | 0.025 | 19.7 |
+| pack | 0.052 | 9.7 |
+| receive | 0.001 | 427.2 |
+| load | 0.031 | 16.0 |
+| packed to loaded | 0.095 | 5.3 |
+
+With --copied, on cores that others used as well, 2.7 GiB/s where memcpy made 10.4.
 """
 
 from __future__ import annotations

@@ -37,12 +37,14 @@ class Book:
         tracker: Tracker,
         clock: Clock,
         should_stop: Callable[[], bool],
+        num_restarts: int = 0,
     ) -> None:
         """
         Args:
             inputs: What the recipe's names stand for.
             directory: The run's, which exists.
             should_stop: Whether somebody asked the run to end.
+            num_restarts: How often the stage has begun again with fresh actors.
         """
         self.recipe, self.inputs, self.directory = recipe, inputs, directory
         self.learner, self.evaluator = learner, evaluator
@@ -57,6 +59,7 @@ class Book:
         self._measure = sum_of_measure(recipe, inputs)
         self._is_startup_told = False
         self._step_began = time.time()
+        self._restarts = {"fleet/stage_restarts": float(num_restarts)} if num_restarts else {}
 
     def resume(self, num_steps: int) -> tuple[int, dict[str, Any]]:
         """Loads the newest valid checkpoint. Returns how many steps are done and the loop's saved state.
@@ -114,7 +117,7 @@ class Book:
         if not self._is_startup_told:
             self.tracker.message(self.clock.story(stats.step))
             self._is_startup_told = True
-        stats.metrics |= self.clock.metrics() | self._trace(stats.step)
+        stats.metrics |= self.clock.metrics() | self._trace(stats.step) | self._restarts
         self.tracker.log(stats)
         stopping = self.should_stop() and not last
         own_state = {"step": stats.step, **self.learner.state()}

@@ -1,4 +1,5 @@
-"""What of a step that failed is kept: the checkpoint of the step before it, and its own rollouts."""
+"""What of a step that failed is kept, the checkpoint of the step before it and its own rollouts, and which failures a
+stage goes on after by itself."""
 
 from __future__ import annotations
 
@@ -8,11 +9,38 @@ from pathlib import Path
 
 import numpy as np
 
+from rlflow.actor_groups import Actors
 from rlflow.actors.actor_group import ActorFailure
+from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.trainer import Trainer
 from rlflow.driver.book import Book
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.window import Window
 from rlflow.tracking.rollouts import write_rollouts
+
+LOOK_FOR_DEAD_S = 10.0
+"""When one of several trainers is gone, the others fail or hang, in whatever call they were in."""
+
+
+class ActorsLost(ActorFailure):
+    """An actor whose state the checkpoints hold is gone: the stage can go on from the newest with fresh ones."""
+
+
+@contextmanager
+def finding_the_lost(actors: Actors) -> Iterator[None]:
+    """An actor's failure within that came of the death of a trainer, critic or reference is raised as `ActorsLost`."""
+    try:
+        yield
+    except ActorFailure as failure:
+        if failure.refused:
+            raise
+        for group in (actors.trainer, actors.critic):
+            if group is not None and (death := group.find_dead(Trainer.attention_cost, LOOK_FOR_DEAD_S)):
+                raise ActorsLost(death.actor, failure.call, death.reason, died=True) from failure
+        reference = actors.reference
+        if reference is not None and (death := reference.find_dead(ReferenceModel.ready, LOOK_FOR_DEAD_S)):
+            raise ActorsLost(death.actor, failure.call, death.reason, died=True) from failure
+        raise
 
 
 @contextmanager

@@ -9,22 +9,19 @@ prompts are being tokenised; nothing here imports torch.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.trainer import Trainer
-from rlflow.data.errors import DataError, Rows, listing
-from rlflow.data.prompts import load_prompts
+from rlflow.checkpoint import saved_steps
+from rlflow.data.errors import DataError, Rows
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import token_table
@@ -33,14 +30,15 @@ from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator, LossEvaluator
-from rlflow.driver.failures import saving_what_failed
+from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
+from rlflow.driver.material import Material, load_rows, max_model_len, num_steps, tell_of_rows
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.pass_evaluation import PassEvaluator
 from rlflow.driver.pool import RolloutPool
-from rlflow.driver.references import check_sources, reject_references
+from rlflow.driver.references import check_sources
 from rlflow.driver.resuming import (
     Inputs,
     changes_since,
@@ -53,7 +51,6 @@ from rlflow.driver.run_lock import RunLock
 from rlflow.driver.sampling import sampling_params
 from rlflow.driver.scoring import Scoring
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
-from rlflow.driver.units import load_units
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import ModelBlock, Recipe
@@ -62,19 +59,6 @@ from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
 from rlflow.tracking.tracker import StderrMessages, Tracker
 from rlflow.types import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a stage works on, beside its actors."""
-
-    model: ModelBlock
-    """The recipe's, with a path that exists."""
-    tokenizer: Any
-    rows: Rows
-    """Prompts or units."""
-    held_out: Rows
-
 
 _STOP_S = 10.0
 """How long a run that is asked to stop waits for actors that are being placed."""
@@ -134,7 +118,7 @@ def _run_stages(
                     tell_of_finished(recipe, inputs)
                     continue
                 clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
-                run_stage(recipe, inputs, ray_started, stop, clock, resume=resume)
+                run_to_its_end(recipe, inputs, ray_started, stop, clock, resume=resume)
                 if stop.asked() and recipe is not recipes[-1]:
                     raise StopRequested(f"stopped after stage {recipe.stage}; go on with --resume")
         finally:
@@ -155,10 +139,42 @@ def tell_of_finished(recipe: Recipe, inputs: Inputs) -> None:
         StderrMessages().message(f"{directory} is finished: it is left as it is, although {change}")
 
 
-def run_stage(
+def run_to_its_end(
     recipe: Recipe, inputs: Inputs, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool
 ) -> None:
-    """One stage, from its directory to its ``final/``."""
+    """One stage, which goes on from its newest checkpoint when it has lost an actor, a bounded number of times.
+
+    Raises:
+        ActorsLost: It did so too often, or has no checkpoint.
+    """
+    losses: list[str] = []
+    while True:
+        try:
+            run_stage(recipe, inputs, ray_started, stop, clock, resume=resume, losses=losses)
+            return
+        except ActorsLost as lost:
+            has_checkpoint = bool(saved_steps(Path(recipe.run.output_dir) / "checkpoints"))
+            if stop.asked() or not has_checkpoint or len(losses) == recipe.run.max_restarts:
+                raise
+            losses.append(str(lost))
+            resume, clock = True, Clock()
+
+
+def run_stage(
+    recipe: Recipe,
+    inputs: Inputs,
+    ray_started: Future[bool],
+    stop: StopSignals,
+    clock: Clock,
+    *,
+    resume: bool,
+    losses: Sequence[str] = (),
+) -> None:
+    """One stage, from its directory to its ``final/``.
+
+    Args:
+        losses: Why it was left before, each time, since this process began.
+    """
     verify_models(recipe)
     directory = prepare_directory(recipe, inputs, resume=resume)
     is_placed = False
@@ -177,8 +193,22 @@ def run_stage(
             clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
             material = Material(model, tokenizer, rows, held_out)
             try:
-                _tell_of_rows(tracker, directory.notes, material)
-                _learn(recipe, inputs, directory.path, material, actors, tracker, clock, stop, resume=resume)
+                if losses:
+                    times = f"restart {len(losses)} of {recipe.run.max_restarts}"
+                    tracker.message(f"{losses[-1]}: the stage goes on with fresh actors ({times})")
+                tell_of_rows(tracker, directory.notes, material)
+                _learn(
+                    recipe,
+                    inputs,
+                    directory.path,
+                    material,
+                    actors,
+                    tracker,
+                    clock,
+                    stop,
+                    resume=resume,
+                    num_restarts=len(losses),
+                )
                 if "jsonl" in recipe.tracking:
                     write_report(directory.path)
                 tracker.finish({})
@@ -220,18 +250,6 @@ def _placing(
         is_over.set()
 
 
-def _tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> None:
-    """Says what was found in the run's directory, and which rows are not trained as they are."""
-    for note in notes:
-        tracker.message(note)
-    for name, loaded in (("data.train", material.rows), ("evaluation.data", material.held_out)):
-        if loaded.skipped:
-            of_all = len(loaded) + len(loaded.skipped)
-            tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
-        if loaded.notes:
-            tracker.message(f"{name}: not all of these rows is shown to the model:{listing(loaded.notes, 3)}")
-
-
 def _learn(
     recipe: Recipe,
     inputs: Inputs,
@@ -243,6 +261,7 @@ def _learn(
     stop: StopSignals,
     *,
     resume: bool,
+    num_restarts: int,
 ) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
     steps = num_steps(recipe, len(material.rows))
@@ -264,9 +283,9 @@ def _learn(
     params = sampling_params(recipe, material.tokenizer, material.model)
     with _pool(recipe, actors, material, tracker, clock) as pool:
         evaluator = _evaluator(recipe, learner, pool, params, material.held_out, tracker)
-        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked)
+        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked, num_restarts)
         with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
-            with saving_what_failed(book):
+            with saving_what_failed(book), finding_the_lost(actors):
                 if recipe.family == "online":
                     assert pool is not None
                     window = Window(pool, recipe, material.rows, params, steps, tracker)
@@ -276,20 +295,6 @@ def _learn(
             book.require_trained()
             with clock("export"):
                 write_final(directory, recipe, learner, material.tokenizer, material.model)
-
-
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
-    """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
-    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
-    if recipe.family == "online":
-        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards))
-    else:
-        rows = load_units(recipe, data, tokenizer)
-    if evaluation is None:
-        return rows, Rows()
-    if (reward := recipe.evaluation_reward) is not None:
-        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]))
-    return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
 
 
 @contextmanager
@@ -331,21 +336,6 @@ def _evaluator(
         return LossEvaluator(learner, block, held_out)
     assert pool is not None
     return PassEvaluator(pool, block, reward, held_out, params, recipe.run.seed, tracker)
-
-
-def num_steps(recipe: Recipe, num_rows: int) -> int:
-    """Optimizer steps: as the recipe says, or its epochs over the data."""
-    if recipe.run.steps is not None:
-        return recipe.run.steps
-    assert recipe.run.epochs is not None
-    return max(1, math.ceil(recipe.run.epochs * num_rows / recipe.data.prompts_per_step))
-
-
-def max_model_len(recipe: Recipe) -> int:
-    """Longest prompt and longest completion together, training's or evaluation's."""
-    evaluation = recipe.evaluation
-    longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
-    return recipe.data.max_prompt_tokens + longest
 
 
 def _wait_ready(actors: Actors, recipe: Recipe) -> None:

@@ -218,6 +218,9 @@ class RunBlock(Block):
     """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
     max_skipped_steps: PositiveInt = 3
     """This many steps in a row whose gradient was not finite, or in which nothing was scored, stop the run."""
+    max_restarts: NonNegativeInt = 3
+    """A stage whose trainer, critic or reference dies goes on from its newest checkpoint with fresh actors, so many
+    times; then the run ends."""
     seed: NonNegativeInt = 0
     """Of everything random."""
     output_dir: str = "runs/run"

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -17,6 +19,7 @@ import rlflow
 from rlflow.actor_groups import Actors
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.errors import RunError
+from rlflow.driver.learner import Learner
 from rlflow.driver.window import Window
 from rlflow.tracking.rollouts import read_rollouts
 
@@ -141,6 +144,26 @@ def test_two_trainer_ranks_two_workers_and_one_step_off_run_to_the_end(ray_sessi
     directory = run(tmp_path, "wide", **overrides)
     lines = metrics_of(directory / "grpo")
     assert [line["staleness/max"] for line in lines[1:]] == [0, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_one_of_two_trainer_ranks_that_is_killed_in_an_update_changes_no_parameter(ray_session, monkeypatch, tmp_path):
+    undisturbed = run(tmp_path, "undisturbed", **{"trainer.workers": 2})
+    update, begun = Learner.update, []
+
+    def killing(learner: Learner, *args: Any) -> dict[str, float]:
+        if learner.recipe.stage == "grpo":
+            begun.append(args[1])
+            if len(begun) == 4:
+                trainers = learner._models["trainer"].actors
+                threading.Timer(0.01, trainers.transport.kill, [trainers.handles[1]]).start()
+        return update(learner, *args)
+
+    monkeypatch.setattr(Learner, "update", killing)
+    directory = run(tmp_path, "killed", **{"trainer.workers": 2})
+    assert begun == [0, 1, 2, 3, 2, 3]
+    assert equal(weights_of(undisturbed / "grpo"), weights_of(directory / "grpo"))
+    assert metrics_of(directory / "grpo")[-1]["fleet/stage_restarts"] == 1
 
 
 @pytest.mark.parametrize("sequence_parallel", [1, 2])

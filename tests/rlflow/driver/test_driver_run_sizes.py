@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlflow.driver.run import max_model_len, num_steps
+from rlflow.driver.material import max_model_len, num_steps
 from rlflow.recipe import Recipe
 
 

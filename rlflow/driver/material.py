@@ -1,0 +1,68 @@
+"""What a stage works on beside its actors: its model, tokenizer and rows, and how long it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlflow.data.errors import Rows, listing
+from rlflow.data.prompts import load_prompts
+from rlflow.driver.references import reject_references
+from rlflow.driver.units import load_units
+from rlflow.recipe import ModelBlock, Recipe
+from rlflow.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a stage works on, beside its actors."""
+
+    model: ModelBlock
+    """The recipe's, with a path that exists."""
+    tokenizer: Any
+    rows: Rows
+    """Prompts or units."""
+    held_out: Rows
+
+
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
+    """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
+    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
+    if recipe.family == "online":
+        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards))
+    else:
+        rows = load_units(recipe, data, tokenizer)
+    if evaluation is None:
+        return rows, Rows()
+    if (reward := recipe.evaluation_reward) is not None:
+        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]))
+    return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
+
+
+def tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> None:
+    """Says what was found in the run's directory, and which rows are not trained as they are."""
+    for note in notes:
+        tracker.message(note)
+    for name, loaded in (("data.train", material.rows), ("evaluation.data", material.held_out)):
+        if loaded.skipped:
+            of_all = len(loaded) + len(loaded.skipped)
+            tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
+        if loaded.notes:
+            tracker.message(f"{name}: not all of these rows is shown to the model:{listing(loaded.notes, 3)}")
+
+
+def num_steps(recipe: Recipe, num_rows: int) -> int:
+    """Optimizer steps: as the recipe says, or its epochs over the data."""
+    if recipe.run.steps is not None:
+        return recipe.run.steps
+    assert recipe.run.epochs is not None
+    return max(1, math.ceil(recipe.run.epochs * num_rows / recipe.data.prompts_per_step))
+
+
+def max_model_len(recipe: Recipe) -> int:
+    """Longest prompt and longest completion together, training's or evaluation's."""
+    evaluation = recipe.evaluation
+    longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
+    return recipe.data.max_prompt_tokens + longest
