@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.tokenizer import GENERATION_CONFIG
+from rlflow.recipe import ModelBlock
 
 _THETA, _PARTIAL = "rope_theta", "partial_rotary_factor"
 _OLD_ROPE_NAMES = {"gpt_neox": {_THETA: "rotary_emb_base", _PARTIAL: "rotary_pct"}}
@@ -20,6 +21,22 @@ _OLD_ROPE_NAMES = {"gpt_neox": {_THETA: "rotary_emb_base", _PARTIAL: "rotary_pct
 _OLD_LOCAL_NAMES = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq"}
 """Of the base in layers that attend to a window alone."""
 _PHI3_SCALING = {"rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings"}
+
+
+def write_trained(model: Any, block: ModelBlock, directory: Path, weights: dict[str, Any]) -> None:
+    """Writes what was trained: a model, or the adapter alone where the recipe has one, as PEFT reads it.
+
+    Args:
+        model: The trained one, for its configs; its own weights are not read.
+        weights: Whole tensors by their names in the model; of an adapter, what is trained.
+    """
+    if block.adapter is None:
+        save_model(model, directory, weights)
+        return
+    from rlflow.actors import adapters
+
+    adapters.write(directory, model, weights.items())
+    save_generation_config(model, directory)
 
 
 def save_model(model: Any, directory: Path, weights: dict[str, Any] | None = None) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlflow.actors.trainer import Objective, Trainer
 from rlflow.data.tokenizer import give_own_pad, load_tokenizer, save_tokenizer
-from rlflow.recipe import AlgorithmBlock
+from rlflow.recipe import AlgorithmBlock, ModelBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
     from rlflow.algorithms.batch import TensorBatch
 
 
@@ -21,12 +23,7 @@ class RewardTrainer(Trainer):
         module = load_scalar_model(
             self.block, seed=self.seed, device=self.device, checkpointing=self.trainer.gradient_checkpointing
         )
-        self.tokenizer = load_tokenizer(self.block)
-        pad, config = give_own_pad(self.tokenizer, self.block), module.model.config.get_text_config()
-        if pad >= config.vocab_size:
-            module.model.resize_token_embeddings(pad + 1, mean_resizing=False)
-        # By it transformers' classifiers find a sequence's last token, which is the one that is scored here.
-        config.pad_token_id = pad
+        self.tokenizer = pad_classifier(module.model, self.block)
         return module
 
     def export(self, directory: Path) -> None:
@@ -47,3 +44,14 @@ class RewardTrainer(Trainer):
 
         scores = self.module(micro_batch, self.device, "scores")
         return objective_of(algorithm)(scores, None, batch, algorithm, denominators)
+
+
+def pad_classifier(model: PreTrainedModel, block: ModelBlock) -> PreTrainedTokenizerFast:
+    """Gives a classifier a padding token that ends no conversation. Returns the tokenizer that pads with it."""
+    tokenizer = load_tokenizer(block)
+    pad, config = give_own_pad(tokenizer, block), model.config.get_text_config()
+    if pad >= config.vocab_size:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+    # By it transformers' classifiers find a sequence's last token, which is the one that is scored here.
+    config.pad_token_id = pad
+    return tokenizer

@@ -202,6 +202,8 @@ class Trainer:
         Raises:
             DiskError: It cannot be written.
         """
+        from rlflow.actors.model_files import write_trained
+
         # Whole tensors one by one: only rank 0 keeps them, in its host's memory.
         weights = {
             name: tensor.cpu()
@@ -210,19 +212,7 @@ class Trainer:
         }
         if self.rank == 0:
             with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
-                self._write_model(directory, weights)
-
-    def _write_model(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
-        from rlflow.actors.model_files import save_generation_config, save_model
-
-        model = self.module.model
-        if self.block.adapter is not None:
-            from rlflow.actors import adapters
-
-            adapters.write(directory, model, weights.items())
-            save_generation_config(model, directory)
-        else:
-            save_model(model, directory, weights)
+                write_trained(self.module.model, self.block, directory, weights)
 
     def _shape(self) -> ModelShape | None:
         """None where the config has not the common fields."""

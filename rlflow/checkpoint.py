@@ -1,7 +1,7 @@
 """What is saved, published atomically, verified on load.
 
-    checkpoints/step_000012/   state-*.safetensors (a file a rank), driver.json, manifest.json (sha256 a file); PPO's
-                               critic has its own in critic/
+    checkpoints/step_000012/   state-*.safetensors (a file a rank), driver.json, args.json, manifest.json (sha256 a
+                               file); PPO's critic has its own in critic/
     checkpoints/latest, best   links
     final/                     a model or an adapter, and rlflow_manifest.json
 
@@ -218,6 +218,12 @@ def link(root: Path, name: str, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, root / name)
+
+
+def link_target(root: Path, name: str) -> Path | None:
+    """The checkpoint that ``latest`` or ``best`` points to; None where there is no such link, or nothing behind it."""
+    target = (root / name).resolve()
+    return root / target.name if (root / name).is_symlink() and target.is_dir() else None
 
 
 def sha256(path: Path) -> str:

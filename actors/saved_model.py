@@ -1,0 +1,103 @@
+"""What a checkpoint's trainers would have exported, from what their ranks saved: no ranks, no engine, no optimizer.
+
+state-*.safetensors   float32 or as trained, any number of ranks --> the files of ``final/`` that hold the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from rlflow.actors import adapters
+from rlflow.actors.model_files import write_trained
+from rlflow.actors.reward_trainer import pad_classifier
+from rlflow.actors.train_engines import sharded_state
+from rlflow.actors.train_engines.scalar_model import read_classifier
+from rlflow.actors.train_engines.sharded_state import Shard
+from rlflow.actors.train_engines.token_model import read_language_model
+from rlflow.checkpoint import naming_the_disk
+from rlflow.data.tokenizer import save_tokenizer
+from rlflow.recipe import ModelBlock
+
+_PARTS = 20
+"""Into how many the reading is cut, to tell how far it is."""
+
+Progress = Callable[[int, int], None]
+"""Hears how many weights are read, and of how many."""
+
+
+def export_saved(
+    checkpoint: Path, directory: Path, block: ModelBlock, *, is_classifier: bool, seed: int, progress: Progress
+) -> None:
+    """Writes what `Trainer.export` of the same recipe wrote at the checkpoint's step, to the bit.
+
+    Args:
+        checkpoint: With the state of any number of ranks of any engine.
+        block: The recipe's, with a path that exists: what training started from says how names, dtype and the
+            generation config are written.
+        is_classifier: It is a reward model.
+
+    Raises:
+        ValueError: The checkpoint is of another model, or what training started from cannot be read.
+        DiskError: It cannot be written.
+    """
+    tokenizer = None
+    if block.adapter is not None:
+        model = _adapted_without_values(block, seed)
+        named = adapters.adapter_parameters(model)
+        weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
+    else:
+        model = read_classifier(block, seed=seed) if is_classifier else read_language_model(block, seed=seed)
+        if is_classifier:
+            tokenizer = pad_classifier(model, block)
+        weights = _places_for(model)
+    _read(checkpoint, weights, progress)
+    with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
+        write_trained(model, block, directory, weights)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory)
+
+
+def _places_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's parameters, to be written over: each in the dtype that engines hand out, tied ones once."""
+    is_half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.data = (parameter.data.bfloat16() if is_half else parameter.data).contiguous()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _adapted_without_values(block: ModelBlock, seed: int) -> PreTrainedModel:
+    """The recipe's base and adapter: their names and configs, and no weights."""
+    assert block.path is not None
+    options: dict[str, Any] = {"revision": block.revision, "trust_remote_code": block.trust_remote_code}
+    config = AutoConfig.from_pretrained(block.path, **options)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+        adapters.inject(model, block, seed=seed)
+    model.generation_config = _generation_config(block.path, block.revision)
+    return model
+
+
+def _generation_config(path: str, revision: str | None) -> GenerationConfig:
+    """As ``from_pretrained`` of a model finds it."""
+    options: dict[str, Any] = {"revision": revision}
+    try:
+        return GenerationConfig.from_pretrained(path, **options)
+    except OSError:
+        options |= {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(path, **options)
+
+
+def _read(checkpoint: Path, weights: dict[str, torch.Tensor], progress: Progress) -> None:
+    """Fills the tensors from the state; values are rounded to their dtype."""
+    names = list(weights)
+    size = max(1, -(-len(names) // _PARTS))
+    for start in range(0, len(names), size):
+        part = names[start : start + size]
+        shards = {f"model/{name}": Shard(weights[name].view(-1), 0, tuple(weights[name].shape)) for name in part}
+        sharded_state.load(checkpoint, shards)
+        progress(start + len(part), len(names))
