@@ -21,6 +21,7 @@ COMMANDS = (
     "algorithms",
     "report",
     "export",
+    "convert",
 )
 """Each is a module of rlflow.cli, imported when the command is called."""
 
