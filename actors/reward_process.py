@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.actors.reward_wire import frame, take_frames
+from rlflow.tracking.logs import output_is_logged
 from rlflow.tracking.redact import holds_secret, is_secret_name, redact_text
 
 LOG_TAIL_BYTES = 4096
+ECHO_BYTES = 1 << 20
+"""Of what a process prints, this much is in its server's log."""
 REAP_TIMEOUT_S = 5.0
 
 
@@ -87,7 +90,8 @@ class RewardProcess:
         self._connection.setblocking(False)
         os.set_blocking(self._log, False)
         self._log_open = True
-        self._log_tail = b""
+        self._log_tail = self._unended = b""
+        self._echo_left = ECHO_BYTES
         self._outbound = memoryview(b"")
         self._inbound = bytearray()
         self.started = time.monotonic()
@@ -190,6 +194,21 @@ class RewardProcess:
                 return
             self._log_open = part != b""
             self._log_tail = (self._log_tail + part)[-LOG_TAIL_BYTES:]
+            self._echo(part)
+
+    def _echo(self, part: bytes) -> None:
+        """Passes what functions print on to the server's own log, whole lines, where it has one: not for ever."""
+        if self._echo_left <= 0 or not output_is_logged():
+            return
+        whole, end, self._unended = (self._unended + part).rpartition(b"\n")
+        if len(self._unended) > LOG_TAIL_BYTES:
+            whole, end, self._unended = whole + end + self._unended, b"\n", b""
+        if not end:
+            return
+        self._echo_left -= len(whole)
+        notice = b"" if self._echo_left > 0 else f"what process {self.pid} prints is left out from here on\n".encode()
+        with open(2, "wb", closefd=False) as log:
+            log.write(whole + end + notice)
 
 
 def _marked(mark: bytes) -> list[int]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 ORDER_TIMEOUT_S = 600.0
 """One step of an engine, or a load of weights, that takes longer is an error."""
+_STANDARD_ERROR = Path("/dev/stderr")
+"""Where vLLM's log goes: what this process prints is the actor's log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class RolloutWorker:
         max_model_len: int,
         num_threads: int,
         seed: int,
-        log_directory: Path,
+        run_directory: Path,
         server: RolloutServerBlock | None = None,
     ) -> None:
         from rlflow.data.tokenizer import load_tokenizer
@@ -95,9 +97,9 @@ class RolloutWorker:
         generator: RolloutEngine
         if engine == "http":
             assert server is not None
-            generator = _http_engine(server, model, rollout, max_model_len, log_directory.parent, rank)
+            generator = _http_engine(server, model, rollout, max_model_len, run_directory, rank)
         else:
-            generator = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, log_directory, rank)
+            generator = _make_engine(engine, model, rollout, max_model_len, num_threads, seed)
         self.tokenizer = load_tokenizer(model)
         self.is_token = token_table(self.tokenizer)
         generator.leave_out(_no_tokens(model, self.tokenizer))
@@ -279,8 +281,6 @@ def _make_engine(
     max_model_len: int,
     num_threads: int,
     seed: int,
-    log_directory: Path,
-    rank: int,
 ) -> RolloutEngine:
     assert model.path is not None
     common: dict[str, Any] = {
@@ -299,7 +299,7 @@ def _make_engine(
             gpu_memory_fraction=rollout.gpu_memory_fraction,
             kv_cache_gib=rollout.kv_cache_gib,
             tensor_parallel_size=rollout.tensor_parallel_size,
-            log_path=log_directory / f"vllm-{rank}.log",
+            log_path=_STANDARD_ERROR,
             num_threads=num_threads,
             **common,
         )

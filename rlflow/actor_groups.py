@@ -193,7 +193,7 @@ def constructor_of(
                 "max_model_len": max_model_len,
                 "num_threads": threads,
                 "seed": seed,
-                "log_directory": directory / "logs",
+                "run_directory": directory,
             }
         case "rewards":
             server = recipe.reward_server

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,58 @@ from rlflow.driver.errors import RunError
 from rlflow.planning import Role, roles
 from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.tracking.logs import DIRECTORY as LOGS
+from rlflow.tracking.logs import last_words, log_path, send_output_to
+from rlflow.tracking.redact import known_secrets
 
 _OBJECT_STORE_BYTES = 2 << 30
 _FETCH_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class ActorLogs:
+    """The logs of the actors of one role: see rlflow.tracking.logs."""
+
+    role: str
+    directory: Path
+    """``RUN/logs``, absolute: an actor's current directory may be another."""
+    secrets: Sequence[str]
+    """What is left out of them."""
+
+    def written_by(self, cls: type, rank: int) -> type:
+        """A class whose actor is one of ``cls``, and prints to its log from the first."""
+        actor = f"{self.role}[{rank}]"
+        path, secrets = log_path(self.directory, actor), self.secrets
+
+        class Logged(cls):
+            def __init__(self, **arguments: Any) -> None:
+                send_output_to(path, actor, secrets)
+                super().__init__(**arguments)
+
+        Logged.__name__, Logged.__qualname__, Logged.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+        return Logged
+
+    def last_words(self, actor: str) -> str:
+        return last_words(log_path(self.directory, actor))
+
+
 class RayTransport:
     """Actors in processes of their own, each in a bundle of a placement group. One object serves one group."""
 
-    def __init__(self, construct: Construct, options: Mapping[str, Any], bundles: Sequence[tuple[PlacementGroup, int]]):
+    def __init__(
+        self,
+        construct: Construct,
+        options: Mapping[str, Any],
+        bundles: Sequence[tuple[PlacementGroup, int]],
+        logs: ActorLogs | None = None,
+    ) -> None:
         """
         Args:
             options: Ray's, of every actor. ``num_cpus`` and ``num_gpus`` are also what a place of its own reserves.
             bundles: The places of the first actors: a placement group and the index of a bundle in it.
+            logs: Where what the actors print goes; into Ray's own files when absent.
         """
-        self._construct, self._options = construct, dict(options)
+        self._construct, self._options, self._logs = construct, dict(options), logs
         self._free = list(bundles)
         self._places: dict[int, tuple[PlacementGroup, int]] = {}
         self._own: dict[int, PlacementGroup] = {}
@@ -58,6 +96,8 @@ class RayTransport:
         group, index = self._places[rank]
         place_at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
         cls, arguments = self._construct(rank)
+        if self._logs is not None:
+            cls = self._logs.written_by(cls, rank)
         return ray.remote(cls).options(**self._options, scheduling_strategy=place_at).remote(**arguments)
 
     def kill(self, handle: Any) -> None:
@@ -90,7 +130,8 @@ class RayTransport:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             raise ActorFailure.raised(actor, call, cause) from error
         except RayActorError as error:
-            raise ActorFailure(actor, call, _death(error), died=True) from error
+            last_words = "" if self._logs is None else f"; {self._logs.last_words(actor)}"
+            raise ActorFailure(actor, call, _death(error) + last_words, died=True) from error
         except GetTimeoutError as error:
             raise ActorFailure(
                 actor, call, f"its result could not be fetched within {_FETCH_TIMEOUT_S:.0f} s"
@@ -165,11 +206,13 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
     has_gpus = "GPU" in ray.cluster_resources()
+    secrets = known_secrets()
     first_of = {role.name: sum(before.workers for before in wanted[:i]) for i, role in enumerate(wanted)}
 
     def transport_for(role: Role, construct: Construct) -> RayTransport:
         bundles = [(group, first_of[role.name] + rank) for rank in range(role.workers)]
-        return RayTransport(construct, options_of(role, has_gpus=has_gpus), bundles)
+        logs = ActorLogs(role.name, directory.absolute() / LOGS, secrets)
+        return RayTransport(construct, options_of(role, has_gpus=has_gpus), bundles, logs)
 
     return start_actors(
         recipe, model, directory, max_model_len, transport_for, release=lambda: remove_placement_group(group)

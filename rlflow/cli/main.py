@@ -20,8 +20,8 @@ COMMANDS = (
     "submit",
     "algorithms",
     "report",
+    "logs",
     "export",
-    "convert",
 )
 """Each is a module of rlflow.cli, imported when the command is called."""
 

@@ -378,7 +378,7 @@ class RolloutPool:
             )
         left = self._left_by(member)
         member.begin_again()
-        self.tell(f"{reason}. {name} is started again, and {len(left)} groups are asked for again")
+        self.tell(f"{name} is started again, and {len(left)} groups are asked for again: {reason}")
         self.workers.replace(member.rank)
         if self._weights is not None:
             self._send_weights(member)

@@ -144,7 +144,7 @@ class Scoring:
         self._restarts[call.server] += 1
         if self._restarts[call.server] > MAX_RESTARTS:
             raise RunError(f"{reason}; it was started {MAX_RESTARTS} times again before")
-        self.tell(f"{reason}. {name} is started again, and {len(call.groups)} groups are scored again")
+        self.tell(f"{name} is started again, and {len(call.groups)} groups are scored again: {reason}")
         self.servers.replace(call.server)
         self._units.insert(0, (True, call.groups))
 

@@ -113,6 +113,11 @@ def remember_secrets(data: Any) -> None:
     _met.update(_long_enough(_secrets_in(data, secret=False)))
 
 
+def known_secrets() -> list[str]:
+    """What `redact_text` replaces here by its value, for another process's `remember_secrets`."""
+    return sorted(_met | _of_environment())
+
+
 def redact_tracebacks() -> None:
     """Lets exceptions that end this process print their traceback without secrets."""
     sys.excepthook = _print_exception

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 from typing import Any
 
@@ -12,9 +14,10 @@ from ray.exceptions import ObjectLostError
 from rlflow.actor_groups import Actors, constructor_of, start_actors
 from rlflow.actors.actor_group import ActorFailure, ActorGroup
 from rlflow.in_process import LocalTransport
-from rlflow.placement import RayTransport, environment, options_of
+from rlflow.placement import ActorLogs, RayTransport, environment, options_of
 from rlflow.planning import Role, roles
 from rlflow.recipe import load_recipe
+from rlflow.tracking.logs import last_words
 
 
 @pytest.mark.parametrize("name", ["trainer", "critic", "rollout", "rewards", "reference"])
@@ -152,3 +155,45 @@ def test_an_answer_that_is_lost_is_the_failure_of_the_actor_that_gave_it(monkeyp
     ) as caught:
         transport.fetch("a reference", "rollout[1]", "collect")  # type: ignore[arg-type]
     assert caught.value.died
+
+
+class Talkative:
+    """An actor that says something, and so does its child."""
+
+    def __init__(self, rank: int) -> None:
+        print(f"rank {rank} is made; token=hunter2-secret")
+
+    def speak(self, words: str) -> str:
+        os.system(f"echo {words} of a child")
+        return words
+
+    def die(self) -> None:
+        os.write(2, b"last words\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_what_an_actor_prints_is_in_its_log_and_the_failure_of_a_dead_one_ends_with_it(ray_session, tmp_path):
+    import ray
+
+    # Ray's processes cannot import a test.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    logs = ActorLogs("talker", tmp_path / "logs", ["hunter2-secret"])
+    transport = RayTransport(lambda rank: (Talkative, {"rank": rank}), {"num_cpus": 0.1, "num_gpus": 0}, [], logs)
+    group: ActorGroup[Talkative] = ActorGroup("talker", transport, 2, 60.0)
+    try:
+        assert group.call_all(Talkative.speak, "hello") == ["hello", "hello"]
+        with pytest.raises(ActorFailure) as caught:
+            group.get(1, Talkative.die, group.start(1, Talkative.die))
+        group.replace(1)
+        assert group.get(1, Talkative.speak, group.start(1, Talkative.speak, "again")) == "again"
+    finally:
+        group.kill()
+    path = tmp_path / "logs" / "talker-1.log"
+    said = "\n    rank 1 is made; token=***\n    hello of a child\n    last words"
+    assert str(caught.value).endswith(f"; {path} ends with:{said}")
+    assert caught.value.died
+    last_words(path, wait_s=20)
+    words = [line for line in path.read_text().splitlines() if not line.startswith("===")]
+    assert words == [*said.replace("    ", "").splitlines()[1:], "rank 1 is made; token=***", "again of a child"]
+    assert "rank 0 is made" in (tmp_path / "logs" / "talker-0.log").read_text()
