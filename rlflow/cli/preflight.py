@@ -34,6 +34,7 @@ from rlflow.recipe.overrides import Overrides
 from rlflow.recipe.problems import did_you_mean, nearest
 from rlflow.rewards import REWARDS
 from rlflow.rewards.reward_model import score_head_problem
+from rlflow.tracking import missing_packages
 
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """One of them is in the config of every mixture of experts."""
@@ -160,6 +161,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         if reward.name == "reward_model":
             yield from _in_reward_model(f"{key}.args", reward.args, to_come)
     yield from in_output(recipe)
+    yield from missing_packages(recipe)
 
 
 def _in_model(key: str, path: str) -> Found:

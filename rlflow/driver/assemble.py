@@ -11,6 +11,7 @@ from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overl
 from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
 from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock
+from rlflow.tracking.episodes import Episode, Episodes
 from rlflow.types import Group, Rollout, Sample
 
 
@@ -152,6 +153,19 @@ def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarr
         ]
     )
     return np.split(means, np.cumsum([len(group.rollouts) for group in batch.groups])[:-1])
+
+
+def episodes(batch: Batch, advantages: Sequence[np.ndarray], step: int) -> Episodes:
+    """The rollouts of ``step``, counted from 1, for people to look at. ``advantages``: of `rollout_advantages`."""
+    states = iter(batch.states)
+    return Episodes(
+        step,
+        [
+            Episode(group.prompt, rollout, float(advantage), next(states))
+            for group, of_group in zip(batch.groups, advantages, strict=True)
+            for rollout, advantage in zip(group.rollouts, of_group, strict=True)
+        ],
+    )
 
 
 def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:

@@ -56,9 +56,10 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts)
             pool.publish(learner.weights(step + 1), step + 1)
+            advantages = assemble.rollout_advantages(batch, samples)
+            book.tracker.episodes(assemble.episodes(batch, advantages, step + 1))
             if step % recipe.run.log_rollouts_every == 0:
-                path = rollouts_path(book.directory, step + 1)
-                write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
+                write_rollouts(rollouts_path(book.directory, step + 1), batch.groups, advantages, batch.states)
             last = step + 1 == num_steps
             if book.end_step(StepStats(step + 1, metrics), window.state(), last=last):
                 break

@@ -54,7 +54,7 @@ from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
 from rlflow.recipe import ModelBlock, Recipe
-from rlflow.tracking import make_tracker
+from rlflow.tracking import make_tracker, missing_packages
 from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import write_report
 from rlflow.tracking.tracker import StderrMessages, Tracker
@@ -87,6 +87,8 @@ def run_recipes(
     recipes = pin_template_dates(recipes, resume=resume)
     for recipe in recipes:
         check_sources(recipe)
+        for key, problem in missing_packages(recipe):
+            raise DataError(f"{key}: {problem}")
     stop = StopSignals()
     stop.install()
     try:

@@ -24,8 +24,8 @@ from rlflow.recipe.schema import (
     RolloutBlock,
     RunBlock,
     SourceBlock,
-    TrackerName,
 )
+from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlock, TrainerBlock
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "DataBlock",
     "DeepSpeedBlock",
     "EvaluationBlock",
+    "ExperimentBlock",
     "FsdpBlock",
     "KTOBlock",
     "ModelBlock",

@@ -30,6 +30,7 @@ from rlflow.recipe.block import (
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
+from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
 
@@ -237,9 +238,6 @@ class RunBlock(Block):
     """Actors that are not ready by then are an error."""
 
 
-TrackerName = Literal["console", "jsonl", "wandb"]
-
-
 class Recipe(Block):
     """One stage, resolved: every key has its value."""
 
@@ -269,6 +267,8 @@ class Recipe(Block):
     """How long, where to."""
     tracking: list[TrackerName] = Field(default_factory=lambda: ["console", "jsonl"])
     """Who is told."""
+    experiment: ExperimentBlock = ExperimentBlock()
+    """What wandb, trackio and SwanLab call the run."""
 
     @property
     def family(self) -> Literal["online", "sft", "preference"]:

@@ -1,7 +1,8 @@
-"""The run as people see it: on a terminal a progress bar under one line a step, elsewhere a few plain lines.
+"""The run as people see it: on a terminal a line a step above a live view (live_view.py), elsewhere a few plain lines.
 
-Everything written is ASCII but the bar itself, and the bar turns ASCII where the terminal's encoding asks for it. A
-terminal that goes away (a closed pipe, a lost connection) silences the console; the run goes on.
+Everything written is ASCII but the bar, the trends and what the policy wrote; where the terminal's encoding cannot hold
+these, the bar turns ASCII, trends are left out and characters are escaped. A terminal that goes away (a closed pipe, a
+lost connection) silences the console; the run goes on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from rlflow.tracking import lines
+from rlflow.tracking.episodes import Episodes
+from rlflow.tracking.live_view import LiveView
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
 
@@ -28,7 +29,6 @@ LINE_SECONDS = 5.0
 """Without a terminal: least time between two step lines."""
 HEARTBEAT_SECONDS = 30.0
 """Without a terminal: a step in progress speaks up after this long without a line."""
-BAR_WIDTHS = (10, 40)
 
 
 class ConsoleTracker(Tracker):
@@ -57,21 +57,19 @@ class ConsoleTracker(Tracker):
     ) -> None:
         self._stream = _LenientStream(stream or sys.stdout)
         self.console = Console(file=cast(TextIO, self._stream), highlight=False)
-        self._title, self._total, self._directory = title, total, directory
-        self._now, self._started = now, now()
-        self._step, self._phase = resumed_at, ""
-        self._first_log: tuple[int, float] | None = None
-        self._ends_at: float | None = None
-        self._latest: dict[str, float] = {}
+        self._directory, self._now = directory, now
+        self._view = LiveView(title, total, resumed_at, now, self._stream.encodable)
         self._unprinted: StepStats | None = None
         self._step_line_at, self._spoke_at = -math.inf, now()
         self._evaluations: dict[str, list[tuple[int, dict[str, float]]]] = {}
         for row in earlier:
             self._remember(int(row["step"]), row)
+            self._view.remember(row)
         self._live: Live | None = None
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        # Not `console.is_terminal`, which a variable such as FORCE_COLOR makes of a file.
+        if self._stream.isatty() and not self.console.is_dumb_terminal:
             self._live = Live(
-                get_renderable=self._bar,
+                get_renderable=lambda: self._view.draw(*self.console.size),
                 console=self.console,
                 transient=True,
                 redirect_stderr=sys.stderr.isatty(),
@@ -79,33 +77,34 @@ class ConsoleTracker(Tracker):
             self._live.start()
 
     def log(self, stats: StepStats) -> None:
-        self._step, self._phase = stats.step, ""
-        self._estimate_end()
-        fields = lines.step_fields(stats.metrics)
-        if fields:
-            self._latest = stats.metrics
+        self._view.log(stats.step, stats.metrics)
+        if lines.step_fields(stats.metrics):
             self._unprinted = stats
             due = self._now() - self._step_line_at >= LINE_SECONDS
-            if self._live or due or stats.step == self._total or lines.troubles(stats.metrics):
+            if self._live or due or stats.step == self._view.total or lines.troubles(stats.metrics):
                 self._print_step()
         self._remember(stats.step, stats.metrics)
         for name, metrics in lines.split_evaluations(stats.metrics).items():
             self._print_step()
             self._print(self._evaluation_line(name, stats.step, metrics))
 
+    def episodes(self, episodes: Episodes) -> None:
+        if self._live:
+            self._view.episodes(episodes)
+
     def message(self, text: str) -> None:
         self._print(Text(text), wrap=True)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        self._phase = f"{phase} {done}/{total}" if total else phase
+        self._view.progress(phase, done, total)
         if self._live is None and self._now() - self._spoke_at >= HEARTBEAT_SECONDS:
-            self._print(Text(f"{self._step_label(self._step + 1)}   {self._phase}"))
+            self._print(Text(f"{self._step_label(self._view.step + 1)}   {self._view.phase}"))
 
     def finish(self, summary: Mapping[str, float]) -> None:
         self._print_step()
         self._stop_live()
         self._print(Text())
-        self._print(Text(f"{self._title}: step {self._step} after {lines.duration(self._now() - self._started)}"))
+        self._print(Text(f"{self._view.title}: step {self._view.step} after {lines.duration(self._view.seconds)}"))
         for label, value in self._summary_rows(summary):
             self._print(Text.assemble("  ", (f"{label:<24}", "dim"), "  ", value))
         self._print(Text.assemble("  ", (f"{'results':<24}", "dim"), "  ", (str(self._directory), "bold")))
@@ -127,24 +126,14 @@ class ConsoleTracker(Tracker):
                 rows.append((f"{name} {metric}", text))
         return rows + [(label, Text(lines.number(value))) for label, value in summary.items()]
 
-    def _estimate_end(self) -> None:
-        """When the run ends if the steps that are left take as long as those since the first that was logged."""
-        now = self._now()
-        if self._first_log is None:
-            self._first_log = (self._step, now)
-        first_step, first_at = self._first_log
-        if self._step > first_step and self._total:
-            self._ends_at = now + (now - first_at) / (self._step - first_step) * (self._total - self._step)
-
     def _remember(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, values in lines.split_evaluations(metrics).items():
             history = [(at, earlier) for at, earlier in self._evaluations.get(name, []) if at < step]
             self._evaluations[name] = [*history, (step, values)]
 
     def _step_label(self, step: int) -> str:
-        if not self._total:
-            return f"step {step}"
-        return f"step {step:>{len(str(self._total))}}/{self._total}"
+        total = self._view.total
+        return f"step {step:>{len(str(total))}}/{total}" if total else f"step {step}"
 
     def _print_step(self) -> None:
         """Prints the newest step's line unless it was printed."""
@@ -178,33 +167,6 @@ class ConsoleTracker(Tracker):
             if change and first_step != step:
                 text.append(f" ({change})", style="dim")
         return text
-
-    def _bar(self) -> Table | Text:
-        """The live line: bar, steps, time, then as much of the rest as the terminal's width holds."""
-        now = self._now()
-        steps = f"{self._step}/{self._total}" if self._total else str(self._step)
-        left = "" if self._ends_at is None else f" < {lines.clock(max(0.0, self._ends_at - now))}"
-        phase = self._phase or ("starting" if self._first_log is None else "")
-        pieces = [self._title, steps, lines.clock(now - self._started) + left, *([phase] if phase else [])]
-        pieces += [f"{label} {value}" for label, value in self._headline()]
-        least, most = BAR_WIDTHS
-        width = self.console.width - 1
-        while len(pieces) > 2 and sum(len(piece) + 2 for piece in pieces) + least > width:
-            pieces.pop()
-        bar_width = min(most, max(least, width - sum(len(piece) + 2 for piece in pieces)))
-        bar = ProgressBar(total=self._total or None, completed=self._step, width=bar_width, pulse=not self._total)
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(len(pieces) + 1):
-            grid.add_column(no_wrap=True, overflow="crop")
-        title, *rest = (Text(self._stream.encodable(piece)) for piece in pieces)
-        title.stylize("bold")
-        rest[0].stylize("cyan")
-        grid.add_row(title, bar, *rest)
-        return grid
-
-    def _headline(self) -> list[tuple[str, str]]:
-        fields = dict(lines.step_fields(self._latest))
-        return [(label, fields[label].strip()) for label in ("reward", "acc", "loss", "tok/s") if label in fields]
 
     def _print(self, text: Text, *, wrap: bool = False) -> None:
         text.plain = self._stream.encodable(text.plain)

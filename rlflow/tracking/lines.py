@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 FIELDS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("reward", 6, ("reward/mean",)),
     ("acc", 5, ("preference/accuracy", "kto/accuracy")),
     ("margin", 7, ("preference/margin", "kto/margin")),
-    ("loss", 7, ("loss/total", "loss/policy", "loss/sft", "loss/preference", "loss/kto", "loss/reward_model")),
+    ("loss", 7, ("loss/total", "loss/sft", "loss/preference", "loss/kto", "loss/reward_model")),
     ("kl", 6, ("kl/ref", "kto/kl")),
     ("entropy", 6, ("entropy",)),
     ("len", 5, ("completion/mean_tokens",)),
 )
 """What a step's line shows: label, width, and the first of these metrics that the step has."""
+
+OF_ROLLOUTS = "loss/policy"
+"""A step that has it is of a policy gradient, whose loss is near 0 whatever is learnt: it is not shown."""
+
+HEADLINE = ("reward", "acc", "loss", "len")
+"""Labels of `FIELDS` whose trend is shown."""
+
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 THROUGHPUT = ("perf/tokens_per_s", "perf/generated_tokens_per_s", "perf/trained_tokens_per_s")
 
@@ -40,11 +48,33 @@ def step_fields(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     fields = [
         (label, f"{number(metrics[key]):<{width}}")
         for label, width, keys in FIELDS
-        if (key := first_present(metrics, keys)) is not None
+        if (key := _shown(metrics, label, keys)) is not None
     ]
     if fields and (key := first_present(metrics, THROUGHPUT)) is not None:
         fields.append(("tok/s", f"{count(metrics[key]):<4}"))
     return fields
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Label -> value of the few numbers that tell how a run goes."""
+    found = {label: _shown(metrics, label, keys) for label, _, keys in FIELDS if label in HEADLINE}
+    return {label: metrics[key] for label, key in found.items() if key is not None}
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A character a value, from the lowest block for the least to the highest; a space where it is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return " " * len(values)
+    low, span = min(finite), max(finite) - min(finite)
+    top = len(_BLOCKS) - 1
+
+    def block(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        return _BLOCKS[round((value - low) / span * top)] if span > 0 else _BLOCKS[top // 2]
+
+    return "".join(map(block, values))
 
 
 def troubles(metrics: Mapping[str, float]) -> list[str]:
@@ -54,6 +84,11 @@ def troubles(metrics: Mapping[str, float]) -> list[str]:
 
 def first_present(metrics: Mapping[str, float], keys: tuple[str, ...]) -> str | None:
     return next((key for key in keys if key in metrics), None)
+
+
+def _shown(metrics: Mapping[str, float], label: str, keys: tuple[str, ...]) -> str | None:
+    """The metric behind a label, where the step has one that says something."""
+    return None if label == "loss" and OF_ROLLOUTS in metrics else first_present(metrics, keys)
 
 
 def changes(first: Mapping[str, float], last: Mapping[str, float]) -> list[tuple[str, str, str]]:

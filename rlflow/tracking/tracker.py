@@ -7,10 +7,13 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rlflow.tracking.redact import redact_text
 from rlflow.types import StepStats
+
+if TYPE_CHECKING:
+    from rlflow.tracking.episodes import Episodes
 
 
 class Tracker(Protocol):
@@ -18,6 +21,9 @@ class Tracker(Protocol):
 
     def log(self, stats: StepStats) -> None:
         """One step is done. Keys that start with ``eval/`` are a held-out measurement of the policy after it."""
+
+    def episodes(self, episodes: Episodes) -> None:
+        """What the policy wrote in a step, before that step is logged."""
 
     def message(self, text: str) -> None:
         """Something people should read."""
@@ -44,6 +50,10 @@ class Trackers(Tracker):
     def log(self, stats: StepStats) -> None:
         for tracker in self._trackers:
             tracker.log(stats)
+
+    def episodes(self, episodes: Episodes) -> None:
+        for tracker in self._trackers:
+            tracker.episodes(episodes)
 
     def message(self, text: str) -> None:
         text = redact_text(text)

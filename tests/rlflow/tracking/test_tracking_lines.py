@@ -45,8 +45,21 @@ def test_a_step_without_training_has_no_fields() -> None:
 
 
 def test_only_the_first_known_loss_is_shown() -> None:
-    fields = dict(lines.step_fields({"loss/policy": 1.0, "loss/total": 2.0, "perf/trained_tokens_per_s": 1500.0}))
+    fields = dict(lines.step_fields({"loss/sft": 1.0, "loss/total": 2.0, "perf/trained_tokens_per_s": 1500.0}))
     assert {label: value.strip() for label, value in fields.items()} == {"loss": "2", "tok/s": "1.5k"}
+
+
+def test_the_loss_of_a_policy_gradient_is_not_shown() -> None:
+    metrics = {"loss/policy": 1e-9, "loss/total": 1e-9, "reward/mean": 0.5, "completion/mean_tokens": 9.0}
+    assert [label for label, _ in lines.step_fields(metrics)] == ["reward", "len"]
+    assert lines.headline(metrics) == {"reward": 0.5, "len": 9.0}
+    assert lines.headline({"loss/sft": 2.0, "entropy": 1.0}) == {"loss": 2.0}
+
+
+def test_a_trend_goes_from_the_lowest_block_to_the_highest_and_has_gaps() -> None:
+    assert lines.sparkline([0.0, math.nan, 3.5, 7.0]) == "\u2581 \u2585\u2588"
+    assert lines.sparkline([2.0, 2.0]) == "\u2584\u2584"
+    assert lines.sparkline([math.nan, math.inf]) == "  "
 
 
 def test_changes_are_against_the_first_measurement() -> None:

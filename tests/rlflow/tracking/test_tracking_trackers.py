@@ -65,7 +65,7 @@ def test_every_tracker_is_closed_when_one_of_them_fails() -> None:
 
 
 def test_the_driver_side_imports_neither_wandb_nor_torch() -> None:
-    modules = "rlflow.tracking, rlflow.tracking.console, rlflow.tracking.wandb_tracker, rlflow.tracking.rollouts"
+    modules = "rlflow.tracking, rlflow.tracking.console, rlflow.tracking.child_tracker, rlflow.tracking.rollouts"
     heavy = "[name for name in ('wandb', 'torch', 'vllm', 'transformers', 'ray') if name in sys.modules]"
     code = f"import sys, {modules}, rlflow.tracking.report; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A real wandb in a real process; no network."""
+"""A tracker in a real process of its own, with a real wandb; no network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlflow.recipe import Recipe
-from rlflow.tracking import wandb_tracker
-from rlflow.tracking.wandb_tracker import WandbTracker, wandb_mode
+from rlflow.tracking import child_tracker
+from rlflow.tracking.child_tracker import ChildTracker
+from rlflow.tracking.experiment import arguments_of, wandb_mode
 from rlflow.types import StepStats
 
 
@@ -21,6 +22,12 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def start(recipe: Recipe, directory: Path, say: Callable[[str], None], *, finish_seconds: float = 60) -> ChildTracker:
+    arguments = arguments_of("wandb", recipe, directory)
+    log = directory / "logs" / "wandb.log"
+    return ChildTracker("wandb", arguments, log, say=say, finish_seconds=finish_seconds)
 
 
 def written(directory: Path) -> bytes:
@@ -38,7 +45,7 @@ def test_without_a_key_the_run_is_offline_in_its_directory_and_holds_no_secret(
     tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=60)
+    tracker = start(make_recipe(), tmp_path, said.append)
     for step in range(1, 21):
         tracker.log(StepStats(step, {"reward/mean": step / 20, "loss/total": float("nan")}))
     tracker.finish({"best/pass@1": 0.5})
@@ -52,7 +59,7 @@ def test_without_a_key_the_run_is_offline_in_its_directory_and_holds_no_secret(
 
 def test_a_resumed_run_keeps_its_id(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
     for step in (1, 2):
-        tracker = WandbTracker(make_recipe(), tmp_path, say=print, finish_seconds=60)
+        tracker = start(make_recipe(), tmp_path, print)
         tracker.log(StepStats(step, {"reward/mean": 0.0}))
         tracker.finish({})
     # offline-run-<date>_<time>-<id>, and a number behind the second of one second
@@ -65,7 +72,7 @@ def test_a_killed_process_costs_one_notice_and_is_not_waited_for(
     tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=3600)
+    tracker = start(make_recipe(), tmp_path, said.append, finish_seconds=3600)
     process = tracker._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -82,7 +89,7 @@ def test_an_unreachable_service_is_waited_for_no_longer_than_the_deadline(
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=1.0)
+    tracker = start(make_recipe(), tmp_path, said.append, finish_seconds=1.0)
     process = tracker._process
     assert process is not None
     waited: list[float | None] = []
@@ -99,9 +106,9 @@ def test_an_unreachable_service_is_waited_for_no_longer_than_the_deadline(
 def test_a_child_that_does_not_read_loses_steps_which_are_counted(
     tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_tracker, "BACKLOG_BYTES", 10_000)
+    monkeypatch.setattr(child_tracker, "BACKLOG_BYTES", 10_000)
     said: list[str] = []
-    tracker = WandbTracker(make_recipe(), tmp_path, say=said.append, finish_seconds=60)
+    tracker = start(make_recipe(), tmp_path, said.append)
     process = tracker._process
     assert process is not None
     os.kill(process.pid, signal.SIGSTOP)
@@ -120,7 +127,7 @@ def test_a_child_that_does_not_read_loses_steps_which_are_counted(
     tracker.log(StepStats(100, {"reward/mean": 1.0}))
     tracker.finish({})
     assert said[0].startswith("wandb is too slow") and said[-1].startswith(f"wandb was too slow for {dropped} steps")
-    assert wandb_tracker.DROPPED.encode() in written(tmp_path)
+    assert b"tracking/wandb_dropped_steps" in written(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,66 +1,87 @@
-"""wandb, at arm's length: a child process owns the run, and nothing that happens to it is felt here.
+"""Trackers of others (wandb, TensorBoard, trackio, SwanLab), at arm's length: a child process owns each, and nothing
+that happens to it is felt here.
 
-log --non-blocking pipe, bounded backlog--> wandb_process.py --> wandb's service --> the cloud, or the disk
+log, episodes --non-blocking pipe, bounded backlog--> child_process.py --> <name>_sink.py --> the disk, or a service
 """
 
 from __future__ import annotations
 
 import json
-import netrc
 import os
-import secrets
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from rlflow.recipe import Recipe
-from rlflow.tracking.redact import redact
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
+
+if TYPE_CHECKING:
+    from rlflow.tracking.episodes import Episodes
 
 BACKLOG_BYTES = 4 << 20
 """What waits for a slow child; steps beyond it are dropped and counted."""
 FINISH_SECONDS = 10.0
 """How long the end of a run waits for what is left to be sent."""
-DROPPED = "tracking/wandb_dropped_steps"
+SAMPLE_ROWS = 12
+"""Of a step's table."""
+SAMPLES_SECONDS = 20.0
+"""Least time between two tables: each is a file of its own for most trackers. The last step has one in any case."""
 
 
-class WandbTracker(Tracker):
-    """A wandb run in ``directory/wandb``, without network when there is no key.
+class ChildTracker(Tracker):
+    """Passes everything on to a process that has the tracker's library.
 
     Args:
-        recipe: Becomes the run's config, without its secrets.
-        directory: The stage's run directory. The run's id is kept there: a resumed stage continues the same run.
-        say: Where one-line notices go.
+        name: The tracker's, as in a recipe.
+        arguments: What its sink is made with.
+        log_path: Where the process's own words go.
+        say: Where one-line notices for people go.
         finish_seconds: Deadline of ``close``.
     """
 
     def __init__(
-        self, recipe: Recipe, directory: Path, *, say: Callable[[str], None], finish_seconds: float = FINISH_SECONDS
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        log_path: Path,
+        *,
+        say: Callable[[str], None],
+        finish_seconds: float = FINISH_SECONDS,
     ) -> None:
-        self.dropped = 0
-        self._say, self._finish_seconds = say, finish_seconds
-        self._directory = directory / "wandb"
-        self._directory.mkdir(exist_ok=True)
-        self._log_path = self._directory / "process.log"
+        self.name, self.dropped = name, 0
+        self._say, self._finish_seconds, self._log_path = say, finish_seconds, log_path
         self._backlog = bytearray()
         self._heard = b""
+        self._unsent: Episodes | None = None
+        self._samples_at = -SAMPLES_SECONDS
         self._process: subprocess.Popen[bytes] | None = self._start()
-        self._send({"init": self._arguments(recipe, directory)})
+        self._send({"start": arguments})
 
     def log(self, stats: StepStats) -> None:
         metrics: dict[str, float | int] = {name: float(value) for name, value in stats.metrics.items()}
         if self.dropped:
-            metrics[DROPPED] = self.dropped
-        self._send({"metrics": metrics | {"step": stats.step}})
+            metrics[f"tracking/{self.name}_dropped_steps"] = self.dropped
+        self._send({"step": stats.step, "metrics": metrics})
         self._listen()
 
+    def episodes(self, episodes: Episodes) -> None:
+        if self._process is None:
+            return
+        shown: dict[str, Any] = {"step": episodes.step, "histograms": episodes.histograms()}
+        now = time.monotonic()
+        self._unsent = episodes
+        if now - self._samples_at >= SAMPLES_SECONDS:
+            self._samples_at, self._unsent = now, None
+            shown["samples"] = episodes.samples(SAMPLE_ROWS)
+        self._send(shown)
+
     def finish(self, summary: Mapping[str, float]) -> None:
+        if self._unsent is not None:
+            self._send({"step": self._unsent.step, "samples": self._unsent.samples(SAMPLE_ROWS)})
         self._send({"summary": {name: float(value) for name, value in summary.items()}}, droppable=False)
         self.close()
 
@@ -73,26 +94,29 @@ class WandbTracker(Tracker):
         while self._backlog and self._process is not None and (left := deadline - time.monotonic()) > 0:
             select.select([], [process.stdin], [], left)
             self._write()
+        if self._process is None:
+            return
         process.stdin.close()
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            left = f"what it has not sent is in {self._directory}"
-            self._say(f"wandb did not finish within {self._finish_seconds:g} s and was ended; {left}")
+            where = f"see {self._log_path}; metrics.jsonl has everything"
+            self._say(f"{self.name} did not finish within {self._finish_seconds:g} s and was ended: {where}")
         self._listen()
         process.stdout.close()
         self._process = None
         if self.dropped:
-            self._say(f"wandb was too slow for {self.dropped} steps; metrics.jsonl has them")
+            self._say(f"{self.name} was too slow for {self.dropped} steps; metrics.jsonl has them")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        script = Path(__file__).with_name("wandb_process.py")
+        script = Path(__file__).with_name("child_process.py")
+        self._log_path.parent.mkdir(exist_ok=True)
         with self._log_path.open("ab") as log:
             process = subprocess.Popen(
                 # -P keeps this package's directory off the child's import path; its own session keeps Ctrl-C away.
-                [sys.executable, "-P", str(script)],
+                [sys.executable, "-P", str(script), self.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -104,19 +128,6 @@ class WandbTracker(Tracker):
         os.set_blocking(process.stdout.fileno(), False)
         return process
 
-    def _arguments(self, recipe: Recipe, directory: Path) -> dict[str, Any]:
-        parent = directory.parent.name
-        return {
-            "project": os.environ.get("WANDB_PROJECT", "rlflow"),
-            "name": f"{parent}/{directory.name}" if recipe.stage else directory.name,
-            "group": parent if recipe.stage else None,
-            "dir": str(directory),
-            "id": run_id(self._directory / "run_id"),
-            "resume": "allow",
-            "mode": wandb_mode(os.environ),
-            "config": redact(recipe.model_dump(mode="json")),
-        }
-
     def _send(self, message: dict[str, Any], *, droppable: bool = True) -> None:
         """Puts a line in the backlog and writes what the pipe takes."""
         if self._process is None:
@@ -124,7 +135,7 @@ class WandbTracker(Tracker):
         line = json.dumps(message).encode() + b"\n"
         if droppable and len(self._backlog) + len(line) > BACKLOG_BYTES:
             if not self.dropped:
-                self._say("wandb is too slow: steps are left out of it; metrics.jsonl has them all")
+                self._say(f"{self.name} is too slow: steps are left out of it; metrics.jsonl has them all")
             self.dropped += 1
         else:
             self._backlog += line
@@ -157,7 +168,7 @@ class WandbTracker(Tracker):
             self._say(line.decode(errors="replace"))
 
     def _give_up(self) -> None:
-        """The child is gone: says so once, and from then on there is no wandb."""
+        """The child is gone: says so once, and from then on there is no such tracker."""
         self._listen()
         self._process, process = None, self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
@@ -166,23 +177,4 @@ class WandbTracker(Tracker):
         process.stdin.close()
         process.stdout.close()
         self._backlog.clear()
-        self._say(f"wandb ended early and is left out from here on (see {self._log_path}); metrics.jsonl goes on")
-
-
-def run_id(path: Path) -> str:
-    """The id kept at ``path``, made the first time."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
-
-
-def wandb_mode(environ: Mapping[str, str]) -> Literal["offline"] | None:
-    """``offline`` when neither environment nor netrc holds a key; None leaves the choice to wandb's own settings."""
-    if environ.get("WANDB_MODE") or environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return None
-    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    path = Path(environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return None if netrc.netrc(path).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+        self._say(f"{self.name} ended early and is left out from here on (see {self._log_path}); metrics.jsonl goes on")
