@@ -6,8 +6,8 @@ go and weights may change there; a completion under way goes on, and says of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 CacheAtUpdate = Literal["recompute", "keep"]
 """What becomes of the keys and values of completions that are under way when weights change: computed again with the
 new weights, so that the next logprobs are exactly theirs, or kept, which costs nothing and mixes two versions."""
+
+
+class Written(NamedTuple):
+    """Tokens of a completion that is under way, [N], and the logprobs that they were drawn with, [N]."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
 
 
 class RolloutEngine(Protocol):
@@ -52,6 +59,17 @@ class RolloutEngine(Protocol):
 
     def step(self) -> list[Completion]:
         """Makes the next token of everything under way. Returns what has finished, in the order it was added."""
+        ...
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        """Shows what is under way.
+
+        Args:
+            seen: Request -> how many of its tokens the caller has.
+
+        Returns:
+            Request -> the tokens that came after those; requests that have none, or are not under way, are left out.
+        """
         ...
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.http_calls import Server, ServerError
 from rlflow.actors.rollout_engines.http_servers import Ask, CompletionServer, Piece, SglangServer, VllmServer
 from rlflow.actors.rollout_engines.sent_weights import check_weights, weight_shapes
@@ -205,6 +206,15 @@ class HttpEngine:
                 finished.append(one.completion(one.finish_reason))
         self._count()
         return finished
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        """What the server's answers have brought so far: all of a completion at once, unless it was interrupted."""
+        newer = ((id, self._under_way[id], start) for id, start in seen.items() if id in self._under_way)
+        return {
+            id: Written(one.token_ids[start:], one.logprobs[start:])
+            for id, one, start in newer
+            if len(one.token_ids) > start
+        }
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:
         """Ends requests, at the server too. Returns what was written, with the finish reason ``abort``."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rlflow.actors.rollout_engines.engine import CacheAtUpdate
+from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
 from rlflow.types import Completion, FinishReason, SampleRequest
 
 
@@ -85,6 +85,11 @@ class ScriptedEngine:
         if not self._running and not self._waiting:
             self._due = float("inf")
         return [self._completion(row) for row in ended]
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        sizes = {row.request.id: len(row.versions) for row in self._running}
+        newer = {id: sizes[id] - start for id, start in seen.items() if id in sizes}
+        return {id: Written([self.token] * size, [-1.0] * size) for id, size in newer.items() if size > 0}
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:
         gone = set(ids)

@@ -6,7 +6,7 @@ Requests come and go between two steps, and so do weights. A prompt is read once
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from rlflow.actors.checkpoint_names import to_model
-from rlflow.actors.rollout_engines.engine import CacheAtUpdate
+from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
 from rlflow.actors.rollout_engines.torch_generation import Generation
 from rlflow.actors.rollout_engines.torch_reading import Reader, UnpaddedReading
 from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
@@ -56,24 +56,30 @@ class TorchEngine:
         max_num_seqs: int,
         trust_remote_code: bool = False,
         adapted: ModelBlock | None = None,
+        model: Any | None = None,
     ) -> None:
         """Builds the model without weights: they arrive through load_weights.
 
         Args:
             adapted: Of a policy with an adapter, its block: the base is loaded here, once, and what arrives is the
                 adapter alone.
+            model: A model that has its weights, where none are waited for. Engines that are never stepped at the same
+                time may share it, as adapters of one base do.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_num_seqs = max_num_seqs
+        self.model: Any
         self.left_out: torch.Tensor | None = None
         self.is_settled = False
         """The way is known to be right for this model."""
         self.is_adapted = adapted is not None
-        if adapted is not None:
+        if model is not None:
+            self.model, self.synced = model.to(self.device).eval(), dict(model.named_parameters())
+        elif adapted is not None:
             from rlflow.actors import adapters
 
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-            self.model: Any = adapters.load_adapted(adapted, seed=0, device=self.device, **options).eval()
+            self.model = adapters.load_adapted(adapted, seed=0, device=self.device, **options).eval()
             self.synced = adapters.adapter_parameters(self.model)
         else:
             config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
@@ -88,6 +94,12 @@ class TorchEngine:
         self.own_attention = self.model.config._attn_implementation
         self.way = SLOTS
         self.generation = Generation(self.model, self.way.reader, max_num_seqs, version=-1)
+        if model is not None:
+            with torch.inference_mode():
+                self._choose_way()
+            # Another engine may be made of the same model: `step` sets the attention that its own way needs.
+            self._attend_by(None)
+            self.generation = Generation(self.model, self.way.reader, max_num_seqs, version=0)
 
     @torch.inference_mode()
     def load_weights(
@@ -147,7 +159,12 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Makes the next token of everything under way. Returns what has finished, in the order it was added."""
+        self._attend_by(self.way.attention)
         return self.generation.step(self.left_out)
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        """Shows what is under way: of each request the tokens behind so many, and their logprobs."""
+        return self.generation.written(seen)
 
     @torch.inference_mode()
     def abort(self, ids: Sequence[int]) -> list[Completion]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.torch_reading import Reader
 from rlflow.actors.rollout_engines.torch_sampling import sample_each
 from rlflow.types import Completion, FinishReason, SampleRequest, SamplingParams
@@ -103,6 +104,15 @@ class Generation:
             if reason is not None:
                 ended[index] = reason
         return self._end(ended)
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        """What each row has beyond so many tokens, by its request."""
+        newer = ((row, seen[row.request.id]) for row in self.rows if row.request.id in seen)
+        return {
+            row.request.id: Written(row.tokens[start:], row.logprobs[start:])
+            for row, start in newer
+            if len(row.tokens) > start
+        }
 
     def abort(self, ids: Iterable[int]) -> list[Completion]:
         """Ends requests. Returns what was written of them, in the order of ``ids``."""

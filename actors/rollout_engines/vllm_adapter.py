@@ -33,7 +33,8 @@ class VllmAdapter:
         Raises:
             ValueError: The adapter is one that vLLM does not generate with.
         """
-        assert block.path is not None
+        assert block.path is not None and block.adapter is not None
+        self.given = block.adapter.path
         config = AutoConfig.from_pretrained(
             block.path, revision=block.revision, trust_remote_code=block.trust_remote_code
         )
@@ -55,6 +56,15 @@ class VllmAdapter:
         """Of vLLM's EngineArgs."""
         self.request: LoRARequest | None = None
         """Goes with every prompt; None before the first weights."""
+
+    def load_given(self, llm: vllm.LLM) -> None:
+        """Takes the adapter at the block's path as it is."""
+        from vllm.lora.request import LoRARequest
+
+        assert self.given is not None
+        self.request = LoRARequest(_NAME, _ID, str(Path(self.given).resolve()))
+        added = llm.llm_engine.add_lora(self.request)
+        assert added and llm.llm_engine.list_loras() == {_ID}, "vLLM did not take the adapter"
 
     def load(self, llm: vllm.LLM, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Takes a new version: what is under way goes on with it, and the one before is gone."""

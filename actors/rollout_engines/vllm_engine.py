@@ -8,7 +8,7 @@ which are added together is a function of the weights and those requests alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rlflow.actors.rollout_engines import vllm_start
+from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.sent_weights import check_weights, weight_shapes
 from rlflow.actors.rollout_engines.vllm_experts import pack_experts
 from rlflow.recipe import ModelBlock
@@ -61,6 +62,7 @@ class VllmEngine:
         log_path: Path | None,
         num_threads: int,
         adapted: ModelBlock | None = None,
+        is_whole: bool = False,
     ) -> None:
         """Builds the model without weights: they arrive through load_weights, and model_dir need not hold any.
 
@@ -78,6 +80,8 @@ class VllmEngine:
             num_threads: Compute threads (CPU).
             adapted: Of a policy with an adapter, its block: the base is read from model_dir, and what arrives through
                 load_weights is the adapter alone.
+            is_whole: The weights of model_dir are those to generate with, and of ``adapted`` the adapter at its path:
+                none are waited for.
 
         Raises:
             ValueError: vLLM is not installed, it refuses these settings for this model (a max_model_len beyond the
@@ -93,13 +97,17 @@ class VllmEngine:
             "seed": seed % 2**32,
             "trust_remote_code": trust_remote_code,
         }
+        if self.adapter is not None or is_whole:
+            options["load_format"] = "auto"
         if self.adapter is not None:
-            options |= {"load_format": "auto", **self.adapter.options}
+            options |= self.adapter.options
         with vllm_start.quiet(log_path):
             self.on_cpu, own = vllm_start.platform_options(gpu_memory_fraction, kv_cache_gib, tensor_parallel_size)
             self.llm = vllm_start.start(model_dir, options | own, self.on_cpu)
         self.max_model_len = max_model_len
-        self.version, self._num_loads = -1, 0
+        self.version, self._num_loads = 0 if is_whole else -1, 0
+        if self.adapter is not None and is_whole:
+            self.adapter.load_given(self.llm)
         self._under_way: dict[int, UnderWay] = {}
         self._not_begun: deque[int] = deque()
         """Requests by their ids, and the ids of those without a token, in the order in which they were added."""
@@ -193,6 +201,17 @@ class VllmEngine:
             del self._under_way[one.request.id]
         self._count()
         return [_completion(one, finished[one.request.id]) for one in ended]
+
+    def written(self, seen: Mapping[int, int]) -> dict[int, Written]:
+        """Shows what is under way: of each request the tokens behind so many, and their logprobs."""
+        newer = {}
+        for id, start in seen.items():
+            if id in self._under_way:
+                state = self._state(self._under_way[id])
+                if state.detokenizer.num_output_tokens() > start:
+                    logprobs = state.logprobs_processor.logprobs.logprobs
+                    newer[id] = Written(state.detokenizer.output_token_ids[start:], logprobs[start:])
+        return newer
 
     def abort(self, ids: Sequence[int]) -> list[Completion]:
         """Ends requests. Returns what was written of them, with the finish reason ``abort``."""

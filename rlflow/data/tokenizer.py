@@ -110,7 +110,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast, model: ModelBlock) -> tup
     """The tokens that end a completion: eos, the chat template's end of turn, and those of generation_config.json."""
     ids = set(Chat(tokenizer).end_ids)
     if model.path is not None:
-        ids.update(_stop_tokens_in(_generation_settings(model.path, model.revision)))
+        ids.update(_stop_tokens_in(generation_settings(model.path, model.revision)))
     return tuple(sorted(ids))
 
 
@@ -128,7 +128,7 @@ def write_stop_tokens(directory: Path, stop_token_ids: Iterable[int]) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _generation_settings(path: str, revision: str | None) -> Mapping[str, Any]:
+def generation_settings(path: str, revision: str | None) -> Mapping[str, Any]:
     """Of a directory or a hub id; empty where there are none."""
     directory = Path(path).expanduser()
     found = directory / GENERATION_CONFIG if directory.is_dir() else _from_hub(path, revision)

@@ -1,0 +1,142 @@
+"""A conversation with a policy: what was said, what it reads of it, and its answer as it comes."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlflow.data.formats import with_system
+from rlflow.data.prompts import opened_tag
+from rlflow.driver.errors import RunError
+from rlflow.serving.models import ServedModel
+from rlflow.serving.sampling import Sampling
+from rlflow.serving.streams import Ask, Piece, Streams
+from rlflow.serving.text import AnswerText
+from rlflow.types import Message
+
+SILENCE_S = 600.0
+"""An engine that writes no token for so long does not work any more."""
+
+
+class TooLongError(ValueError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedPrompt:
+    """What the policy goes on from."""
+
+    token_ids: np.ndarray
+    """int32 [P]."""
+    opened: str = ""
+    """A tag that begins a thought, at its end."""
+
+
+def render(model: ServedModel, messages: Sequence[Message]) -> AskedPrompt:
+    """
+    Raises:
+        RowError: The chat template refuses the messages, or leaves out what they say.
+    """
+    rendered = model.chat.render_prompt(messages)
+    return AskedPrompt(model.chat.encode([rendered])[0], opened_tag(rendered.text))
+
+
+def encode_text(model: ServedModel, text: str) -> AskedPrompt:
+    """A text that is to be gone on from, behind bos where the tokenizer has that habit."""
+    rendered = model.chat.render_text(text, complete=False)
+    return AskedPrompt(model.chat.encode([rendered])[0], opened_tag(text))
+
+
+def room_behind(prompt: np.ndarray, model: ServedModel) -> int:
+    """Tokens that the context has left.
+
+    Raises:
+        TooLongError: There are none.
+    """
+    room = model.context - len(prompt)
+    if not len(prompt):
+        raise TooLongError("the prompt has no tokens")
+    if room < 1:
+        raise TooLongError(
+            f"the prompt has {len(prompt):,} tokens, and the model reads {model.context:,} with its answer"
+        )
+    return room
+
+
+class Answer:
+    """One answer on its way: iterate over its text, or cancel it."""
+
+    def __init__(
+        self, model: ServedModel, streams: Streams, name: str, prompt: AskedPrompt, sampling: Sampling, seed: int
+    ) -> None:
+        params = sampling.params(model.stop_token_ids, room_behind(prompt.token_ids, model))
+        self.prompt, self.limit = prompt, params.max_new_tokens
+        self.text, self.num_tokens = "", 0
+        self.finish_reason = ""
+        self._streams = streams
+        self._decoder = AnswerText(model.tokenizer, model.hidden, sampling.stop)
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        (self._id,) = streams.submit([Ask(name, prompt.token_ids, seed, params, self._pieces.put)])
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of the text.
+
+        Raises:
+            RunError: The engine failed, or says nothing for too long.
+        """
+        while not self.finish_reason:
+            try:
+                piece = self._pieces.get(timeout=SILENCE_S)
+            except queue.Empty:
+                raise RunError(f"the engine has written nothing for {SILENCE_S:g} s") from None
+            if piece.finish_reason == "error":
+                raise RunError(f"the engine failed: {piece.error}")
+            self.num_tokens += len(piece.written.token_ids)
+            new = self._decoder.push(piece.written.token_ids)
+            if self._decoder.is_stopped:
+                self.cancel()
+                self.finish_reason = "stop"
+            elif piece.finish_reason is not None:
+                new += self._decoder.finish()
+                self.finish_reason = piece.finish_reason
+            self.text += new
+            if new:
+                yield new
+
+    def cancel(self) -> None:
+        """Ends it where it is."""
+        self._streams.cancel([self._id])
+
+
+class Conversation:
+    """What was said so far. Without a chat template every text is gone on from alone."""
+
+    def __init__(self, model: ServedModel, system: str | None) -> None:
+        self.model, self.system = model, system
+        self.messages: list[Message] = []
+
+    def clear(self) -> None:
+        self.messages = []
+
+    def prompt(self, text: str) -> AskedPrompt:
+        """What the policy reads when somebody says ``text`` now; it joins the conversation with its answer.
+
+        Raises:
+            RowError: The chat template refuses it.
+            TooLongError: The conversation is longer than the model reads.
+        """
+        if not self.model.has_template:
+            asked = encode_text(self.model, text)
+        else:
+            said: list[Any] = [*self.messages, {"role": "user", "content": text}]
+            asked = render(self.model, with_system(said, self.system or None))
+        room_behind(asked.token_ids, self.model)
+        return asked
+
+    def add(self, text: str, answer: str, opened: str) -> None:
+        """Takes an exchange. What the prompt opened belongs to the answer, which templates cut thoughts from."""
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": opened + answer}]
