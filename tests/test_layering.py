@@ -40,6 +40,7 @@ LAYERS = (
     ("rlflow.actors", "rlflow.rewards"),
     ("rlflow.actor_groups", "rlflow.driver", "rlflow.in_process", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.model_source",),
+    ("rlflow.serving",),
     ("rlflow.__main__", "rlflow.cli", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""

@@ -80,8 +80,7 @@ class VllmEngine:
             num_threads: Compute threads (CPU).
             adapted: Of a policy with an adapter, its block: the base is read from model_dir, and what arrives through
                 load_weights is the adapter alone.
-            is_whole: The weights of model_dir are those to generate with, and of ``adapted`` the adapter at its path:
-                none are waited for.
+            is_whole: The weights of model_dir are there, and the adapter at the path of ``adapted``: none arrive.
 
         Raises:
             ValueError: vLLM is not installed, it refuses these settings for this model (a max_model_len beyond the
@@ -90,13 +89,8 @@ class VllmEngine:
         vllm_start.prepare_process(num_threads, log_path)
         self.adapter = None if adapted is None else _adapter_of(adapted)
         self.shapes = weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "seed": seed % 2**32,
-            "trust_remote_code": trust_remote_code,
-        }
+        options: dict[str, Any] = {"dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        options |= {"seed": seed % 2**32, "trust_remote_code": trust_remote_code}
         if self.adapter is not None or is_whole:
             options["load_format"] = "auto"
         if self.adapter is not None:

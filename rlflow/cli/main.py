@@ -22,6 +22,8 @@ COMMANDS = (
     "report",
     "logs",
     "export",
+    "infer",
+    "serve",
 )
 """Each is a module of rlflow.cli, imported when the command is called."""
 

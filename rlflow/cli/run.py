@@ -16,6 +16,7 @@ from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.garbage import without_collection
 from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
+from rlflow.serving.next_commands import next_lines
 
 SUMMARY = "run a recipe, on this machine or on the Ray cluster it can reach"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -36,6 +37,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with without_collection():
         recipes = load_runnable(arguments.recipe, arguments.overrides, alone=named_cluster() is None)
     run(recipes, resume=arguments.resume, seconds_before=process_age_s(), process_ends=True)
+    print("\n".join(["", *next_lines(recipes[-1])]))
     return 0
 
 

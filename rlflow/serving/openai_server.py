@@ -15,7 +15,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
 from rlflow.serving.addresses import is_loopback
 from rlflow.serving.models import ServedModel
-from rlflow.serving.openai_answers import Answers, models_object
+from rlflow.serving.openai_answers import Answers, Choice, models_object
 from rlflow.serving.openai_requests import RequestError, model_of, parse
 from rlflow.serving.streams import Ask, Piece, Streams
 
@@ -114,11 +114,15 @@ class OpenAIServer:
         except RuntimeError as error:
             raise RequestError(str(error), code="engine_error", status=503) from error
 
-    async def _pieces(self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], ids: list[int]) -> Any:
+    async def _pieces(
+        self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], ids: list[int]
+    ) -> AsyncIterator[tuple[Choice, str]]:
         """(choice, new text), until all answers have ended."""
         while not answers.is_done:
             try:
-                index, piece = await asyncio.wait_for(pieces.get(), SILENCE_S)
+                # `wait_for` would let a cancellation pass that comes together with a piece.
+                async with asyncio.timeout(SILENCE_S):
+                    index, piece = await pieces.get()
             except TimeoutError:
                 silence = f"the engine has written nothing for {SILENCE_S:g} s"
                 raise RequestError(silence, code="engine_error", status=500) from None
@@ -132,7 +136,9 @@ class OpenAIServer:
                 self.streams.cancel([ids[index]])
             yield choice, new
 
-    async def _stream(self, request: web.Request, answers: Answers, pieces: Any) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, answers: Answers, pieces: AsyncIterator[tuple[Choice, str]]
+    ) -> web.StreamResponse:
         """Server-sent events: a chunk whenever there is text, and ``[DONE]``."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)

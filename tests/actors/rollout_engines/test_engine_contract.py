@@ -228,6 +228,35 @@ def test_what_finishes_in_a_step_comes_in_the_order_in_which_it_was_added(engine
     assert engine.step() == []
 
 
+def test_what_is_written_can_be_seen_between_two_steps(engine: RolloutEngine) -> None:
+    requests = make_requests(SamplingParams(max_new_tokens=12))
+    undisturbed = generate(engine, requests)
+    engine.add(requests)
+    seen = {request.id: 0 for request in requests}
+    parts: dict[int, tuple[list[int], list[float]]] = {request.id: ([], []) for request in requests}
+    for num_steps in range(1, 100):
+        newest = {completion.id: completion for completion in engine.step()}
+        for id, completion in newest.items():
+            start = seen.pop(id)
+            parts[id][0].extend(completion.token_ids[start:].tolist())
+            parts[id][1].extend(completion.logprobs[start:].tolist())
+        written = engine.written({**seen, 99: 0})
+        for id, new in written.items():
+            assert len(new.token_ids) == len(new.logprobs) == 1
+            parts[id][0].extend(new.token_ids)
+            parts[id][1].extend(new.logprobs)
+            seen[id] += 1
+        assert written or newest or not seen
+        if num_steps < 12:
+            assert written.keys() == set(range(8)) and {len(parts[id][0]) for id in range(8)} == {num_steps}
+        if not seen:
+            break
+    assert engine.written({request.id: 0 for request in requests}) == {}
+    for completion in undisturbed:
+        np.testing.assert_array_equal(parts[completion.id][0], completion.token_ids)
+        np.testing.assert_allclose(parts[completion.id][1], completion.logprobs, rtol=0, atol=TOLERANCE)
+
+
 def test_what_was_written_of_an_aborted_request_comes_back_and_the_others_go_on(engine: RolloutEngine) -> None:
     requests = make_requests(SamplingParams(max_new_tokens=24))
     undisturbed = generate(engine, requests)

@@ -1,0 +1,302 @@
+"""`rlflow infer`: a chat with a model in the terminal, or its answers to a data set."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlflow.cli.common import parser_of
+from rlflow.cli.serving_arguments import (
+    adapter_directory,
+    add_model_arguments,
+    check_adapters,
+    loading,
+    positive,
+    read_named_model,
+    settings_of,
+)
+from rlflow.data.errors import DataError, listing
+from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
+
+if TYPE_CHECKING:
+    from rlflow.actors.reward_server import RewardServer
+    from rlflow.serving.batch import Job
+    from rlflow.serving.models import ServedModel, Settings
+    from rlflow.serving.sampling import Sampling
+    from rlflow.serving.streams import Streams
+    from rlflow.types import Prompt
+
+SUMMARY = "chat with a run, a checkpoint or a model, or have it answer a data set"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    example = (
+        "rlflow infer runs/gsm8k\n"
+        "  rlflow infer runs/gsm8k --checkpoint best --data test.jsonl --output answers.jsonl --rewards math_accuracy"
+    )
+    parser = parser_of("infer", SUMMARY, example)
+    add_model_arguments(parser)
+    parser.add_argument("--adapters", metavar="DIR", type=str, help="an adapter of the model, which is not merged")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt; the recipe's data.system when left out")
+    drawn = parser.add_argument_group(
+        "how answers are drawn", "as the run drew them, or as the model's generation_config.json says"
+    )
+    drawn.add_argument("--temperature", type=float, help="0 is greedy")
+    drawn.add_argument("--top-p", type=float)
+    drawn.add_argument("--top-k", type=int, help="0 keeps every token")
+    drawn.add_argument("--max-new-tokens", metavar="TOKENS", type=positive, help="longest answer")
+    drawn.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    drawn.add_argument("--stop", metavar="TEXT", action="append", help="an answer ends before it; may be given again")
+    batch = parser.add_argument_group("answers to a data set, in the place of a chat")
+    batch.add_argument("--data", metavar="FILE", help="rows in any format that recipes read, a file or a hub dataset")
+    batch.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where answers go, in the order of the data")
+    batch.add_argument("--resume", action="store_true", help="go on with an output that is there")
+    batch.add_argument("--samples", metavar="N", type=positive, default=1, help="answers a row (1)")
+    batch.add_argument("--rows", metavar="N", type=positive, help="use this many rows, drawn with the seed")
+    batch.add_argument("--split", default="train", help="of a hub dataset (train)")
+    batch.add_argument("--subset", help="of a hub dataset")
+    batch.add_argument(
+        "--columns", metavar="OURS=THEIRS", nargs="+", default=[], help="names of columns, e.g. prompt=question"
+    )
+    batch.add_argument("--format", default="auto", help="how a row becomes messages, see docs/data.md (auto)")
+    batch.add_argument(
+        "--rewards",
+        metavar="NAME",
+        nargs="*",
+        help="reward functions, names or file.py:function; without names the recipe's",
+    )
+    return parser
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    _check_arguments(arguments)
+    from rlflow.serving.models import choose_engine, open_streams
+
+    settings = settings_of(arguments)
+    model = read_named_model(arguments, settings)
+    adapters = {}
+    if arguments.adapters is not None:
+        adapters = {_name_of(arguments.adapters, model): adapter_directory(arguments.adapters)}
+        check_adapters(adapters, model)
+    name = next(iter(adapters), model.source.name)
+    engine = choose_engine(arguments.engine)
+    system = _system(arguments, model)
+    sampling = _sampling(arguments, model, engine)
+    prompts = _prompts(arguments, model, system) if arguments.data is not None else None
+    job = _job(arguments, model, name, sampling, settings)
+    num_done = _num_done(arguments, prompts, job) if prompts is not None else 0
+    with contextlib.ExitStack() as opened:
+        server = _reward_server(job, opened) if prompts is not None and job.rewards else None
+        with loading(model, engine):
+            streams = open_streams(model, engine, adapters, settings)
+        opened.callback(streams.close)
+        if prompts is None:
+            _chat(model, streams, name, sampling, system)
+        else:
+            _answer_all(prompts, num_done, job, streams, server, arguments.output)
+    return 0
+
+
+def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, system: str | None) -> None:
+    from rlflow.serving.conversation import Conversation
+    from rlflow.serving.terminal import PlainScreen, TerminalScreen, converse
+
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = TerminalScreen() if is_terminal else PlainScreen()
+    if not model.has_template:
+        screen.note(f"{model.source.path} has no chat template: it goes on from each text (--chat-template names one)")
+    if is_terminal:
+        longest = "" if sampling.max_new_tokens is None else f", at most {sampling.max_new_tokens:,} tokens"
+        how = "greedy" if not sampling.temperature else f"temperature {sampling.temperature:g}"
+        screen.note(f"{name}, {how}{longest}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    converse(Conversation(model, system), streams, name, sampling, screen)
+
+
+def _answer_all(
+    prompts: Sequence[Prompt], num_done: int, job: Job, streams: Streams, server: RewardServer | None, output: Path
+) -> None:
+    """Appends the answers that are not there yet; a line at the end says what came of the rewards."""
+    from rlflow.progress import ProgressBar
+    from rlflow.serving.batch import answer_prompts
+    from rlflow.serving.tally import Tally
+
+    tally, said = Tally(), 0
+    with ProgressBar("answers", "prompts") as bar, output.open("a", encoding="utf-8") as file:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(num_done + done, num_done + total, tally.line)
+
+        for rows, errors in answer_prompts(prompts[num_done:], job, streams, server, progress):
+            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows)
+            file.flush()
+            tally.add(rows)
+            for error in errors[: max(0, 3 - said)]:
+                print(f"rewards: {error}", file=sys.stderr)
+            said += len(errors)
+    print(f"{output}: {tally.line}")
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        DataError: They do not go together, or the output is there already.
+    """
+    output: Path | None = arguments.output
+    if (arguments.data is None) != (output is None):
+        missing, what = ("--output", "FILE.jsonl") if output is None else ("--data", "FILE")
+        raise DataError(f"answers to a data set need {missing} {what}, too")
+    if arguments.data is None and (arguments.rewards is not None or arguments.resume or arguments.samples > 1):
+        raise DataError("--rewards, --resume and --samples are of --data FILE --output FILE.jsonl")
+    if arguments.temperature is not None and arguments.temperature < 0:
+        raise DataError(f"--temperature {arguments.temperature}: 0 is greedy, and none is below it")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise DataError(f"--top-p {arguments.top_p}: a share above 0, at most 1")
+    if arguments.top_k is not None and arguments.top_k < 0:
+        raise DataError(f"--top-k {arguments.top_k}: 0 keeps every token")
+    if output is None:
+        return
+    if output.exists() and not arguments.resume:
+        raise DataError(f"{output} exists already: --resume goes on with it, or name another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise DataError(f"--output {output}: {error.strerror}: name one that can be written") from error
+    if not output.stat().st_size:
+        output.unlink()
+
+
+def _system(arguments: argparse.Namespace, model: ServedModel) -> str | None:
+    recipe = model.source.recipe
+    return arguments.system if arguments.system is not None or recipe is None else recipe.data.system
+
+
+def _sampling(arguments: argparse.Namespace, model: ServedModel, engine: str) -> Sampling:
+    seed = arguments.seed
+    if seed is None and arguments.data is not None:
+        seed = model.source.recipe.run.seed if model.source.recipe is not None else 0
+    sampling = model.defaults.given(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=seed,
+        stop=tuple(arguments.stop or ()) or None,
+    )
+    if arguments.samples > 1 and not sampling.temperature:
+        raise DataError(f"--samples {arguments.samples}: greedy answers are all the same: give --temperature")
+    if engine == "vllm" and 0 < sampling.temperature < 0.01:
+        raise DataError(f"--temperature {sampling.temperature}: vLLM samples at 0.01 at least; 0 is greedy")
+    return sampling
+
+
+def _prompts(arguments: argparse.Namespace, model: ServedModel, system: str | None) -> list[Prompt]:
+    """
+    Raises:
+        DataError: The data cannot be read, or a row is longer than the model reads.
+    """
+    from rlflow.data.prompts import load_prompts
+
+    pairs = [column.partition("=") for column in arguments.columns]
+    if strange := [column for column, pair in zip(arguments.columns, pairs, strict=True) if not all(pair)]:
+        raise DataError(f"--columns {strange[0]}: write ours=theirs, e.g. prompt=question")
+    recipe = model.source.recipe
+    given: dict[str, Any] = {
+        "path": arguments.data,
+        "split": arguments.split,
+        "subset": arguments.subset,
+        "rows": arguments.rows,
+        "format": arguments.format,
+        "columns": {ours: theirs for ours, _, theirs in pairs},
+    }
+    try:
+        source = SourceBlock.model_validate(given)
+    except ValueError as error:
+        raise DataError(f"--format {arguments.format}: there is none, see docs/data.md") from error
+    data = DataBlock(
+        train=source,
+        system=system or None,
+        max_prompt_tokens=max(1, model.context - 1),
+        template_date=recipe.data.template_date if recipe is not None else None,
+    )
+    prompts = load_prompts(source, data, model.tokenizer, arguments.seed or 0)
+    if prompts.notes:
+        print(f"not all of these rows is shown to the model:{listing(prompts.notes, 3)}", file=sys.stderr)
+    return prompts
+
+
+def _job(arguments: argparse.Namespace, model: ServedModel, name: str, sampling: Sampling, settings: Settings) -> Job:
+    """
+    Raises:
+        DataError: The recipe's rewards are wanted, and there are none.
+    """
+    from rlflow.serving.batch import Job
+
+    rewards = tuple(RewardBlock.model_validate(_reward(word)) for word in arguments.rewards or ())
+    recipe = model.source.recipe
+    if arguments.rewards == []:
+        rewards = tuple(recipe.rewards) if recipe is not None else ()
+        if not rewards:
+            raise DataError(f"--rewards: {model.source.path} has no recipe with rewards: name them")
+    labels = [block.label for block in rewards]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise DataError(f"--rewards: {twice[0]} is there twice")
+    return Job(model, name, sampling, arguments.samples, rewards, settings.max_num_seqs)
+
+
+def _reward(word: str) -> dict[str, str]:
+    """
+    Raises:
+        DataError: There is no such reward.
+    """
+    from rlflow.data.errors import nearest
+    from rlflow.rewards import REWARDS
+
+    if ":" in word:
+        return {"plugin": word}
+    if word not in REWARDS:
+        raise DataError(f"--rewards {word}: there is none; file.py:function names your own.{nearest(word, REWARDS)}")
+    return {"name": word}
+
+
+def _num_done(arguments: argparse.Namespace, prompts: Sequence[Prompt], job: Job) -> int:
+    from rlflow.serving.batch import read_answers
+
+    if not arguments.output.exists():
+        return 0
+    done = read_answers(arguments.output, prompts, job)
+    print(f"{arguments.output} has the answers to {done} of {len(prompts)} prompts", file=sys.stderr)
+    return done
+
+
+def _reward_server(job: Job, opened: contextlib.ExitStack) -> RewardServer:
+    """
+    Raises:
+        DataError: A function cannot be found or loaded.
+    """
+    from rlflow.actors.reward_server import RewardServer
+    from rlflow.rewards import RewardError
+
+    recipe = job.model.source.recipe
+    wanted = recipe.reward_server.environment if recipe is not None else ()
+    try:
+        server = RewardServer(job.rewards, 1, environment=wanted)
+        opened.callback(server.close)
+        server.ready()
+    except RewardError as error:
+        raise DataError(f"--rewards: {error}") from error
+    return server
+
+
+def _name_of(adapter: str, model: ServedModel) -> str:
+    """What the adapter is called here: as its run, or its directory."""
+    from rlflow.model_source import find_model
+
+    name = find_model(adapter, tell=lambda text: None).name
+    return name if name != model.source.name else f"{name}-adapter"

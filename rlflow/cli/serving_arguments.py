@@ -1,0 +1,130 @@
+"""What `rlflow infer` and `rlflow serve` have in common: which model, how it is held, how answers are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlflow.data.errors import DataError
+
+if TYPE_CHECKING:
+    from rlflow.serving.models import ServedModel, Settings
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run, a checkpoint of one, a model's or adapter's directory, or a hub id"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", help="of a run: best, latest or a step; its final model when left out"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "torch", "vllm"],
+        default="auto",
+        help="auto: vllm where it is installed and there is a GPU, torch elsewhere",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights; auto: what the model's config names",
+    )
+    parser.add_argument(
+        "--max-model-len",
+        metavar="TOKENS",
+        type=positive,
+        help="longest prompt and answer together; the model's own when left out",
+    )
+    parser.add_argument(
+        "--max-num-seqs", metavar="N", type=positive, default=64, help="answers that are written at a time (64)"
+    )
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template in the place of the tokenizer's")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's files bring")
+    parser.add_argument(
+        "--tensor-parallel-size", metavar="N", type=positive, default=1, help="vllm: GPUs the model is split over"
+    )
+    parser.add_argument(
+        "--gpu-memory-fraction", metavar="SHARE", type=float, default=0.85, help="vllm: of a GPU's memory (0.85)"
+    )
+    parser.add_argument(
+        "--kv-cache-gib", metavar="GIB", type=float, default=2.0, help="vllm on a CPU: key-value cache (2)"
+    )
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    from rlflow.serving.models import Settings
+
+    return Settings(
+        dtype=arguments.dtype,
+        max_model_len=arguments.max_model_len,
+        max_num_seqs=arguments.max_num_seqs,
+        chat_template=arguments.chat_template,
+        trust_remote_code=arguments.trust_remote_code,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        gpu_memory_fraction=arguments.gpu_memory_fraction,
+        kv_cache_gib=arguments.kv_cache_gib,
+    )
+
+
+def read_named_model(arguments: argparse.Namespace, settings: Settings) -> ServedModel:
+    """
+    Raises:
+        DataError: There is no such model, or it cannot be used.
+    """
+    from rlflow.model_source import find_model
+    from rlflow.serving.models import read_model
+
+    return read_model(find_model(arguments.model, checkpoint=arguments.checkpoint), settings)
+
+
+def check_adapters(adapters: Mapping[str, Path], model: ServedModel) -> None:
+    """
+    Raises:
+        DataError: One is none, or of another model, or two models would bear one name.
+    """
+    from rlflow.serving.models import check_adapter, names_of
+
+    for directory in adapters.values():
+        check_adapter(directory, model)
+    names_of(model, adapters)
+
+
+@contextmanager
+def loading(model: ServedModel, engine: str) -> Iterator[None]:
+    """Within, the weights are being loaded: it is said, on stderr."""
+    print(f"loading {model.source.path} ({engine}, {model.base.dtype})", file=sys.stderr, flush=True)
+    quiet_libraries()
+    yield
+
+
+def quiet_libraries() -> None:
+    """transformers' own bars and warnings are not for somebody who chats."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def adapter_directory(given: str) -> Path:
+    """
+    Raises:
+        DataError: There is no such adapter.
+    """
+    from rlflow.model_source import find_model
+
+    source = find_model(given)
+    if not source.is_adapter or source.directory is None:
+        raise DataError(f"--adapters {given}: holds no adapter, a directory with adapter_config.json")
+    return source.directory
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value

@@ -1,0 +1,245 @@
+"""The commands around serving: addresses, vLLM's own server, what a run says at its end, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlflow.cli.main import main
+from rlflow.data.errors import DataError
+from rlflow.driver.errors import RunError
+from rlflow.recipe import Recipe
+from rlflow.recipe.loading import load_recipe
+from rlflow.serving.addresses import open_socket, token_for, url_of
+from rlflow.serving.models import ServedModel, Settings, check_adapter, choose_engine, names_of, read_model
+from rlflow.serving.next_commands import next_lines
+from rlflow.serving.sampling import Sampling, defaults_of
+from rlflow.serving.vllm_server import command
+from tests.rlflow.serving.conftest import source_of
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+
+
+def test_a_port_in_use_is_one_line_with_a_remedy() -> None:
+    with open_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=f"^port {port} of 127.0.0.1 is in use: .*--port 0 for a free one$"):
+            open_socket("127.0.0.1", port)
+    with open_socket("127.0.0.1", port) as again:
+        assert again.getsockname()[1] == port
+    with pytest.raises(DataError, match=r"--host no\.such\.host\.invalid"):
+        open_socket("no.such.host.invalid", 0)
+    with pytest.raises(DataError, match=r"--host 203\.0\.113\.7: .*give an address of this machine"):
+        open_socket("203.0.113.7", 0)
+
+
+def test_a_port_in_use_is_said_before_a_model_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_socket("127.0.0.1", 0) as taken:
+        assert main(["serve", "no/such/model", "--port", str(taken.getsockname()[1])]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_token_is_made_where_other_machines_reach_the_host() -> None:
+    assert [token_for(host, None) for host in ("127.0.0.1", "localhost", "::1")] == [None] * 3
+    assert token_for("127.0.0.1", "mine") == token_for("0.0.0.0", "mine") == "mine"
+    made = [token_for("0.0.0.0", None), token_for("gpu-7", None)]
+    assert len({*made}) == 2 and all(token and len(token) >= 32 for token in made)
+    assert (url_of("0.0.0.0", 80), url_of("::1", 80)) == ("http://127.0.0.1:80", "http://[::1]:80")
+
+
+def option(words: Sequence[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_vllms_server_gets_the_same_models_names_and_defaults(
+    served: ServedModel, adapter_dirs: dict[str, Path], policy_dir: Path
+) -> None:
+    model = replace(served, defaults=Sampling(0.7, 0.9, 5))
+    words = command(model, adapter_dirs, Settings(max_model_len=64), "127.0.0.1", 8123, on_cpu=True)
+    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(policy_dir)]
+    assert [option(words, f"--{name}") for name in ("host", "port", "served-model-name", "max-model-len")] == [
+        *("127.0.0.1", "8123", "tiny", "64")
+    ]
+    assert json.loads(option(words, "--override-generation-config")) == {"temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    assert [option(words, f"--{name}") for name in ("max-loras", "max-lora-rank")] == ["2", "8"]
+    modules = [json.loads(word) for word in words[words.index("--lora-modules") + 1 :][:2]]
+    assert modules == [{"name": name, "path": str(path)} for name, path in adapter_dirs.items()]
+    assert "--enforce-eager" in words and "--api-key" not in words
+    plain = command(model, {}, Settings(tensor_parallel_size=2), "::", 1, on_cpu=False)
+    assert "--enable-lora" not in plain and option(plain, "--tensor-parallel-size") == "2"
+
+
+def test_vllms_server_takes_the_words_that_it_is_given(served: ServedModel, adapter_dirs: dict[str, Path]) -> None:
+    """By its own parser."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    for on_cpu in (True, False):
+        words = command(served, adapter_dirs, Settings(), "127.0.0.1", 8123, on_cpu=on_cpu)
+        parsed = parser.parse_args(words[4:])
+        assert [module.name for module in parsed.lora_modules] == ["left", "right"]
+        assert parsed.enable_lora and parsed.port == 8123
+
+
+def test_an_adapter_is_served_under_its_name_beside_its_base(
+    adapter_dirs: dict[str, Path], policy_dir: Path, settings: Settings
+) -> None:
+    model = read_model(source_of(adapter_dirs["left"], "trained"), settings)
+    assert names_of(model, {"other": adapter_dirs["right"]}) == ["policy", "trained", "other"]
+    words = command(model, {}, Settings(), "127.0.0.1", 1, on_cpu=True)
+    assert (words[4], option(words, "--served-model-name")) == (str(policy_dir), "policy")
+    assert json.loads(option(words, "--lora-modules"))["name"] == "trained"
+    with pytest.raises(DataError, match="two models are called trained"):
+        names_of(model, {"trained": adapter_dirs["right"]})
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(
+    served: ServedModel, adapter_dirs: dict[str, Path], policy_dir: Path, tmp_path: Path
+) -> None:
+    check_adapter(adapter_dirs["left"], served)
+    with pytest.raises(DataError, match=r"--adapters: .* has no adapter_config\.json"):
+        check_adapter(policy_dir, served)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other/model"}))
+    with pytest.raises(DataError, match="is an adapter of other/model, and the model is"):
+        check_adapter(tmp_path, served)
+
+
+def test_a_reward_model_is_refused_with_a_sentence(policy_dir: Path, tmp_path: Path, settings: Settings) -> None:
+    config = json.loads((policy_dir / "config.json").read_text())
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="is a reward model: it scores answers and writes none"):
+        read_model(source_of(tmp_path), settings)
+
+
+def test_a_context_beyond_the_models_is_refused(policy_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"--max-model-len 9999: .* reads 4096 tokens at most"):
+        read_model(source_of(policy_dir), Settings(max_model_len=9999))
+    assert read_model(source_of(policy_dir), Settings()).context == 4096
+
+
+def test_vllm_without_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlflow.serving.models.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="vLLM is not installed"):
+        choose_engine("vllm")
+    assert choose_engine("auto") == choose_engine("torch") == "torch"
+
+
+def test_answers_are_drawn_as_the_run_drew_them_or_as_the_generation_config_says() -> None:
+    recipe = recipe_of("grpo_gsm8k_smollm2.yaml", "rollout.temperature=0.7", "rollout.top_k=9")
+    assert defaults_of(recipe, {"temperature": 5.0}) == Sampling(0.7, 1.0, 9, recipe.rollout.max_new_tokens)
+    assert defaults_of(None, {}) == Sampling(0.0)
+    assert defaults_of(None, {"temperature": 0.6, "top_p": 0.9}) == Sampling(0.0)
+    sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}
+    assert defaults_of(None, sampled) == Sampling(0.6, 0.9, 50, 7)
+
+
+def recipe_of(name: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / name, overrides)[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        (
+            "grpo_gsm8k_smollm2.yaml",
+            ["run.output_dir=my runs/it's"],
+            [
+                ["rlflow", "infer", "my runs/it's"],
+                ["rlflow", "serve", "my runs/it's"],
+                ["rlflow", "export", "my runs/it's", "models/it's"],
+            ],
+        ),
+        (
+            "grpo_gsm8k_lora_smollm2.yaml",
+            ["run.output_dir=runs/a"],
+            [
+                ["rlflow", "infer", "runs/a"],
+                ["rlflow", "serve", "runs/a"],
+                ["rlflow", "export", "runs/a", "models/a", "--merge"],
+            ],
+        ),
+        ("reward_model_hh_smollm2.yaml", ["run.output_dir=runs/r"], [["rlflow", "export", "runs/r", "models/r"]]),
+    ],
+    ids=["policy", "adapter", "reward-model"],
+)
+def test_a_run_ends_with_the_commands_that_come_next(
+    name: str, overrides: list[str], expected: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlflow"])
+    monkeypatch.chdir(tmp_path)
+    lines = next_lines(recipe_of(name, *overrides))
+    assert [shlex.split(line)[1:] for line in lines[1:]] == expected
+
+
+def test_the_next_commands_call_this_program_as_it_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "rlflow"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    recipe = recipe_of("quickstart.yaml")
+    for called, path, expected in (
+        (str(program), "/nowhere", [str(program)]),
+        (str(program), str(tmp_path), ["rlflow"]),
+        ("/x/rlflow/__main__.py", "/nowhere", [sys.executable, "-m", "rlflow"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.setenv("PATH", path)
+        words = shlex.split(next_lines(recipe)[1])[1:]
+        assert words[: len(expected) + 1] == [*expected, "infer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["infer", "m", "--data", "a.jsonl"], "need --output FILE.jsonl, too"),
+        (["infer", "m", "--rewards", "math_accuracy"], "--rewards, --resume and --samples are of --data"),
+        (["infer", "m", "--top-p", "1.5"], "--top-p 1.5: a share above 0, at most 1"),
+        (["infer", "m", "--temperature=-1"], "0 is greedy, and none is below it"),
+        (["infer", "m", "--data", "a", "--output", __file__], "exists already: --resume goes on with it"),
+        (["infer", "m", "--data", "a", "--output", "/proc/answers.jsonl"], "name one that can be written"),
+        (["serve", "m", "--port", "0", "--adapters", "a"], "--adapters a: write name=path"),
+        (["serve", "m", "--port", "0", "--adapters", "a=x", "a=y"], "two bear one name"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_command_line_answers_a_data_set_with_rewards(
+    policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps({"q": f"{i}+1=", "solution": str(i + 1)}) + "\n" for i in range(5)))
+    words = ["infer", str(policy_dir), "--data", str(data), "--output", str(output), "--columns", "prompt=q"]
+    words += ["--max-new-tokens", "4", "--system", "Add.", "--rewards", "exact_match"]
+    assert main(words) == 0
+    rows: list[dict[str, Any]] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["messages"][1]["content"] for row in rows] == [f"{i}+1=" for i in range(5)]
+    assert all(row["messages"][0] == {"role": "system", "content": "Add."} for row in rows)
+    assert all(row["rewards"].keys() == {"exact_match"} for row in rows)
+    assert "5 answers" in capsys.readouterr().out
+    half = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(half[:2]))
+    assert main([*words, "--resume"]) == 0
+    assert output.read_text() == "".join(half)
+
+
+def test_an_address_of_ipv6_is_listened_at() -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with open_socket("::1", 0) as listening:
+        assert listening.family == socket.AF_INET6
