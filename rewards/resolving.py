@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlflow.rewards.plugins import RewardError, import_plugin
+from rlflow.plugins import PluginError, import_plugin
 
 if TYPE_CHECKING:
     from rlflow.recipe import RewardBlock
@@ -30,6 +30,10 @@ REWARDS = {
     "reward_model": "rlflow.rewards.reward_model:RewardModel",
 }
 """Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
+
+
+class RewardError(ValueError):
+    """A reward of the recipe cannot be found, loaded or called with these arguments."""
 
 
 class RewardFunction(Protocol):
@@ -93,7 +97,10 @@ def _load_plugin(plugin: str) -> Any:
     path = Path(file).expanduser().resolve()
     if not attribute or path.suffix != ".py" or not path.is_file():
         raise RewardError(f"reward plugin {plugin!r}: no such file {path}; write it as path/to/file.py:function")
-    names = vars(import_plugin(path, f"reward plugin {plugin!r}"))
+    try:
+        names = vars(import_plugin(path, f"reward plugin {plugin!r}"))
+    except PluginError as error:
+        raise RewardError(str(error)) from error.__cause__
     if attribute not in names:
         raise RewardError(f"reward plugin {plugin!r}: {path} has no {attribute!r}{_nearest(attribute, names)}")
     return names[attribute]

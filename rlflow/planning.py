@@ -108,6 +108,12 @@ class Plan:
         """What will not fit on this machine, and what is probably not meant."""
         return [*_misfits(self), *_oddities(self)]
 
+    def __str__(self) -> str:
+        """As `rlflow plan` prints it."""
+        from rlflow.plan_text import render
+
+        return render(self)
+
 
 def rollout_engine(recipe: Recipe) -> str:
     """`auto` is vllm where rollout workers have a GPU."""

@@ -17,7 +17,7 @@ PACKAGES = ("rlflow", "actors", "rewards")
 """The last two are imported through links in the first, as rlflow.actors and rlflow.rewards."""
 
 LAYERS = (
-    ("rlflow.types", "rlflow.recipe"),
+    ("rlflow.types", "rlflow.recipe", "rlflow.callbacks"),
     (
         "rlflow.activations",
         "rlflow.actor_memory",
@@ -31,6 +31,7 @@ LAYERS = (
         "rlflow.metrics",
         "rlflow.planning",
         "rlflow.plan_text",
+        "rlflow.plugins",
         "rlflow.positions",
         "rlflow.progress",
         "rlflow.remedies",
@@ -41,7 +42,7 @@ LAYERS = (
     ("rlflow.actor_groups", "rlflow.driver", "rlflow.in_process", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.model_source",),
     ("rlflow.serving",),
-    ("rlflow.__main__", "rlflow.cli", "rlflow"),
+    ("rlflow.__main__", "rlflow.api", "rlflow.cli", "rlflow.results", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""
 

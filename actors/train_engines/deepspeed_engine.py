@@ -32,7 +32,7 @@ from rlflow.actors.train_engines.optimizers import (
     trained_rates,
 )
 from rlflow.actors.train_engines.sharded_state import Shard, shard_of
-from rlflow.recipe import TrainerBlock
+from rlflow.recipe import OptimizerBlock, TrainerBlock
 
 
 class _Place(NamedTuple):
@@ -64,8 +64,9 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(next(module.parameters()).device)
         ensure_process_group(rank, world_size)
         self._gathered = deepspeed.zero.GatheredParameters
-        groups = decay_groups(trained_rates(module, lora_plus_ratio), trainer.optimizer.weight_decay)
         block = trainer.optimizer
+        assert isinstance(block, OptimizerBlock), "the recipe refuses other optimizers of this engine"
+        groups = decay_groups(trained_rates(module, lora_plus_ratio), block.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=block.betas, eps=block.eps, fused=True)
         with contextlib.redirect_stdout(sys.stderr):
             self.deepspeed, self.zero, _, _ = deepspeed.initialize(

@@ -15,8 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlflow.actors.train_engines.engine import decoder_layers
+from rlflow.actors.train_engines.own_optimizer import OwnOptimizer
 from rlflow.actors.train_engines.sharded_state import local_of, shard_of
 from rlflow.recipe import OptimizerBlock
+from rlflow.recipe.trainer_blocks import OwnOptimizerBlock
 
 Moments = dict[str, torch.Tensor]
 
@@ -37,11 +39,15 @@ class Optimizer(Protocol):
         ...
 
 
-def make_optimizer(module: nn.Module, block: OptimizerBlock, lora_plus_ratio: float = 1.0) -> Optimizer:
+def make_optimizer(
+    module: nn.Module, block: OptimizerBlock | OwnOptimizerBlock, lora_plus_ratio: float = 1.0
+) -> Optimizer:
     """
     Raises:
-        ValueError: bitsandbytes is not installed.
+        ValueError: bitsandbytes is not installed; the user's own function makes no optimizer.
     """
+    if isinstance(block, OwnOptimizerBlock):
+        return OwnOptimizer(dict(trainable(module)), block)
     rates = trained_rates(module, lora_plus_ratio)
     match block.kind:
         case "adamw":

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rlflow.recipe.algorithm_blocks import Advantage, BaselineBlock, GAEBlock
+from rlflow.algorithms.own_advantages import own_advantages
+from rlflow.recipe.algorithm_blocks import Advantage, BaselineBlock, GAEBlock, OwnAdvantageBlock
 
 
 def compute_advantages(rewards: np.ndarray, block: BaselineBlock) -> np.ndarray:
@@ -53,7 +54,11 @@ def token_advantages(
         Advantages and returns (what values should have been), float64 [L] a rollout each; 0 where unscored.
     """
     scored = ~np.isnan(rewards)
-    if not isinstance(block, BaselineBlock):
+    if isinstance(block, OwnAdvantageBlock):
+        totals, lengths = rewards - np.array([float(np.sum(p)) for p in penalties]), np.array(list(map(len, penalties)))
+        advantages = own_advantages(block, totals, group_of, lengths)
+        returns = [np.full(n, t) for n, t in zip(lengths, np.nan_to_num(totals), strict=True)]
+    elif not isinstance(block, BaselineBlock):
         is_gae = isinstance(block, GAEBlock)
         if is_gae and values is None:
             raise ValueError("advantage.estimator gae needs a value for each token; none were given")

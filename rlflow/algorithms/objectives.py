@@ -15,10 +15,11 @@ import torch
 from rlflow.algorithms import corrections, policy_losses, preference_losses
 from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.kl import KL_ESTIMATORS, k3, unbiased
+from rlflow.algorithms.own_losses import own_pair_loss, own_policy_loss
 from rlflow.algorithms.value_losses import value_loss
 from rlflow.metrics import Metric
 from rlflow.recipe import AlgorithmBlock, KTOBlock, OnlineBlock, PairBlock, RewardModelBlock
-from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, CISPOBlock, ClipBlock, PolicyLossBlock
+from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, CISPOBlock, ClipBlock, OwnLossBlock, PolicyLossBlock
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.types import Denominators
 
@@ -50,6 +51,7 @@ PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, 
     "apo_down": lambda c, r, _, b: preference_losses.apo_down(c, r, b.beta),
     "discopop": lambda c, r, _, b: preference_losses.discopop(c, r, b.beta),
     "orpo": lambda c, r, _, b: preference_losses.orpo(c, r, b.beta),
+    "function": lambda c, r, _, b: own_pair_loss(b, c, r),
 }
 """``preference.loss`` -> function of chosen and rejected scores [B], the batch and the numbers of the kind's block."""
 
@@ -85,7 +87,10 @@ def policy_objective(
     assert denominator is not None, "old_policy: engine needs the engine's logprobs"
     log_ratio = logprobs - denominator
     ratio = policy_losses.RATIOS[block.ratio](log_ratio, tokens.sequence_ids, tokens.num_sequences)
-    policy_loss = POLICY_LOSSES[block.kind](ratio, logprobs, tokens.advantages, block)
+    if isinstance(block, OwnLossBlock):
+        policy_loss = own_policy_loss(block, tokens, ratio=ratio, logprobs=logprobs, old_logprobs=denominator)
+    else:
+        policy_loss = POLICY_LOSSES[block.kind](ratio, logprobs, tokens.advantages, block)
     metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), tokens.advantages, block, denominators)
     if engine is not None:
         metrics |= _mismatch_metrics(proximal, engine, denominators)

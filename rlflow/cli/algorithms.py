@@ -20,7 +20,7 @@ from rlflow.recipe import (
     SFTBlock,
     algorithm_of,
 )
-from rlflow.recipe.algorithm_blocks import BaselineBlock, SAPOBlock
+from rlflow.recipe.algorithm_blocks import BaselineBlock, OwnLossBlock, SAPOBlock
 from rlflow.recipe.block import kinds_in
 from rlflow.recipe.problems import did_you_mean
 from rlflow.recipe.reference import options
@@ -100,6 +100,8 @@ def _online(block: OnlineBlock) -> tuple[str, ...]:
         baseline = f"{baseline}/{advantage.scale}"
     if isinstance(loss, SAPOBlock):
         bounds = f"tau {_number(loss.tau_positive)}/{_number(loss.tau_negative)}"
+    elif isinstance(loss, OwnLossBlock):
+        bounds = ""
     else:
         bounds = f"{_number(loss.clip_low)}/{_number(loss.clip_high)}"
     return (

@@ -26,6 +26,7 @@ from typing import Any
 from rlflow.actors.reward_process import child_environment
 from rlflow.cli.plugin_child import Trial
 from rlflow.recipe import Recipe, RewardBlock, SourceBlock
+from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean
 from rlflow.rewards import REWARDS
 
@@ -69,6 +70,16 @@ def rewards_of(recipe: Recipe) -> dict[str, RewardBlock]:
     if recipe.evaluation is not None and recipe.evaluation.reward is not None:
         rewards["evaluation.reward"] = recipe.evaluation.reward
     return rewards
+
+
+def in_functions(recipe: Recipe) -> Found:
+    """Of the optimizer, losses, advantages, metrics and callbacks that are the user's own."""
+    functions = own_functions(recipe)
+    trials = {
+        key: Trial("function", None, f.plugin, f.args, None, offered=f.offered, num_positional=f.num_positional)
+        for key, f in functions.items()
+    }
+    yield from _problems(trials, {key: f"{key}.plugin" for key in functions}, os.environ)
 
 
 def in_rewards(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:

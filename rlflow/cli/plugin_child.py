@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from rlflow.rewards.plugins import RewardError, import_plugin
+from rlflow.plugins import PluginError, import_plugin, load_plugin
+from rlflow.rewards import RewardError
 from rlflow.rewards.resolving import find, load
 
 TELLS_EVERY_S = 0.2
@@ -30,7 +31,7 @@ TELLS_EVERY_S = 0.2
 class Trial:
     """What is to be tried."""
 
-    kind: Literal["reward", "generator"]
+    kind: Literal["reward", "generator", "function"]
     name: str | None
     """Of a built-in function."""
     plugin: str | None
@@ -41,6 +42,10 @@ class Trial:
     only asked whether it needs others. None where the data was not read."""
     is_called: bool = False
     """Whether a generator is called and its rows are counted."""
+    offered: tuple[str, ...] = ()
+    """What another function may take by name."""
+    num_positional: int = 0
+    """What it is given by position; a class is made without them."""
 
 
 @dataclass(slots=True)
@@ -57,7 +62,7 @@ def main(descriptor: int) -> None:
     with os.fdopen(descriptor, "w", buffering=1) as said:
         threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial), progress), daemon=True).start()
         try:
-            problem = _reward_problem(trial) if trial.kind == "reward" else _generator_problem(trial, progress)
+            problem = _problem(trial, progress)
         except BaseException as error:  # the user's code: SystemExit is no Exception
             problem = _describe(error, _file(trial), "importing" if progress.rows is None else "calling")
         print(json.dumps({"problem": problem}), file=said)
@@ -77,6 +82,34 @@ def _tell(said: Any, main_thread: int, file: str, progress: Progress) -> None:
         told = {"line": line, "modules": len(sys.modules), "rows": progress.rows}
         print(json.dumps(told), file=said)
     os._exit(1)
+
+
+def _problem(trial: Trial, progress: Progress) -> str | None:
+    match trial.kind:
+        case "reward":
+            return _reward_problem(trial)
+        case "generator":
+            return _generator_problem(trial, progress)
+        case "function":
+            return _function_problem(trial)
+
+
+def _function_problem(trial: Trial) -> str | None:
+    try:
+        target = load_plugin(str(trial.plugin))
+    except PluginError as error:
+        return _describe(error.__cause__, _file(trial)) if error.__cause__ else str(error)
+    signature = inspect.signature(target)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    offered = {name: None for name in trial.offered if takes_all or name in signature.parameters}
+    if both := sorted(offered.keys() & trial.args.keys()):
+        return f"{both[0]} is not an argument of the recipe: every call brings it"
+    try:
+        signature.bind(*[None] * (0 if isinstance(target, type) else trial.num_positional), **offered, **trial.args)
+    except TypeError as error:
+        given = f"; it may take {', '.join(trial.offered)}" if trial.offered else ""
+        return f"{error}{given}, and args of the recipe"
+    return None
 
 
 def _reward_problem(trial: Trial) -> str | None:
@@ -123,7 +156,7 @@ def _generator_problem(trial: Trial, progress: Progress) -> str | None:
     path, _, name = str(trial.plugin).rpartition(":")
     try:
         function = vars(import_plugin(Path(path), f"generator {trial.plugin}"))[name]
-    except RewardError as error:
+    except PluginError as error:
         return _describe(error.__cause__, path) if error.__cause__ else str(error)
     try:
         inspect.signature(function).bind(**trial.args)

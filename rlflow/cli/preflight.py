@@ -18,7 +18,7 @@ from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
 from rlflow.cli.model_checks import config_problem, in_architecture
 from rlflow.cli.output_checks import in_output, in_space
-from rlflow.cli.plugin_checks import in_generators, in_rewards, rewards_of, sources_of
+from rlflow.cli.plugin_checks import in_functions, in_generators, in_rewards, rewards_of, sources_of
 from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import in_sequence_parallel
@@ -28,9 +28,10 @@ from rlflow.planning import roles
 from rlflow.ray_cluster import named_cluster, require_answer
 from rlflow.recipe import Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
-from rlflow.recipe.loading import LocatedRecipe, load_located
+from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.overrides import Overrides
+from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean, nearest
 from rlflow.rewards import REWARDS
 from rlflow.rewards.reward_model import score_head_problem
@@ -45,7 +46,7 @@ Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
 
 
-def load_runnable(path: str | Path, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
+def load_runnable(source: RecipeSource, overrides: Overrides = (), *, alone: bool = False) -> list[Recipe]:
     """``load_recipe`` for a run: everything that the recipe names is there and can be used.
 
     Data that is large or elsewhere is left to the run, which reads it before anything else.
@@ -57,7 +58,7 @@ def load_runnable(path: str | Path, overrides: Overrides = (), *, alone: bool = 
         RecipeError: All of what is wrong.
         RunError: The cluster that RAY_ADDRESS names does not answer.
     """
-    located = load_located(path, overrides)
+    located = load_located(source, overrides)
     check(located, alone=alone)
     if (address := named_cluster()) is not None:
         require_answer(address)
@@ -92,7 +93,7 @@ def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bo
         is_read = read(recipe)
         found = list(in_generators(recipe, is_called=is_read))
         reading = read_data(recipe, to_come) if is_read and not found else Reading()
-        found += [*reading.problems, *in_rewards(recipe, reading.row)]
+        found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)
         to_come[f"{recipe.run.output_dir}/final"] = recipe
@@ -160,6 +161,8 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         yield from _in_reward(key, reward)
         if reward.name == "reward_model":
             yield from _in_reward_model(f"{key}.args", reward.args, to_come)
+    for key, function in own_functions(recipe).items():
+        yield from _in_function(f"{key}.plugin", function.plugin, "function", [])
     yield from in_output(recipe)
     yield from missing_packages(recipe)
 

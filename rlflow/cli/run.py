@@ -6,6 +6,7 @@ import argparse
 import errno
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlflow.checkpoint import CheckpointError, DiskError
 from rlflow.cli.common import add_recipe_arguments, parser_of
@@ -14,6 +15,7 @@ from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.garbage import without_collection
+from rlflow.plugins import PluginError
 from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
 from rlflow.serving.next_commands import next_lines
@@ -41,8 +43,18 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0, process_ends: bool = False) -> None:
+def run(
+    recipes: Sequence[Recipe],
+    *,
+    resume: bool,
+    seconds_before: float = 0.0,
+    process_ends: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> None:
     """Runs the stages; a failure that one message explains also says where the logs are.
+
+    Args:
+        callbacks: See `rlflow.Callback`; called in every stage, beside the recipes' own.
 
     Raises:
         DataError: What an actor was to load, a model, an adapter or a checkpoint, does not fit the recipe.
@@ -53,13 +65,15 @@ def run(recipes: Sequence[Recipe], *, resume: bool, seconds_before: float = 0.0,
         from rlflow.driver.run import run_recipes
 
     try:
-        run_recipes(recipes, resume=resume, seconds_before=seconds_before, process_ends=process_ends)
+        run_recipes(
+            recipes, resume=resume, seconds_before=seconds_before, process_ends=process_ends, callbacks=callbacks
+        )
     except (StopRequested, StoppedUnsaved):
         raise
-    except (RunError, ActorFailure, CheckpointError, OSError) as error:
+    except (RunError, ActorFailure, CheckpointError, PluginError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, DiskError) and error.errno not in _DISK_ERRORS:
             raise
         logs = [str(path) for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
         is_wrong_input = isinstance(error, ActorFailure) and error.refused and error.call in _LOADING
-        kind = DataError if is_wrong_input else RunError
+        kind = DataError if is_wrong_input else type(error) if isinstance(error, RunError) else RunError
         raise kind("\n".join([str(error), *[f"logs: {path}" for path in logs]])) from error

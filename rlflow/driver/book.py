@@ -15,6 +15,7 @@ from typing import Any
 
 from rlflow import checkpoint
 from rlflow.driver.args_json import write_args
+from rlflow.driver.callbacks import Callbacks
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.evaluation import Evaluation, Evaluator
@@ -38,6 +39,7 @@ class Book:
         tracker: Tracker,
         clock: Clock,
         should_stop: Callable[[], bool],
+        callbacks: Callbacks,
         num_restarts: int = 0,
     ) -> None:
         """
@@ -50,6 +52,7 @@ class Book:
         self.recipe, self.inputs, self.directory = recipe, inputs, directory
         self.learner, self.evaluator = learner, evaluator
         self.tracker, self.clock, self.should_stop = tracker, clock, should_stop
+        self.callbacks = callbacks
         self.checkpoints = directory / "checkpoints"
         self.step: int | None = None
         """The step under way, counted from 1; None before the first of this process."""
@@ -87,7 +90,9 @@ class Book:
         """Evaluates and logs what the policy is before the first step."""
         evaluation = self._evaluate()
         measured = {} if evaluation is None else evaluation.metrics
-        self.tracker.log(StepStats(0, measured | self.clock.metrics()))
+        stats = StepStats(0, measured | self.clock.metrics())
+        self.tracker.log(stats)
+        self.callbacks.step_ended(stats)
 
     def begin_step(self, step: int) -> None:
         """From now on a stop waits for the end of ``step``, counted from 1."""
@@ -105,7 +110,8 @@ class Book:
             state: What the loop needs to go on from here.
 
         Returns:
-            Whether the run is over: it was the last step, or the evaluation reached ``run.stop_at_score``.
+            Whether the run is over: it was the last step, the evaluation reached ``run.stop_at_score``, or a callback
+            asked for it.
 
         Raises:
             StopRequested: Somebody asked the run to stop, and the checkpoint is written.
@@ -120,21 +126,26 @@ class Book:
             self._is_startup_told = True
         stats.metrics |= self.clock.metrics() | self._trace(stats.step) | self._restarts
         self.tracker.log(stats)
+        score = None if evaluation is None else evaluation.score
+        self.unsaved = self._ended(stats.step, state, score, last=last)
+        self.callbacks.step_ended(stats)
+        if self.callbacks.is_asked_to_stop and not last:
+            self.tracker.message(f"a callback ends the stage after step {stats.step}")
+            last = True
+            self.unsaved = self._ended(stats.step, state, score, last=True)
         stopping = self.should_stop() and not last
-        own_state = {"step": stats.step, **self.learner.state()}
-        ended = {"measure": self._measure, "ended": length_of(self.recipe) if last else None}
-        self.unsaved = EndedStep(
-            stats.step,
-            {**own_state, **ended, **state},
-            None if evaluation is None else evaluation.score,
-            self.learner.num_moves,
-        )
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
         if last or stopping or self._schedule.is_due(stats.step):
             self.save(self.unsaved)
         if stopping:
             raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
         return last
+
+    def _ended(self, step: int, state: dict[str, Any], score: float | None, *, last: bool) -> EndedStep:
+        """What the checkpoint of a step that has just ended says."""
+        own_state = {"step": step, **self.learner.state()}
+        ended = {"measure": self._measure, "ended": length_of(self.recipe) if last else None}
+        return EndedStep(step, {**own_state, **ended, **state}, score, self.learner.num_moves)
 
     def save(self, ended: EndedStep) -> None:
         """Writes the checkpoint of the step that has just ended, and forgets the oldest."""
@@ -149,6 +160,7 @@ class Book:
         if improved:
             checkpoint.link(self.checkpoints, "best", path)
         checkpoint.prune(self.checkpoints, self.recipe.run.keep_checkpoints)
+        self.callbacks.checkpoint_written(ended.step, path)
 
     def _write(self, directory: Path) -> None:
         """Fills a checkpoint's directory."""

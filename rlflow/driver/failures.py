@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,11 @@ from rlflow.actors.trainer import Trainer
 from rlflow.driver.book import Book
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.driver.window import Window
-from rlflow.tracking.rollouts import write_rollouts
+from rlflow.plugins import PluginError
+from rlflow.tracking.rollouts import rollouts_path, write_rollouts
+
+_FAILURES = (RunError, ActorFailure, PluginError)
+"""Behind which there is something to save."""
 
 LOOK_FOR_DEAD_S = 10.0
 """When one of several trainers is gone, the others fail or hang, in whatever call they were in."""
@@ -53,7 +56,7 @@ def saving_what_failed(book: Book) -> Iterator[None]:
         yield
     except StopRequested:
         raise
-    except (RunError, ActorFailure) as error:
+    except _FAILURES as error:
         if told := save_after_failure(book, error):
             book.tracker.message(told)
         raise
@@ -64,7 +67,7 @@ def keeping_rollouts(book: Book, window: Window) -> Iterator[None]:
     """A step that fails within leaves its rollouts, as far as they have come back, for people to look at."""
     try:
         yield
-    except (RunError, ActorFailure):
+    except _FAILURES:
         step, groups = window.at_hand
         path = rollouts_path(book.directory, step + 1)
         if book.step == step + 1 and groups and not path.exists():
@@ -72,11 +75,6 @@ def keeping_rollouts(book: Book, window: Window) -> Iterator[None]:
             write_rollouts(path, groups, unknown, ["masked" for group in groups for _ in group.rollouts])
             book.tracker.message(f"the rollouts of step {step + 1}, which failed, are in {path}")
         raise
-
-
-def rollouts_path(directory: Path, step: int) -> Path:
-    """Where a run keeps what was generated for a step, counted from 1."""
-    return directory / "rollouts" / f"step_{step:06d}.parquet"
 
 
 def save_after_failure(book: Book, error: Exception) -> str:

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 from rlflow.driver import assemble
 from rlflow.driver.book import Book
-from rlflow.driver.failures import keeping_rollouts, rollouts_path
+from rlflow.driver.failures import keeping_rollouts
 from rlflow.driver.learner import Learner
+from rlflow.driver.own_metrics import own_metrics
 from rlflow.driver.window import Window
 from rlflow.recipe import Recipe
-from rlflow.tracking.rollouts import write_rollouts
+from rlflow.tracking.rollouts import rollouts_path, write_rollouts
 from rlflow.types import StepStats
 
 
@@ -51,7 +52,7 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
                 groups, metrics = window.take(step)
             uncut = rollout.cut_by is None
             batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
-            metrics |= assemble.rollout_metrics(batch, step)
+            metrics |= assemble.rollout_metrics(batch, step) | own_metrics(recipe.metrics, batch.groups)
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts)

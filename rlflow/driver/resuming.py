@@ -24,6 +24,7 @@ from rlflow.recipe import Recipe, RewardBlock
 from rlflow.recipe.adapter_files import CONFIG, same_model
 from rlflow.recipe.algorithm import of_this_version
 from rlflow.recipe.block import Block
+from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.yaml_source import dump, dump_value, read_document
 from rlflow.tracking.jsonl import read_metrics
 from rlflow.tracking.redact import redact
@@ -36,6 +37,7 @@ _FIXED = (
     "data.prompts_per_step",
     "data.shuffle",
     "trainer.optimizer.kind",
+    "trainer.optimizer.plugin",
     "run.seed",
 )
 _BLOCKS = frozenset(
@@ -66,6 +68,8 @@ class Inputs:
         for key, reward in rewards_of(recipe).items():
             if reward.plugin is not None:
                 files[f"{key}.plugin"] = checkpoint.sha256(Path(reward.plugin.rpartition(":")[0]))
+        for key, function in own_functions(recipe).items():
+            files[f"{key}.plugin"] = checkpoint.sha256(Path(function.plugin.rpartition(":")[0]))
         models = {}
         for key, path in models_of(recipe).items():
             manifest = Path(path) / checkpoint.FINAL_MANIFEST

@@ -26,6 +26,7 @@ from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import token_table
 from rlflow.driver.book import Book
+from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
 from rlflow.driver.errors import RunError, StopRequested
@@ -53,6 +54,7 @@ from rlflow.driver.scoring import Scoring
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
+from rlflow.plugins import load_plugin
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker, missing_packages
 from rlflow.tracking.redact import remember_secrets
@@ -65,11 +67,17 @@ _STOP_S = 10.0
 
 
 def run_recipes(
-    recipes: Sequence[Recipe], *, resume: bool = False, seconds_before: float = 0.0, process_ends: bool = False
+    recipes: Sequence[Recipe],
+    *,
+    resume: bool = False,
+    seconds_before: float = 0.0,
+    process_ends: bool = False,
+    callbacks: Sequence[CallbackLike] = (),
 ) -> None:
     """Runs the stages in order; with ``resume``, from where they stopped.
 
     Args:
+        callbacks: Called in every stage, beside the recipes' own.
         seconds_before: That had passed since the user's command, for the account of the time to the first step.
         process_ends: This is all that the process does: once it was asked to stop, signals are ignored to its end.
 
@@ -80,6 +88,8 @@ def run_recipes(
         RunError, ActorFailure: The run failed; the message says where.
     """
     begun = time.perf_counter() - seconds_before
+    load_plugin.cache_clear()
+    Callbacks(callbacks)  # what is none is refused before anything starts
     remember_secrets([recipe.model_dump(mode="json") for recipe in recipes])
     for recipe in recipes:
         if problem := directory_problem(Path(recipe.run.output_dir), resume=resume):
@@ -100,7 +110,7 @@ def run_recipes(
                 held.callback(lock.release)
             if resume:
                 check_resumable(recipes)
-            _run_stages(recipes, sums, stop, begun, resume=resume)
+            _run_stages(recipes, sums, stop, begun, callbacks, resume=resume)
     except KeyboardInterrupt:
         raise stopped(recipes) from None
     finally:
@@ -108,7 +118,13 @@ def run_recipes(
 
 
 def _run_stages(
-    recipes: Sequence[Recipe], sums: Sequence[dict[str, str]], stop: StopSignals, begun: float, *, resume: bool
+    recipes: Sequence[Recipe],
+    sums: Sequence[dict[str, str]],
+    stop: StopSignals,
+    begun: float,
+    callbacks: Sequence[CallbackLike],
+    *,
+    resume: bool,
 ) -> None:
     """Starts Ray, runs what is not finished, ends Ray."""
     with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as starter:
@@ -120,7 +136,9 @@ def _run_stages(
                     tell_of_finished(recipe, inputs)
                     continue
                 clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
-                run_to_its_end(recipe, inputs, ray_started, stop, clock, resume=resume)
+                of_stage = Callbacks([*callbacks, *map(make_callback, recipe.callbacks)])
+                with of_stage.telling_the_end(recipe):
+                    run_to_its_end(recipe, inputs, ray_started, stop, clock, of_stage, resume=resume)
                 if stop.asked() and recipe is not recipes[-1]:
                     raise StopRequested(f"stopped after stage {recipe.stage}; go on with --resume")
         finally:
@@ -142,7 +160,14 @@ def tell_of_finished(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def run_to_its_end(
-    recipe: Recipe, inputs: Inputs, ray_started: Future[bool], stop: StopSignals, clock: Clock, *, resume: bool
+    recipe: Recipe,
+    inputs: Inputs,
+    ray_started: Future[bool],
+    stop: StopSignals,
+    clock: Clock,
+    callbacks: Callbacks,
+    *,
+    resume: bool,
 ) -> None:
     """One stage, which goes on from its newest checkpoint when it has lost an actor, a bounded number of times.
 
@@ -152,7 +177,7 @@ def run_to_its_end(
     losses: list[str] = []
     while True:
         try:
-            run_stage(recipe, inputs, ray_started, stop, clock, resume=resume, losses=losses)
+            run_stage(recipe, inputs, ray_started, stop, clock, callbacks, resume=resume, losses=losses)
             return
         except ActorsLost as lost:
             has_checkpoint = bool(saved_steps(Path(recipe.run.output_dir) / "checkpoints"))
@@ -168,6 +193,7 @@ def run_stage(
     ray_started: Future[bool],
     stop: StopSignals,
     clock: Clock,
+    callbacks: Callbacks,
     *,
     resume: bool,
     losses: Sequence[str] = (),
@@ -208,6 +234,7 @@ def run_stage(
                     tracker,
                     clock,
                     stop,
+                    callbacks,
                     resume=resume,
                     num_restarts=len(losses),
                 )
@@ -261,6 +288,7 @@ def _learn(
     tracker: Tracker,
     clock: Clock,
     stop: StopSignals,
+    callbacks: Callbacks,
     *,
     resume: bool,
     num_restarts: int,
@@ -285,7 +313,8 @@ def _learn(
     params = sampling_params(recipe, material.tokenizer, material.model)
     with _pool(recipe, actors, material, tracker, clock) as pool:
         evaluator = _evaluator(recipe, learner, pool, params, material.held_out, tracker)
-        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked, num_restarts)
+        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked, callbacks, num_restarts)
+        callbacks.run_starts(recipe)
         with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
             with saving_what_failed(book), finding_the_lost(actors):
                 if recipe.family == "online":

@@ -24,7 +24,7 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if adapter.dropout and recipe.family != "sft":
         reason = f"{name} compares logprobs, and with dropout those of a policy differ from its own: set 0"
         yield Conflict(("model.adapter.dropout", "algorithm.name"), reason)
-    if adapter.lora_plus_ratio is not None and trainer.optimizer.kind == "muon":
+    if adapter.lora_plus_ratio is not None and trainer.optimizer.kind in ("muon", "function"):
         reason = "is a ratio of AdamW's learning rates: set trainer.optimizer.kind: adamw, or remove it"
         yield Conflict(("model.adapter.lora_plus_ratio", "trainer.optimizer.kind"), reason)
     on_vllm = rollout.engine == "vllm" or (rollout.engine == "auto" and rollout.gpus_per_worker > 0)

@@ -7,7 +7,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from rlflow.recipe.block import (
     Number,
     PositiveFloat,
     PositiveInt,
+    malformed_function,
 )
 
 Reduction = Literal["token", "sequence", "prompt", "fixed_length"]
@@ -61,7 +62,19 @@ class GAEBlock(AdvantageBlock):
     """1 trusts the rewards alone, 0 the critic's next value."""
 
 
-Advantage = BaselineBlock | ReturnBlock | GAEBlock
+class OwnAdvantageBlock(AdvantageBlock):
+    estimator: Literal["function"]
+    """Your own; `estimator: file.py:function` says the same, see docs/extend.md."""
+    plugin: str
+    """`file.py:function` of what it names of rewards, group_of and lengths."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from malformed_function("plugin", self.plugin)
+
+
+Advantage = BaselineBlock | ReturnBlock | GAEBlock | OwnAdvantageBlock
 
 
 class LossBlock(Block):
@@ -109,7 +122,20 @@ class SAPOBlock(PolicyLossBlock):
     """The gate's temperature for negative advantages."""
 
 
-PolicyLoss = ClipBlock | CISPOBlock | SAPOBlock
+class OwnLossBlock(PolicyLossBlock):
+    kind: Literal["function"]
+    """Your own; `kind: file.py:function` says the same, see docs/extend.md."""
+    plugin: str
+    """`file.py:function` of what it names of ratio, log_ratio, logprobs, old_logprobs, engine_logprobs, ref_logprobs,
+    advantages, sequence_ids and num_sequences."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from malformed_function("plugin", self.plugin)
+
+
+PolicyLoss = ClipBlock | CISPOBlock | SAPOBlock | OwnLossBlock
 
 
 class KLBlock(Block):
@@ -279,7 +305,19 @@ class ORPOBlock(PairLossBlock):
     """Always."""
 
 
-PairLoss = SigmoidBlock | SmoothedBlock | EXOBlock | PlainPairBlock | ORPOBlock
+class OwnPairBlock(PairLossBlock):
+    loss: Literal["function"]
+    """Your own; `loss: file.py:function` says the same, see docs/extend.md."""
+    plugin: str
+    """`file.py:function` of what it names of chosen, rejected and beta."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from malformed_function("plugin", self.plugin)
+
+
+PairLoss = SigmoidBlock | SmoothedBlock | EXOBlock | PlainPairBlock | ORPOBlock | OwnPairBlock
 
 
 class KTOLossBlock(Block):

@@ -31,10 +31,30 @@ class Conflict(NamedTuple):
     """What is wrong and what to do."""
 
 
+FUNCTION = "function"
+"""The kind of a block that is a function of the user's own; ``file.py:function`` in its place stands for it."""
+
+
 class Block(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_its_kinds(cls, given: Any) -> Any:
+        """Blocks of several kinds are of the first where they name none; a function's path names its kind."""
+        if not isinstance(given, dict):
+            return given
+        for field, kinds in kinds_in(cls).items():
+            block = given.get(field)
+            if not isinstance(block, dict):
+                continue
+            if kinds.key not in block:
+                given = {**given, field: {kinds.key: next(iter(kinds.names)), **block}}
+            elif FUNCTION in kinds.names and is_function(block[kinds.key]):
+                given = {**given, field: {**block, kinds.key: FUNCTION, "plugin": block[kinds.key]}}
+        return given
 
     def conflicts(self) -> Iterable[Conflict]:
         """Combinations of this block's values that make no sense."""
@@ -74,6 +94,8 @@ class Kinds(NamedTuple):
     def of(self, given: Mapping[str, Any]) -> type[Block] | None:
         """The kind of a block as it was given; None where it names none that there is."""
         name = given.get(self.key, next(iter(self.names)))
+        if FUNCTION in self.names and is_function(name):
+            return self.names[FUNCTION]
         return self.names[name] if name in list(self.names) else None
 
     @property
@@ -97,6 +119,11 @@ def exactly_one(**given: object) -> str:
     """What to do where one of these keys must be given, and none or several are."""
     names = " or ".join(given)
     return f"give {names}" if all(value is None for value in given.values()) else f"give {names}, not both"
+
+
+def is_function(name: Any) -> bool:
+    """Whether a kind is a ``file.py:function``."""
+    return isinstance(name, str) and ".py:" in name
 
 
 def malformed_function(key: str, text: str) -> Iterator[Conflict]:

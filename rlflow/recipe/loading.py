@@ -23,7 +23,10 @@ from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
 from rlflow.recipe.schema import Recipe
-from rlflow.recipe.yaml_source import Document, dump, read_document
+from rlflow.recipe.yaml_source import Document, document_of, dump, read_document
+
+GIVEN = "recipe"
+"""What problems call a recipe that is in no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +42,46 @@ class LocatedRecipe:
         return Problem.at(self.document.place(path), key, message)
 
 
-def load_recipe(path: str | Path, overrides: Overrides = ()) -> list[Recipe]:
+RecipeSource = str | Path | Mapping[str, Any] | Recipe | Sequence[Recipe]
+"""A YAML file; what such a file would say; stages that are resolved already."""
+
+
+def load_recipe(source: RecipeSource, overrides: Overrides = ()) -> list[Recipe]:
     """The recipe's stages, resolved, in order; one for a recipe without ``stages``.
 
     Args:
-        path: A YAML file. ``extends: other.yaml`` in it names a file to start from.
+        source: A YAML file, in which ``extends: other.yaml`` names a file to start from; or a mapping of what such a
+            file would say; or recipes that are resolved.
         overrides: ``"a.b.c=value"`` each, the value as YAML, or a mapping of such keys to values. They apply to every
             stage; ``stages.<name>.a.b.c`` applies to one. ``rewards.0.weight`` reaches into a list.
 
     Raises:
-        RecipeError: Something is wrong: all of it, each problem with file, line and remedy.
+        RecipeError: Something is wrong: all of it, each problem with file, line and remedy; of a mapping, with its key.
     """
-    return [located.recipe for located in load_located(path, overrides)]
+    return [located.recipe for located in load_located(source, overrides)]
 
 
-def load_located(path: str | Path, overrides: Overrides = ()) -> list[LocatedRecipe]:
+def load_located(source: RecipeSource, overrides: Overrides = ()) -> list[LocatedRecipe]:
     """``load_recipe``, with the places of all values."""
-    path = Path(path)
+    if isinstance(source, Recipe):
+        source = source.model_dump(mode="json")
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return [located for stage in source for located in load_located(stage, overrides)]
     problems: list[Problem] = []
-    document = _read_with_bases(path, problems, ())
+    if isinstance(source, Mapping):
+        path, document = Path("run"), _with_bases(document_of(source, GIVEN), Path(GIVEN), problems, ())
+    else:
+        path = Path(source)
+        document = _read_with_bases(path, problems, ())
+    return _located(path, document, overrides, problems)
+
+
+def _located(path: Path, document: Document, overrides: Overrides, problems: list[Problem]) -> list[LocatedRecipe]:
+    """The stages of a document that has its bases in it.
+
+    Args:
+        path: Names the directory of a run whose recipe names none.
+    """
     changes = parse_overrides(overrides, problems)
     located: list[LocatedRecipe] = []
     found: dict[str | None, list[Problem]] = {}
@@ -97,7 +121,11 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
         raise RecipeError([Problem(str(path), None, "", "is a directory: name a .yaml file")])
     if not path.is_file():
         raise RecipeError([Problem(str(path), None, "", f"there is no such file{_similar_file(path)}")])
-    document = read_document(path, problems)
+    return _with_bases(read_document(path, problems), path, problems, extended_by)
+
+
+def _with_bases(document: Document, path: Path, problems: list[Problem], extended_by: tuple[Path, ...]) -> Document:
+    """The document over the files that it extends, relative to ``path``, its own."""
     document = document.cut_to(of_this_version(document.data))
     if "extends" not in document.data:
         return document

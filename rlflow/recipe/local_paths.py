@@ -24,7 +24,24 @@ _HUB_OR_LOCAL = {
 }
 _REWARD_MODELS = {"rewards.args.path", "evaluation.reward.args.path"}
 """Where the reward's name is reward_model; another function's `path` is its own affair."""
-_FUNCTIONS = {"rewards.plugin", "evaluation.reward.plugin", "data.train.generator", "evaluation.data.generator"}
+_FUNCTIONS = {
+    "rewards.plugin",
+    "evaluation.reward.plugin",
+    "data.train.generator",
+    "evaluation.data.generator",
+    "callbacks",
+    "callbacks.plugin",
+    "metrics",
+    "metrics.plugin",
+    "algorithm.advantage.estimator",
+    "algorithm.advantage.plugin",
+    "algorithm.loss.kind",
+    "algorithm.loss.plugin",
+    "algorithm.preference.loss",
+    "algorithm.preference.plugin",
+    "trainer.optimizer.kind",
+    "trainer.optimizer.plugin",
+}
 _TEMPLATES = {"model.chat_template"}
 _OUTPUT = {"run.output_dir"}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")

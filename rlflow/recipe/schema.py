@@ -27,6 +27,7 @@ from rlflow.recipe.block import (
     exactly_one,
     malformed_function,
 )
+from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
@@ -269,6 +270,11 @@ class Recipe(Block):
     """Who is told."""
     experiment: ExperimentBlock = ExperimentBlock()
     """What wandb, trackio and SwanLab call the run."""
+    metrics: list[MetricBlock] = Field(default_factory=list)
+    """Metrics of your own, of each step's rollouts: `"file.py:function"`, or a block with arguments; docs/extend.md."""
+    callbacks: list[CallbackBlock] = Field(default_factory=list)
+    """What is called behind each step, evaluation and checkpoint: `"file.py:name"`, or a block with arguments;
+    docs/extend.md."""
 
     @property
     def family(self) -> Literal["online", "sft", "preference"]:
@@ -320,6 +326,7 @@ class Recipe(Block):
         yield from rollout_server_conflicts(self)
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
+        yield from self._metric_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
             yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
@@ -374,3 +381,12 @@ class Recipe(Block):
             if count > 1:
                 reason = f"{count} are called {label}: metrics could not tell them apart; give one a `label` of its own"
                 yield Conflict(("rewards",), reason)
+
+    def _metric_conflicts(self) -> Iterator[Conflict]:
+        if self.metrics and self.family != "online":
+            reason = f"are of rollouts, and {self.algorithm.name} has none: remove them, or give a callback"
+            yield Conflict(("metrics", "algorithm.name"), reason)
+        for name, count in Counter(metric.name for metric in self.metrics).items():
+            if count > 1:
+                reason = f"{count} are called {name}: give one a `label` of its own"
+                yield Conflict(("metrics",), reason)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from rlflow.recipe.algorithm_blocks import CriticBlock
-from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rlflow.recipe.block import (
+    Block,
+    Conflict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    malformed_function,
+)
 from rlflow.recipe.model_blocks import ModelBlock
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -24,6 +32,21 @@ class OptimizerBlock(Block):
     """AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled, on matrices only."""
+
+
+class OwnOptimizerBlock(Block):
+    kind: Literal["function"]
+    """Your own; `kind: file.py:function` says the same, see docs/extend.md."""
+    plugin: str
+    """`file.py:function` of parameters, or of named_parameters, that returns a torch.optim.Optimizer."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from malformed_function("plugin", self.plugin)
+
+
+Optimizer = OptimizerBlock | OwnOptimizerBlock
 
 
 class FsdpBlock(Block):
@@ -64,7 +87,7 @@ class TrainerBlock(Block):
     """After warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises from 0."""
-    optimizer: OptimizerBlock = OptimizerBlock()
+    optimizer: Optimizer = Field(default=OptimizerBlock(), discriminator="kind")
     """What makes a step of a gradient."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
@@ -107,7 +130,8 @@ class TrainerBlock(Block):
             yield Conflict(("gpus_per_worker", "workers"), _shared_gpu("", self.workers, self.gpus_per_worker))
         kind = self.optimizer.kind
         if kind != "adamw" and self.engine == "deepspeed":
-            reason = f"ZeRO cuts weights into flat pieces, which {kind} cannot step: set engine: fsdp, or kind: adamw"
+            shown = self.optimizer.plugin if isinstance(self.optimizer, OwnOptimizerBlock) else kind
+            reason = f"ZeRO cuts weights into flat pieces, which {shown} cannot step: set engine: fsdp, or kind: adamw"
             yield Conflict(("optimizer.kind", "engine"), reason)
         elif kind == "adamw_8bit" and not self.gpus_per_worker:
             yield Conflict(("optimizer.kind", "gpus_per_worker"), "runs on GPUs: set gpus_per_worker, or kind: adamw")

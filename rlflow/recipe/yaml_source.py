@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import date
+from numbers import Integral, Real
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import yaml
@@ -175,6 +177,33 @@ def read_document(path: Path, problems: list[Problem]) -> Document:
     finally:
         loader.dispose()
     return document
+
+
+def document_of(data: Mapping[str, Any], file: str) -> Document:
+    """What a program gives instead of a file: its values have keys and no lines.
+
+    Raises:
+        RecipeError: A value is of a kind that no recipe can hold.
+    """
+    document = Document(_plain(data, (), file), {(): Place(file)})
+    document.places |= {path: Place(file) for path in _paths(document.data)}
+    return document
+
+
+def _plain(value: Any, path: KeyPath, file: str) -> Any:
+    """A value as a YAML file would have it: a copy in which tuples are lists and paths are text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, (*path, str(key)), file) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*path, index), file) for index, item in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, str | bool | date):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    message = f"is a {type(value).__name__}: give text, a number, true or false, a list, or a mapping"
+    raise RecipeError([Problem(file, None, ".".join(map(str, path)), message)])
 
 
 def _compose(loader: _Loader) -> yaml.Node | None:

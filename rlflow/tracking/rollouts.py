@@ -93,6 +93,11 @@ class RolloutFileError(ValueError):
     """A rollout file that cannot be read; the message names it and says what to do."""
 
 
+def rollouts_path(directory: Path, step: int) -> Path:
+    """Where a run keeps what was generated for a step, counted from 1."""
+    return directory / "rollouts" / f"step_{step:06d}.parquet"
+
+
 def write_rollouts(
     path: Path, groups: Sequence[Group], advantages: Sequence[np.ndarray], states: Sequence[str]
 ) -> None:

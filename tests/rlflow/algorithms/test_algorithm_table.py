@@ -24,9 +24,9 @@ DOCS = Path(__file__).parents[3] / "docs" / "algorithms.md"
 @pytest.mark.parametrize(
     ("path", "name", "bound", "without"),
     [
-        ("advantage", "estimator", BASELINES, {"gae", "return"}),
+        ("advantage", "estimator", BASELINES, {"gae", "return", "function"}),
         ("advantage", "scale", SCALES, {"none"}),
-        ("loss", "kind", POLICY_LOSSES, set()),
+        ("loss", "kind", POLICY_LOSSES, {"function"}),
         ("loss", "ratio", RATIOS, set()),
         ("loss", "reduction", REDUCTIONS, set()),
         ("kl", "estimator", KL_ESTIMATORS, set()),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,9 @@ class FakeDriver:
         actors = SimpleNamespace(ActorFailure=FakeActorFailure)
         monkeypatch.setitem(sys.modules, "rlflow.actors.actor_group", actors)  # type: ignore[arg-type]
 
-    def run_recipes(self, recipes: list, *, resume: bool, seconds_before: float, process_ends: bool = False) -> None:
+    def run_recipes(
+        self, recipes: list, *, resume: bool, seconds_before: float, process_ends: bool = False, callbacks: Any = ()
+    ) -> None:
         assert seconds_before >= 0
         self.calls.append((recipes, resume))
         if self.logs is not None:
@@ -181,7 +184,7 @@ def test_the_list_of_commands_loads_none_of_them(option: str):
     assert finished.returncode == 0, finished.stderr
     *said, heavy, own = finished.stdout.splitlines()
     assert heavy == "[]"
-    assert own == str(["rlflow", "rlflow.cli", "rlflow.cli.common", "rlflow.cli.main"])
+    assert own == str(["rlflow", "rlflow.callbacks", "rlflow.cli", "rlflow.cli.common", "rlflow.cli.main"])
     assert said == [f"rlflow {rlflow.__version__}"] if option == "--version" else "commands:" in said
 
 

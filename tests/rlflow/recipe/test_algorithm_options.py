@@ -206,7 +206,7 @@ def test_a_misspelt_kind_is_the_only_problem_that_is_told(tmp_path: Path):
     path = write(tmp_path / "recipe.yaml", "grpo, loss: {kind: sappo, tau_positive: 2.0}")
     (problem,) = problems_of(path)
     assert problem.startswith(
-        f"{path}:1: algorithm.loss.kind: must be one of clip, cispo, sapo; is sappo (did you mean"
+        f"{path}:1: algorithm.loss.kind: must be one of clip, cispo, sapo, function; is sappo (did you mean"
     )
 
 

@@ -3,19 +3,81 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 OF_A_CHECKOUT = Path("rewards", "resolving.py")
 """What a directory on the path holds that is a checkout of rlflow."""
 
 
-class RewardError(ValueError):
-    """A reward of the recipe cannot be found, loaded or called with these arguments."""
+class PluginError(ValueError):
+    """A function of the user's own cannot be found or loaded, raises, or returns what it must not."""
+
+
+@cache
+def load_plugin(plugin: str) -> Any:
+    """What a recipe names by ``file.py:name``: a function or a class.
+
+    Raises:
+        PluginError: There is no such file or name in it, or importing it raises.
+    """
+    file, _, name = plugin.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not name or path.suffix != ".py" or not path.is_file():
+        raise PluginError(f"{plugin}: there is no file {path}; write it as path/to/file.py:name")
+    names = vars(import_plugin(path, plugin))
+    if name not in names:
+        near = difflib.get_close_matches(name, [known for known in names if not known.startswith("_")], n=1)
+        raise PluginError(f"{plugin}: {path} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not callable(names[name]):
+        raise PluginError(f"{plugin} is a {type(names[name]).__name__}, not a function or a class")
+    return names[name]
+
+
+def call_by_name(plugin: str, args: Mapping[str, Any], **offered: Any) -> Any:
+    """Calls a plugin with its arguments of the recipe, and with as much of what is offered as it names.
+
+    Raises:
+        PluginError: It names a parameter that nothing gives, or it raises: where.
+    """
+    function = load_plugin(plugin)
+    with naming(plugin):
+        return function(**_named_by(function, offered), **args)
+
+
+def _named_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(offered)
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+@contextmanager
+def naming(plugin: str) -> Iterator[None]:
+    """What the user's code raises within becomes a PluginError that says where."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{plugin} {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """What was raised, and at which line."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({last[0].filename}:{last[0].lineno})" if last else ""
+    return f"raised {type(error).__name__}: {error}{place}"
 
 
 def import_plugin(path: Path, label: str) -> ModuleType:
@@ -26,9 +88,11 @@ def import_plugin(path: Path, label: str) -> ModuleType:
         label: What errors call it.
 
     Raises:
-        RewardError: It raises while it is imported, or what it imports from beside it is hidden by another module.
+        PluginError: It raises while it is imported, or what it imports from beside it is hidden by another module.
     """
-    name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # A notebook goes on while its user changes the file: the next run is of what it holds then.
+    version = f"{path} {path.stat().st_mtime_ns}"
+    name = f"plugin_{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     for folder in _import_folders(path):
@@ -42,7 +106,7 @@ def import_plugin(path: Path, label: str) -> ModuleType:
         specification.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise RewardError(f"{label}: importing it raised {type(error).__name__}: {error}") from error
+        raise PluginError(f"{label}: importing it raised {type(error).__name__}: {error}") from error
     return module
 
 
@@ -66,7 +130,7 @@ def _require_own_neighbours(path: Path, label: str) -> None:
     """Follows the imports of a plugin through the files beside it.
 
     Raises:
-        RewardError: One of them would get another module: Python's, an installed one, or one beside another plugin.
+        PluginError: One of them would get another module: Python's, an installed one, or one beside another plugin.
     """
     waiting, seen = [path], {path}
     while waiting:
@@ -77,7 +141,7 @@ def _require_own_neighbours(path: Path, label: str) -> None:
                 continue
             found = _would_import(name)
             if found != str(neighbour):
-                raise RewardError(
+                raise PluginError(
                     f"{label}: {file.name} imports {name}, and Python would take {found} for it, not {neighbour} "
                     f"beside it: rename {neighbour.name if neighbour.stem == name else name}"
                 )
