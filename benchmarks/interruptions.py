@@ -90,6 +90,7 @@ def overrides(tokens: int, directory: Path) -> dict[str, Any]:
         "stages.sft.evaluation": None,
         "stages.sft.run.stop_at_score": None,
         "stages.grpo.evaluation": None,
+        "stages.grpo.rewards": [{"plugin": f"{Path(__file__).with_name('against_trl.py').resolve()}:digit_share"}],
         "stages.grpo.run.steps": 3,
         "stages.grpo.run.log_rollouts_every": 1,
         "rollout.max_new_tokens": tokens,
