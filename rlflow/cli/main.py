@@ -19,6 +19,7 @@ COMMANDS = (
     "plan",
     "submit",
     "algorithms",
+    "convert",
     "report",
     "logs",
     "export",
