@@ -43,6 +43,7 @@ LAYERS = (
     ("rlflow.actor_groups", "rlflow.driver", "rlflow.in_process", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.model_source",),
     ("rlflow.serving",),
+    ("rlflow.inspection",),
     ("rlflow.__main__", "rlflow.api", "rlflow.cli", "rlflow.results", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""
@@ -59,6 +60,7 @@ WITHOUT_HEAVY_IMPORTS = {
     "rlflow.data": HEAVY,
     "rlflow.garbage": HEAVY,
     "rlflow.in_process": HEAVY,
+    "rlflow.inspection": HEAVY,
     "rlflow.machine": HEAVY,
     "rlflow.memory": HEAVY,
     "rlflow.metrics": HEAVY,
@@ -78,7 +80,7 @@ WITHOUT_HEAVY_IMPORTS = {
 }
 """What importing a package's modules may not load, itself or through what it imports: it starts at once then."""
 
-STANDARD_NAMES = {"rlflow/types.py"}
+STANDARD_NAMES = {"rlflow/types.py", "rlflow/cli/inspect.py"}
 """Files that bear the name of a module of the standard library all the same."""
 
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "convert",
     "report",
     "logs",
+    "inspect",
     "export",
     "infer",
     "serve",
