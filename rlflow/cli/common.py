@@ -36,11 +36,9 @@ class CommandParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def parser_of(
-    name: str, summary: str, example: str, kind: type[argparse.ArgumentParser] = CommandParser
-) -> argparse.ArgumentParser:
+def parser_of(name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A command's parser, with an example under its help."""
-    return kind(
+    return CommandParser(
         prog=f"rlflow {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"example:\n  {example}\n\n{EXIT_CODES}",

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import ray
@@ -37,6 +37,7 @@ from rlflow.driver.learner import Learner
 from rlflow.driver.material import Material, load_rows, max_model_len, num_steps, tell_of_rows
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
+from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
 from rlflow.driver.pass_evaluation import PassEvaluator
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.references import check_sources
@@ -134,6 +135,7 @@ def _run_stages(
                 inputs = Inputs.of(recipe, sums_of_recipe)
                 if resume and is_finished(recipe):
                     tell_of_finished(recipe, inputs)
+                    write_outcome(Path(recipe.run.output_dir), "finished")
                     continue
                 clock = Clock(before=time.perf_counter() - begun if recipe is recipes[0] else 0.0)
                 of_stage = Callbacks([*callbacks, *map(make_callback, recipe.callbacks)])
@@ -184,6 +186,7 @@ def run_to_its_end(
             if stop.asked() or not has_checkpoint or len(losses) == recipe.run.max_restarts:
                 raise
             losses.append(str(lost))
+            forget_outcome(Path(recipe.run.output_dir))
             resume, clock = True, Clock()
 
 
@@ -220,7 +223,7 @@ def run_stage(
             tracker = make_tracker(recipe, directory.path, total_steps=num_steps(recipe, len(rows)))
             clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
             material = Material(model, tokenizer, rows, held_out)
-            try:
+            with closing(tracker), recording_outcome(directory.path):
                 if losses:
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
                     tracker.message(f"{losses[-1]}: the stage goes on with fresh actors ({times})")
@@ -241,8 +244,6 @@ def run_stage(
                 if "jsonl" in recipe.tracking:
                     write_report(directory.path)
                 tracker.finish({})
-            finally:
-                tracker.close()
     except (DataError, RunError, KeyboardInterrupt) as error:
         if not is_placed or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
             directory.discard()

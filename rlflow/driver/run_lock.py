@@ -33,10 +33,20 @@ class Holder:
     since: str
     """When it took the directory, for people."""
 
+    @classmethod
+    def of_process(cls, pid: int) -> Holder:
+        """A process of this machine, as it would be written down now; ``began`` is empty where there is none."""
+        return cls(socket.gethostname(), pid, _began(pid), time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.host == socket.gethostname()
+
     @property
     def is_alive(self) -> bool:
         """Whether it may still run: of another host nobody knows."""
-        return self.host != socket.gethostname() or _began(self.pid) == self.began
+        return not self.is_here or _began(self.pid) == self.began
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -77,8 +87,7 @@ class RunLock:
         else:
             raise RunError(f"{self.directory} could not be locked in {_TRIES} tries: others take it and give it back")
         file.truncate(0)
-        me = Holder(socket.gethostname(), os.getpid(), _began(os.getpid()), time.strftime("%Y-%m-%d %H:%M:%S"))
-        file.write(json.dumps(asdict(me)) + "\n")
+        file.write(json.dumps(asdict(Holder.of_process(os.getpid()))) + "\n")
         file.flush()
 
     def release(self) -> None:
@@ -118,6 +127,18 @@ class RunLock:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.directory / LOCK))
         except FileNotFoundError:
             return False
+
+
+def holder_of(directory: Path) -> Holder | None:
+    """Who has a run's directory, or had it and was killed, as its lock file says; None where there is none.
+
+    The lock itself is not touched: who tried it for a moment would keep a run from starting.
+    """
+    try:
+        with (directory / LOCK).open() as file:
+            return _read(file)
+    except OSError:
+        return None
 
 
 def _read(file: TextIO) -> Holder | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 
 from rlflow.tracking.history import Series, bucket, smooth
 from rlflow.tracking.lines import count, number
@@ -28,6 +29,12 @@ DARK = (
 )
 """CSS variables that every picture is drawn with; ``--s0`` to ``--s7`` are the series."""
 _FONT = 'font-family:system-ui,-apple-system,"Segoe UI",sans-serif'
+
+
+def style_sheet() -> str:
+    """The style of pages with charts: page/page.css, with these colours."""
+    text = Path(__file__).with_name("page").joinpath("page.css").read_text(encoding="utf-8")
+    return text.replace("LIGHT", LIGHT).replace("DARK", DARK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,7 +203,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _assemble(title: str, chunks: Mapping[str, str]) -> str:
-    style = (SOURCES / "page.css").read_text().replace("LIGHT", charts.LIGHT).replace("DARK", charts.DARK)
+    style = charts.style_sheet()
     script = "\n".join((SOURCES / name).read_text() for name in SCRIPTS)
     policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'"
     loader = FileSystemLoader(SOURCES)

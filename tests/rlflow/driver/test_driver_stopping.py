@@ -26,6 +26,7 @@ from rlflow.checkpoint import saved_steps
 from rlflow.driver.book import Book
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.driver.learner import Learner
+from rlflow.driver.outcome import read_outcome
 from rlflow.driver.saving import SaveSchedule
 from rlflow.driver.stopping import StopSignals
 from rlflow.recipe import RunBlock
@@ -201,6 +202,8 @@ def test_a_run_stopped_in_a_step_goes_on_to_the_same_weights(run: Run, calls, ca
     owed = r"( \(trainer\[0\]: forward_backward\))?"
     assert re.search(rf"after step 2, waiting for train{owed}; Ctrl-C again stops at once, and nothing is saved", said)
     assert saved_steps(whole.with_name(name) / "checkpoints") == [2]
+    ended = [read_outcome(directory) for directory in (whole, whole.with_name(name))]
+    assert [outcome and outcome.ending for outcome in ended] == ["finished", "stopped"]
     resumed = run(name, blocks, resume=True)
     assert same_weights(whole, resumed) and steps_of(resumed) == [0, 1, 2, 3, 4]
 
@@ -264,6 +267,8 @@ def test_a_stop_for_gradients_that_are_not_finite_leaves_the_last_good_step_and_
     with pytest.raises(RunError, match="step 4: the gradient was not finite for 3 updates in a row"):
         run("run", GRPO, log_rollouts_every=100)
     assert saved_steps(tmp_path / "run" / "checkpoints") == [3]
+    ended = read_outcome(tmp_path / "run")
+    assert ended is not None and ended.ending == "failed" and "was not finite for 3 updates" in ended.message
     kept = {path.name for path in (tmp_path / "run" / "rollouts").iterdir()}
     assert kept == {"step_000001.parquet", "step_000004.parquet"}
     assert "the checkpoint of step 3 was saved: go on with --resume" in capsys.readouterr().err
