@@ -14,11 +14,13 @@ from rlflow.recipe import ALGORITHMS, Recipe, SourceBlock, load_recipe
 from tests.local_actors import use_local_actors
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "recipes"
+LATER = ("\nextends: ", "\nstages:")
 RECIPES = [
-    pytest.param(path, id=path.stem, marks=pytest.mark.slow if "\nextends: " in path.read_text() else ())
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * any(key in path.read_text() for key in LATER))
     for path in sorted(DIRECTORY.glob("*.yaml"))
 ]
-"""Those that change little of another one, its algorithm for the most, are not of the quick round."""
+"""Those that change little of another one, its algorithm for the most, and those of several stages are not of the quick
+round."""
 
 PLUGIN = """
 def code(completions):

@@ -36,9 +36,11 @@ class CommandParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def parser_of(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def parser_of(
+    name: str, summary: str, example: str, kind: type[argparse.ArgumentParser] = CommandParser
+) -> argparse.ArgumentParser:
     """A command's parser, with an example under its help."""
-    return CommandParser(
+    return kind(
         prog=f"rlflow {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"example:\n  {example}\n\n{EXIT_CODES}",

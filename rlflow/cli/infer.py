@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
-    adapter_directory,
     add_model_arguments,
-    check_adapters,
+    find_adapters,
     loading,
     positive,
     read_named_model,
@@ -79,10 +78,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
     settings = settings_of(arguments)
     model = read_named_model(arguments, settings)
-    adapters = {}
-    if arguments.adapters is not None:
-        adapters = {_name_of(arguments.adapters, model): adapter_directory(arguments.adapters)}
-        check_adapters(adapters, model)
+    given = {} if arguments.adapters is None else {_name_of(arguments.adapters, model): arguments.adapters}
+    adapters = find_adapters(given, model)
     name = next(iter(adapters), model.source.name)
     engine = choose_engine(arguments.engine)
     system = _system(arguments, model)
@@ -295,8 +292,6 @@ def _reward_server(job: Job, opened: contextlib.ExitStack) -> RewardServer:
 
 
 def _name_of(adapter: str, model: ServedModel) -> str:
-    """What the adapter is called here: as its run, or its directory."""
-    from rlflow.model_source import find_model
-
-    name = find_model(adapter, tell=lambda text: None).name
+    """What the adapter is called here: as its directory."""
+    name = Path(adapter).name
     return name if name != model.source.name else f"{name}-adapter"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
-    adapter_directory,
     add_model_arguments,
-    check_adapters,
+    find_adapters,
     loading,
     read_named_model,
     settings_of,
@@ -65,8 +64,7 @@ def execute(arguments: argparse.Namespace) -> int:
         token = token_for(arguments.host, arguments.token)
         settings = settings_of(arguments)
         model = _renamed(read_named_model(arguments, settings), arguments.name)
-        adapters = {name: adapter_directory(path) for name, path in given.items()}
-        check_adapters(adapters, model)
+        adapters = find_adapters(given, model)
         engine = choose_engine(arguments.engine)
         if engine == "vllm":
             _become_vllm(model, adapters, settings, listening, arguments.host, token)

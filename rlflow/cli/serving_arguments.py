@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rlflow.data.errors import DataError
 
 if TYPE_CHECKING:
     from rlflow.serving.models import ServedModel, Settings
@@ -79,48 +77,48 @@ def read_named_model(arguments: argparse.Namespace, settings: Settings) -> Serve
     from rlflow.model_source import find_model
     from rlflow.serving.models import read_model
 
-    return read_model(find_model(arguments.model, checkpoint=arguments.checkpoint), settings)
+    with quiet_libraries():
+        return read_model(find_model(arguments.model, checkpoint=arguments.checkpoint), settings)
 
 
-def check_adapters(adapters: Mapping[str, Path], model: ServedModel) -> None:
-    """
+def find_adapters(given: Mapping[str, str], model: ServedModel) -> dict[str, Path]:
+    """Directories of adapters, by their names.
+
     Raises:
         DataError: One is none, or of another model, or two models would bear one name.
     """
+    from rlflow.model_source import find_model
     from rlflow.serving.models import check_adapter, names_of
 
-    for directory in adapters.values():
-        check_adapter(directory, model)
-    names_of(model, adapters)
+    found = {}
+    for name, path in given.items():
+        with quiet_libraries():
+            adapter = find_model(path)
+        check_adapter(adapter, model)
+        assert adapter.directory is not None
+        found[name] = adapter.directory
+    names_of(model, found)
+    return found
 
 
 @contextmanager
 def loading(model: ServedModel, engine: str) -> Iterator[None]:
     """Within, the weights are being loaded: it is said, on stderr."""
     print(f"loading {model.source.path} ({engine}, {model.base.dtype})", file=sys.stderr, flush=True)
-    quiet_libraries()
-    yield
+    with quiet_libraries():
+        yield
 
 
-def quiet_libraries() -> None:
-    """transformers' own bars and warnings are not for somebody who chats."""
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within, transformers shows no bars and no warnings, and what libraries print goes to stderr: standard output is
+    for answers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def adapter_directory(given: str) -> Path:
-    """
-    Raises:
-        DataError: There is no such adapter.
-    """
-    from rlflow.model_source import find_model
-
-    source = find_model(given)
-    if not source.is_adapter or source.directory is None:
-        raise DataError(f"--adapters {given}: holds no adapter, a directory with adapter_config.json")
-    return source.directory
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def positive(text: str) -> int:

@@ -16,7 +16,7 @@ from rlflow.data.tokenizer import generation_settings, load_tokenizer, stop_toke
 from rlflow.data.vocabulary import ids_without_token
 from rlflow.model_source import ModelSource
 from rlflow.recipe import AdapterBlock, ModelBlock
-from rlflow.recipe.adapter_files import base_of, is_adapter, read_config, same_model
+from rlflow.recipe.adapter_files import is_adapter, read_config, same_model
 from rlflow.serving.sampling import Sampling, defaults_of
 from rlflow.serving.text import hidden_ids
 from rlflow.tracking.card_snippets import is_reward_model
@@ -113,7 +113,10 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     try:
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: its config.json cannot be read: {error}") from error
+        said = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: there is no model that can be read: {said} Name a directory that holds one"
+        ) from error
     text = config.get_text_config()
     context = _context(text, settings.max_model_len, path)
     has_tokenizer = source.directory is not None and any((source.directory / f).is_file() for f in _TOKENIZER_FILES)
@@ -199,19 +202,19 @@ def names_of(model: ServedModel, adapters: Mapping[str, Path]) -> list[str]:
     return names
 
 
-def check_adapter(directory: Path, model: ServedModel) -> None:
+def check_adapter(adapter: ModelSource, model: ServedModel) -> None:
     """
     Raises:
         DataError: It is no adapter, or of another model.
     """
-    try:
-        config = read_config(directory)
-    except ValueError as error:
-        raise DataError(f"--adapters: {error}") from error
-    base, path = base_of(config), model.base.path
+    if not adapter.is_adapter:
+        raise DataError(f"--adapters {adapter.path}: holds no adapter, a directory with adapter_config.json")
+    base, path = adapter.base, model.base.path
     assert path is not None
     if base is not None and not same_model(base, path):
-        raise DataError(f"--adapters: {directory} is an adapter of {base}, and the model is {path}: name its own base")
+        raise DataError(
+            f"--adapters {adapter.path}: is an adapter of {base}, and the model is {path}: name its own base"
+        )
 
 
 def adapters_of(model: ServedModel, given: Mapping[str, Path]) -> dict[str, Path]:

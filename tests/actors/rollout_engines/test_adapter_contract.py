@@ -94,10 +94,13 @@ KINDS = {
     "vllm-some": ("vllm", AdapterBlock(rank=3, alpha=8, rslora=True, target_modules=["q_proj", "down_proj"])),
 }
 
+QUICK = ("torch", "torch-dora")
+"""Those of the quick round."""
+
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(value, id=key, marks=[pytest.mark.slow] * ("vllm" in key)) for key, value in KINDS.items()],
+    params=[pytest.param(value, id=key, marks=[pytest.mark.slow] * (key not in QUICK)) for key, value in KINDS.items()],
 )
 def engine_and_policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

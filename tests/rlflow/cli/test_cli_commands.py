@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import rlflow
+from rlflow import cli
 from rlflow.cli import submit
 from rlflow.cli.main import COMMANDS, load_command, main, summary_of
 from rlflow.data.errors import DataError
@@ -159,6 +160,11 @@ def test_plan_answers_without_ray_or_torch(recipe_file: Path, option: str, unuse
     assert ("data       91 rows" in finished.stdout) == (option != "--no-data")
     assert "sft: cross-entropy" in finished.stdout
     assert "memory is not estimated: its config has no hidden_size" in finished.stdout
+
+
+def test_every_module_of_a_command_is_in_the_list():
+    modules = Path(cli.__file__).parent.glob("*.py")
+    assert sorted(COMMANDS) == sorted(path.stem for path in modules if "\nSUMMARY = " in path.read_text())
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -106,12 +106,12 @@ def test_an_adapter_is_served_under_its_name_beside_its_base(
 def test_what_is_no_adapter_of_the_model_is_refused(
     served: ServedModel, adapter_dirs: dict[str, Path], policy_dir: Path, tmp_path: Path
 ) -> None:
-    check_adapter(adapter_dirs["left"], served)
-    with pytest.raises(DataError, match=r"--adapters: .* has no adapter_config\.json"):
-        check_adapter(policy_dir, served)
+    check_adapter(source_of(adapter_dirs["left"]), served)
+    with pytest.raises(DataError, match=r"--adapters .*: holds no adapter, a directory with adapter_config\.json"):
+        check_adapter(source_of(policy_dir), served)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other/model"}))
     with pytest.raises(DataError, match="is an adapter of other/model, and the model is"):
-        check_adapter(tmp_path, served)
+        check_adapter(source_of(tmp_path), served)
 
 
 def test_a_reward_model_is_refused_with_a_sentence(policy_dir: Path, tmp_path: Path, settings: Settings) -> None:

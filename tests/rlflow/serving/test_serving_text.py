@@ -82,6 +82,22 @@ def test_a_space_is_kept_where_the_text_goes_on_from_a_prompt_and_not_where_it_b
     assert "".join(pieces_of(AnswerText(tokenizer, frozenset(), context=words), the)) == " the"
 
 
+def test_many_spaces_stay_as_they_are() -> None:
+    tokenizer = sentencepiece()
+    for text in ("a    b", " the", "   "):
+        ids = ids_of(tokenizer, text)
+        shown = "".join(pieces_of(AnswerText(tokenizer, frozenset()), ids))
+        assert shown == text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_text_goes_on_from_half_a_character_of_its_prompt() -> None:
+    tokenizer = byte_level()
+    ids = ids_of(tokenizer, "ющёк")
+    whole = tokenizer.decode(ids)
+    decoder = AnswerText(tokenizer, frozenset(), context=ids[:1])
+    assert whole.endswith("".join(pieces_of(decoder, ids[1:]))[1:])
+
+
 def test_a_character_that_lacks_bytes_at_the_end_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = ids_of(tokenizer, "ab 你")
     assert "".join(pieces_of(AnswerText(tokenizer, frozenset()), ids[:-1])) == "ab "

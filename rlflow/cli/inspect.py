@@ -1,0 +1,169 @@
+"""`rlflow inspect`: the rollouts of a run in the terminal, through the rewards once more, or as data to train on."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlflow.cli.common import parser_of
+from rlflow.data.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlflow.tracking.rollouts import RolloutRecord
+
+SUMMARY = "read a run's rollouts: filter, sort, score them again, export the good ones"
+SHOWN = 10
+"""So many rollouts are shown where --limit says nothing."""
+SHOWN_DIFFERENCES = 5
+PLAIN_WIDTH = 200
+"""Characters of a table's line where there is no terminal."""
+SHOWN_CAUSES = 5
+
+
+def make_parser() -> argparse.ArgumentParser:
+    example = (
+        """rlflow inspect runs/gsm8k --where "reward/math_accuracy < 0.5 and finish_reason == 'length'"\n"""
+        "  rlflow inspect runs/gsm8k --steps 100: --replay --rewards my.py:fn\n"
+        "  rlflow inspect runs/gsm8k --steps : --where 'reward == 1' --per-prompt 2 --export best.jsonl"
+    )
+    parser = parser_of("inspect", SUMMARY, example)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its stages")
+    parser.add_argument("--step", type=int, metavar="S", help="rollouts of this step; the newest that has some else")
+    parser.add_argument("--steps", metavar="A:B", help="of these steps, both ends included; an end may be left out")
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="those for which it holds: reward, reward/NAME, advantage, num_tokens, finish_reason, state, error, "
+        "completion, prompt, the data's columns, ...",
+    )
+    parser.add_argument("--sort", metavar="KEY", help="by a name or expression, lowest first")
+    parser.add_argument("--descending", action="store_true", help="with --sort: highest first")
+    parser.add_argument("--per-prompt", type=_positive, metavar="N", help="at most so many of a prompt, in that order")
+    parser.add_argument("--limit", type=_positive, metavar="N", help=f"at most so many; {SHOWN} are shown else")
+    parser.add_argument("--tokens", action="store_true", help="each token with its logprob, in colour on a terminal")
+    parser.add_argument("--full", action="store_true", help="long texts whole")
+    parser.add_argument(
+        "--replay", action="store_true", help="score them with the rewards as they are now; what changed"
+    )
+    parser.add_argument(
+        "--rewards",
+        metavar="FN",
+        action="append",
+        default=[],
+        help="replay with this function instead, a name or file.py:function; may be given several times",
+    )
+    parser.add_argument("--recipe", metavar="FILE", type=Path, help="replay with the rewards of this recipe")
+    parser.add_argument("--export", metavar="FILE.jsonl", type=Path, help="write them as conversations that SFT reads")
+    return parser
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlflow.inspection.filters import filter_records, sort_records
+    from rlflow.inspection.selection import distinct, few_a_prompt, find_stage, load_records, steps_asked_for
+    from rlflow.tracking.history import rollout_files
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    is_replay = arguments.replay or arguments.rewards or arguments.recipe is not None
+    stage = find_stage(arguments.run)
+    steps = steps_asked_for(list(rollout_files(stage)), arguments.step, arguments.steps)
+    records = load_records(stage, steps, tokens=bool(arguments.tokens or is_replay))
+    chosen = filter_records(records, arguments.where) if arguments.where else records
+    chosen = sort_records(chosen, arguments.sort, is_falling=arguments.descending) if arguments.sort else chosen
+    chosen = distinct(chosen) if arguments.export is not None else chosen
+    chosen = few_a_prompt(chosen, arguments.per_prompt) if arguments.per_prompt else chosen
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    named = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    console.print(f"{stage}, {named}: {len(chosen)} of {len(records)} rollouts", style="bold", soft_wrap=True)
+    limited = chosen[: arguments.limit] if arguments.limit else chosen
+    if arguments.export is not None:
+        _export(limited, arguments.export, console)
+    if is_replay:
+        _replay(limited, records, stage, arguments, console)
+    elif arguments.export is None:
+        _show(limited, stage, arguments, console)
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _export(records: Sequence[RolloutRecord], path: Path, console: Console) -> None:
+    from rlflow.inspection.exporting import export_chat
+
+    export_chat(records, path)
+    console.print(f"{path}: {len(records)} conversations", soft_wrap=True)
+
+
+def _show(records: Sequence[RolloutRecord], stage: Path, arguments: argparse.Namespace, console: Console) -> None:
+    from rlflow.inspection.show import show_rollout
+    from rlflow.tracking.history import HistoryError, read_stage
+    from rlflow.tracking.token_texts import find_tokenizer, token_texts
+
+    tokenizer = None
+    if arguments.tokens:
+        try:
+            tokenizer = find_tokenizer(stage, read_stage(stage).recipe)
+        except HistoryError as error:
+            raise DataError(f"{error}; leave out --tokens") from error
+        if tokenizer is None:
+            print("no tokenizer of this run is on this machine: tokens are shown as ids", file=sys.stderr)
+    shown = records if arguments.limit else records[:SHOWN]
+    for record in shown:
+        tokens = token_texts(tokenizer, record.token_ids.tolist()) if arguments.tokens else None
+        show_rollout(console, record, is_whole=arguments.full, tokens=tokens)
+    if len(shown) < len(records):
+        console.print(f"{len(records) - len(shown)} more: --limit shows them", style="dim")
+
+
+def _replay(
+    chosen: Sequence[RolloutRecord],
+    records: Sequence[RolloutRecord],
+    stage: Path,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> None:
+    from rlflow.inspection.changes import compare, largest
+    from rlflow.inspection.replay import companions, replay
+    from rlflow.inspection.scorers import scorer_of
+    from rlflow.inspection.show import show_causes, show_changes, show_difference
+
+    scorer = scorer_of(stage, arguments.recipe, arguments.rewards)
+    needed = companions(chosen, records, scorer.algorithm) if scorer.advantages else chosen
+    result = replay(needed, scorer, _progress())
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    asked_for = {id(record) for record in chosen}
+    outcomes = [outcome for outcome in result.outcomes if id(outcome.record) in asked_for]
+    show_changes(console, compare(outcomes), len(outcomes))
+    causes = Counter(cause for outcome in outcomes if outcome.error for cause in outcome.error.split("; "))
+    show_causes(console, causes.most_common(SHOWN_CAUSES))
+    for difference in largest(outcomes, SHOWN_DIFFERENCES):
+        show_difference(console, difference, is_whole=arguments.full)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Says on standard error how far a replay is, at most every two seconds, and nothing of a short one."""
+    said = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 2.0:
+            said = time.monotonic()
+            print(f"scored {done} of {total} rollouts", file=sys.stderr)
+
+    return tell

@@ -1,0 +1,193 @@
+"""A script of another framework -> recipes and command lines of rlflow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlflow.convert import other_commands, swift, swift_folds, trl, trl_folds, verl, verl_folds
+from rlflow.convert.commands import Invocation, invocation_of, read_yaml, take_launcher_flags
+from rlflow.convert.rows import Draft, Given, Note, Table, find_row, flags_of, walk
+from rlflow.convert.shell import read_commands
+from rlflow.convert.text import problems_of, render, without_defaults
+from rlflow.data.errors import DataError
+from rlflow.recipe.problems import did_you_mean, nearest
+
+_TRAINING = {
+    "swift": ("sft", "pt", "rlhf"),
+    "megatron": ("sft", "pt", "rlhf"),
+    "trl": tuple(trl.TABLES),
+    "verl": tuple(verl.TABLES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What one command becomes."""
+
+    title: str
+    """The command's beginning, e.g. ``swift rlhf --rlhf_type grpo``."""
+    recipe: str | None
+    """YAML; None where it is no training, or of a kind that rlflow does not have."""
+    command: str | None
+    """The command line of rlflow that does the same, where it is no training."""
+    notes: tuple[Note, ...]
+
+
+def convert(script: str, gpus: int | None = None) -> list[Conversion]:
+    """Everything in a script that another framework would run.
+
+    Args:
+        script: A command line, or a shell script of several.
+        gpus: How many GPUs the training commands have, where they do not say it.
+
+    Raises:
+        DataError: There is no such command in it, or one that names a file that cannot be read.
+    """
+    found = [each for command in read_commands(script) if (each := invocation_of(command, gpus)) is not None]
+    if not found:
+        raise DataError(
+            "there is no command here that is known: swift, megatron, trl, python -m verl.trainer.main_ppo, and these "
+            "behind accelerate launch, torchrun and deepspeed"
+        )
+    return [_converted(invocation) for invocation in found]
+
+
+def _converted(invocation: Invocation) -> Conversion:
+    framework, verb = invocation.framework, invocation.verb
+    if verb not in _TRAINING.get(framework, ()):
+        return _other(invocation)
+    if framework == "verl":
+        given, unread = _hydra(invocation)
+        draft: Draft | None = verl_folds.draft_of(verb, given, invocation.machines)
+        if unread:
+            draft.note("to do", f"{unread} is not here: what it says is taken to be verl's defaults")
+    else:
+        table = (
+            swift.SWIFT
+            if framework == "swift"
+            else swift.MEGATRON_SWIFT
+            if framework == "megatron"
+            else trl.TABLES[verb]
+        )
+        values = _flags(invocation, table)
+        invocation = take_launcher_flags(values, invocation)
+        given = Given(values, table, lambda name, value: f"--{name} {_shown(name, value)}")
+        if framework == "trl":
+            draft = trl_folds.draft_of(verb, given, invocation.machines, invocation.engine)
+        else:
+            draft = swift_folds.draft_of(verb, given, invocation.machines)
+    kind = f" --rlhf_type {given['rlhf_type']}" if verb == "rlhf" else ""
+    title = {"verl": f"verl ({'main_ppo' if verb == 'ppo' else verb})"}.get(framework, f"{framework} {verb}") + kind
+    if draft is None:
+        note = Note(
+            "missing", f"{title}: rlflow has no such algorithm yet; `rlflow algorithms` lists those that there are"
+        )
+        return Conversion(title, None, None, (note,))
+    _say_the_rest(given, draft, invocation.environment)
+    return Conversion(
+        title, render(draft, f"From {title}. `rlflow plan` says what it will do."), None, tuple(draft.notes)
+    )
+
+
+def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str]) -> None:
+    for name in given.unknown():
+        near = nearest(name, given.table, cutoff=0.8)
+        draft.note(
+            "missing", f"{given.text(name)}: not a flag that is known" + (f" (did you mean {near}?)" if near else "")
+        )
+    for name in given.values:
+        row = find_row(given.table, name)
+        if row is not None and row.kind == "fold" and name not in given.looked_at:
+            draft.note("unneeded", f"{given.text(name)}: without effect in this command")
+    kept = without_defaults(draft.values)
+    for key in draft.values.keys() - kept.keys():
+        for name, value in given.values.items():
+            if given.spelled(name, value) in draft.why[key]:
+                draft.note("unneeded", f"{given.text(name)}: as it is by default ({key})")
+    draft.values = kept
+    said = "\n".join([*(draft.why[name] for name in draft.values), *(note.text for note in draft.notes)])
+    for name, value in given.values.items():
+        if given.spelled(name, value) not in said:
+            row = find_row(given.table, name)
+            draft.note("unneeded", f"{given.text(name)}: nothing to set" + (f" ({row.key})" if row and row.key else ""))
+    if environment:
+        draft.note("unneeded", f"variables that rlflow does not read: {', '.join(sorted(environment))}")
+    for name, value in draft.values.items():
+        if isinstance(value, str) and (unset := re.search(r"\$[\w{(][^/]*", value)):
+            draft.note("to do", f"{name}: {unset[0]} is not set in what was converted; write it out")
+    for problem in problems_of(draft.values):
+        draft.note("to do", f"{problem.key}: {problem.message}")
+
+
+def _flags(invocation: Invocation, table: Table) -> dict[str, Any]:
+    """The flags of a command line over those of the YAML or JSON file that it names."""
+    values, before = flags_of(invocation.words, table)
+    files = (
+        [values.pop("config")]
+        if "config" in values
+        else [word for word in before if word.endswith((".yaml", ".yml", ".json"))]
+    )
+    for file in files:
+        content = read_yaml(str(file), f"{invocation.framework} {invocation.verb}")
+        for name in ("ENV", "env"):
+            content.pop(name, None)
+        values = {**content, **values}
+    return values
+
+
+def _hydra(invocation: Invocation) -> tuple[Given, str | None]:
+    """Overrides ``a.b=c`` and ``+a.b=c`` over a configuration file; and the file's name where it is not here."""
+    table = verl.TABLES[invocation.verb]
+    values: dict[str, Any] = {}
+    unread = None
+    name, folder = _option(invocation.words, "--config-name"), _option(invocation.words, "--config-path")
+    if name and folder:
+        file = Path(str(folder)) / f"{str(name).removesuffix('.yaml')}.yaml"
+        unread = None if file.is_file() else str(file)
+        values = dict(walk(read_yaml(str(file), "--config-name"))) if unread is None else {}
+        values = {
+            key: value
+            for key, value in values.items()
+            if not key.startswith(("defaults", "hydra")) and "_target_" not in key
+        }
+    for word in invocation.words:
+        key, equals, value = word.lstrip("+").partition("=")
+        if equals and not word.startswith(("-", "~")):
+            values[key] = value
+    return Given(verl_folds.with_references(values), table, lambda name, value: f"{name}={_shown(name, value)}"), unread
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2].strip("'\"")
+    return None
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value on one line; of a token or a key, nothing."""
+    if re.search(r"(token|secret|password|api_key|webhook_url)$", name) and isinstance(value, str):
+        return "***"
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    else:
+        text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _other(invocation: Invocation) -> Conversion:
+    title = f"{invocation.framework} {invocation.verb}"
+    command, notes = other_commands.command_of(invocation)
+    if command is None:
+        remedy = did_you_mean(invocation.verb, [*_TRAINING.get(invocation.framework, ()), *other_commands.COMMANDS])
+        notes = (*notes, Note("missing", f"{title}: has no counterpart ({remedy})"))
+    return Conversion(title, None, command, notes)

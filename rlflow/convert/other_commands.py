@@ -1,0 +1,92 @@
+"""ms-swift's commands that do not train, as command lines of rlflow: one table."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rlflow.convert.commands import Invocation
+from rlflow.convert.rows import Note, as_list, flags_of
+
+COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
+    "infer": (
+        "infer",
+        {
+            "val_dataset": "--data",
+            "result_path": "--output",
+            "system": "--system",
+            "infer_backend": "--engine",
+            "max_new_tokens": "--max-new-tokens",
+            "temperature": "--temperature",
+        },
+    ),
+    "app": (
+        "infer",
+        {
+            "system": "--system",
+            "infer_backend": "--engine",
+            "max_new_tokens": "--max-new-tokens",
+            "temperature": "--temperature",
+        },
+    ),
+    "deploy": ("serve", {"host": "--host", "port": "--port", "api_key": "--token", "adapters": "--adapters"}),
+    "rollout": ("", {}),
+    "export": (
+        "export",
+        {
+            "output_dir": "",
+            "merge_lora": "--merge",
+            "push_to_hub": "--push",
+            "hub_private_repo": "--private",
+            "torch_dtype": "--dtype",
+        },
+    ),
+    "merge-lora": ("export", {"output_dir": ""}),
+    "eval": ("eval", {"eval_dataset": "--sets", "eval_limit": "--rows"}),
+    "web-ui": ("ui", {"server_name": "--host", "server_port": "--port"}),
+}
+"""ms-swift's verb -> rlflow's command, and its flags -> ours; an empty one is an argument without a name."""
+_ENGINES = {"pt": "torch", "transformers": "torch", "vllm": "vllm"}
+
+
+def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
+    """The command line, and what is not in it."""
+    if invocation.framework not in ("swift", "megatron") or invocation.verb not in COMMANDS:
+        return None, ()
+    name, table = COMMANDS[invocation.verb]
+    if not name:
+        return None, (Note("unneeded", f"swift {invocation.verb}: rlflow run starts its engines itself"),)
+    values, _ = flags_of(invocation.words, {})
+    named = [
+        values.pop(flag)
+        for flag in ("adapters", "ckpt_dir")
+        if flag in values and not (flag == "adapters" and "=" in str(values[flag]))
+    ]
+    model = values.pop("model", None) or values.pop("model_id_or_path", None)
+    subject = as_list(named[0])[0] if named else model
+    words: list[Any] = ["rlflow", name, *([] if name == "ui" else [subject or "RUN"])]
+    if name == "ui":
+        words.append("runs")
+    notes: list[Note] = []
+    behind: list[Any] = []
+    for flag, value in values.items():
+        if flag not in table:
+            notes.append(Note("missing", f"--{flag} {' '.join(map(str, as_list(value)))}"))
+            continue
+        behind += _option(flag, table[flag], value, values)
+    if invocation.verb == "merge-lora":
+        behind.append("--merge")
+    return " ".join(shlex.quote(str(word)) for word in [*words, *behind]), tuple(notes)
+
+
+def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[Any]:
+    match flag:
+        case "merge_lora" | "hub_private_repo":
+            return [option] if value == "true" else []
+        case "push_to_hub":
+            hub = "hf" if values.get("use_hf") == "true" else "modelscope"
+            return [option, f"{hub}:{values.get('hub_model_id', 'ORGANISATION/NAME')}"] if value == "true" else []
+        case "infer_backend":
+            return [option, _ENGINES.get(value, "vllm")]
+        case _:
+            return [*([option] if option else []), *as_list(value)]

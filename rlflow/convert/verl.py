@@ -1,0 +1,291 @@
+"""verl: the Hydra keys of `python -m verl.trainer.main_ppo` and of its SFT trainer.
+
+Batches are counted in prompts there, as here. A block whose name ends in ``*`` stands for everything below it.
+"""
+
+from __future__ import annotations
+
+from rlflow.convert.rows import Row, Table, fold, key, missing, unneeded
+
+ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
+
+
+def _all(prefix: str, names: str, row: Row) -> dict[str, Row]:
+    return {f"{prefix}.{name}": row for name in names.split()}
+
+
+def _steps(number: int | None) -> int | None:
+    return number if number is not None and number > 0 else None
+
+
+_TOKENS = unneeded("scoring and training are bounded by tokens", "trainer.tokens_per_micro_batch")
+_OWN = unneeded("rlflow's own engines and ranks do without", "rollout.engine")
+_LOADER = unneeded("the data is read and tokenised once, before the first step")
+_TURNS = missing("multi-turn rollouts are not there yet", 1, 256, "naive", "hermes", "middle", "strict")
+_OTHER_LOSS = missing("of losses that are not there", 0.0002, 1.0, 5.0, 0.1)
+
+PPO: Table = {
+    # data
+    "data.train_files": fold("data.train"),
+    "data.val_files": fold("evaluation.data"),
+    "data.train_batch_size": key("data.prompts_per_step", default=1024),
+    "data.gen_batch_size": missing("groups are replaced one by one", name="algorithm.groups.max_resamples"),
+    "data.max_prompt_length": key("data.max_prompt_tokens", default=512),
+    "data.max_response_length": key("rollout.max_new_tokens", default=512),
+    "data.truncation": fold("data.overlong", default="error"),
+    "data.filter_overlong_prompts": fold("data.overlong"),
+    "data.prompt_key": fold("data.train.columns"),
+    "data.shuffle": key("data.shuffle", default=True),
+    "data.seed": key("run.seed"),
+    "data.train_max_samples": fold("data.train.rows"),
+    "data.val_max_samples": fold("evaluation.data.rows"),
+    "data.trust_remote_code": key("model.trust_remote_code"),
+    "data.apply_chat_template_kwargs": key("model.chat_template_kwargs", read=lambda value: value or None),
+    "data.apply_chat_template_kwargs.enable_thinking": key("model.chat_template_kwargs.enable_thinking"),
+    "data.reward_fn_key": missing("one list of rewards is of all rows", "data_source", name="rewards"),
+    "data.tokenizer": missing("the model's own is used"),
+    **_all(
+        "data",
+        "custom_cls.* datagen.* sampler.*",
+        missing("write data.train.generator: file.py:function", name="data.train.generator"),
+    ),
+    "data.tool_config_path": _TURNS,
+    **_all(
+        "data", "image_key video_key image_patch_size return_multi_modal_inputs", unneeded("of images and video alone")
+    ),
+    "data.*": _LOADER,
+    # the policy
+    f"{MODEL}.path": key("model.path", read=str),
+    f"{MODEL}.trust_remote_code": key("model.trust_remote_code"),
+    f"{MODEL}.custom_chat_template": key("model.chat_template", read=lambda value: value and str(value)),
+    f"{MODEL}.enable_gradient_checkpointing": key("trainer.gradient_checkpointing", default=True),
+    f"{MODEL}.lora_rank": fold("model.adapter.rank", default=0),
+    f"{MODEL}.lora_alpha": fold("model.adapter.alpha", default=16),
+    f"{MODEL}.target_modules": fold("model.adapter.target_modules"),
+    f"{MODEL}.lora_adapter_path": fold("model.adapter.path"),
+    f"{MODEL}.use_liger": key("model.liger", read=lambda value: value or None),
+    **_all(
+        MODEL,
+        "external_lib override_config exclude_modules tokenizer_path hf_config_path mtp.*",
+        missing("options of transformers' loading cannot be given", {}),
+    ),
+    f"{MODEL}.*": unneeded("micro-batches are packed, logits never whole in memory", "trainer.tokens_per_micro_batch"),
+    f"{ACTOR}.strategy": fold("trainer.engine"),
+    f"{ACTOR}.ppo_mini_batch_size": fold("algorithm.groups.updates_per_step", default=256),
+    f"{ACTOR}.ppo_epochs": key("algorithm.groups.epochs_per_step", default=1),
+    f"{ACTOR}.ppo_max_token_len_per_gpu": fold("trainer.tokens_per_micro_batch"),
+    f"{ACTOR}.use_dynamic_bsz": fold("trainer.tokens_per_micro_batch"),
+    f"{ACTOR}.clip_ratio": fold("algorithm.loss.clip_low", default=0.2),
+    f"{ACTOR}.clip_ratio_low": fold("algorithm.loss.clip_low"),
+    f"{ACTOR}.clip_ratio_high": fold("algorithm.loss.clip_high"),
+    f"{ACTOR}.clip_ratio_c": fold("algorithm.loss.dual_clip", default=3.0),
+    f"{ACTOR}.tau_pos": fold("algorithm.loss.tau_positive", default=1.0),
+    f"{ACTOR}.tau_neg": fold("algorithm.loss.tau_negative", default=1.05),
+    f"{ACTOR}.loss_agg_mode": fold("algorithm.loss.reduction", default="token-mean"),
+    f"{ACTOR}.loss_scale_factor": missing(
+        "fixed_length divides by rollout.max_new_tokens", name="algorithm.loss.reduction"
+    ),
+    f"{ACTOR}.entropy_coeff": key("algorithm.loss.entropy_coef", default=0, read=float),
+    f"{ACTOR}.use_kl_loss": fold("algorithm.kl.placement", default=False),
+    f"{ACTOR}.kl_loss_coef": fold("algorithm.kl.coef", default=0.001),
+    f"{ACTOR}.kl_loss_type": fold("algorithm.kl.estimator", default="low_var_kl"),
+    f"{ACTOR}.policy_loss.loss_mode": fold("algorithm.loss", default="vanilla"),
+    f"{ACTOR}.policy_loss.*": _OTHER_LOSS,
+    f"{ACTOR}.ulysses_sequence_parallel_size": key(
+        "trainer.sequence_parallel", read=lambda size: size if size > 1 else None
+    ),
+    f"{ACTOR}.grad_clip": key("trainer.max_grad_norm", default=1.0),
+    f"{ACTOR}.optim.lr": key("trainer.learning_rate", default=1e-6),
+    f"{ACTOR}.optim.weight_decay": key("trainer.optimizer.weight_decay", default=0.01),
+    f"{ACTOR}.optim.betas": key("trainer.optimizer.betas"),
+    f"{ACTOR}.optim.clip_grad": key("trainer.max_grad_norm"),
+    f"{ACTOR}.optim.lr_warmup_steps": fold("trainer.warmup_steps"),
+    f"{ACTOR}.optim.lr_warmup_steps_ratio": fold("trainer.warmup_steps"),
+    f"{ACTOR}.optim.lr_scheduler_type": key("trainer.schedule", default="constant"),
+    f"{ACTOR}.optim.warmup_style": key("trainer.schedule"),
+    f"{ACTOR}.optim.total_training_steps": unneeded("the run's own steps", "run.steps"),
+    f"{ACTOR}.optim.*": missing("trainer.optimizer has betas, eps and weight_decay", "AdamW", "torch.optim", 0.5),
+    f"{ACTOR}.fsdp_config.param_offload": fold("trainer.fsdp.offload"),
+    f"{ACTOR}.fsdp_config.optimizer_offload": fold("trainer.fsdp.offload"),
+    f"{ACTOR}.fsdp_config.offload_policy": fold("trainer.fsdp.offload"),
+    f"{ACTOR}.fsdp_config.reshard_after_forward": key("trainer.fsdp.reshard_after_forward"),
+    f"{ACTOR}.fsdp_config.fsdp_size": missing("see trainer.fsdp.replicas", -1, name="trainer.fsdp.replicas"),
+    f"{ACTOR}.fsdp_config.*": unneeded("FSDP2 with float32 weights", "trainer.fsdp"),
+    f"{ACTOR}.megatron.*": missing("there is no Megatron: trainer.engine fsdp or deepspeed", name="trainer.engine"),
+    f"{ACTOR}.router_replay.*": missing("routers are not replayed", "disabled"),
+    **_all(ACTOR, "ppo_micro_batch_size ppo_micro_batch_size_per_gpu", _TOKENS),
+    f"{ACTOR}.checkpoint.*": unneeded("a checkpoint can always be resumed from; final/ is a Hugging Face directory"),
+    f"{ACTOR}.*": _OWN,
+    "actor_rollout_ref.ref.*": _TOKENS,
+    # rollouts
+    f"{ROLLOUT}.name": fold("rollout.engine"),
+    f"{ROLLOUT}.n": key("algorithm.group_size", default=1),
+    f"{ROLLOUT}.temperature": key("rollout.temperature", default=1.0),
+    f"{ROLLOUT}.top_p": key("rollout.top_p", default=1, read=float),
+    f"{ROLLOUT}.top_k": key("rollout.top_k", read=lambda value: max(0, value)),
+    f"{ROLLOUT}.do_sample": missing("completions are sampled", True),
+    f"{ROLLOUT}.gpu_memory_utilization": key("rollout.gpu_memory_fraction", default=0.5),
+    f"{ROLLOUT}.tensor_model_parallel_size": fold("rollout.tensor_parallel_size", default=2),
+    f"{ROLLOUT}.max_num_seqs": key("rollout.max_num_seqs"),
+    f"{ROLLOUT}.val_kwargs.n": key("evaluation.samples", read=lambda number: number if number > 1 else None),
+    f"{ROLLOUT}.val_kwargs.temperature": key("evaluation.temperature", default=0, read=float),
+    f"{ROLLOUT}.val_kwargs.*": missing(
+        "an evaluation samples with its temperature alone", -1, 1.0, 1, True, name="evaluation.temperature"
+    ),
+    f"{ROLLOUT}.multi_turn.*": _TURNS,
+    f"{ROLLOUT}.agent.*": _OWN,
+    f"{ROLLOUT}.quantization": missing("engines have the policy's weights as they are"),
+    **_all(
+        ROLLOUT,
+        "log_prob_micro_batch_size log_prob_micro_batch_size_per_gpu log_prob_use_dynamic_bsz "
+        "log_prob_max_token_len_per_gpu",
+        _TOKENS,
+    ),
+    f"{ROLLOUT}.*": _OWN,
+    "actor_rollout_ref.*": _OWN,
+    # critic and rewards
+    "critic.optim.lr": fold("algorithm.critic.learning_rate", default=1e-5),
+    "critic.model.path": fold("algorithm.critic.path"),
+    "critic.cliprange_value": fold("algorithm.critic.clip", default=0.5),
+    "critic.ppo_mini_batch_size": unneeded("the policy's", "algorithm.groups.updates_per_step"),
+    "critic.*": unneeded("as the policy's trainer", "algorithm.critic"),
+    "reward_model.enable": fold("rewards"),
+    "reward_model.model.path": fold("rewards"),
+    "reward_model.reward_manager": fold("rewards"),
+    "reward_model.reward_kwargs.overlong_buffer_cfg.enable": fold("algorithm.groups.overlong_buffer"),
+    "reward_model.reward_kwargs.overlong_buffer_cfg.len": fold("algorithm.groups.overlong_buffer"),
+    "reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor": fold(
+        "algorithm.groups.overlong_penalty", default=1.0
+    ),
+    "reward_model.overlong_buffer.enable": fold("algorithm.groups.overlong_buffer"),
+    "reward_model.overlong_buffer.len": fold("algorithm.groups.overlong_buffer"),
+    "reward_model.overlong_buffer.penalty_factor": fold("algorithm.groups.overlong_penalty"),
+    "reward_model.*": unneeded("reward servers have workers, children and memory of their own", "reward_server"),
+    "reward_manager.*": unneeded("reward servers have workers, children and memory of their own", "reward_server"),
+    "custom_reward_function.path": fold("rewards"),
+    "custom_reward_function.name": fold("rewards", default="compute_score"),
+    "custom_reward_function.*": missing("arguments of the function: rewards.args", name="rewards"),
+    # algorithm
+    "algorithm.adv_estimator": fold("algorithm.advantage.estimator", default="gae"),
+    "algorithm.gamma": fold("algorithm.advantage.gamma", default=1.0),
+    "algorithm.lam": fold("algorithm.advantage.gae_lambda", default=1.0),
+    "algorithm.norm_adv_by_std_in_grpo": fold("algorithm.advantage.scale", default=True),
+    "algorithm.use_kl_in_reward": fold("algorithm.kl.placement", default=False),
+    "algorithm.kl_penalty": fold("algorithm.kl.estimator", default="kl"),
+    "algorithm.kl_ctrl.kl_coef": fold("algorithm.kl.coef", default=0.001),
+    "algorithm.kl_ctrl.type": fold("algorithm.kl.target", default="fixed"),
+    "algorithm.kl_ctrl.target_kl": fold("algorithm.kl.target", default=0.1),
+    "algorithm.kl_ctrl.horizon": fold("algorithm.kl.horizon", default=10000),
+    "algorithm.filter_groups.enable": key("algorithm.groups.require_signal", read=lambda value: value or None),
+    "algorithm.filter_groups.max_num_gen_batches": fold("algorithm.groups.max_resamples"),
+    "algorithm.filter_groups.metric": unneeded(
+        "groups whose rewards are all equal are replaced", "algorithm.groups.require_signal"
+    ),
+    "algorithm.rollout_correction.rollout_is": fold("algorithm.correction.level"),
+    "algorithm.rollout_correction.rollout_is_threshold": fold("algorithm.correction.high", default=2.0),
+    "algorithm.rollout_correction.rollout_rs": fold("algorithm.correction.mode"),
+    "algorithm.rollout_correction.rollout_rs_threshold": fold("algorithm.correction.high"),
+    "algorithm.rollout_correction.bypass_mode": fold("algorithm.correction.old_policy"),
+    "algorithm.rollout_correction.*": missing("see algorithm.correction", "ppo_clip", name="algorithm.correction"),
+    "algorithm.use_pf_ppo": missing("batches are not reweighted"),
+    "algorithm.pf_ppo.*": missing("batches are not reweighted", "pow", 2.0),
+    "algorithm.sampler.*": missing("batches are not reweighted"),
+    # trainer
+    "trainer.n_gpus_per_node": fold("trainer.workers", default=8),
+    "trainer.nnodes": fold("trainer.workers", default=1),
+    "trainer.total_epochs": fold("run.epochs", default=30),
+    "trainer.total_training_steps": fold("run.steps"),
+    "trainer.logger": fold("tracking"),
+    "trainer.save_freq": key("run.save_every", read=_steps),
+    "trainer.test_freq": key("evaluation.every", read=_steps),
+    "trainer.critic_warmup": fold("algorithm.critic.warmup_steps"),
+    "trainer.default_local_dir": key("run.output_dir", read=str),
+    "trainer.max_actor_ckpt_to_keep": key("run.keep_checkpoints", read=_steps),
+    "trainer.max_critic_ckpt_to_keep": unneeded("a checkpoint holds both", "run.keep_checkpoints"),
+    "trainer.val_before_train": missing("an evaluation begins before the first step", True, name="evaluation"),
+    "trainer.val_only": missing("`rlflow eval MODEL` measures a model"),
+    **_all("trainer", "resume_mode resume_from_path", unneeded("`rlflow run RECIPE --resume` goes on")),
+    **_all(
+        "trainer",
+        "project_name experiment_name",
+        unneeded("a run is called like its directory; WANDB_PROJECT is the tracker's"),
+    ),
+    **_all(
+        "trainer",
+        "rollout_data_dir validation_data_dir log_val_generations",
+        unneeded("every rollout is in RUN/rollouts", "run.log_rollouts_every"),
+    ),
+    "trainer.device": fold("trainer.gpus_per_worker"),
+    "trainer.default_hdfs_dir": missing("checkpoints go to a directory"),
+    "trainer.*": _OWN,
+    "ray_init.*": unneeded("RAY_ADDRESS says which cluster"),
+    "ray_kwargs.*": unneeded("RAY_ADDRESS says which cluster"),
+    "global_profiler.*": missing("there is no profiler"),
+    "rollout.*": _OWN,
+    "transfer_queue.*": unneeded("rollouts move through Ray's object store"),
+}
+SFT: Table = {
+    "data.train_files": fold("data.train"),
+    "data.val_files": fold("evaluation.data"),
+    "data.train_batch_size": key("data.prompts_per_step", default=256),
+    "data.max_length": key("data.max_tokens", default=1024),
+    "data.truncation": fold("data.overlong", default="error"),
+    "data.prompt_key": fold("data.train.columns", default="question"),
+    "data.response_key": fold("data.train.columns", default="answer"),
+    "data.prompt_dict_keys": fold("data.train.columns"),
+    "data.response_dict_keys": fold("data.train.columns"),
+    "data.multiturn.enable": fold("data.train.format", default=False),
+    "data.multiturn.messages_key": fold("data.train.columns", default="messages"),
+    "data.messages_key": fold("data.train.columns"),
+    "data.multiturn.*": unneeded("columns tools and enable_thinking are read", "data.train.columns"),
+    "data.train_max_samples": fold("data.train.rows"),
+    "data.val_max_samples": fold("evaluation.data.rows"),
+    "data.chat_template": key("model.chat_template", read=str),
+    "data.apply_chat_template_kwargs": key("model.chat_template_kwargs", read=lambda value: value or None),
+    "data.custom_cls.*": missing("write data.train.generator: file.py:function", name="data.train.generator"),
+    **_all("data", "micro_batch_size micro_batch_size_per_gpu use_dynamic_bsz max_token_len_per_gpu pad_mode", _TOKENS),
+    "data.*": _LOADER,
+    "model.partial_pretrain": key("model.path", read=str),
+    "model.path": key("model.path", read=str),
+    "model.trust_remote_code": key("model.trust_remote_code", read=lambda value: value or None),
+    "model.enable_gradient_checkpointing": key("trainer.gradient_checkpointing", default=True),
+    "model.lora_rank": fold("model.adapter.rank", default=0),
+    "model.lora_alpha": fold("model.adapter.alpha", default=16),
+    "model.target_modules": fold("model.adapter.target_modules"),
+    "model.use_liger": key("model.liger", read=lambda value: value or None),
+    "model.strategy": unneeded("FSDP2", "trainer.engine"),
+    "model.fsdp_config.cpu_offload": key("trainer.fsdp.offload", read=lambda value: value or None),
+    "model.fsdp_config.offload_params": unneeded("of offload alone", "trainer.fsdp.offload"),
+    "model.*": unneeded("FSDP2 with float32 weights", "trainer.fsdp"),
+    "optim.lr": key("trainer.learning_rate", default=1e-5),
+    "optim.betas": key("trainer.optimizer.betas", default=[0.9, 0.95]),
+    "optim.weight_decay": key("trainer.optimizer.weight_decay", default=0.01),
+    "optim.lr_warmup_steps_ratio": fold("trainer.warmup_steps", default=0.1),
+    "optim.warmup_steps_ratio": fold("trainer.warmup_steps"),
+    "optim.lr_warmup_steps": fold("trainer.warmup_steps"),
+    "optim.clip_grad": key("trainer.max_grad_norm", default=1.0),
+    "optim.lr_scheduler": key(
+        "trainer.schedule", default="cosine", read=lambda name: {"cosine": "cosine", "wsd": "constant"}[name]
+    ),
+    "optim.*": missing("trainer.optimizer has betas, eps and weight_decay"),
+    "engine.ulysses_sequence_parallel_size": key("trainer.sequence_parallel"),
+    "engine.*": _OWN,
+    **dict.fromkeys(("engine", "optim", "checkpoint.*"), _OWN),
+    "ulysses_sequence_parallel_size": key("trainer.sequence_parallel", read=lambda size: size if size > 1 else None),
+    "use_remove_padding": unneeded("micro-batches are packed", "trainer.tokens_per_micro_batch"),
+    "trainer.seed": key("run.seed"),
+    "trainer.total_epochs": fold("run.epochs", default=4),
+    "trainer.total_training_steps": fold("run.steps"),
+    "trainer.logger": fold("tracking"),
+    "trainer.save_freq": key("run.save_every", read=_steps),
+    "trainer.test_freq": key("evaluation.every", read=_steps),
+    "trainer.n_gpus_per_node": fold("trainer.workers", default=8),
+    "trainer.nnodes": fold("trainer.workers", default=1),
+    "trainer.default_local_dir": key("run.output_dir", read=str),
+    "trainer.max_ckpt_to_keep": key("run.keep_checkpoints", read=_steps),
+    "trainer.device": fold("trainer.gpus_per_worker"),
+    "trainer.*": PPO["trainer.*"],
+    **_all("trainer", "project_name experiment_name", PPO["trainer.project_name"]),
+    **_all("trainer", "resume_mode resume_from_path", PPO["trainer.resume_mode"]),
+}
+TABLES: dict[str, Table] = {"ppo": PPO, "sft": SFT}

@@ -1,0 +1,1 @@
+"""Looking at stored rollouts: which ones, what the rewards say of them now, and as data to train on."""
