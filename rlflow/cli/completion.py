@@ -56,9 +56,9 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 def make_parser() -> argparse.ArgumentParser:
     example = (
-        'eval "$(rlflow completion bash)"                              # in ~/.bashrc\n'
-        '  eval "$(rlflow completion zsh)"                               # in ~/.zshrc, behind compinit\n'
-        "  rlflow completion fish > ~/.config/fish/completions/rlflow.fish"
+        "rlflow completion fish > ~/.config/fish/completions/rlflow.fish\n"
+        '  eval "$(rlflow completion bash)"                              # in ~/.bashrc\n'
+        '  eval "$(rlflow completion zsh)"                               # in ~/.zshrc, behind compinit'
     )
     parser = parser_of("completion", SUMMARY, example)
     parser.add_argument("shell", choices=[*SCRIPTS, "suggest"], help="suggest is what the scripts call")
