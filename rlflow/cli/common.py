@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from typing import NoReturn, Protocol
+import shlex
+from typing import Any, NoReturn, Protocol
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 the recipe or data is wrong; 3 stopped on request, with a checkpoint; 1 anything else"
@@ -27,13 +29,34 @@ class Command(Protocol):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says of an option that it does not know what to write instead, where that is a key of the recipe."""
+    """Says of an option that it does not know, or of another framework's command, what to write instead."""
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        if args and args[0] in _OTHER_PROGRAMS and self._takes_a_recipe and not os.path.exists(args[0]):
+            self.error(f"{args[0]} is another framework's: rlflow convert -- {shlex.join(args)}")
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: .*?--([\w.]+)(=\S+)?", message)
-        if unknown and "RECIPE" in self.format_usage():
-            message += f" (keys of the recipe are set without dashes: {unknown[1]}{unknown[2] or '=...'})"
+        if unknown and self._takes_a_recipe:
+            key = _key_of(unknown[1])
+            message += f" (keys of the recipe are set without dashes: {key}{unknown[2] or '=...'})"
         super().error(message)
+
+    @property
+    def _takes_a_recipe(self) -> bool:
+        return "RECIPE" in self.format_usage()
+
+
+_OTHER_PROGRAMS = ("swift", "megatron", "trl", "accelerate", "torchrun", "deepspeed", "python", "python3")
+
+
+def _key_of(option: str) -> str:
+    """The key that an option is meant to be: its own name, or what another framework's flag of this name is here."""
+    from rlflow.recipe.foreign.names import foreign_row
+
+    row = foreign_row(option, "online")
+    return row.key if row is not None and row.key and "." not in option else option
 
 
 def parser_of(
@@ -49,9 +72,7 @@ def parser_of(
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of one that comes with rlflow: `rlflow recipes`"
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument(
         "overrides",
         metavar="key=value",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from rlflow.convert.folds import Machines
-from rlflow.convert.rows import flags_of, plain
+from rlflow.convert.given import flags_of, plain
 from rlflow.convert.shell import ShellCommand
 from rlflow.data.errors import DataError
 

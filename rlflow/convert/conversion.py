@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import other_commands, swift, swift_folds, trl, trl_folds, verl, verl_folds
+from rlflow.convert import other_commands, swift_folds, trl_folds, verl_folds
 from rlflow.convert.commands import Invocation, invocation_of, read_yaml, take_launcher_flags
-from rlflow.convert.rows import Draft, Given, Note, Table, find_row, flags_of, walk
+from rlflow.convert.given import Draft, Given, Note, flags_of, walk
 from rlflow.convert.shell import read_commands
 from rlflow.convert.text import problems_of, render, without_defaults
 from rlflow.data.errors import DataError
+from rlflow.recipe.foreign import swift, trl, verl
+from rlflow.recipe.foreign.rows import Table, find_row
 from rlflow.recipe.problems import did_you_mean, nearest
 
 _TRAINING = {

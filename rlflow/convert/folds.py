@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from rlflow.convert.hugging_face import DTYPES, LORA_DROPOUT, trackers
-from rlflow.convert.rows import Draft, Given, as_list
+from rlflow.convert.given import Draft, Given
+from rlflow.recipe.foreign.hugging_face import DTYPES, LORA_DROPOUT, trackers
+from rlflow.recipe.foreign.rows import as_list
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rlflow.convert.rows import Draft, Given
+from rlflow.convert.given import Draft, Given
 
 ROWS = {"dr_grpo": "dr_grpo", "cispo": "cispo", "sapo": "sapo"}
 """``loss_type`` -> algorithm; grpo for all others."""

@@ -6,7 +6,8 @@ import shlex
 from typing import Any
 
 from rlflow.convert.commands import Invocation
-from rlflow.convert.rows import Note, as_list, flags_of
+from rlflow.convert.given import Note, flags_of
+from rlflow.recipe.foreign.rows import as_list
 
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "infer": (

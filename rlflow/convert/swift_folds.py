@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.convert import folds, grouped
-from rlflow.convert.rows import Draft, Given, apply_rows, as_list
-from rlflow.convert.swift import GRPO, PPO
+from rlflow.convert.given import Draft, Given, apply_rows
 from rlflow.convert.swift_rewards import reward_models, reward_of
+from rlflow.recipe.foreign.rows import as_list
+from rlflow.recipe.foreign.swift import GRPO, PPO
 from rlflow.recipe.presets import ALGORITHMS
 
 ALGORITHM_OF = {

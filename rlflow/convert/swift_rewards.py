@@ -6,7 +6,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert.rows import Draft, Given, as_list
+from rlflow.convert.given import Draft, Given
+from rlflow.recipe.foreign.rows import as_list
 
 REWARDS = {
     "accuracy": "math_accuracy",

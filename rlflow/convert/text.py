@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from rlflow.convert.rows import Draft, walk
+from rlflow.convert.given import Draft, walk
 from rlflow.recipe.algorithm import with_defaults
 from rlflow.recipe.explain import validate
 from rlflow.recipe.problems import Place, Problem

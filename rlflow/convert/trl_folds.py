@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlflow.convert import folds, grouped
-from rlflow.convert.rows import Draft, Given, apply_rows, as_list
-from rlflow.convert.trl import ALGORITHM_OF, PAIR_LOSSES, REWARDS
+from rlflow.convert.given import Draft, Given, apply_rows
+from rlflow.recipe.foreign.rows import as_list
+from rlflow.recipe.foreign.trl import ALGORITHM_OF, PAIR_LOSSES, REWARDS
 from rlflow.recipe.presets import ALGORITHMS
 
 

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from rlflow.convert import folds, grouped
-from rlflow.convert.hugging_face import trackers
-from rlflow.convert.rows import Draft, Given, apply_rows, as_list
-from rlflow.convert.verl import ACTOR, MODEL, ROLLOUT
+from rlflow.convert.given import Draft, Given, apply_rows
+from rlflow.recipe.foreign.hugging_face import trackers
+from rlflow.recipe.foreign.rows import as_list
+from rlflow.recipe.foreign.verl import ACTOR, MODEL, ROLLOUT
 
 ESTIMATORS = {
     "gae": "ppo",

@@ -12,56 +12,14 @@ from pydantic_core import ErrorDetails
 
 from rlflow.recipe.algorithm import BLOCKS, AlgorithmBlock, UnknownBlock, rows_of
 from rlflow.recipe.block import LATER, Block, blocks_in, kinds_in
+from rlflow.recipe.foreign.names import foreign_row
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, nearest
 from rlflow.recipe.schema import Recipe
 from rlflow.recipe.yaml_source import Document, KeyPath
 
-ELSEWHERE = {
-    "batch_size": "data.prompts_per_step",
-    "dataset": "data.train",
-    "epsilon": "algorithm.loss.clip_low",
-    "epsilon_high": "algorithm.loss.clip_high",
-    "eval_steps": "evaluation.every",
-    "experiment_name": "experiment.name",
-    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
-    "lora_alpha": "model.adapter.alpha",
-    "lora_dropout": "model.adapter.dropout",
-    "lora_r": "model.adapter.rank",
-    "lora_rank": "model.adapter.rank",
-    "lora_target_modules": "model.adapter.target_modules",
-    "lr": "trainer.learning_rate",
-    "lr_scheduler_type": "trainer.schedule",
-    "max_completion_length": "rollout.max_new_tokens",
-    "max_length": "data.max_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "max_steps": "run.steps",
-    "micro_batch_size": "trainer.tokens_per_micro_batch",
-    "model_name_or_path": "model.path",
-    "num_generations": "algorithm.group_size",
-    "num_iterations": "algorithm.groups.epochs_per_step",
-    "num_train_epochs": "run.epochs",
-    "optim": "trainer.optimizer.kind",
-    "per_device_train_batch_size": "data.prompts_per_step",
-    "project_name": "experiment.project",
-    "report_to": "tracking",
-    "reward_funcs": "rewards",
-    "router_aux_loss_coef": "model.router.balance_coef",
-    "run_name": "experiment.name",
-    "save_steps": "run.save_every",
-    "save_total_limit": "run.keep_checkpoints",
-    "sequence_parallel_size": "trainer.sequence_parallel",
-    "torch_dtype": "model.dtype",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_fraction",
-    "ulysses_sequence_parallel_size": "trainer.sequence_parallel",
-    "use_liger": "model.liger",
-    "use_liger_kernel": "model.liger",
-    "use_peft": "model.adapter",
-    "wandb_project": "experiment.project",
-    "warmup_ratio": "trainer.warmup_steps",
-    "zero_stage": "trainer.deepspeed.stage",
-}
-"""Names that other frameworks use for our keys."""
+ELSEWHERE = {"batch_size": "data.prompts_per_step", "zero_stage": "trainer.deepspeed.stage"}
+"""Names for our keys that stand in no table of another framework (see foreign/)."""
 
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
@@ -254,11 +212,15 @@ def _meant(path: KeyPath, data: Any) -> list[str]:
     keys[""] += ["extends", "stages"]
     own = list(_given_to(path[:-1], data).model_fields) if here else keys[""]
     owners = sorted((owner for owner, of_owner in keys.items() if key in of_owner), key=lambda owner: owner.count("."))
-    found = [_join(owner, key) for owner in owners]
-    if near := nearest(key, own, cutoff=0.8) or nearest(key, keys[here], cutoff=0.8):
+    foreign = foreign_row(key, _family(data))
+    found = [_join(owner, key) for owner in owners if foreign is None or _is_there(owner, data)]
+    near = None if foreign is not None else nearest(key, own, cutoff=0.8) or nearest(key, keys[here], cutoff=0.8)
+    if near is not None:
         found.insert(0, _join(here, near))
     if found or key in ELSEWHERE:
         return found or [ELSEWHERE[key]]
+    if foreign is not None:
+        return [foreign.key] if foreign.key else []
     owner_of = {name: owner for owner, of_owner in keys.items() for name in of_owner}
     if near := nearest(key, owner_of, cutoff=0.8):
         return [_join(owner_of[near], near)]
@@ -266,8 +228,29 @@ def _meant(path: KeyPath, data: Any) -> list[str]:
     return [_join(here, near)] if near else []
 
 
+def _family(data: Any) -> str:
+    """The family of the algorithm that was given; online where there is none that is known."""
+    given = data.get("algorithm") if isinstance(data, dict) else None
+    name = given.get("name") if isinstance(given, dict) else None
+    return ALGORITHMS[name].family if isinstance(name, str) and name in ALGORITHMS else "online"
+
+
+def _is_there(owner: str, data: Any) -> bool:
+    """Whether the algorithm that was given has a block, where the block is an algorithm's."""
+    top, _, block = owner.partition(".")
+    given = data.get("algorithm") if isinstance(data, dict) else None
+    if top != "algorithm" or not block or not isinstance(given, dict) or given.get("name") not in list(ALGORITHMS):
+        return True
+    return block.partition(".")[0] in BLOCKS[ALGORITHMS[given["name"]].objective].model_fields
+
+
 def _unknown_key(path: KeyPath, data: Any) -> str:
     key, here, meant = str(path[-1]), _named(path[:-1]), _meant(path, data)
+    foreign = foreign_row(key, _family(data))
+    if foreign is not None and foreign.note and meant in ([], [foreign.key]):
+        if not meant or foreign.kind in ("unneeded", "missing"):
+            return f"unknown key here ({foreign.note}{f'; see {foreign.key}' if meant else ''})"
+        return f"unknown key here (did you mean {foreign.key.removeprefix(f'{here}.')}? It {foreign.note}.)"
     if not meant:
         return f"unknown key; keys here are {', '.join(_given_to(path[:-1], data).model_fields)}"
     if _join(here, key) in meant:

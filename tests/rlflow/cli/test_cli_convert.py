@@ -77,10 +77,33 @@ def test_a_converted_command_plans_on_local_data_and_model(tmp_path: Path, tiny_
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"1+{n}=", "solution": str(n + 1)}) + "\n" for n in range(8)))
     command = (
-        f"swift rlhf --rlhf_type grpo --model {tiny_model_dir} --tuner_type full --dataset {data} --reward_funcs accuracy "
+        f"swift rlhf --rlhf_type grpo --model {tiny_model_dir} --tuner_type full --dataset {data} "
+        f"--reward_funcs accuracy "
         "--num_generations 2 --per_device_train_batch_size 4 --max_completion_length 8 --use_cpu true --max_length 32"
     )
     output = tmp_path / "recipe.yaml"
     assert main(["convert", command, "-o", str(output)]) == 0
     assert main(["plan", str(output), f"run.output_dir={tmp_path / 'run'}"]) == 0
     assert "2 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["swift", "rlhf", "--rlhf_type", "grpo"], "rlflow convert -- swift rlhf --rlhf_type grpo"),
+        (["r.yaml", "--learning_rate=1e-6"], "set without dashes: trainer.learning_rate=1e-6"),
+        (["r.yaml", "--trainer.learning_rate=1e-6"], "set without dashes: trainer.learning_rate=1e-6"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_run_and_plan_say_what_to_write_instead_of_another_frameworks_command(command, words, said, capsys):
+    with pytest.raises(SystemExit):
+        main([command, *words])
+    assert said in capsys.readouterr().err
+
+
+def test_a_shell_script_is_no_recipe_and_is_told_how_to_become_one(tmp_path: Path, capsys):
+    script = tmp_path / "train.sh"
+    script.write_text(COMMAND)
+    assert main(["plan", str(script)]) == 2
+    assert f"rlflow convert {script}" in capsys.readouterr().err

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from rlflow.convert import swift, trl, verl
-from rlflow.convert.rows import Table
 from rlflow.recipe import Recipe
 from rlflow.recipe.explain import blocks_at
+from rlflow.recipe.foreign import swift, trl, verl
+from rlflow.recipe.foreign.rows import Table
 
 TABLES: dict[str, Table] = {**trl.TABLES, "swift": swift.SWIFT, "megatron": swift.MEGATRON_SWIFT,
                             "verl": verl.PPO, "verl_sft": verl.SFT}  # fmt: skip

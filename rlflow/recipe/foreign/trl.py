@@ -8,13 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlflow.convert.hugging_face import TRAINING_ARGUMENTS
-from rlflow.convert.rows import Row, Table, fold, key, missing, unneeded
-
-
-def _all(names: str, row: Row) -> dict[str, Row]:
-    return dict.fromkeys(names.split(), row)
-
+from rlflow.recipe.foreign.hugging_face import PACKED, TRAINING_ARGUMENTS
+from rlflow.recipe.foreign.rows import Table, each, fold, key, missing, unneeded
 
 _COMMON: Table = {
     **TRAINING_ARGUMENTS,
@@ -40,7 +35,7 @@ _COMMON: Table = {
     "use_dora": fold("model.adapter.kind"),
     "load_in_8bit": missing("a base is trained in 4 bits (nf4) or whole"),
     "load_in_4bit": fold("model.adapter.quantize"),
-    **_all(
+    **each(
         "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
         unneeded("bitsandbytes' usual settings", "model.adapter.quantize"),
     ),
@@ -59,7 +54,7 @@ _COMMON: Table = {
     "trust_remote_code": key("model.trust_remote_code"),
     "disable_dropout": unneeded("models train without dropout; an adapter's is for sft"),
     "pad_to_multiple_of": unneeded("padding does not exist: micro-batches are packed"),
-    **_all("pad_token eos_token", missing("the tokenizer's own are used")),
+    **each("pad_token eos_token", missing("the tokenizer's own are used")),
     "chat_template_path": key("model.chat_template", read=str),
     "activation_offloading": missing("see trainer.gradient_checkpointing", name="trainer.gradient_checkpointing"),
     "dataset_num_proc": unneeded("the data is read and tokenised once, before the first step"),
@@ -73,7 +68,7 @@ _LENGTHS: Table = {
 _REFERENCE: Table = {
     "precompute_ref_log_probs": key("reference.precompute", of="preference"),
     "precompute_ref_batch_size": unneeded("bounded by tokens", "trainer.tokens_per_micro_batch"),
-    **_all(
+    **each(
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", missing("the reference stays what it is", 0.6, 512)
     ),
 }
@@ -85,7 +80,7 @@ SFT: Table = {
     "dataset_text_field": key("data.train.columns.text", read=lambda name: None if name == "text" else str(name)),
     "dataset_kwargs": missing("see data.train", name="data.train"),
     "shuffle_dataset": unneeded("a new order every epoch", "data.shuffle"),
-    "packing": fold("trainer.tokens_per_micro_batch"),
+    "packing": fold("trainer.tokens_per_micro_batch", PACKED),
     "packing_strategy": unneeded("a sequence is never cut, and sees no other"),
     "eval_packing": unneeded("evaluation packs by tokens as well"),
     "completion_only_loss": fold("data.loss_on"),
@@ -101,7 +96,7 @@ DPO: Table = {
     "label_smoothing": key("algorithm.preference.label_smoothing", read=lambda value: value or None),
     "beta": key("algorithm.preference.beta", default=0.1),
     "ld_alpha": missing("all tokens of an answer count alike"),
-    **_all("f_divergence_type f_alpha_divergence_coef", missing("the divergence is the reverse KL", "reverse_kl", 0.5)),
+    **each("f_divergence_type f_alpha_divergence_coef", missing("the divergence is the reverse KL", "reverse_kl", 0.5)),
     "use_weighting": missing("pairs count alike (WPO is not there)"),
     "discopop_tau": missing("0.05, the paper's", 0.05),
 }
@@ -136,7 +131,7 @@ _ROLLOUTS: Table = {
     "repetition_penalty": missing("completions are sampled as the policy gives them", 1, 1.0),
     "generation_kwargs": missing("of sampling there are temperature, top_p and top_k", name="rollout"),
     "chat_template_kwargs": key("model.chat_template_kwargs"),
-    **_all(
+    **each(
         "cache_implementation use_transformers_continuous_batching transformers_continuous_batching_config "
         "use_transformers_paged ds3_gather_for_generation vllm_model_impl vllm_enable_sleep_mode",
         unneeded("rlflow sets its engines up", "rollout.engine"),
@@ -145,7 +140,7 @@ _ROLLOUTS: Table = {
     "vllm_mode": fold("rollout.gpus_per_worker", default="colocate"),
     "vllm_structured_outputs_regex": missing("completions are free"),
     "vllm_guided_decoding_regex": missing("completions are free"),
-    **_all(
+    **each(
         "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port",
         fold("rollout_server.urls"),
     ),
@@ -157,10 +152,10 @@ _ROLLOUTS: Table = {
     "epsilon_high": fold("algorithm.loss.clip_high"),
     "reward_weights": fold("rewards"),
     "mask_truncated_completions": key("algorithm.groups.mask_truncated"),
-    **_all(
+    **each(
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", missing("the reference stays what it is", 0.6, 512)
     ),
-    **_all(
+    **each(
         "log_completions log_multimodal num_completions_to_print log_unique_prompts",
         unneeded("every rollout is in RUN/rollouts", "run.log_rollouts_every"),
     ),
@@ -176,7 +171,7 @@ GRPO: Table = {
     "delta": key("algorithm.loss.dual_clip"),
     "sapo_temperature_neg": fold("algorithm.loss.tau_negative", default=1.05),
     "sapo_temperature_pos": fold("algorithm.loss.tau_positive", default=1.0),
-    **_all("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", missing("there is no loss vespo")),
+    **each("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", missing("there is no loss vespo")),
     "importance_sampling_level": fold("algorithm.loss.ratio", default="token"),
     "multi_objective_aggregation": fold("algorithm.groups.reward_scaling", default="sum_then_normalize"),
     "scale_rewards": fold("algorithm.advantage.scale"),
@@ -185,7 +180,7 @@ GRPO: Table = {
     "top_entropy_quantile": missing("all tokens of a completion are trained", 1, 1.0),
     "entropy_coef": key("algorithm.loss.entropy_coef", default=0.0),
     "use_adaptive_entropy": missing("the entropy bonus has one weight", name="algorithm.loss.entropy_coef"),
-    **_all(
+    **each(
         "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
         missing("of the adaptive entropy bonus alone"),
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-from rlflow.convert.rows import Table, as_list, fold, key, missing, unneeded
-from rlflow.recipe.schema import TrackerName
+from rlflow.recipe.foreign.rows import Table, as_list, fold, key, missing, unneeded
+from rlflow.recipe.tracking_blocks import TrackerName
 
 SCHEDULES = {
     "linear": "linear",
@@ -46,6 +46,9 @@ def trackers(value: Any) -> list[str] | None:
     return ["console", "jsonl", *known] if known else None
 
 
+PER_DEVICE = "is of all ranks together, whatever their number"
+ACCUMULATED = "is of a whole step; memory is bounded by trainer.tokens_per_micro_batch"
+PACKED = "bounds micro-batches, which are packed always"
 _LOGGED = "every step is logged, to metrics.jsonl, the console and report.html"
 _LOADER = "the data is read and tokenised once, before the first step"
 _RANKS = "rlflow starts its own processes, by Ray"
@@ -53,8 +56,8 @@ _EXPORT = "after the run: `rlflow export RUN --push hf:ORGANISATION/NAME`; the t
 
 TRAINING_ARGUMENTS: Table = {
     "output_dir": key("run.output_dir", read=str),
-    "per_device_train_batch_size": fold("data.prompts_per_step", default=8),
-    "gradient_accumulation_steps": fold("data.prompts_per_step", default=1),
+    "per_device_train_batch_size": fold("data.prompts_per_step", PER_DEVICE, default=8),
+    "gradient_accumulation_steps": fold("data.prompts_per_step", ACCUMULATED, default=1),
     "num_train_epochs": fold("run.epochs", default=3),
     "max_steps": fold("run.steps"),
     "learning_rate": key("trainer.learning_rate", default=5e-5),
@@ -62,7 +65,7 @@ TRAINING_ARGUMENTS: Table = {
         "trainer.schedule", "linear, cosine and constant are there", default="linear", read=schedule
     ),
     "lr_scheduler_kwargs": missing("the schedules here end at 0 and have no options"),
-    "warmup_ratio": fold("trainer.warmup_steps"),
+    "warmup_ratio": fold("trainer.warmup_steps", "counts steps, and is no share of them"),
     "warmup_steps": fold("trainer.warmup_steps"),
     "optim": key("trainer.optimizer.kind", "adamw, adamw_8bit and muon are there", read=optimizer),
     "optim_args": missing("trainer.optimizer has betas, eps and weight_decay"),
@@ -103,8 +106,8 @@ TRAINING_ARGUMENTS: Table = {
     "log_level_replica": unneeded(_LOGGED),
     "disable_tqdm": unneeded("without a terminal there are plain lines"),
     "report_to": fold("tracking"),
-    "run_name": unneeded("a run is called like its directory", "run.output_dir"),
-    "project": unneeded("set the tracker's variable: WANDB_PROJECT"),
+    "run_name": key("experiment.name", read=str),
+    "project": key("experiment.project", read=str),
     "trackio_space_id": missing("runs are tracked on this machine"),
     "trackio_bucket_id": missing("runs are tracked on this machine"),
     "trackio_static_space_id": missing("runs are tracked on this machine"),

@@ -5,7 +5,7 @@ Batches are counted in prompts there, as here. A block whose name ends in ``*`` 
 
 from __future__ import annotations
 
-from rlflow.convert.rows import Row, Table, fold, key, missing, unneeded
+from rlflow.recipe.foreign.rows import Row, Table, fold, key, missing, unneeded
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 
@@ -205,11 +205,8 @@ PPO: Table = {
     "trainer.val_before_train": missing("an evaluation begins before the first step", True, name="evaluation"),
     "trainer.val_only": missing("`rlflow eval MODEL` measures a model"),
     **_all("trainer", "resume_mode resume_from_path", unneeded("`rlflow run RECIPE --resume` goes on")),
-    **_all(
-        "trainer",
-        "project_name experiment_name",
-        unneeded("a run is called like its directory; WANDB_PROJECT is the tracker's"),
-    ),
+    "trainer.project_name": key("experiment.project", read=str),
+    "trainer.experiment_name": key("experiment.name", read=str),
     **_all(
         "trainer",
         "rollout_data_dir validation_data_dir log_val_generations",
@@ -285,7 +282,7 @@ SFT: Table = {
     "trainer.max_ckpt_to_keep": key("run.keep_checkpoints", read=_steps),
     "trainer.device": fold("trainer.gpus_per_worker"),
     "trainer.*": PPO["trainer.*"],
-    **_all("trainer", "project_name experiment_name", PPO["trainer.project_name"]),
+    **{name: PPO[name] for name in ("trainer.project_name", "trainer.experiment_name")},
     **_all("trainer", "resume_mode resume_from_path", PPO["trainer.resume_mode"]),
 }
 TABLES: dict[str, Table] = {"ppo": PPO, "sft": SFT}

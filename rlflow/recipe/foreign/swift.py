@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlflow.convert.hugging_face import TRAINING_ARGUMENTS, positive
-from rlflow.convert.rows import Row, Table, fold, key, missing, unneeded
-
-
-def _all(names: str, row: Row) -> dict[str, Row]:
-    return dict.fromkeys(names.split(), row)
+from rlflow.recipe.foreign.hugging_face import ACCUMULATED, PACKED, PER_DEVICE, TRAINING_ARGUMENTS, positive
+from rlflow.recipe.foreign.rows import Table, each, fold, key, missing, unneeded
 
 
 def _top_k(value: int) -> int:
@@ -36,8 +32,8 @@ _CACHED = "pre-tokenised sets of ms-swift are not read: name the set itself"
 
 _BASE: Table = {
     **TRAINING_ARGUMENTS,
-    "per_device_train_batch_size": fold("data.prompts_per_step", default=1),
-    "gradient_accumulation_steps": fold("data.prompts_per_step"),
+    "per_device_train_batch_size": fold("data.prompts_per_step", PER_DEVICE, default=1),
+    "gradient_accumulation_steps": fold("data.prompts_per_step", ACCUMULATED),
     "learning_rate": fold("trainer.learning_rate"),
     "lr_scheduler_type": key(
         "trainer.schedule",
@@ -48,7 +44,6 @@ _BASE: Table = {
     "weight_decay": key("trainer.optimizer.weight_decay", default=0.1),
     "adam_beta2": fold("trainer.optimizer.betas", default=0.95),
     "save_steps": fold("run.save_every", default=500),
-    "report_to": fold("tracking", default="tensorboard"),
     "resume_only_model": missing("name the old run's final/ as model.path", name="model.path"),
     # the model
     "model": key("model.path", read=str),
@@ -62,9 +57,9 @@ _BASE: Table = {
     "max_model_len": missing("set it in the model's config.json"),
     "new_special_tokens": missing("the tokenizer stays as it is"),
     "task_type": missing("classifiers, embeddings and rerankers are not trained", "causal_lm"),
-    **_all("num_labels problem_type mrl_dims", missing("classifiers, embeddings and rerankers are not trained")),
-    **_all("device_map max_memory", unneeded("FSDP2 or ZeRO shards a model over trainer.workers", "trainer.workers")),
-    **_all(
+    **each("num_labels problem_type mrl_dims", missing("classifiers, embeddings and rerankers are not trained")),
+    **each("device_map max_memory", unneeded("FSDP2 or ZeRO shards a model over trainer.workers", "trainer.workers")),
+    **each(
         "model_type template template_type agent_template local_repo_path custom_dataset_info", missing(_REGISTERED)
     ),
     "init_strategy": missing("weights that are missing are an error"),
@@ -87,15 +82,15 @@ _BASE: Table = {
     "quant_bits": fold("model.adapter.quantize"),
     "quant_method": fold("model.adapter.quantize"),
     "bnb_4bit_quant_type": fold("model.adapter.quantize", default="nf4"),
-    **_all(
+    **each(
         "bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_storage",
         unneeded("bitsandbytes' usual settings"),
     ),
     "lora_bias": missing("biases are not trained with an adapter"),
     "lora_dtype": unneeded("adapters are float32", "model.dtype"),
     "init_weights": missing("A is random, B is 0 (PEFT's default)", True, "true"),
-    **_all("target_regex target_parameters modules_to_save", missing("adapters are on linear layers that are named")),
-    **_all(
+    **each("target_regex target_parameters modules_to_save", missing("adapters are on linear layers that are named")),
+    **each(
         "hqq_axis adalora_target_r adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 "
         "adalora_beta2 adalora_orth_reg_weight llamapro_num_new_blocks llamapro_num_groups reft_layers reft_rank "
         "reft_intervention_type reft_args vera_rank vera_projection_prng_key vera_dropout vera_d_initial "
@@ -107,12 +102,12 @@ _BASE: Table = {
         "lora_ga_stable_gamma",
         missing(_TUNERS),
     ),
-    **_all(
+    **each(
         "freeze_parameters freeze_parameters_regex freeze_parameters_ratio trainable_parameters "
         "trainable_parameters_regex",
         missing(_FROZEN),
     ),
-    **_all(
+    **each(
         "freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr vit_gradient_checkpointing max_pixels norm_bbox "
         "vllm_limit_mm_per_prompt vllm_mm_processor_cache_gb",
         missing(_IMAGES, True),
@@ -131,27 +126,27 @@ _BASE: Table = {
     "dataset_shuffle": key("data.shuffle", default=True),
     "train_dataloader_shuffle": key("data.shuffle"),
     "strict": unneeded("always: data.train.max_bad_rows says how many rows may be left out", "data.train.max_bad_rows"),
-    **_all(
+    **each(
         "dataset_num_proc load_from_cache_file lazy_tokenize val_dataset_shuffle shuffle_buffer_size download_mode "
         "packing_num_proc packing_strategy packing_length",
         unneeded("the data is read and tokenised once, before the first step"),
     ),
-    "packing": fold("trainer.tokens_per_micro_batch"),
+    "packing": fold("trainer.tokens_per_micro_batch", PACKED),
     "padding_free": unneeded(
         "always: micro-batches are packed, and a sequence sees no other", "trainer.tokens_per_micro_batch"
     ),
     "streaming": missing("all rows are read before the first step"),
-    **_all("interleave_prob stopping_strategy", missing("several sets are concatenated", name="data.train")),
-    **_all(
+    **each("interleave_prob stopping_strategy", missing("several sets are concatenated", name="data.train")),
+    **each(
         "model_name model_author",
         missing("of swift/self-cognition alone: write {{NAME}} and {{AUTHOR}} into a file of your own"),
     ),
-    **_all("cached_dataset cached_val_dataset", missing(_CACHED)),
+    **each("cached_dataset cached_val_dataset", missing(_CACHED)),
     "disable_auto_column_mapping": unneeded(
         "data.train.columns names columns that are called otherwise", "data.train.columns"
     ),
     "use_chat_template": fold("data.train.format"),
-    **_all(
+    **each(
         "padding_side template_backend use_logits_to_keep acc_strategy is_binary_loss_scale disable_ignore_empty_think",
         unneeded("padding does not exist, and labels are masks"),
     ),
@@ -166,17 +161,19 @@ _BASE: Table = {
     "max_epochs": fold("run.epochs"),
     "early_stop_interval": missing("run.stop_at_score ends a run early", name="run.stop_at_score"),
     "callbacks": missing("callbacks are Python's: rlflow.run(recipe, callbacks=[...])"),
-    **_all("zero_hpz_partition_size", missing("see trainer.fsdp.replicas", name="trainer.fsdp.replicas")),
+    **each("zero_hpz_partition_size", missing("see trainer.fsdp.replicas", name="trainer.fsdp.replicas")),
     "deepspeed_autotp_size": missing("weights are sharded, not split"),
-    **_all("enable_dft_loss enable_channel_loss eval_metric", missing("sft is cross-entropy on the loss tokens")),
-    **_all("eval_use_evalscope eval_dataset eval_dataset_args eval_limit eval_generation_config", missing(_EVALSCOPE)),
-    **_all("predict_with_generate", missing("an evaluation block with a reward generates", name="evaluation.reward")),
-    **_all(
-        "swanlab_token swanlab_project swanlab_workspace swanlab_exp_name swanlab_notification_method "
-        "swanlab_webhook_url swanlab_secret swanlab_mode wandb_project wandb_exp_name",
-        unneeded("trackers are set up by their own variables (WANDB_PROJECT, SWANLAB_API_KEY)"),
+    **each("enable_dft_loss enable_channel_loss eval_metric", missing("sft is cross-entropy on the loss tokens")),
+    **each("eval_use_evalscope eval_dataset eval_dataset_args eval_limit eval_generation_config", missing(_EVALSCOPE)),
+    **each("predict_with_generate", missing("an evaluation block with a reward generates", name="evaluation.reward")),
+    **each("swanlab_project wandb_project", key("experiment.project", read=str)),
+    **each("swanlab_exp_name wandb_exp_name", key("experiment.name", read=str)),
+    "swanlab_workspace": key("experiment.entity", read=str),
+    **each(
+        "swanlab_token swanlab_notification_method swanlab_webhook_url swanlab_secret swanlab_mode",
+        unneeded("a tracker is set up by its own variables (SWANLAB_API_KEY)"),
     ),
-    **_all(
+    **each(
         "add_version create_checkpoint_symlink safe_serialization max_shard_size ignore_args_error load_args "
         "load_data_args use_flash_ckpt enable_npu_model_patch use_ray ray_exp_name device_groups logprobs "
         "top_logprobs num_beams stream stop_words infer_backend merge_lora custom_dataset_path gpu_memory",
@@ -190,7 +187,7 @@ _RLHF: Table = {
     "beta": fold("algorithm.kl.coef"),
     "ref_model": key("reference.path", read=str),
     "ref_adapters": missing("with an adapter the reference is the trainer with the adapter off"),
-    **_all("ref_model_type ref_model_revision reward_model_type reward_model_revision", missing(_REGISTERED)),
+    **each("ref_model_type ref_model_revision reward_model_type reward_model_revision", missing(_REGISTERED)),
     "label_smoothing": key("algorithm.preference.label_smoothing", read=positive, of="preference"),
     "rpo_alpha": key("algorithm.preference.sft_coef", read=positive, of="preference"),
     "cpo_alpha": fold("algorithm.preference.sft_coef", default=1.0),
@@ -199,7 +196,7 @@ _RLHF: Table = {
     "undesirable_weight": key("algorithm.preference.undesirable_weight", of="preference"),
     "center_rewards_coefficient": key("algorithm.preference.center_coef", of="preference"),
     "loss_type": fold("algorithm.loss"),
-    **_all("ld_alpha discopop_tau loss_weights f_divergence_type reference_free", missing("see algorithm.preference")),
+    **each("ld_alpha discopop_tau loss_weights f_divergence_type reference_free", missing("see algorithm.preference")),
     "max_completion_length": key("rollout.max_new_tokens", default=512, of="online"),
     "response_length": key("rollout.max_new_tokens", of="online"),
     "max_new_tokens": key("rollout.max_new_tokens", of="online"),
@@ -211,7 +208,7 @@ _RLHF: Table = {
     "reward_model": fold("rewards"),
     "reward_adapters": missing("merge it into the reward model"),
     "reward_model_plugin": missing("write it as a reward function", name="rewards"),
-    **_all(
+    **each(
         "teacher_model teacher_adapters teacher_model_type teacher_model_revision teacher_model_server "
         "teacher_tag_key teacher_deepspeed offload_teacher_model teacher_kl_coef lmbda sft_alpha gkd_logits_topk "
         "seq_kd advantage_reweight rlsd_lambda rlsd_reweight_clip_range rlsd_lambda_warmup_steps "
@@ -259,7 +256,7 @@ GRPO: Table = {
     "rollout_importance_sampling_threshold": fold("algorithm.correction.high", default=2.0),
     "off_policy_sequence_mask_delta": missing("see algorithm.correction.level", name="algorithm.correction.level"),
     "top_entropy_quantile": missing("all tokens of a completion are trained", 1, 1.0),
-    **_all("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", missing("the reference stays what it is")),
+    **each("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", missing("the reference stays what it is")),
     "async_generate": key(
         "run.max_staleness", "generation runs a step ahead", read=lambda value: 1 if value else None, of="online"
     ),
@@ -271,23 +268,23 @@ GRPO: Table = {
     "vllm_max_num_seqs": key("rollout.max_num_seqs", of="online"),
     "vllm_max_model_len": fold("data.max_prompt_tokens"),
     "num_infer_workers": key("rollout.workers", of="online"),
-    **_all(
+    **each(
         "vllm_server_host vllm_server_port vllm_server_base_url vllm_server_timeout vllm_server_group_port "
         "vllm_server_pass_dataset vllm_client_timeout",
         fold("rollout_server.urls"),
     ),
-    **_all(
+    **each(
         "sleep_level offload_model offload_optimizer gc_collect_after_offload move_model_batches",
         unneeded(_SIDE_BY_SIDE, "rollout.gpus_per_worker"),
     ),
-    **_all(
+    **each(
         "vllm_enforce_eager vllm_enable_prefix_caching vllm_disable_custom_all_reduce vllm_disable_cascade_attn "
         "vllm_use_async_engine vllm_enable_lora vllm_max_lora_rank vllm_device vllm_engine_kwargs "
         "vllm_pipeline_parallel_size vllm_data_parallel_size vllm_enable_expert_parallel vllm_speculative_config "
         "vllm_quantization vllm_reasoning_parser enable_flattened_weight_sync ds3_gather_for_generation",
         unneeded("rlflow sets its engines up", "rollout.engine"),
     ),
-    **_all(
+    **each(
         "lmdeploy_tp lmdeploy_session_len lmdeploy_cache_max_entry_count lmdeploy_quant_policy "
         "lmdeploy_vision_batch_size sglang_tp_size sglang_pp_size sglang_dp_size sglang_ep_size sglang_enable_ep_moe "
         "sglang_mem_fraction_static sglang_context_length sglang_disable_cuda_graph sglang_quantization "
@@ -296,23 +293,23 @@ GRPO: Table = {
         "sglang_speculative_num_draft_tokens",
         missing("engines are torch, vllm and http", name="rollout.engine"),
     ),
-    **_all("log_completions", unneeded("every rollout is in RUN/rollouts", "run.log_rollouts_every")),
-    **_all("log_entropy log_rollout_offpolicy_metrics", unneeded("always measured")),
-    **_all(
+    **each("log_completions", unneeded("every rollout is in RUN/rollouts", "run.log_rollouts_every")),
+    **each("log_entropy log_rollout_offpolicy_metrics", unneeded("always measured")),
+    **each(
         "multi_turn_scheduler multi_turn_func max_turns completion_length_limit_scope gym_env use_gym_env",
         missing(_TURNS),
     ),
-    **_all(
+    **each(
         "cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct "
         "cosine_max_len_value_correct cosine_max_len repetition_n_grams repetition_max_penalty soft_max_length "
         "soft_cache_length",
         fold("rewards"),
     ),
-    **_all(
+    **each(
         "fipo_decay_rate fipo_clip_range fipo_clip_high_only fipo_safety_threshold real_tau",
         missing("of losses that are not there"),
     ),
-    **_all(
+    **each(
         "router_replay_mode chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function "
         "chord_mu_warmup_steps chord_mu_decay_steps chord_mu_peak chord_mu_valley",
         missing("not there"),
@@ -339,12 +336,12 @@ MEGATRON: Table = {
     "save_interval": fold("run.save_every"),
     "save": key("run.output_dir", read=str),
     "load": missing("name a Hugging Face directory or id", name="model.path"),
-    **_all("fp8_recipe fp8_format fp8_param_gather fp4_format", missing("weights are not in 8 bits")),
+    **each("fp8_recipe fp8_format fp8_param_gather fp4_format", missing("weights are not in 8 bits")),
     "mtp_num_layers": missing("layers that predict further tokens are not trained"),
     "moe_expert_capacity_factor": missing("no token is dropped"),
     "mcore_model": missing("name a Hugging Face directory or id", name="model.path"),
     "optimizer_cpu_offload": missing("see trainer.fsdp.offload", name="trainer.fsdp.offload"),
-    **_all(
+    **each(
         "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size "
         "expert_tensor_parallel_size sequence_parallel recompute_method recompute_num_layers recompute_modules "
         "finetune save_safetensors no_save_optim no_save_rng no_load_optim no_load_rng cross_entropy_loss_fusion "
