@@ -44,6 +44,7 @@ LAYERS = (
     ("rlflow.model_source", "rlflow.ui"),
     ("rlflow.serving",),
     ("rlflow.inspection",),
+    ("rlflow.doctor",),
     ("rlflow.__main__", "rlflow.api", "rlflow.cli", "rlflow.results", "rlflow"),
 )
 """From the lowest up; modules of one layer may import each other. `rlflow` itself is the package's front door."""
@@ -58,6 +59,7 @@ WITHOUT_HEAVY_IMPORTS = {
     "rlflow.cli": HEAVY,
     "rlflow.convert": HEAVY,
     "rlflow.data": HEAVY,
+    "rlflow.doctor": HEAVY,
     "rlflow.garbage": HEAVY,
     "rlflow.in_process": HEAVY,
     "rlflow.inspection": HEAVY,

@@ -20,6 +20,7 @@ from rlflow.recipe.explain import validate
 from rlflow.recipe.local_paths import expand, make_absolute
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
+from rlflow.recipe.packaged import packaged_recipe
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
 from rlflow.recipe.schema import Recipe
@@ -50,8 +51,8 @@ def load_recipe(source: RecipeSource, overrides: Overrides = ()) -> list[Recipe]
     """The recipe's stages, resolved, in order; one for a recipe without ``stages``.
 
     Args:
-        source: A YAML file, in which ``extends: other.yaml`` names a file to start from; or a mapping of what such a
-            file would say; or recipes that are resolved.
+        source: A YAML file, in which ``extends: other.yaml`` names a file to start from; where there is none of that
+            name, a recipe that comes with rlflow; or a mapping of what such a file would say; or resolved recipes.
         overrides: ``"a.b.c=value"`` each, the value as YAML, or a mapping of such keys to values. They apply to every
             stage; ``stages.<name>.a.b.c`` applies to one. ``rewards.0.weight`` reaches into a list.
 
@@ -72,6 +73,8 @@ def load_located(source: RecipeSource, overrides: Overrides = ()) -> list[Locate
         path, document = Path("run"), _with_bases(document_of(source, GIVEN), Path(GIVEN), problems, ())
     else:
         path = Path(source)
+        if not path.exists() and (packaged := packaged_recipe(str(source))) is not None:
+            path = packaged
         document = _read_with_bases(path, problems, ())
     return _located(path, document, overrides, problems)
 
@@ -125,7 +128,7 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
         )
         raise RecipeError([Problem(str(path), None, "", said)])
     if not path.is_file():
-        raise RecipeError([Problem(str(path), None, "", f"there is no such file{_similar_file(path)}")])
+        raise RecipeError([Problem(str(path), None, "", f"there is no such file{_elsewhere(path)}")])
     return _with_bases(read_document(path, problems), path, problems, extended_by)
 
 
@@ -160,6 +163,13 @@ def _with_changes(document: Document, changes: Sequence[Change], problems: list[
     """The document with overrides; options in its files go that a kind named in an override does not have."""
     changed = apply(document, changes, problems)
     return without_other_kinds(changed, {path for path, place in changed.places.items() if place.line is None})
+
+
+def _elsewhere(path: Path) -> str:
+    """A file beside it that may be meant, or one that comes with rlflow."""
+    if packaged_recipe(path.stem) is not None:
+        return f" (one comes with rlflow: `{path.stem}` names it, `rlflow recipes {path.stem}` prints it)"
+    return _similar_file(path)
 
 
 def _similar_file(path: Path) -> str:
