@@ -23,7 +23,7 @@ from rlflow.serving.models import ServedModel, Settings, check_adapter, choose_e
 from rlflow.serving.next_commands import next_lines
 from rlflow.serving.sampling import Sampling, defaults_of
 from rlflow.serving.vllm_server import PROGRAM, command
-from tests.rlflow.serving.conftest import source_of
+from tests.rlflow.serving.conftest import oracle_of, source_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
@@ -246,6 +246,19 @@ def test_a_command_line_answers_a_data_set_with_rewards(
     output.write_text("".join(half[:2]))
     assert main([*words, "--resume"]) == 0
     assert output.read_text() == "".join(half)
+
+
+def test_a_command_line_answers_with_an_adapter_that_is_not_merged(
+    policy_dir: Path, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    left = str(adapter_dirs["left"])
+    for index, words in enumerate(([str(policy_dir), "--adapters", left], [left])):
+        output = tmp_path / f"answers-{index}.jsonl"
+        assert main(["infer", *words, "--data", str(data), "--output", str(output), "--max-new-tokens", "8"]) == 0
+        expected = oracle_of(policy_dir, adapter_dirs["left"]).answer([{"role": "user", "content": "1+1="}], 8)
+        assert json.loads(output.read_text())["response"] == expected
 
 
 def test_an_address_of_ipv6_is_listened_at() -> None:
