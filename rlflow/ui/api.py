@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import web
 
@@ -45,14 +46,26 @@ EPISODE_BYTES = 1 << 20
 MOST_MESSAGES = 200
 MOST_NEW_TOKENS = 32_768
 
-T = TypeVar("T")
+SUMMARY_SHARE = 20.0
+"""A summary that takes a second to make is shown for so many."""
+KEPT_SUMMARIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What was read of a stage, and until when it is good enough."""
+
+    summary: dict[str, Any]
+    expires: float
+    """On the monotonic clock."""
 
 
 class Api:
     def __init__(self, served: Served, recipes: Recipes, commands: Commands, chats: Chats) -> None:
         self.served, self.recipes, self.commands, self.chats = served, recipes, commands, chats
         self.list = RunList(served)
-        self._listing = asyncio.Lock()
+        self._listing, self._summing = asyncio.Lock(), asyncio.Lock()
+        self._summaries: dict[Path, Summary] = {}
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -84,13 +97,13 @@ class Api:
         async with self._listing:
             card = await asyncio.to_thread(self.list.card, name)
         before = self.commands.of_run(directory)
-        summary = await asyncio.to_thread(lambda: page_data.stage_summary(read_stage(directory)))
-        recipe = summary.pop("recipe")
+        async with self._summing:
+            summary = await asyncio.to_thread(self._summary, directory)
         shown = {
             "directory": str(self.served.root),
             "card": card,
-            "summary": summary,
-            "recipe": dump(recipe) if recipe else "",
+            "summary": {key: value for key, value in summary.items() if key != "recipe"},
+            "recipe": dump(summary["recipe"]) if summary["recipe"] else "",
             "logs": sorted(path.name for path in (directory / "logs").glob("*.log") if path.is_file()),
             "checkpoints": saved_steps(directory / "checkpoints"),
             "has_final": (directory / "final").is_dir(),
@@ -186,6 +199,19 @@ class Api:
                     raise Refusal(422, f"{key} is a number from {low:g} to {high:g}")
                 asked[key] = value
         return await self.chats.answer(request, text(body, "run"), asked)
+
+    def _summary(self, directory: Path) -> dict[str, Any]:
+        """A stage's summary, which reads all of its metrics: of a long run it is made anew now and then."""
+        known = self._summaries.get(directory)
+        if known is not None and time.monotonic() < known.expires:
+            return known.summary
+        begun = time.monotonic()
+        summary = page_data.stage_summary(read_stage(directory))
+        ended = time.monotonic()
+        if len(self._summaries) >= KEPT_SUMMARIES:
+            self._summaries.clear()
+        self._summaries[directory] = Summary(summary, ended + SUMMARY_SHARE * (ended - begun))
+        return summary
 
     def _shown(self, command: Command) -> dict[str, Any]:
         names = [self.served.name_of(Path(directory)) for directory in command.directories]

@@ -49,6 +49,14 @@ def serve_command(directory: Path, checkpoint: str | None) -> Sequence[str]:
     return [sys.executable, "-m", "rlflow", "serve", str(directory), *chosen, "--engine", "torch", "--port", "0"]
 
 
+def _reason(said: str) -> str:
+    """What an OpenAI server says against a request, in the form that OpenAI gives it or in any other."""
+    try:
+        return str(json.loads(said)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return said[:2000]
+
+
 def _end_with_parent() -> None:
     """Asks the kernel to end a new process with this one, however this one ends."""
     if sys.platform == "linux":
@@ -87,7 +95,7 @@ class ModelServer:
             self.url = await asyncio.wait_for(listening, START_SECONDS)
             async with asyncio.timeout(START_SECONDS):
                 self.model = await self._first_model(http)
-            self.state = "ready"
+            self.state, self.used = "ready", time.monotonic()
         except (TimeoutError, EOFError, aiohttp.ClientError, LookupError, ValueError) as error:
             self.said.append(str(error) or "it did not start in time")
             await self.end()
@@ -190,8 +198,7 @@ class Chats:
             asked = {**body, "model": server.model, "stream": True}
             async with http.post(url, json=asked) as answer:
                 if answer.status != 200:
-                    said = (await answer.content.read(2000)).decode(errors="replace")
-                    raise Refusal(422, f"the model's server refused: {said}")
+                    raise Refusal(422, f"the model's server refused: {_reason(await answer.text())}")
                 await response.prepare(request)
                 size = 0
                 async for data in answer.content.iter_any():
@@ -225,7 +232,7 @@ class Chats:
     async def _end_when_idle(self, server: ModelServer) -> None:
         while server.state != "ended":
             left = server.used + self._idle_s - time.monotonic()
-            if left <= 0 and not server.answering:
+            if left <= 0 and server.state == "ready" and not server.answering:
                 await server.end()
                 server.said.append(f"ended: nobody asked it anything for {self._idle_s:.0f} s")
                 return

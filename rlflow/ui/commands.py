@@ -86,7 +86,7 @@ class Commands:
                     f"the run would write to {directory}, which is not below {self._served.root}: set "
                     f"run.output_dir={self._served.root / recipe.stem}",
                 )
-            if (holder := holder_of(directory)) is not None and holder.is_alive:
+            if (holder := holder_of(directory)) is not None and holder.is_here and holder.is_alive:
                 raise Refusal(409, f"{directory} is in use by {holder}: stop that, or choose another run.output_dir")
         arguments = ["run", str(recipe), *overrides, *["--resume"] * resumes]
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

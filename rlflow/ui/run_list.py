@@ -5,9 +5,11 @@ Hundreds of runs are listed at once, so nothing here reads a whole file; a run t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import yaml
@@ -35,6 +37,8 @@ HEADLINES = (
     "loss/total",
 )
 """The first of these that a run has is what it is judged by at a glance."""
+UNUSUAL = 10.0
+"""A step that takes so many times as long as most had something else to do, such as loading a checkpoint."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -98,8 +102,9 @@ class RunList:
             "values": progress.values,
             "algorithm": progress.algorithm,
             "model": progress.model,
-            "can_stop": state in ("running", "starting"),
-            "can_resume": state in ("failed", "stopped", "finished"),
+            "can_stop": state in ("running", "starting") and (holder is None or holder.is_here),
+            # Of another machine nobody knows whether its process lives: the run itself finds out.
+            "can_resume": state in ("failed", "stopped", "finished") or not (holder is None or holder.is_here),
             "can_chat": progress.is_final or progress.saved is not None,
         }
 
@@ -131,7 +136,8 @@ def _read_progress(served: Served, directory: Path) -> Progress:
     rows: list[Row] = []
     recent: list[Row] = []
     if metrics.is_file() and served.name_of(metrics) is not None:
-        rows, recent = sample_rows(metrics, POINTS), tail_rows(metrics)
+        with contextlib.suppress(OSError):  # not ours to read, or just gone
+            rows, recent = sample_rows(metrics, POINTS), tail_rows(metrics)
     headline = first_present({key: 0.0 for row in rows for key in row}, HEADLINES)
     values = [number_in(row, headline) for row in rows] if headline is not None else []
     last = recent[-1] if recent else None
@@ -154,11 +160,13 @@ def _read_progress(served: Served, directory: Path) -> Progress:
 
 
 def _seconds_a_step(rows: list[Row]) -> float | None:
-    """How long a step takes now; step 0 is the measurement before the first."""
-    timed = [(row["step"], time) for row in rows if row["step"] > 0 and (time := number_in(row, "time")) is not None]
-    if len(timed) < 2 or timed[-1][0] <= timed[0][0]:
+    """How long a step takes now, with its share of evaluations and without starts, which a step after a pause has."""
+    taken = [number_in(row, "time/step_s") for row in rows if row["step"] > 0]
+    known = [seconds for seconds in taken if seconds is not None and seconds >= 0]
+    if not known:
         return None
-    return max(0.0, (timed[-1][1] - timed[0][1]) / (timed[-1][0] - timed[0][0]))
+    usual = [seconds for seconds in known if seconds <= UNUSUAL * median(known)]
+    return sum(usual) / len(usual)
 
 
 def _read_recipe(served: Served, path: Path) -> dict[str, Any]:

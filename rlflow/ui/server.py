@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ async def serve(settings: Settings, tell: Callable[[str], None]) -> None:
 def address(settings: Settings, addresses: Sequence[tuple]) -> str:
     """The link to open."""
     port = addresses[0][1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    name = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+    host = f"[{name}]" if ":" in name else name
     secret = "" if settings.token is None else f"?token={settings.token}"
     return f"http://{host}:{port}/{secret}"
 

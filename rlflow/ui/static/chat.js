@@ -9,8 +9,8 @@ export function chatView(host, state, { onLeave }) {
   const status = element("span", { className: "quiet" });
   const said = element("div", { role: "status" });
   const system = element("textarea", { id: "system", rows: 2, placeholder: "none" });
-  const temperature = number("temperature", 1, 0, 2, 0.1);
-  const longest = number("longest", 512, 1, 32768, 1);
+  const temperature = number("temperature", 0, 2, 0.1);
+  const longest = number("longest", 1, 32768, 1);
   const talk = element("div", { className: "talk" });
   talk.setAttribute("aria-live", "polite");
   const input = element("textarea", { id: "say", rows: 2, placeholder: "Say something; Enter sends, Shift+Enter starts a new line" });
@@ -55,6 +55,7 @@ export function chatView(host, state, { onLeave }) {
     notice(said, chat.state === "ended" || chat.state === "starting" ? chat.said.slice(-8).join("\n") : "", chat.state === "ended" ? "bad" : "plain");
     box.hidden = chat.state !== "ready" && !messages.length;
     load.disabled = chat.state === "starting";
+    load.className = chat.state === "ready" ? "" : "primary";
     send.disabled = chat.state !== "ready";
   }
 
@@ -73,7 +74,7 @@ export function chatView(host, state, { onLeave }) {
     send.onclick = () => answering?.abort();
     const before = system.value.trim() ? [{ role: "system", content: system.value }] : [];
     try {
-      const body = { run: state.run, messages: [...before, ...messages, asked], temperature: Number(temperature.value), max_tokens: Number(longest.value) };
+      const body = { run: state.run, messages: [...before, ...messages, asked], temperature: chosen(temperature), max_tokens: chosen(longest) };
       for await (const piece of pieces(await stream("/api/chat/completions", body, answering.signal))) {
         const { delta, finish_reason: reason } = piece.choices?.[0] ?? {};
         const thinking = delta?.reasoning_content ?? delta?.reasoning;
@@ -141,8 +142,13 @@ async function* pieces(reader) {
   }
 }
 
-function number(id, value, min, max, step) {
-  return element("input", { type: "number", id, value, min, max, step });
+/** A number that may be left to the server, which knows the run's own. */
+function number(id, min, max, step) {
+  return element("input", { type: "number", id, min, max, step, placeholder: "the run's" });
+}
+
+function chosen(input) {
+  return input.value === "" ? null : Number(input.value);
 }
 
 function field(id, text, input) {

@@ -2,8 +2,6 @@
 
 import { get } from "./api.js";
 
-const MORE_PANELS_EVERY_MS = 10_000;
-
 /** What was logged, metric by metric; grows with what is asked for since. */
 class History {
   constructor(run) {
@@ -79,7 +77,9 @@ export function curvesView(host, state, { onLeave }) {
     charts.addBars(main, "Where the time went, seconds a step", at.map((row) => history.steps[row]), parts, "s");
   };
 
+  let isStale = false;
   const draw = () => {
+    isStale = false;
     const { summary } = state.data;
     const [top, shown] = [window.scrollY, details.open];
     charts.clear();
@@ -107,7 +107,10 @@ export function curvesView(host, state, { onLeave }) {
   return {
     async update() {
       const isNew = await history.ask();
-      if (isNew || !main.children.length) draw();
+      isStale ||= isNew;
+      // A chart that somebody points at stays as it is meanwhile.
+      const isRead = main.querySelector(".plot:hover, .plot:focus") !== null;
+      if ((isStale && !isRead) || !main.children.length) draw();
     },
   };
 }

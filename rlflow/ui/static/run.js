@@ -54,13 +54,14 @@ export function showRun(view, run, parameters, context) {
     const facts = [card.algorithm, card.model, stepOf(card) && `step ${stepOf(card)}`];
     if (card.eta_s !== null) facts.push(`${duration(card.eta_s)} left`);
     facts.push(card.updated ? `last step ${ago(card.updated)}` : "");
-    const said = facts.filter(Boolean).map((fact) => element("span", { textContent: fact }));
+    const shown = facts.filter(Boolean).map((fact) => element("span", { textContent: fact }));
     if (card.state !== shownState) {
-      actions.replaceChildren(...(card.can_stop ? [stop] : card.can_resume ? again : []));
+      notice(said, ""); // what was asked for has come about
+      actions.replaceChildren(...(card.can_stop ? [stop] : []), ...(card.can_resume ? again : []));
       shownState = card.state;
     }
     const title = element("h1", { className: "small" }, run === "." ? "this directory" : run, " ", badge(card.state));
-    const parts = [element("div", { className: "title" }, title, actions), element("p", { className: "facts" }, ...said), progress(card)];
+    const parts = [element("div", { className: "title" }, title, actions), element("p", { className: "facts" }, ...shown), progress(card)];
     if (card.message) parts.push(element("p", { className: `notice ${card.state === "failed" ? "bad" : "plain"}`, textContent: card.message }));
     if (command) parts.push(element("p", { className: "quiet command" }, element("a", { href: `#/command/${command.id}`, textContent: command.command })));
     if (!head.contains(document.activeElement)) head.replaceChildren(...parts);

@@ -3,7 +3,9 @@
 import { get, post } from "./api.js";
 import { button, notice } from "./format.js";
 
-export function showStart(view, parameters, { onLeave }) {
+const DRAFT = "rlflow-start";
+
+export function showStart(view, parameters) {
   const files = element("select", { id: "file" });
   const gutter = element("pre", { className: "gutter" });
   gutter.setAttribute("aria-hidden", "true");
@@ -92,6 +94,7 @@ export function showStart(view, parameters, { onLeave }) {
     try {
       if (isStart) {
         const { command } = await post("/api/start", { ...body, save_as: saveAs.value.trim(), resume: resume.checked });
+        sessionStorage.removeItem(DRAFT);
         location.hash = `#/command/${command.id}`;
       } else {
         showVerdict(await post("/api/check", body));
@@ -107,16 +110,25 @@ export function showStart(view, parameters, { onLeave }) {
   files.addEventListener("change", choose);
   area.addEventListener("input", edited);
   area.addEventListener("scroll", () => (gutter.scrollTop = area.scrollTop));
-  const warn = (event) => area.value !== original && event.preventDefault();
-  window.addEventListener("beforeunload", warn);
-  onLeave(() => window.removeEventListener("beforeunload", warn));
+  // What was typed is still there when one comes back from another view, or loads the page again.
+  const keep = () => sessionStorage.setItem(DRAFT, JSON.stringify({ file: files.value, text: area.value, overrides: overrides.value }));
+  for (const field of [area, overrides]) field.addEventListener("input", keep);
+  const restore = () => {
+    const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
+    if (draft?.file !== files.value) return;
+    [area.value, overrides.value] = [draft.text, draft.overrides];
+    edited();
+  };
 
   get("/api/recipes").then(async (data) => {
     files.append(...data.files.map((file) => element("option", { value: file, textContent: file })));
     const wanted = parameters.get("file") ?? data.files.find((file) => file.endsWith("quickstart.yaml"));
     if (data.files.includes(wanted)) files.value = wanted;
     if (!data.files.length) notice(said, "There are no .yaml files in recipes/ of this directory, or of the one that rlflow ui was started in.");
+    const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
+    if (!parameters.has("file") && data.files.includes(draft?.file)) files.value = draft.file;
     await choose();
+    restore();
   }, (error) => notice(said, error.message));
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ FAKE_SERVE = Path(__file__).with_name("fake_serve.py")
 
 def fake(directory: Path, checkpoint: str | None) -> Sequence[str]:
     return [sys.executable, str(FAKE_SERVE), str(directory), str(checkpoint)]
+
+
+def has_ended(chats: Chats) -> Callable[[], Awaitable[bool]]:
+    async def ended() -> bool:
+        return chats.server is not None and chats.server.state == "ended"
+
+    return ended
 
 
 def is_alive(pid: int) -> bool:
@@ -63,7 +70,7 @@ def test_a_model_answers_through_this_server_and_ends_with_it(home: Path):
         assert await said(client, "a", "hello <b>you</b>") == (200, "model=fake hello <b>you</b> ")
         assert await said(client, "a", "again", temperature=0.5, evil=1) == (200, "model=fake temperature=0.5 again ")
         status, why = await said(client, "a", "refuse")
-        assert status == 422 and "no such thing" in why
+        assert (status, why) == (422, "the model's server refused: no such thing")
         for wrong in ({"temperature": "hot"}, {"temperature": -1}, {"max_tokens": 10**9}, {"messages": []}):
             assert (await said(client, "a", "x", **wrong))[0] == 422
         assert chats.server is not None and chats.server.process is not None
@@ -94,25 +101,31 @@ def test_one_model_is_loaded_at_a_time_and_one_that_cannot_be_says_why(home: Pat
     ask(home, talk, chats=chats)
 
 
-def test_a_model_that_nobody_talks_to_is_ended_and_one_that_dies_is_told_of(home: Path):
+def test_a_model_that_nobody_talks_to_is_ended(home: Path):
     write_run(home / "runs" / "a", 1)
-    chats = Chats(fake, idle_s=0.5)
+    chats = Chats(fake, idle_s=0.3)
 
     async def talk(client: Client) -> None:
         await opened(client, "a")
-
-        async def ended() -> bool:
-            assert chats.server is not None
-            return chats.server.state == "ended"
-
-        await until(ended)
+        assert chats.server is not None
+        await until(has_ended(chats))
+        assert "nobody asked it anything" in chats.server.said[-1]
         assert (await said(client, "a", "hello"))[0] == 409
+
+    ask(home, talk, chats=chats)
+
+
+def test_a_model_that_dies_in_mid_sentence_is_told_of(home: Path):
+    write_run(home / "runs" / "a", 1)
+    chats = Chats(fake)
+
+    async def talk(client: Client) -> None:
         await opened(client, "a")
         body = {"run": "a", "messages": [{"role": "user", "content": "die"}]}
         async with client.post("/api/chat/completions", json=body, headers=CHANGE) as response:
             data = await response.text()
             assert "model=fake" in data and "the answer was cut off" in data and "[DONE]" not in data
-        await until(ended)
+        await until(has_ended(chats))
 
     ask(home, talk, chats=chats)
 

@@ -42,7 +42,7 @@ def test_beyond_loopback_a_token_is_made_and_printed_and_sigterm_ends_the_server
         try:
             assert process.stderr is not None
             said = process.stderr.readline()
-            found = re.search(r"http://[\d.]+:(\d+)/(?:\?token=(\S+))?", said)
+            found = re.search(r"http://[^/]+:(\d+)/(?:\?token=(\S+))?", said)
             assert found is not None, said + process.stderr.read()
             port, token = found.groups()
             address = f"http://127.0.0.1:{port}/api/runs"

@@ -30,12 +30,30 @@ def test_a_run_at_work_has_its_step_the_time_that_is_left_and_a_curve(tmp_path: 
     assert list(shown["values"]) == sorted(shown["values"]) and 20 <= len(shown["values"]) <= 40
 
 
+def test_the_time_that_is_left_knows_evaluations_and_no_pauses(tmp_path: Path):
+    run = write_run(tmp_path / "a", 0, of=26)
+    write_lock(run, os.getpid())
+    seconds = [*[1.0] * 5, 500.0, *[1.0] * 7, 8.0]
+    rows = [{"step": n, "time": 10_000 * n, "time/step_s": taken} for n, taken in enumerate(seconds, start=1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert card(tmp_path, "a")["eta_s"] == pytest.approx(12 * (12 * 1.0 + 8.0) / 13)
+
+
 def test_a_run_that_ended_says_how_and_why(tmp_path: Path):
     for ending, message in (("finished", ""), ("stopped", "stopped after step 3"), ("failed", "out of memory")):
         run = write_run(tmp_path / ending, 3)
         write_outcome(run, ending, message)
         shown = card(tmp_path, ending)
         assert (shown["state"], shown["message"], shown["eta_s"]) == (ending, message, None)
+
+
+def test_a_run_of_another_machine_is_not_ours_to_stop_and_may_be_resumed_where_that_is_gone(tmp_path: Path):
+    run = write_run(tmp_path / "a", 3)
+    write_lock(run, os.getpid())
+    lock = json.loads((run / ".rlflow.lock").read_text())
+    (run / ".rlflow.lock").write_text(json.dumps({**lock, "host": "a-container-that-was-made-anew"}))
+    shown = card(tmp_path, "a")
+    assert (shown["state"], shown["can_stop"], shown["can_resume"]) == ("running", False, True)
 
 
 def test_a_run_that_was_killed_has_failed_although_it_was_stopped_well_before(tmp_path: Path):
