@@ -36,7 +36,8 @@ def make_run(directory: Path, steps: int, prompts: int, group: int, tokens: int)
     random = np.random.default_rng(0)
     (directory / "rollouts").mkdir(parents=True)
     letters = [chr(ord("a") + i) for i in range(26)]
-    words = ["".join(random.choice(letters, 1 + random.poisson(MEAN_LETTERS))) for _ in range(WORDS)]
+    drawn = ("".join(random.choice(letters, 2 + random.poisson(MEAN_LETTERS))) for _ in range(WORDS))
+    words = list(dict.fromkeys(drawn))
     tokenizer = build_character_tokenizer("x")
     tokenizer.add_tokens([f" {word}" for word in words])
     tokenizer.save_pretrained(directory / "final")
@@ -67,7 +68,7 @@ def make_group(random: np.random.Generator, words: list[str], index: int, size: 
     rollouts = []
     for _ in range(size):
         # As frequent as words are: the n-th with 1/n.
-        chosen = np.minimum(random.zipf(1.2, random.integers(tokens // 2, tokens * 3 // 2)), WORDS) - 1
+        chosen = np.minimum(random.zipf(1.2, random.integers(tokens // 2, tokens * 3 // 2)), len(words)) - 1
         reward = float(random.integers(2))
         rollouts.append(
             Rollout(

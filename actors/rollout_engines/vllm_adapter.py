@@ -14,14 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlflow.actors import adapters
+from rlflow.actors.rollout_engines.vllm_start import RANKS
 from rlflow.recipe import ModelBlock
 
 if TYPE_CHECKING:
     import vllm
     from vllm.lora.request import LoRARequest
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM's sizes of the buffers that hold A and B."""
 _MEMORY = Path("/dev/shm")
 _NAME, _ID = "policy", 1
 

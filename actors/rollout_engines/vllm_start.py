@@ -19,6 +19,9 @@ from rlflow.actors.rollout_engines.vllm_experts import expert_options
 if TYPE_CHECKING:
     import vllm
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's sizes of the buffers that hold an adapter's A and B."""
+
 
 def prepare_process(num_threads: int, log_path: Path | None) -> None:
     """Sets what vLLM reads at its import, its log and the number of threads: the one place that does.

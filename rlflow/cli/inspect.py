@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +69,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     from rlflow.inspection.filters import filter_records, sort_records
     from rlflow.inspection.selection import distinct, few_a_prompt, find_stage, load_records, steps_asked_for
+    from rlflow.progress import ProgressBar
     from rlflow.tracking.history import rollout_files
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -77,7 +77,8 @@ def execute(arguments: argparse.Namespace) -> int:
     is_replay = arguments.replay or arguments.rewards or arguments.recipe is not None
     stage = find_stage(arguments.run)
     steps = steps_asked_for(list(rollout_files(stage)), arguments.step, arguments.steps)
-    records = load_records(stage, steps, tokens=bool(arguments.tokens or is_replay))
+    with ProgressBar("reading rollouts", "steps") as bar:
+        records = load_records(stage, steps, tokens=bool(arguments.tokens or is_replay), tell=bar.update)
     chosen = filter_records(records, arguments.where) if arguments.where else records
     chosen = sort_records(chosen, arguments.sort, is_falling=arguments.descending) if arguments.sort else chosen
     chosen = distinct(chosen) if arguments.export is not None else chosen
@@ -141,10 +142,12 @@ def _replay(
     from rlflow.inspection.replay import companions, replay
     from rlflow.inspection.scorers import scorer_of
     from rlflow.inspection.show import show_causes, show_changes, show_difference
+    from rlflow.progress import ProgressBar
 
     scorer = scorer_of(stage, arguments.recipe, arguments.rewards)
     needed = companions(chosen, records, scorer.algorithm) if scorer.advantages else chosen
-    result = replay(needed, scorer, _progress())
+    with ProgressBar("scoring", "rollouts") as bar:
+        result = replay(needed, scorer, bar.update)
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     asked_for = {id(record) for record in chosen}
@@ -154,16 +157,3 @@ def _replay(
     show_causes(console, causes.most_common(SHOWN_CAUSES))
     for difference in largest(outcomes, SHOWN_DIFFERENCES):
         show_difference(console, difference, is_whole=arguments.full)
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Says on standard error how far a replay is, at most every two seconds, and nothing of a short one."""
-    said = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 2.0:
-            said = time.monotonic()
-            print(f"scored {done} of {total} rollouts", file=sys.stderr)
-
-    return tell

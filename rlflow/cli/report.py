@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    from rlflow.progress import ProgressBar
     from rlflow.tracking.report import ReportError, write_curve_svg, write_report
 
     try:
@@ -47,7 +48,11 @@ def execute(arguments: argparse.Namespace) -> int:
             write_curve_svg(arguments.directory, arguments.keys, arguments.curve)
             print(arguments.curve)
         else:
-            print(write_report(arguments.directory, compare=arguments.compare, output=arguments.output))
+            with ProgressBar("reading rollouts", "steps") as bar:
+                path = write_report(
+                    arguments.directory, compare=arguments.compare, output=arguments.output, tell=bar.update
+                )
+            print(path)
     except (HistoryError, ReportError) as error:
         print(error, file=sys.stderr)
         return 2

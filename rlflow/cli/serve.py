@@ -55,7 +55,6 @@ def make_parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> int:
     """The port is taken before the model is loaded: one that is in use costs no time."""
     from rlflow.serving.addresses import open_socket, token_for
-    from rlflow.serving.models import choose_engine
 
     given = dict(map(_named, arguments.adapters))
     if len(given) < len(arguments.adapters):
@@ -65,12 +64,30 @@ def execute(arguments: argparse.Namespace) -> int:
         settings = settings_of(arguments)
         model = _renamed(read_named_model(arguments, settings), arguments.name)
         adapters = find_adapters(given, model)
-        engine = choose_engine(arguments.engine)
-        if engine == "vllm":
+        if _choose_engine(arguments.engine, model) == "vllm":
             _become_vllm(model, adapters, settings, listening, arguments.host, token)
         else:
             _serve(model, adapters, settings, listening, arguments.host, token)
     return 0
+
+
+def _choose_engine(wanted: str, model: ServedModel) -> str:
+    """
+    Raises:
+        DataError: vLLM's server cannot be had for this model.
+    """
+    from rlflow.data.chat import only_characters
+    from rlflow.serving.models import choose_engine
+
+    characters = only_characters(model.tokenizer)
+    if characters is None:
+        return choose_engine(wanted)
+    if wanted == "vllm":
+        raise DataError(
+            f"--engine vllm: vLLM's server starts with texts of its own, and the tokenizer of {model.source.path} has "
+            f"{len(characters)} tokens and nothing for other characters: --engine torch"
+        )
+    return "torch"
 
 
 def _serve(

@@ -54,7 +54,7 @@ class Chat:
         ends = (tokenizer.eos_token_id, *(special[name] for name in (*closing, *markers)))
         self.end_ids = tuple(sorted({token for token in ends if isinstance(token, int)}))
         """eos and the chat template's end of turn."""
-        self._characters = _characters(tokenizer)
+        self._characters = only_characters(tokenizer)
         self._encoder = Encoder(tokenizer, self.end_ids)
         self.encode = self._encoder.encode
         self.encode_trained = self._encoder.encode_trained
@@ -325,7 +325,7 @@ def _moved(turn: Turn, start: int, by: int) -> Turn:
     return Turn(start, start, turn.end + by, follows_prompt=True)
 
 
-def _characters(tokenizer: PreTrainedTokenizerFast) -> set[str] | None:
+def only_characters(tokenizer: PreTrainedTokenizerFast) -> set[str] | None:
     """The characters of a character tokenizer, which has no token for any other; None of every other tokenizer."""
     from tokenizers.models import WordLevel
 

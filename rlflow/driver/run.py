@@ -59,7 +59,7 @@ from rlflow.plugins import load_plugin
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking import make_tracker, missing_packages
 from rlflow.tracking.redact import remember_secrets
-from rlflow.tracking.report import write_report
+from rlflow.tracking.report import ReportError, write_report
 from rlflow.tracking.tracker import StderrMessages, Tracker
 from rlflow.types import SamplingParams
 
@@ -242,12 +242,20 @@ def run_stage(
                     num_restarts=len(losses),
                 )
                 if "jsonl" in recipe.tracking:
-                    write_report(directory.path)
+                    _write_report(directory.path, tracker)
                 tracker.finish({})
     except (DataError, RunError, KeyboardInterrupt) as error:
         if not is_placed or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
             directory.discard()
         raise
+
+
+def _write_report(directory: Path, tracker: Tracker) -> None:
+    """Writes the run's page; what is trained is not lost where that cannot be."""
+    try:
+        write_report(directory)
+    except ReportError as error:
+        tracker.message(f"the run is whole, but for its report: {error}")
 
 
 @contextmanager

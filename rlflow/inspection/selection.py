@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlflow.data.errors import DataError
@@ -61,15 +61,25 @@ def steps_asked_for(known: Sequence[int], step: int | None, span: str | None) ->
     return meant
 
 
-def load_records(stage: Path, steps: Sequence[int], *, tokens: bool) -> list[RolloutRecord]:
-    """The rollouts of some steps, in order.
+def load_records(
+    stage: Path,
+    steps: Sequence[int],
+    *,
+    tokens: bool,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RolloutRecord]:
+    """The rollouts of some steps, in order. ``tell`` is called with how many steps were read, and of how many.
 
     Raises:
         DataError: A file cannot be read.
     """
     files = rollout_files(stage)
+    records: list[RolloutRecord] = []
     try:
-        return [record for step in steps for record in read_rollouts(files[step], tokens=tokens)]
+        for done, step in enumerate(steps, start=1):
+            records += read_rollouts(files[step], tokens=tokens)
+            tell(done, len(steps))
+        return records
     except RolloutFileError as error:
         raise DataError(str(error)) from error
 

@@ -35,7 +35,7 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
         tokens: The text of every token, to be shown with its logprob; None shows the completion as it was decoded.
     """
     console.print(
-        Rule(_heading(record), align="left", style="dim") if console.is_terminal else f"== {_heading(record)}"
+        Rule(Text(_heading(record)), align="left", style="dim") if console.is_terminal else f"== {_heading(record)}"
     )
     for message in record.messages:
         content = message.get("content")

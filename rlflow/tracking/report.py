@@ -10,7 +10,8 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SOURCES = Path(__file__).parent / "page"
 SCRIPTS = ("charts.js", "episodes.js", "page.js")
 MOST_POINTS = 2000
 """Curves of more steps are embedded as means of neighbours."""
+Tell = Callable[[int, int], None]
 NOT_COMPARED = frozenset({"run.output_dir"})
 """Keys in which two runs always differ."""
 
@@ -36,13 +38,20 @@ class ReportError(ValueError):
     """A page that cannot be written; the message says where, and what to do."""
 
 
-def write_report(run_directory: Path, *, compare: Sequence[Path] = (), output: Path | None = None) -> Path:
+def write_report(
+    run_directory: Path,
+    *,
+    compare: Sequence[Path] = (),
+    output: Path | None = None,
+    tell: Tell = lambda done, total: None,
+) -> Path:
     """Writes the page of a run, or of several over each other.
 
     Args:
         run_directory: A stage's directory, or one whose directories are the stages of a run.
         compare: Further runs.
         output: The page; ``report.html`` in the run's directory when absent.
+        tell: Called with how many steps' rollouts of a stage were read, and how many it has.
 
     Returns:
         The page's path.
@@ -51,20 +60,21 @@ def write_report(run_directory: Path, *, compare: Sequence[Path] = (), output: P
         HistoryError: There is no run in a directory.
         ReportError: The page cannot be written.
     """
-    page = render([run_directory, *compare])
+    page = render([run_directory, *compare], tell)
     path = run_directory / "report.html" if output is None else output
     temporary = path.with_name(f".{path.name}.writing")
     try:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         remedy = "name another file with -o" if output is None else "name a file in a directory that is there"
         raise ReportError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
     return path
 
 
-def render(runs: Sequence[Path]) -> str:
+def render(runs: Sequence[Path], tell: Tell = lambda done, total: None) -> str:
     """The page's text.
 
     Raises:
@@ -79,7 +89,7 @@ def render(runs: Sequence[Path]) -> str:
     for number, (name, group) in enumerate(matched):
         views = []
         for index, stage in group:
-            view, of_rollouts = _view(stage, names[index], f"{number}-{index}", budget)
+            view, of_rollouts = _view(stage, names[index], f"{number}-{index}", budget, tell)
             chunks |= of_rollouts
             views.append(view)
         differing = differences([stage.recipe for _, stage in group])
@@ -172,9 +182,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(f"{sum(known) / len(known):.6g}") if known else None
 
 
-def _view(stage: StageHistory, run: str, prefix: str, budget: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _view(stage: StageHistory, run: str, prefix: str, budget: int, tell: Tell) -> tuple[dict[str, Any], dict[str, str]]:
     """What the page's script is given of a stage, and the chunks of its rollouts."""
-    embedded = embed_rollouts(stage.directory, prefix, budget)
+    embedded = embed_rollouts(stage.directory, prefix, budget, tell)
     metrics = metrics_since(stage.directory)
     view = stage_summary(stage) | {
         "run": run,

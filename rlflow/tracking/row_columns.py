@@ -35,7 +35,7 @@ def keep_columns(columns: Mapping[str, Any]) -> KeptColumns:
         try:
             whole[name] = exact_json(value)
         except (TypeError, ValueError, RecursionError):
-            inexact[name] = str(value)
+            inexact[name] = _text_of(value)
     room = MOST_CHARACTERS
     for name in sorted(whole, key=lambda name: len(whole[name])):
         room -= len(whole[name])
@@ -49,6 +49,13 @@ def keep_columns(columns: Mapping[str, Any]) -> KeptColumns:
     }
     text = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {value}" for name, value in kept.items())
     return KeptColumns(f"{{{text}}}", tuple(name for name in columns if name in inexact))
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return str(value)
+    except (ValueError, RecursionError) as error:
+        return f"[{type(value).__name__}: {error}]"
 
 
 def exact_json(value: Any) -> str:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _FILE = "tokenizer.json"
+MOST_BYTES = 4
+"""Of a character in UTF-8: so many tokens of a byte each complete one, or are none."""
 
 
 def find_tokenizer(directory: Path, recipe: Mapping[str, Any]) -> Tokenizer | None:
@@ -39,10 +41,24 @@ def token_texts(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> list[s
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
-    texts = []
+    texts: list[str] = []
+    begun: list[int] = []
     for token in token_ids:
-        text = stream.step(tokenizer, int(token)) if tokenizer.id_to_token(int(token)) is not None else f"[{token}]"
+        if tokenizer.id_to_token(token) is None:
+            texts.append(f"[{token}]")
+            continue
+        begun.append(token)
+        try:
+            text, is_lost = stream.step(tokenizer, token), len(begun) >= MOST_BYTES
+        except Exception:  # the library raises no narrower class where bytes that are no UTF-8 change what came before
+            text, is_lost = None, True
+        if not text and is_lost:
+            stream = DecodeStream(skip_special_tokens=False)
+            text = tokenizer.decode(begun, skip_special_tokens=False)
         texts.append(text or "")
+        begun = [] if text else begun
+    if begun and texts:
+        texts[-1] += tokenizer.decode(begun, skip_special_tokens=False)
     return texts
 
 

@@ -134,7 +134,7 @@ class Episodes {
         "tr",
         { tabIndex: 0 },
         ...cells.map((text) => element("td", { className: "num", textContent: text })),
-        element("td", {}, element("span", { textContent: this.page.prompts[one.prompt].text.slice(0, 80) }), ...said),
+        element("td", {}, ...said, element("span", { textContent: this.page.prompts[one.prompt].text.slice(0, 80) })),
       );
       row.addEventListener("click", () => this.read(one));
       row.episode = one;

@@ -106,14 +106,15 @@ class Page {
 
   episodes(runs, name) {
     const having = runs.filter((run) => run.rollouts.some(({ chunk }) => chunk !== null));
-    for (const run of runs) for (const note of run.notes) this.stage.append(element("p", { className: "quiet", textContent: note }));
-    if (!having.length) return;
+    const notes = runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.run}: ${note}` : note)));
+    const said = notes.map((note) => element("p", { className: "quiet", textContent: note }));
+    if (!having.length) return this.stage.append(...said);
     const host = element("div");
     const open = (run) => {
       host.replaceChildren();
       new Episodes(host, run, unpack, this.tooltip);
     };
-    this.section("Rollouts");
+    this.section("Rollouts", ...said);
     if (having.length > 1) {
       const choice = element("select", { ariaLabel: "run" });
       fill(choice, having.map((run) => run.run), (run) => `rollouts of ${run}`);

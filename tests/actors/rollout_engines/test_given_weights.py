@@ -10,9 +10,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
 from rlflow.actors.rollout_engines.torch_engine import GROUPED_SLOTS, TorchEngine
+from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.types import SamplingParams
 from tests.actors.rollout_engines.engine_oracle import assert_logprobs_match, make_requests, random_policy, write_config
 
@@ -54,14 +56,31 @@ def test_two_torch_engines_share_a_model_and_take_turns(tmp_path: Path) -> None:
         assert_logprobs_match({0: oracle}, requests, [ended[request.id] for request in requests])
 
 
+def write_adapter(policy: Any, base: Path, directory: Path) -> Any:
+    """An adapter that changes what is written. Returns the policy with it, as PEFT reads it."""
+    adapted: Any = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(directory)
+    return adapted.eval()
+
+
 @pytest.mark.slow
-def test_a_vllm_engine_with_the_weights_of_its_directory_generates_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_vllm_engine_with_the_weights_of_its_directory_generates_at_once(tmp_path: Path, with_adapter: bool) -> None:
     pytest.importorskip("vllm")
     from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
 
-    policy = random_policy("tied", seed=0)
+    policy: Any = random_policy("tied", seed=0)
     policy.save_pretrained(tmp_path)
     write_config(policy, tmp_path)
+    adapted = None
+    if with_adapter:
+        policy = write_adapter(policy, tmp_path, tmp_path / "adapter")
+        adapted = ModelBlock(path=str(tmp_path), adapter=AdapterBlock(path=str(tmp_path / "adapter")))
     with mock.patch.dict(os.environ), mock.patch.object(torch, "set_num_threads", torch.set_num_threads):
         engine = VllmEngine(
             str(tmp_path),
@@ -75,6 +94,7 @@ def test_a_vllm_engine_with_the_weights_of_its_directory_generates_at_once(tmp_p
             trust_remote_code=False,
             log_path=tmp_path / "vllm.log",
             num_threads=1,
+            adapted=adapted,
             is_whole=True,
         )
         assert_generates_as_transformers(engine, policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import ScoredGroup
 from rlflow.driver.learner import Learner
 from rlflow.driver.rollout_report import RolloutReport
+from rlflow.driver.run import _write_report
 from rlflow.tracking.report import write_report
 from rlflow.tracking.rollouts import read_rollouts
 from rlflow.types import Sample
@@ -159,3 +161,11 @@ def test_why_a_reward_failed_in_an_evaluation_is_told(run, tmp_path):
     assert 0 < failed < 16
     told = f"evaluation heldout: {failed} of 16 completions could not be scored:\n  reward 'score', prompt 'rows:"
     assert told in (directory / "logs" / "run.log").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_told_of_and_ends_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "loss/sft": 0.5}\n')
+    (tmp_path / ".report.html.writing").mkdir()
+    told = []
+    _write_report(tmp_path, SimpleNamespace(message=told.append))
+    assert len(told) == 1 and "the run is whole, but for its report" in told[0] and "report.html cannot be" in told[0]

@@ -41,7 +41,11 @@ def policy_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def adapter_dirs(policy_dir: Path) -> dict[str, Path]:
-    """Two adapters that change what is written."""
+    return write_adapters(policy_dir)
+
+
+def write_adapters(policy_dir: Path) -> dict[str, Path]:
+    """Two that change what is written, beside the policy."""
     directories = {}
     for seed, name in enumerate(("left", "right"), 1):
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
+from rlflow.data.errors import DataError
 from rlflow.serving.models import ServedModel, Settings, open_streams, read_model
 from rlflow.serving.streams import Streams
 from tests.rlflow.serving.conftest import CONTEXT, Oracle, oracle_of, running, server_of, source_of
@@ -226,6 +229,32 @@ def test_an_engine_that_fails_is_said_to_everybody(served: ServedModel) -> None:
                 ask(client_of(url))
             assert raised.value.status_code == expected
     streams.close()
+
+
+def test_an_adapter_as_the_model_answers_beside_its_base(
+    policy_dir: Path, adapter_dirs: dict[str, Path], settings: Settings, oracle: Oracle
+) -> None:
+    model = read_model(source_of(adapter_dirs["left"], "trained"), settings)
+    streams = open_streams(model, "torch", {}, settings)
+    with running(server_of(model, streams)) as url:
+        client = client_of(url)
+        assert [one.id for one in client.models.list()] == ["policy", "trained"]
+        said = [ask(client, model=name, max_tokens=16).choices[0].message.content for name in ("trained", "policy")]
+    streams.close()
+    assert said == [oracle_of(policy_dir, adapter_dirs["left"]).answer(QUESTION, 16), oracle.answer(QUESTION, 16)]
+
+
+def test_an_adapter_of_a_model_of_another_shape_is_refused(
+    policy_dir: Path, adapter_dirs: dict[str, Path], settings: Settings, tmp_path: Path
+) -> None:
+    wrong = Path(shutil.copytree(adapter_dirs["left"], tmp_path / "wrong"))
+    weights = load_file(wrong / "adapter_model.safetensors")
+    missing = next(name for name in weights if "lora_B" in name)
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != missing}, wrong / "adapter_model.safetensors"
+    )
+    with pytest.raises(DataError, match=r"wrong is no adapter of this model: .*lora_B.* is not in both"):
+        open_streams(read_model(source_of(policy_dir), settings), "torch", {"wrong": wrong}, settings)
 
 
 def test_adapters_answer_under_their_names_beside_their_base(

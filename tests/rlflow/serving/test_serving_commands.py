@@ -22,8 +22,8 @@ from rlflow.serving.addresses import open_socket, token_for, url_of
 from rlflow.serving.models import ServedModel, Settings, check_adapter, choose_engine, names_of, read_model
 from rlflow.serving.next_commands import next_lines
 from rlflow.serving.sampling import Sampling, defaults_of
-from rlflow.serving.vllm_server import command
-from tests.rlflow.serving.conftest import source_of
+from rlflow.serving.vllm_server import PROGRAM, command
+from tests.rlflow.serving.conftest import oracle_of, source_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
@@ -64,7 +64,7 @@ def test_vllms_server_gets_the_same_models_names_and_defaults(
 ) -> None:
     model = replace(served, defaults=Sampling(0.7, 0.9, 5))
     words = command(model, adapter_dirs, Settings(max_model_len=64), "127.0.0.1", 8123, on_cpu=True)
-    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(policy_dir)]
+    assert words[: len(PROGRAM)] == list(PROGRAM) and option(words, "--model") == str(policy_dir)
     assert [option(words, f"--{name}") for name in ("host", "port", "served-model-name", "max-model-len")] == [
         *("127.0.0.1", "8123", "tiny", "64")
     ]
@@ -86,7 +86,8 @@ def test_vllms_server_takes_the_words_that_it_is_given(served: ServedModel, adap
     parser = make_arg_parser(FlexibleArgumentParser())
     for on_cpu in (True, False):
         words = command(served, adapter_dirs, Settings(), "127.0.0.1", 8123, on_cpu=on_cpu)
-        parsed = parser.parse_args(words[4:])
+        parsed = parser.parse_args(words[len(PROGRAM) :])
+        assert parsed.model == served.base.path
         assert [module.name for module in parsed.lora_modules] == ["left", "right"]
         assert parsed.enable_lora and parsed.port == 8123
 
@@ -97,7 +98,7 @@ def test_an_adapter_is_served_under_its_name_beside_its_base(
     model = read_model(source_of(adapter_dirs["left"], "trained"), settings)
     assert names_of(model, {"other": adapter_dirs["right"]}) == ["policy", "trained", "other"]
     words = command(model, {}, Settings(), "127.0.0.1", 1, on_cpu=True)
-    assert (words[4], option(words, "--served-model-name")) == (str(policy_dir), "policy")
+    assert [option(words, f"--{name}") for name in ("model", "served-model-name")] == [str(policy_dir), "policy"]
     assert json.loads(option(words, "--lora-modules"))["name"] == "trained"
     with pytest.raises(DataError, match="two models are called trained"):
         names_of(model, {"trained": adapter_dirs["right"]})
@@ -133,6 +134,15 @@ def test_vllm_without_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="vLLM is not installed"):
         choose_engine("vllm")
     assert choose_engine("auto") == choose_engine("torch") == "torch"
+
+
+def test_vllms_server_is_not_started_for_a_tokenizer_of_characters(
+    policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It renders texts of its own as it starts, and ends where a character has no token."""
+    pytest.importorskip("vllm")
+    assert main(["serve", str(policy_dir), "--port", "0", "--engine", "vllm"]) == 2
+    assert "nothing for other characters: --engine torch" in capsys.readouterr().err
 
 
 def test_answers_are_drawn_as_the_run_drew_them_or_as_the_generation_config_says() -> None:
@@ -236,6 +246,19 @@ def test_a_command_line_answers_a_data_set_with_rewards(
     output.write_text("".join(half[:2]))
     assert main([*words, "--resume"]) == 0
     assert output.read_text() == "".join(half)
+
+
+def test_a_command_line_answers_with_an_adapter_that_is_not_merged(
+    policy_dir: Path, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    left = str(adapter_dirs["left"])
+    for index, words in enumerate(([str(policy_dir), "--adapters", left], [left])):
+        output = tmp_path / f"answers-{index}.jsonl"
+        assert main(["infer", *words, "--data", str(data), "--output", str(output), "--max-new-tokens", "8"]) == 0
+        expected = oracle_of(policy_dir, adapter_dirs["left"]).answer([{"role": "user", "content": "1+1="}], 8)
+        assert json.loads(output.read_text())["response"] == expected
 
 
 def test_an_address_of_ipv6_is_listened_at() -> None:

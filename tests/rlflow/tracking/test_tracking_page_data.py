@@ -148,3 +148,28 @@ def test_a_recipe_that_is_none_is_named(tmp_path: Path, text: str | bytes) -> No
 def test_plain_data_is_json_whatever_it_was() -> None:
     given = {1: (math.nan, -math.inf, 2, True, None), "\ud83d": np.array([1.5, np.nan]), "path": Path("a/b")}
     assert plain(given) == {"1": [None, None, 2, True, None], "?": [1.5, None], "path": "a/b"}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_bytes_that_are_no_text_lose_no_token_and_no_letter(kind: str) -> None:
+    """Policies write such things; the library's own decoder of streams gives up on some."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from rlflow.tracking.token_texts import token_texts
+
+    if kind == "bytes":
+        vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257, "é": 258, "q": 259}
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        ids = random.integers(0, len(vocabulary) + 1, 40).tolist()
+        texts = token_texts(tokenizer, ids)
+        assert len(texts) == 40
+        joined = "".join(texts)
+        for text, token in (("q", vocabulary["q"]), ("b", vocabulary["b"]), ("[", len(vocabulary))):
+            assert joined.count(text) >= ids.count(token)
