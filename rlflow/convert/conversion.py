@@ -116,12 +116,18 @@ def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str]) ->
     for name, value in given.values.items():
         if given.spelled(name, value) not in said:
             row = find_row(given.table, name)
-            draft.note("unneeded", f"{given.text(name)}: nothing to set" + (f" ({row.key})" if row and row.key else ""))
+            is_part = (
+                row is not None and row.kind == "fold" and any(f"{key}.".startswith(f"{row.key}.") for key in kept)
+            )
+            where = f" ({row.key})" if row is not None and row.key else ""
+            draft.note(
+                "unneeded", f"{given.text(name)}: " + (f"in {row.key}" if row and is_part else f"nothing to set{where}")
+            )
     if environment:
         draft.note("unneeded", f"variables that rlflow does not read: {', '.join(sorted(environment))}")
     for name, value in draft.values.items():
-        if isinstance(value, str) and (unset := re.search(r"\$[\w{(][^/]*", value)):
-            draft.note("to do", f"{name}: {unset[0]} is not set in what was converted; write it out")
+        if isinstance(value, str) and (unset := re.search(r"\$(?!HOME\b)[\w{(][^/]*", value)):
+            draft.note("to do", f"{name}: {unset[0]} is not set in what was converted: set it, or write it out")
     for problem in problems_of(draft.values):
         draft.note("to do", f"{problem.key}: {problem.message}")
 

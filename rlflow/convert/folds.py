@@ -98,16 +98,16 @@ def set_precision(given: Given, draft: Draft, dtype: str, default: str) -> None:
         draft.note("missing", "float16 is not trained here (no loss scaling): bfloat16 in its stead")
 
 
-def set_adapter(given: Given, draft: Draft, family: str, *, rank: str, dropout_default: float) -> None:
+def set_adapter(given: Given, draft: Draft, family: str, *, rank: str) -> None:
     """LoRA and its kin, under the names that both frameworks have."""
     draft.set("model.adapter.rank", given[rank], given.text(rank))
     draft.set("model.adapter.alpha", given["lora_alpha"], given.text("lora_alpha"))
     dropout = given["lora_dropout"]
-    dropout = dropout_default if dropout is None else dropout
     if dropout and family == "sft":
         draft.set("model.adapter.dropout", dropout, given.text("lora_dropout"))
     elif dropout:
-        draft.note("missing", f"{given.text('lora_dropout')}: {LORA_DROPOUT}")
+        kind = "missing" if "lora_dropout" in given else "default"
+        draft.note(kind, f"{given.text('lora_dropout')}: {LORA_DROPOUT}")
     if given["use_dora"]:
         draft.set("model.adapter.kind", "dora", given.text("use_dora"))
     if given["use_rslora"]:
@@ -254,9 +254,10 @@ def rows_of(sources: list[dict[str, Any]]) -> int | None:
     return total
 
 
-def set_sources(draft: Draft, sources: list[dict[str, Any]], why: str) -> None:
+def set_sources(draft: Draft, sources: list[dict[str, Any]], why: str, columns: str = "") -> None:
+    """The training data. ``columns``: where their names come from."""
     if len(sources) == 1:
         for name, value in sources[0].items():
-            draft.set(f"data.train.{name}", value, why)
+            draft.set(f"data.train.{name}", value, columns if name == "columns" else why)
     elif sources:
         draft.set("data.train", sources, why)

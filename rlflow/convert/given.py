@@ -132,11 +132,13 @@ def _is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
 def _set(given: Given, draft: Draft, name: str, row: Row, value: Any) -> None:
     try:
         read = value if row.read is None else row.read(value)
-    except (ValueError, TypeError, KeyError):
-        draft.note("missing", f"{given.text(name)}: {row.note or f'no such value of {row.key}'}")
+    except ValueError as error:
+        draft.note("missing", f"{given.text(name)}: {error}")
+        return
+    except (TypeError, KeyError):
+        draft.note("missing", f"{given.text(name)}: no such value of {row.key}")
         return
     if read is None:
-        draft.note("unneeded", f"{given.text(name)}: {row.note or f'{row.key} as it is'}")
         return
     why = given.text(name)
     draft.set(row.key, read, f"{why}: {row.note}" if row.note else why)

@@ -9,28 +9,32 @@ from rlflow.convert.commands import Invocation
 from rlflow.convert.given import Note, flags_of
 from rlflow.recipe.foreign.rows import as_list
 
+_SAMPLING = {
+    "infer_backend": "--engine",
+    "system": "--system",
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "seed": "--seed",
+}
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "infer": (
         "infer",
+        {**_SAMPLING, "val_dataset": "--data", "result_path": "--output", "val_dataset_sample": "--rows"},
+    ),
+    "app": ("infer", _SAMPLING),
+    "deploy": (
+        "serve",
         {
-            "val_dataset": "--data",
-            "result_path": "--output",
-            "system": "--system",
+            "host": "--host",
+            "port": "--port",
+            "api_key": "--token",
+            "adapters": "--adapters",
+            "served_model_name": "--name",
             "infer_backend": "--engine",
-            "max_new_tokens": "--max-new-tokens",
-            "temperature": "--temperature",
         },
     ),
-    "app": (
-        "infer",
-        {
-            "system": "--system",
-            "infer_backend": "--engine",
-            "max_new_tokens": "--max-new-tokens",
-            "temperature": "--temperature",
-        },
-    ),
-    "deploy": ("serve", {"host": "--host", "port": "--port", "api_key": "--token", "adapters": "--adapters"}),
     "rollout": ("", {}),
     "export": (
         "export",
@@ -43,7 +47,16 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "merge-lora": ("export", {"output_dir": ""}),
-    "eval": ("eval", {"eval_dataset": "--sets", "eval_limit": "--rows"}),
+    "eval": (
+        "eval",
+        {
+            "eval_dataset": "--sets",
+            "eval_limit": "--limit",
+            "temperature": "--temperature",
+            "eval_output_dir": "--output",
+            "system": "--system",
+        },
+    ),
     "web-ui": ("ui", {"server_name": "--host", "server_port": "--port"}),
 }
 """ms-swift's verb -> rlflow's command, and its flags -> ours; an empty one is an argument without a name."""

@@ -54,7 +54,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines) -> Draft | None:
     apply_rows(_without(given, _of_others(kind)), draft, family)
     _set_model(given, draft, family)
     sources = [source for text in as_list(given["dataset"]) for source in sources_of(str(text), given)]
-    folds.set_sources(draft, sources, given.text("dataset"))
+    folds.set_sources(draft, sources, given.text("dataset"), given.text("columns"))
     if not sources:
         draft.note("to do", "no --dataset is given: set data.train.path")
     _set_lengths(given, draft, verb, family)
@@ -152,7 +152,7 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
             "to do", "a learning rate of an adapter is too large for all weights: set trainer.learning_rate, e.g. 1e-5"
         )
     elif is_adapted:
-        folds.set_adapter(given, draft, family, rank="lora_rank", dropout_default=0.05)
+        folds.set_adapter(given, draft, family, rank="lora_rank")
         targets = as_list(given["target_modules"] or given["lora_target_modules"])
         if targets and targets != ["all-linear"]:
             draft.set("model.adapter.target_modules", targets, given.texts("target_modules", "lora_target_modules"))

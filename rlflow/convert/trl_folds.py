@@ -73,7 +73,7 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
         draft.set("model.liger", True, given.text("use_liger_kernel"))
     if not given["use_peft"]:
         return
-    folds.set_adapter(given, draft, family, rank="lora_r", dropout_default=0.0)
+    folds.set_adapter(given, draft, family, rank="lora_r")
     targets = as_list(given["lora_target_modules"])
     if targets and targets != ["all-linear"]:
         draft.set("model.adapter.target_modules", targets, given.text("lora_target_modules"))

@@ -71,8 +71,6 @@ def draft_of(verb: str, given: Given, machines: folds.Machines) -> Draft:
         gpus = folds.Machines(0, given.text("trainer.device"))
     tensor = given[f"{ROLLOUT}.tensor_model_parallel_size"] if verb == "ppo" else 1
     folds.set_machines(draft, gpus, generates=verb == "ppo", shared=True, engine_gpus=min(tensor, max(1, gpus.gpus)))
-    if name == "ppo" and gpus.gpus:
-        draft.note("to do", "the critic needs GPUs of its own here: set algorithm.critic.workers and gpus_per_worker")
     return draft
 
 
@@ -115,7 +113,7 @@ def _set_data(given: Given, draft: Draft, verb: str) -> list[dict[str, Any]]:
             "default", "the answer is the ground_truth of the column reward_model, as verl's preprocessing writes it"
         )
     sources = [{name: value for name, value in source.items() if value} for source in sources]
-    folds.set_sources(draft, sources, given.texts("data.train_files", "data.train_max_samples"))
+    folds.set_sources(draft, sources, given.texts("data.train_files", "data.train_max_samples"), "as verl's rows are")
     held_out = as_list(given["data.val_files"])
     if held_out and held_out != ["null"]:
         draft.set("evaluation.data.path", str(held_out[0]), given.text("data.val_files"))

@@ -28,10 +28,16 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", "
 
 
 def optimizer(name: str) -> str:
+    """Raises ValueError: there is none of this name."""
+    if name not in OPTIMIZERS:
+        raise ValueError("adamw, adamw_8bit and muon are there, and your own by file.py:function")
     return OPTIMIZERS[name]
 
 
 def schedule(name: str) -> str:
+    """Raises ValueError: there is none of this name."""
+    if name not in SCHEDULES:
+        raise ValueError("linear, cosine and constant are there")
     return SCHEDULES[name]
 
 
@@ -42,7 +48,8 @@ def positive(value: float) -> float | None:
 
 def trackers(value: Any) -> list[str] | None:
     """The trackers that there are here; the recipe's own default where there is none of them."""
-    known = [name for name in as_list(value) if name in typing.get_args(TrackerName)]
+    there = [name for name in typing.get_args(TrackerName) if name not in ("console", "jsonl")]
+    known = [name for name in as_list(value) if name in there]
     return ["console", "jsonl", *known] if known else None
 
 
@@ -61,13 +68,11 @@ TRAINING_ARGUMENTS: Table = {
     "num_train_epochs": fold("run.epochs", default=3),
     "max_steps": fold("run.steps"),
     "learning_rate": key("trainer.learning_rate", default=5e-5),
-    "lr_scheduler_type": key(
-        "trainer.schedule", "linear, cosine and constant are there", default="linear", read=schedule
-    ),
+    "lr_scheduler_type": key("trainer.schedule", default="linear", read=schedule),
     "lr_scheduler_kwargs": missing("the schedules here end at 0 and have no options"),
     "warmup_ratio": fold("trainer.warmup_steps", "counts steps, and is no share of them"),
     "warmup_steps": fold("trainer.warmup_steps"),
-    "optim": key("trainer.optimizer.kind", "adamw, adamw_8bit and muon are there", read=optimizer),
+    "optim": key("trainer.optimizer.kind", read=optimizer),
     "optim_args": missing("trainer.optimizer has betas, eps and weight_decay"),
     "optim_target_modules": missing("GaLore and its kin are not there"),
     "weight_decay": key("trainer.optimizer.weight_decay", default=0.0),

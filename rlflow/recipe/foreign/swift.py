@@ -37,7 +37,6 @@ _BASE: Table = {
     "learning_rate": fold("trainer.learning_rate"),
     "lr_scheduler_type": key(
         "trainer.schedule",
-        "linear, cosine and constant are there",
         default="cosine",
         read=TRAINING_ARGUMENTS["lr_scheduler_type"].read,
     ),
@@ -73,7 +72,7 @@ _BASE: Table = {
     "adapters": fold("model.adapter.path"),
     "lora_rank": fold("model.adapter.rank", default=8),
     "lora_alpha": fold("model.adapter.alpha", default=32),
-    "lora_dropout": fold("model.adapter.dropout"),
+    "lora_dropout": fold("model.adapter.dropout", default=0.05),
     "target_modules": fold("model.adapter.target_modules"),
     "lora_target_modules": fold("model.adapter.target_modules"),
     "use_dora": fold("model.adapter.kind"),
@@ -322,9 +321,7 @@ MEGATRON: Table = {
     "lr": fold("trainer.learning_rate"),
     "lr_warmup_fraction": fold("trainer.warmup_steps"),
     "lr_warmup_iters": fold("trainer.warmup_steps"),
-    "lr_decay_style": key(
-        "trainer.schedule", "linear, cosine and constant are there", read=TRAINING_ARGUMENTS["lr_scheduler_type"].read
-    ),
+    "lr_decay_style": key("trainer.schedule", read=TRAINING_ARGUMENTS["lr_scheduler_type"].read),
     "min_lr": missing("the schedules here end at 0"),
     "train_iters": fold("run.steps"),
     "clip_grad": key("trainer.max_grad_norm", read=positive),
