@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -34,9 +33,7 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
         is_whole: Long texts are not cut.
         tokens: The text of every token, to be shown with its logprob; None shows the completion as it was decoded.
     """
-    console.print(
-        Rule(Text(_heading(record)), align="left", style="dim") if console.is_terminal else f"== {_heading(record)}"
-    )
+    console.print(Text(f"== {_heading(record)}", style="bold"), soft_wrap=True)
     for message in record.messages:
         content = message.get("content")
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)

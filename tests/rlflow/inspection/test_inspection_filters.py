@@ -75,6 +75,7 @@ def found(where: str) -> list[int]:
         ("'raised' in error and matches(error, '^math')", [1]),
         ("answer == '72'", [0]),
         ("answer in ['7', '72']", [0, 2]),
+        ("answer not in ['7']", [0]),
         ("number(answer) < 10", [2]),
         ("len(answer) == 1", [2]),
         ("level > 3", [0]),

@@ -221,11 +221,11 @@ def test_runs_are_drawn_over_each_other(tab: Tab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_window_in_the_dark_or_in_the_light(tab: Tab, page: str, width: int) -> None:
-    inks = set()
+    inks = {}
     for dark in (False, True):
         tab.look(width, 800, dark=dark)
         tab.open(page)
         tab.wait("document.querySelectorAll('.episodes tbody tr').length")
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        inks.add(tab.evaluate("getComputedStyle(document.body).color"))
-    assert inks == {"rgb(29, 35, 48)", "rgb(230, 233, 239)"}
+        inks[dark] = tab.evaluate("getComputedStyle(document.body).color")
+    assert inks == {False: "rgb(29, 35, 48)", True: "rgb(230, 233, 239)"}
