@@ -28,6 +28,7 @@ REWARDS = {
     "repetition": "rlflow.rewards.lengths:repetition",
     "soft_overlong": "rlflow.rewards.lengths:soft_overlong",
     "reward_model": "rlflow.rewards.reward_model:RewardModel",
+    "python_tests": "rlflow.rewards.python_tests:PythonTests",
 }
 """Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
 

@@ -43,7 +43,7 @@ LAYERS = (
     ("rlflow.actor_groups", "rlflow.driver", "rlflow.in_process", "rlflow.placement", "rlflow.ray_cluster"),
     ("rlflow.model_source", "rlflow.ui"),
     ("rlflow.serving",),
-    ("rlflow.inspection",),
+    ("rlflow.evaluation_sets", "rlflow.inspection"),
     ("rlflow.doctor",),
     ("rlflow.__main__", "rlflow.api", "rlflow.cli", "rlflow.results", "rlflow"),
 )

@@ -1,0 +1,1 @@
+"""Measuring a model on sets of problems: what `rlflow eval` does."""
