@@ -5,11 +5,14 @@ state-*.safetensors   float32 or as trained, any number of ranks --> the files o
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlflow.actors import adapters
@@ -45,6 +48,7 @@ def export_saved(
         ValueError: The checkpoint is of another model, or what training started from cannot be read.
         DiskError: It cannot be written.
     """
+    _quiet_libraries()
     tokenizer = None
     if block.adapter is not None:
         model = _adapted_without_values(block, seed)
@@ -60,6 +64,14 @@ def export_saved(
         write_trained(model, block, directory, weights)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
+
+
+def _quiet_libraries() -> None:
+    """What they say of themselves while they load and write is not for somebody who wants a model."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Otherwise DeepSpeed, which transformers imports where it is installed, warns of having looked for a device.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _places_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlflow.rewards.answers import without_thoughts
-from rlflow.rewards.plugins import RewardError
+from rlflow.rewards.resolving import RewardError
 from rlflow.rewards.sandbox import Limits, require_isolation, run_python
 
 _FENCE = re.compile(

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rlflow.rewards.plugins import RewardError
+from rlflow.rewards.resolving import RewardError
 from rlflow.rewards.sandbox_child import NOT_ISOLATED
 
 _RUNNER = """\

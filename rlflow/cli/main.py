@@ -30,6 +30,7 @@ COMMANDS = (
     "completion",
     "infer",
     "serve",
+    "eval",
 )
 """Each is a module of rlflow.cli, imported when the command is called."""
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlflow.evaluation_sets.statistics import estimate, majority_at_k, pass_at_k
+from rlflow.evaluation_sets.estimates import estimate, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize(("num_samples", "num_passed"), [(5, 0), (5, 2), (6, 5), (4, 4)])

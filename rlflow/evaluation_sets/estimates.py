@@ -31,9 +31,9 @@ class Estimate:
 def estimate(values_P: Sequence[float], confidence: float = 0.95) -> Estimate:
     r"""The mean of numbers in [0, 1], one a problem, with its confidence interval over draws of problems.
 
-    Wilson's score interval with the effective number of problems $n_e = p (1 - p) / s^2$, where $s$ is the standard
-    error of the mean (Dean and Pagano 2015, Journal of Survey Statistics and Methodology 3). Of verdicts
-    of 0 or 1 it is about Wilson's own with n problems, and narrower where several samples a problem say more than one. Where all
+    Wilson's score interval with the effective number of problems $n_e = p (1 - p) / s^2$, $s$ being the standard error
+    of the mean (Dean and Pagano 2015, Journal of Survey Statistics and Methodology 3). Of verdicts of 0 or 1 it is
+    Wilson's own with n - 1 in the place of n, and narrower where several samples a problem say more than one. Where all
     numbers are the same nobody knows their spread: then $n_e = n$, and the interval of 0 of n is no point.
 
     Raises:
