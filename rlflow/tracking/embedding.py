@@ -81,14 +81,9 @@ def step_page(stage: Path, step: int, *, tokens: bool) -> dict[str, Any]:
     Raises:
         RolloutFileError: The file cannot be read.
     """
-    page = episodes(stage, step, limit=MOST_EPISODES, tokens=tokens)
-    room = MOST_TOKENS
+    page = episodes(stage, step, limit=MOST_EPISODES, most_tokens=MOST_TOKENS if tokens else 0)
     for one in page["episodes"]:
         one["completion"] = shorten(one["completion"])
-        room -= one["num_tokens"]
-        if room < 0:
-            for key in ("tokens", "logprobs", "versions"):
-                one.pop(key, None)
     for prompt in page["prompts"]:
         prompt["text"] = shorten(prompt["text"])
         for message in prompt["messages"]:

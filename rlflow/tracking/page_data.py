@@ -87,12 +87,17 @@ def metrics_since(stage: Path, step: int = -1) -> dict[str, Any]:
     }
 
 
-def episodes(stage: Path, step: int, offset: int = 0, limit: int = NO_LIMIT, *, tokens: bool = True) -> dict[str, Any]:
+def episodes(
+    stage: Path, step: int, offset: int = 0, limit: int = NO_LIMIT, *, most_tokens: int = NO_LIMIT
+) -> dict[str, Any]:
     """Rollouts of a step, in the order of their file: rows ``offset`` to ``offset + limit``.
 
+    Args:
+        most_tokens: The first episodes have tokens, as many as have no more of them together; 0 leaves all out.
+
     Returns:
-        ``prompts``, each once, and ``episodes``, which name theirs by its index. With ``tokens`` an episode has each
-        token's text and logprob, and runs of equal versions as [version, tokens]; the version is -1, and the logprob
+        ``prompts``, each once, and ``episodes``, which name theirs by its index. An episode that has tokens has each
+        one's text and logprob, and runs of equal versions as [version, tokens]; the version is -1, and the logprob
         null, where the policy did not write it. ``has_texts`` is false where no tokenizer was found and texts are ids.
 
     Raises:
@@ -106,17 +111,22 @@ def episodes(stage: Path, step: int, offset: int = 0, limit: int = NO_LIMIT, *, 
             f"{stage}: no rollouts of step {step}; {known}. Runs keep those of every run.log_rollouts_every-th step"
         )
     path = files[step]
-    records = read_rollouts(path, tokens=tokens, rows=slice(offset, offset + limit))
-    tokenizer = find_tokenizer(stage, _recipe_of(stage)) if tokens else None
+    records = read_rollouts(path, tokens=False, rows=slice(offset, offset + limit))
+    ends = np.cumsum([record.num_tokens for record in records])
+    num_with_tokens = int((ends <= most_tokens).sum()) if most_tokens else 0
+    with_tokens = read_rollouts(path, rows=slice(offset, offset + num_with_tokens)) if num_with_tokens else []
+    tokenizer = find_tokenizer(stage, _recipe_of(stage)) if with_tokens else None
     prompts: dict[tuple[str, int], int] = {}
     shown, listed = [], []
-    for row, record in enumerate(records, start=offset):
+    for row, record in enumerate(records):
         key = (record.prompt_id, record.epoch)
         if key not in prompts:
             prompts[key] = len(prompts)
             shown.append(_prompt(record))
-        of_tokens = _tokens(record, token_texts(tokenizer, record.token_ids.tolist())) if tokens else {}
-        listed.append({"row": row, "prompt": prompts[key], **_episode(record), **of_tokens})
+        episode = {"row": offset + row, "prompt": prompts[key], **_episode(record)}
+        if row < num_with_tokens:
+            episode |= _tokens(with_tokens[row], token_texts(tokenizer, with_tokens[row].token_ids.tolist()))
+        listed.append(episode)
     total = num_rollouts(path)
     page = {"step": step, "total": total, "offset": offset, "prompts": shown, "episodes": listed}
     return plain(page | {"has_texts": tokenizer is not None})

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,9 +170,14 @@ def read_rollouts(path: Path, *, tokens: bool = True, rows: slice = slice(None))
     lengths = _num_tokens(path, "is_sampled" if "is_sampled" in names else "token_ids", names)[rows]
     table = _read(path, [name for name in names if tokens or name not in _TOKEN_COLUMNS])
     start, stop, _ = rows.indices(table.num_rows)
+    table = table.slice(start, max(0, stop - start))
+    of_tokens = [name for name in table.column_names if name in _TOKEN_COLUMNS]
+    arrays = {name: _arrays(table[name]) for name in of_tokens}
     step = step_of(path)
-    records = table.slice(start, max(0, stop - start)).to_pylist()
-    return [_record(row, step, length, path) for row, length in zip(records, lengths, strict=True)]
+    return [
+        _record(row | {name: arrays[name][i] for name in of_tokens}, step, lengths[i], path)
+        for i, row in enumerate(table.drop_columns(of_tokens).to_pylist())
+    ]
 
 
 def read_errors(path: Path) -> list[str]:
@@ -249,6 +255,13 @@ def _num_tokens(path: Path, name: str, names: Sequence[str]) -> list[int]:
     flat = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
     sums = np.concatenate([[0], np.cumsum(flat)])
     return (sums[offsets[1:]] - sums[offsets[:-1]]).tolist()
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The rows of a list column, without a Python object a token."""
+    lists: Any = column.combine_chunks()
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
 def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> RolloutRecord:

@@ -223,6 +223,7 @@ class Episodes {
     if (prompt.opened) completion.append(element("span", { className: "opened", textContent: prompt.opened }));
     const heading = element("h5", { textContent: "completion" });
     if (one.tokens) heading.append(this.colorChoice());
+    else if (this.kept[this.at].has_tokens) heading.append(" (its tokens are not in this page)");
     if (one.tokens && this.color !== "nothing") completion.append(...this.coloredTokens(one));
     else completion.append(one.completion);
     return element("div", {}, ...messages.flat(), heading, completion);

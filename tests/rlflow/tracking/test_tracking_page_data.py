@@ -94,7 +94,7 @@ def test_without_a_tokenizer_a_tokens_text_is_its_id_and_without_tokens_there_ar
     run = make_run(tmp_path / "run")
     page = episodes(run, 1, limit=1)
     assert page["episodes"][0]["tokens"] == ["[4]", "[5]", "[1]"] and not page["has_texts"]
-    without = episodes(run, 1, tokens=False)
+    without = episodes(run, 1, most_tokens=0)
     assert "tokens" not in without["episodes"][0]
     assert [one["num_tokens"] for one in without["episodes"]] == [3, 1, 3, 1]
 
