@@ -153,7 +153,7 @@ def _replay(
     asked_for = {id(record) for record in chosen}
     outcomes = [outcome for outcome in result.outcomes if id(outcome.record) in asked_for]
     show_changes(console, compare(outcomes), len(outcomes))
-    causes = Counter(cause for outcome in outcomes if outcome.error for cause in outcome.error.split("; "))
+    causes = Counter(outcome.error for outcome in outcomes if outcome.error)
     show_causes(console, causes.most_common(SHOWN_CAUSES))
     for difference in largest(outcomes, SHOWN_DIFFERENCES):
         show_difference(console, difference, is_whole=arguments.full)

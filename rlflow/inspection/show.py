@@ -36,7 +36,8 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
     console.print(Text(f"== {_heading(record)}", style="bold"), soft_wrap=True)
     for message in record.messages:
         content = message.get("content")
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        parts = {key: value for key, value in message.items() if key != "role"}
+        text = content if isinstance(content, str) else json.dumps(parts, ensure_ascii=False)
         _field(console, str(message.get("role")), text, is_whole=is_whole, style="dim")
     if tokens is None:
         _field(console, "completion", record.opened + record.completion, is_whole=is_whole, style="bold")

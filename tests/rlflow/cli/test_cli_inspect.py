@@ -109,6 +109,16 @@ def test_a_terminal_is_told_nothing_by_what_the_policy_wrote(tmp_path: Path, cap
     assert visible("a\tb\nc") == "a\tb\nc"
 
 
+def test_a_call_of_a_tool_is_shown_with_its_arguments(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    prompt = Prompt("set:0", np.arange(2), [{"role": "user", "content": "2+2="}, call], {})
+    (tmp_path / "rollouts").mkdir()
+    path = tmp_path / "rollouts" / "step_000001.parquet"
+    write_rollouts(path, [Group(prompt, 0, (flat([0, 1], [2], 1.0, text="4"),))], [np.zeros(1)], ["trained"])
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert '"name": "add", "arguments": {"a": 2}' in capsys.readouterr().out
+
+
 def test_on_a_terminal_unlikely_tokens_are_coloured(tmp_path: Path) -> None:
     (record, _) = read_rollouts(make_run(tmp_path / "run", 3) / "rollouts" / "step_000003.parquet")
     screen = io.StringIO()
