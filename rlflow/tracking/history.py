@@ -103,8 +103,8 @@ def read_stages(run_directory: Path) -> list[StageHistory]:
     if not stages:
         raise HistoryError(
             f"{run_directory}: no {METRICS} with a step in it, here or one directory below. "
-            "Give the directory that the recipe's run.output_dir names; a run has one after its first step, if `tracking` "
-            "has jsonl"
+            "Give the directory that the recipe's run.output_dir names; a run has one after its first step, if "
+            "`tracking` has jsonl"
         )
     return stages
 
