@@ -64,6 +64,8 @@ def set_machines(draft: Draft, machines: Machines, *, generates: bool, shared: b
     draft.set("trainer.workers", trainers, machines.source)
     draft.set("trainer.gpus_per_worker", 0.5 if halves else 1)
     if halves:
+        most = min(0.45, draft.values.get("rollout.gpu_memory_fraction", 0.45))
+        draft.set("rollout.gpu_memory_fraction", most, "the trainer keeps its weights on the same GPU")
         draft.note("to do", "one GPU for trainer and engine: each reserves half of it (gpus_per_worker: 0.5)")
     elif generates:
         others = {"engines": engines * engine_gpus, "the critic": critics, "the reference": references}

@@ -18,6 +18,8 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _VARIABLE = re.compile(r"\$(\w+|[@*#?$!])")
 _BRACED = re.compile(r"(\w+)(?:\[[@*]\])?(?:(:?[-=+])(.*))?", re.DOTALL)
 _KEYWORDS = {"if", "then", "else", "elif", "fi", "do", "done", "while", "until", "{", "}", "!", "export", "declare"}
+_CONTINUATIONS = ("\\\n", "\\ ", "\\\t", "^\n", "`\n")
+"""Of a shell, of one whose lines were put on one, of Windows' two shells."""
 _ENDS = "\n;&|()"
 _ARITHMETIC = {
     ast.Add: operator.add,
@@ -78,7 +80,7 @@ class _Reader:
         """The words up to the end of the command."""
         while self.at < len(self.text):
             character = self.text[self.at]
-            if self.text.startswith("\\\n", self.at):
+            if self.text.startswith(_CONTINUATIONS, self.at):
                 self.at += 2
             elif character in " \t":
                 self.at += 1

@@ -270,13 +270,13 @@ def _set_batch(given: Given, draft: Draft, kind: str, machines: folds.Machines) 
         per_device, accumulation, world = given["global_batch_size"], 1, 1
     if kind == "grpo":
         return grouped.set_batch(given, draft, world, per_device, accumulation)
-    rows, updates = per_device * accumulation * world, 1
+    rows = per_device * accumulation * world
     why = f"{per_device} x {accumulation} accumulated x {world} processes"
     if kind == "ppo":
         mini = given["num_mini_batches"] or 1
-        rows, updates, why = rows * mini, mini * given["num_ppo_epochs"], f"{why} x {mini} mini-batches"
+        rows, why = rows * mini, f"{why} x {mini} mini-batches"  # what a step is there too
     draft.set("data.prompts_per_step", rows, why)
-    return grouped.Batch(rows, updates)
+    return grouped.Batch(rows, 1)
 
 
 def _set_grpo(given: Given, draft: Draft) -> None:

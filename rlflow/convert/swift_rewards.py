@@ -80,12 +80,9 @@ def registered(file: Path, name: str) -> str | None:
 
 def reward_models(given: Given) -> list[dict[str, Any]]:
     paths = [str(path) for path in as_list(given["reward_model"])]
-    labels = (
-        [f"reward_model_{number}" for number in range(1, len(paths) + 1)]
-        if len(paths) > 1
-        else ["reward_model"] * len(paths)
-    )
+    labels = [{"label": f"reward_model_{number}"} for number in range(1, len(paths) + 1)]
+    labels = labels if len(paths) > 1 else [{}] * len(paths)
     return [
-        {"name": "reward_model", "label": label, "args": {"path": path}, "timeout_s": 60}
+        {"name": "reward_model", **label, "args": {"path": path}, "timeout_s": 60}
         for path, label in zip(paths, labels, strict=True)
     ]

@@ -341,7 +341,8 @@ MEGATRON: Table = {
     **each(
         "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size "
         "expert_tensor_parallel_size sequence_parallel recompute_method recompute_num_layers recompute_modules "
-        "finetune save_safetensors no_save_optim no_save_rng no_load_optim no_load_rng cross_entropy_loss_fusion "
+        "finetune num_workers save_safetensors no_save_optim no_save_rng no_load_optim no_load_rng "
+        "cross_entropy_loss_fusion "
         "cross_entropy_fusion_impl attention_backend use_distributed_optimizer moe_permute_fusion moe_grouped_gemm "
         "moe_shared_expert_overlap moe_token_dispatcher_type overlap_grad_reduce overlap_param_gather "
         "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_virtual_stages_per_pipeline_rank "

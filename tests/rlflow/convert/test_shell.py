@@ -22,6 +22,9 @@ def words(script: str) -> list[tuple[str, ...]]:
         ("nohup run --a 1 > log.txt 2>&1 &", ("nohup", "run", "--a", "1")),
         ("A=(--x 1 # one\n  \"--y=[1,2]\"\n)\nrun \"${A[@]}\" $@", ("run", "--x", "1", "--y=[1,2]")),
         ("F='--x 1 --y 2'\nrun $F", ("run", "--x", "1", "--y", "2")),
+        ("swift sft \\      --a 1 \\    --b 2", ("swift", "sft", "--a", "1", "--b", "2")),
+        ("swift sft ^\r\n  --a 1 `\n --b 2", ("swift", "sft", "--a", "1", "--b", "2")),
+        ("run a.'n'=16 b=['x','y'] &> log.txt", ("run", "a.n=16", "b=[x,y]")),
         ("if true; then\n  run --a 1\nfi", ("run", "--a", "1")),
     ],
 )  # fmt: skip

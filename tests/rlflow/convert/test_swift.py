@@ -67,6 +67,22 @@ def test_prompts_a_step_are_completions_over_generations(converted, world, flags
     assert (recipe.data.prompts_per_step, groups.updates_per_step, groups.epochs_per_step) == (prompts, updates, passes)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "flags", "rows", "epochs", "updates"),
+    [
+        # What users of ms-swift and TRL were told: 1,320 steps of 7,920 prompts, 4,000 of 8,000 in two epochs.
+        (6, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 --num_iterations 2", 7920, 1, 1320),
+        (3, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_generations 6", 8000, 2, 4000),
+    ],
+)
+def test_a_run_has_as_many_optimizer_updates_as_there(converted, gpus, flags, rows, epochs, updates):
+    data = f"--dataset d#{rows} --num_train_epochs {epochs}"
+    command = f"swift rlhf --rlhf_type grpo --model m --reward_funcs format {data} {flags}"
+    recipe, _ = converted(f"NPROC_PER_NODE={gpus} {command}")
+    assert recipe.run.epochs is not None
+    assert rows * recipe.run.epochs / recipe.data.prompts_per_step * recipe.algorithm.num_updates == updates
+
+
 def test_optimizer_updates_are_counted_by_the_step_of_several(converted):
     flags = (
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --steps_per_generation 8 --num_iterations 2"
@@ -210,7 +226,7 @@ def test_preferences_are_rows_of_the_table(converted, command: str):
 def test_ppo_has_a_critic_and_its_reward_model(converted):
     recipe, _ = converted(
         "NPROC_PER_NODE=8 swift rlhf --rlhf_type ppo --model m --reward_model o/rm --tuner_type full --dataset d.jsonl "
-        "--gradient_accumulation_steps 2 --num_mini_batches 2 --response_length 64 --temperature 0.7 "
+        "--gradient_accumulation_steps 2 --num_mini_batches 2 --response_length 64 --save_steps 100 --temperature 0.7 "
         "--learning_rate 1e-6"
     )
     assert recipe.critic is not None
@@ -221,6 +237,7 @@ def test_ppo_has_a_critic_and_its_reward_model(converted):
     ) == (32, 2, 4)
     assert (recipe.critic.learning_rate, recipe.critic.path, recipe.rewards[0].args["path"]) == (1e-6, "o/rm", "o/rm")
     assert (recipe.online.kl.coef, recipe.rollout.max_new_tokens, recipe.rollout.temperature) == (0.05, 64, 0.7)
+    assert recipe.run.save_every == 100  # batches, whatever the updates that are made of one
 
 
 def test_pretraining_and_megatron(converted):
