@@ -7,7 +7,8 @@
                         ^                     |
                         +---------------------+
 
-A group that asks for newer weights than the engine has is held back until they are there.
+A group that asks for newer weights than the engine has is held back until they are there. A rollout in an environment
+is several completions: between two of them it has nothing in the engine, which does not wait for it.
 """
 
 from __future__ import annotations
@@ -18,70 +19,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlflow.actors.engine_groups import EngineCounts, FinishedGroup, RunningAtUpdate, RunningGroup, WaitingUpdate
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 from rlflow.types import Completion, GroupRequest, SampleRequest
 
 if TYPE_CHECKING:
     import torch
 
+    from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
+
 T = TypeVar("T")
-RunningAtUpdate = Literal["continue", "restart", "wait"]
-"""What becomes of completions under way when weights come: they go on with the new ones, they are begun anew, or the
-weights wait until they have ended, and nothing new is begun meanwhile."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """A group under way."""
-
-    request: GroupRequest
-    completions: list[Completion | None]
-    samples: list[int]
-    """The engine's id of each."""
-
-    @property
-    def is_done(self) -> bool:
-        return all(completion is not None for completion in self.completions)
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """Weights that wait until what is under way has ended: the newest of them."""
-
-    version: int
-    load: Callable[[], None]
-    futures: list[Future[None]]
-    """Of these, and of older ones that wait no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedGroup:
-    request: GroupRequest
-    completions: tuple[Completion, ...]
-    """In the order of the request's seeds."""
-
-
-@dataclass(slots=True)
-class EngineCounts:
-    """What the thread has done since it began."""
-
-    steps: int = 0
-    samples: int = 0
-    """That it has taken."""
-    tokens: int = 0
-    """Of completions that have ended."""
-    busy_s: float = 0.0
-    """In steps of the engine."""
-    loads: int = 0
-    load_s: float = 0.0
-    """In which weights were loaded, and nothing was generated."""
-    reread_tokens: int = 0
-    """Of completions under way, read again with new weights."""
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
-    """(what it did, from, until), in seconds since 1970; those since they were last taken."""
 
 
 class EngineThread:
@@ -94,17 +43,21 @@ class EngineThread:
         self.engine, self.max_num_seqs = engine, max_num_seqs
         self.version = -1
         """Of the engine's weights; -1 before the first."""
+        self.episodes: Episodes | None = None
+        """The turn loop of rollouts in an environment."""
         self.counts = EngineCounts()
         self._changed = threading.Condition()
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._held: list[GroupRequest] = []
         """Groups that wait for weights."""
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, RunningGroup] = {}
         self._place_of: dict[int, tuple[int, int]] = {}
         """Sample -> its group, and its index there."""
+        self._away: set[int] = set()
+        """Samples whose environment speaks: they have nothing in the engine."""
         self._sample_ids = itertools.count()
         self._finished: deque[FinishedGroup] = deque()
-        self._update: _Update | None = None
+        self._update: WaitingUpdate | None = None
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
         self._broken: Exception | None = None
@@ -151,7 +104,7 @@ class EngineThread:
             if self._update is not None:
                 futures += self._update.futures
             if self._update is None or self._update.version < version:
-                self._update = _Update(version, lambda: self._load(weights, version, running, cache), futures)
+                self._update = WaitingUpdate(version, lambda: self._load(weights, version, running, cache), futures)
             else:
                 self._update.futures[:] = futures
 
@@ -208,22 +161,38 @@ class EngineThread:
 
     @property
     def num_held(self) -> int:
-        """Samples that wait for weights."""
-        return sum(len(request.seeds) for request in self._held)
+        """Samples that wait for weights, or for their environment: their place in the engine is kept."""
+        return sum(len(request.seeds) for request in self._held) + len(self._away)
+
+    def go_on(self, sample: SampleRequest) -> Future[None]:
+        """Has the next turn of an episode written; of one that is not wanted any more, nothing happens."""
+        return self.do(lambda: self._go_on(sample))
+
+    def end_episode(self, id: int, episode: PlayedEpisode) -> Future[None]:
+        """Takes an episode that is over."""
+        return self.do(lambda: self._end(id, episode))
+
+    def fail(self, error: BaseException) -> Future[None]:
+        """Ends the thread for what happened elsewhere."""
+
+        def end() -> None:
+            self._broken = error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+        return self.do(end)
 
     def _run(self, prepare: Callable[[], None]) -> None:
         try:
             prepare()
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._orders or self._groups or self._is_closed)
+                    self._changed.wait_for(lambda: self._orders or self._is_writing or self._is_closed)
                     if self._is_closed:
                         break
                     orders = list(self._orders)
                     self._orders.clear()
                 for order, future in orders:
                     _settle(future, order)
-                if self._broken is None and self._groups:
+                if self._broken is None and self._is_writing:
                     self._step()
                 if self._update is not None and not self._groups:
                     update, self._update = self._update, None
@@ -238,6 +207,11 @@ class EngineThread:
         except BaseException as error:
             self._fail(error)
 
+    @property
+    def _is_writing(self) -> bool:
+        """Whether the engine has anything to write."""
+        return len(self._place_of) > len(self._away)
+
     def _step(self) -> None:
         started = time.time()
         completions = self.engine.step()
@@ -246,18 +220,35 @@ class EngineThread:
         self.counts.busy_s += ended - started
         self._note("generate", started, ended)
         for completion in completions:
-            group_id, index = self._place_of.pop(completion.id)
-            group = self._groups[group_id]
-            group.completions[index] = completion
             self.counts.tokens += len(completion.token_ids)
-            if group.is_done:
-                del self._groups[group_id]
-                done = tuple(completion for completion in group.completions if completion is not None)
-                with self._changed:
-                    self._finished.append(FinishedGroup(group.request, done))
-        if completions:
-            with self._changed:
-                self._changed.notify_all()
+            if self._groups[self._place_of[completion.id][0]].request.prompt is None:
+                self._end(completion.id, completion)
+            else:
+                assert self.episodes is not None
+                self._away.add(completion.id)
+                self.episodes.wrote(completion)
+
+    def _end(self, id: int, made: Completion | PlayedEpisode) -> None:
+        """Takes a rollout that is complete; what was forgotten meanwhile is not heard."""
+        if id not in self._place_of:
+            return
+        group_id, index = self._place_of.pop(id)
+        self._away.discard(id)
+        group = self._groups[group_id]
+        group.completions[index] = made
+        if not group.is_done:
+            return
+        del self._groups[group_id]
+        done = tuple(completion for completion in group.completions if completion is not None)
+        with self._changed:
+            self._finished.append(FinishedGroup(group.request, done))
+            self._changed.notify_all()
+
+    def _go_on(self, sample: SampleRequest) -> None:
+        if sample.id in self._away:
+            self.engine.add([sample])
+            self._away.remove(sample.id)
+            self.counts.replies += 1
 
     def _take(self, requests: Sequence[GroupRequest]) -> None:
         self._begin(requests)
@@ -270,7 +261,9 @@ class EngineThread:
         groups = []
         for request in ready:
             ids = [next(self._sample_ids) for _ in request.seeds]
-            groups.append(_Group(request, [None] * len(ids), ids))
+            groups.append(RunningGroup(request, [None] * len(ids), ids))
+            if request.prompt is not None:
+                continue
             samples += [
                 SampleRequest(id, request.token_ids, seed, request.params)
                 for id, seed in zip(ids, request.seeds, strict=True)
@@ -280,6 +273,11 @@ class EngineThread:
         for group in groups:
             self._groups[group.request.id] = group
             self._place_of |= {id: (group.request.id, index) for index, id in enumerate(group.samples)}
+            if group.request.prompt is not None:
+                assert self.episodes is not None, "an episode where there is no environment"
+                self._away.update(group.samples)
+                for id, seed in zip(group.samples, group.request.seeds, strict=True):
+                    self.episodes.begin(id, group.request, seed)
         begun = {request.id for request in ready}
         self._held += [request for request in requests if request.id not in begun]
 
@@ -292,8 +290,11 @@ class EngineThread:
         samples = []
         for group_id in gone & self._groups.keys():
             group = self._groups.pop(group_id)
-            left = [id for id, done in zip(group.samples, group.completions, strict=True) if done is None]
-            samples += left
+            left = group.unfinished
+            if group.request.prompt is not None and self.episodes is not None:
+                self.episodes.forget(left)
+            samples += [id for id in left if id not in self._away]
+            self._away.difference_update(left)
             for id in left:
                 del self._place_of[id]
         if samples:

@@ -36,7 +36,7 @@ def main(descriptor: int) -> None:
     if first is None:
         return
     setup: Setup = pickle.loads(first[1])
-    _die_with(setup.parent_pid)
+    die_with(setup.parent_pid)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
     try:
@@ -113,12 +113,12 @@ def _answer(connection: socket.socket, call_id: int, answer: Mapping[str, Any]) 
     connection.sendall(frame(call_id, json.dumps(answer).encode()))
 
 
-def _die_with(parent_pid: int) -> None:
+def die_with(parent_pid: int) -> None:
     """Asks the kernel to kill this process when the thread that started it ends, whatever the functions do."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
-        sys.exit("the reward server is gone")
+        sys.exit("the process that started this one is gone")
 
 
 if __name__ == "__main__":

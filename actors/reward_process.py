@@ -70,13 +70,20 @@ class RewardProcess:
     Must be made on a thread that outlives it: Linux delivers the parent-death signal when that thread ends.
     """
 
-    def __init__(self, setup: bytes, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, setup: bytes, environment: Mapping[str, str], module: str = "rlflow.actors.reward_child"
+    ) -> None:
+        """
+        Args:
+            setup: The first thing that the process is told.
+            module: What it runs.
+        """
         self._mark = secrets.token_hex(16)
         self._connection, theirs = socket.socketpair()
         self._log, log_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlflow.actors.reward_child", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log_end,
                 stderr=log_end,
@@ -117,6 +124,20 @@ class RewardProcess:
         """Queues one frame; `advance` writes it."""
         assert not self._outbound, "one request at a time"
         self._outbound = memoryview(frame(call_id, body))
+
+    def send_descriptor(self, call_id: int, body: bytes, descriptor: int) -> None:
+        """Sends one short frame with a descriptor at once.
+
+        Raises:
+            OSError: It cannot be sent: the process is gone, or does not read.
+        """
+        assert not self._outbound, "one request at a time"
+        socket.send_fds(self._connection, [frame(call_id, body)], [descriptor])
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """What `advance` reads: the answers, and what is printed."""
+        return self._connection.fileno(), self._log
 
     def register(self, selector: selectors.BaseSelector) -> None:
         """Adds what `advance` waits for."""

@@ -16,6 +16,7 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from rlflow.actors.reward_process import child_environment
 from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
+from rlflow.rewards.episodes import episode_columns, last_said
 from rlflow.tracking.redact import remember_secrets
 from rlflow.types import GroupTexts, Prompt, ScoreBatch
 
@@ -162,6 +164,7 @@ class _Scoring:
         self._failures: dict[tuple[int, str], list[int]] = {}
         """(function, cause) -> rows."""
         self._texts = [text for group in groups for text in group.texts]
+        self._episodes = [episode for group in groups for episode in group.episodes]
         self._completion_ids = [ids for group in groups for ids in group.completion_ids]
         self._prompts = [group.prompt for group in groups for _ in group.texts]
         self._children = children
@@ -172,6 +175,7 @@ class _Scoring:
             for first in range(0, len(groups), block.prompts_per_call)
         ]
         self.queue = deque(sorted(calls, key=lambda call: call.rows.start))
+        self._leave_out_failed()
 
     @property
     def errors(self) -> tuple[str, ...]:
@@ -187,13 +191,21 @@ class _Scoring:
         """Returns the request of a call."""
         prompts = [self._prompts[row] for row in call.rows]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        messages = [list(prompt.messages) for prompt in prompts]
+        completions = [prompt.opened + self._texts[row] for prompt, row in zip(prompts, call.rows, strict=True)]
+        if self._episodes:
+            episodes = [self._episodes[row] for row in call.rows]
+            messages = [list(e.prompt) if e.prompt else said for e, said in zip(episodes, messages, strict=True)]
+            completions = [last_said(episode) for episode in episodes]
+            columns |= episode_columns(episodes)
         return pickle.dumps(
             Request(
                 function=call.function,
-                prompts=[list(prompt.messages) for prompt in prompts],
-                completions=[prompt.opened + self._texts[row] for prompt, row in zip(prompts, call.rows, strict=True)],
+                prompts=messages,
+                completions=completions,
                 completion_ids=[self._completion_ids[row] for row in call.rows],
-                columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+                columns=columns,
             )
         )
 
@@ -219,6 +231,23 @@ class _Scoring:
             self._fail(function, row, f"returned {score:g}: return a number within float32, or None to abstain")
         elif score is not None:
             self.rewards[function][row] = score
+
+    def _leave_out_failed(self) -> None:
+        """A rollout whose environment failed is no rollout of its task: no function is asked for its score."""
+        failed = {row for row, episode in enumerate(self._episodes) if episode.error}
+        if not failed:
+            return
+        calls = list(self.queue)
+        self.queue.clear()
+        for call in calls:
+            if failed.isdisjoint(call.rows):
+                self.queue.append(call)
+                continue
+            for row in call.rows:
+                if row in failed:
+                    self._fail(call.function, row, f"was not asked: {self._episodes[row].error}")
+                else:
+                    self.queue.append(Call(call.function, range(row, row + 1), call.timeout_s))
 
     def _give_up(self, function: int) -> None:
         waiting = list(self.queue)

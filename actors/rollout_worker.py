@@ -15,17 +15,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlflow.actors.engine_thread import EngineThread, FinishedGroup, RunningAtUpdate
+from rlflow.actors.completion_texts import decode_completions
+from rlflow.actors.engine_groups import FinishedGroup, RunningAtUpdate
+from rlflow.actors.engine_thread import EngineThread
+from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 from rlflow.garbage import without_collection
-from rlflow.recipe import ModelBlock, RolloutBlock, RolloutServerBlock
+from rlflow.recipe import EnvironmentBlock, ModelBlock, RolloutBlock, RolloutServerBlock
 from rlflow.rollout_checks import layout_problem, token_problem
-from rlflow.types import GroupRequest, RolloutBatch
+from rlflow.types import Completion, GroupRequest, RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,10 +57,11 @@ class WorkerStatus:
     version: int
     num_running: int
     num_waiting: int
-    """Completions that have no room yet, or wait for weights."""
+    """Completions that have no room yet, or wait for weights or for their environment."""
     num_taken: int
     """Completions that it was ever asked for, as far as it has heard."""
     steps: int
+    """Of its engine, and of environments."""
     tokens: int
     busy_s: float
     load_s: float
@@ -88,7 +93,14 @@ class RolloutWorker:
         seed: int,
         run_directory: Path,
         server: RolloutServerBlock | None = None,
+        environment: EnvironmentBlock | None = None,
+        template_date: date | None = None,
     ) -> None:
+        """
+        Args:
+            environment: Of rollouts of several turns.
+            template_date: What the chat template writes where it writes the date.
+        """
         from rlflow.data.tokenizer import load_tokenizer
         from rlflow.data.vocabulary import token_table
 
@@ -104,6 +116,15 @@ class RolloutWorker:
         self.is_token = token_table(self.tokenizer)
         generator.leave_out(_no_tokens(model, self.tokenizer))
         self.engine = EngineThread(generator, rollout.max_num_seqs, lambda: _use_threads(num_threads))
+        if environment is not None:
+            self.engine.episodes = Episodes(
+                environment,
+                self.tokenizer,
+                template_date,
+                go_on=self.engine.go_on,
+                over=self.engine.end_episode,
+                fail=self.engine.fail,
+            )
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 
     def ready(self) -> WorkerReady:
@@ -137,7 +158,7 @@ class RolloutWorker:
             num_running=self.engine.engine.num_running,
             num_waiting=self.engine.engine.num_waiting + self.engine.num_held,
             num_taken=num_taken,
-            steps=counts.steps,
+            steps=counts.steps + counts.replies,
             tokens=counts.tokens,
             busy_s=counts.busy_s,
             load_s=counts.load_s,
@@ -178,12 +199,14 @@ class RolloutWorker:
         self.engine.do(self.engine.engine.wake).result(ORDER_TIMEOUT_S)
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Ends the engine, and environments."""
+        if self.engine.episodes is not None:
+            self.engine.episodes.close()
         self.engine.close()
 
     def _batch(self, groups: Sequence[FinishedGroup]) -> RolloutBatch:
         batch = pack_groups(groups, self.tokenizer)
-        longest = [group.request.params.max_new_tokens for group in groups for _ in group.completions]
+        longest = [group.request.max_sampled_tokens for group in groups for _ in group.completions]
         problem = layout_problem(batch, np.array(longest)) or token_problem(batch, self.is_token)
         if problem is not None:
             raise ValueError(
@@ -193,8 +216,12 @@ class RolloutWorker:
 
 
 def pack_groups(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
-    """Prompts and completions, end to end."""
-    rows = [(group.request, completion) for group in groups for completion in group.completions]
+    """Prompts and completions, or episodes, end to end."""
+    if any(isinstance(made, PlayedEpisode) for group in groups for made in group.completions):
+        return pack_episodes(groups, tokenizer)
+    rows = [
+        (g.request, completion) for g in groups for completion in g.completions if isinstance(completion, Completion)
+    ]
     prompts = [request.token_ids for request, _ in rows]
     written = [completion.token_ids for _, completion in rows]
     lengths = np.array([part for prompt, c in zip(prompts, written, strict=True) for part in (len(prompt), len(c))])
@@ -217,22 +244,26 @@ def pack_groups(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerF
     )
 
 
-def decode_completions(
-    tokenizer: PreTrainedTokenizerFast, completions: Sequence[np.ndarray], stop_token_ids: Sequence[Sequence[int]]
-) -> tuple[str, ...]:
-    """What the policy wrote, as text: all but stop tokens and padding, special tokens such as ``<think>`` included.
-
-    Args:
-        completions: int32 [C] each.
-        stop_token_ids: Of each of them.
-    """
-    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
-    written = [
-        token_ids[~np.isin(token_ids, [*stop, *padding])].tolist()
-        for token_ids, stop in zip(completions, stop_token_ids, strict=True)
-    ]
-    # Tokenizers that ask for a clean-up would take the space before a full stop away.
-    return tuple(tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def pack_episodes(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
+    """Episodes, end to end."""
+    rows = [(group.request, made) for group in groups for made in group.completions if isinstance(made, PlayedEpisode)]
+    episodes = [episode for _, episode in rows]
+    return RolloutBatch(
+        group_ids=tuple(group.request.id for group in groups),
+        sizes=tuple(len(group.completions) for group in groups),
+        offsets=np.cumsum([0, *(len(episode.token_ids) for episode in episodes)]).astype(np.int64),
+        token_ids=np.concatenate([episode.token_ids for episode in episodes]),
+        is_sampled=np.concatenate([episode.is_sampled for episode in episodes]),
+        logprobs=np.concatenate([episode.logprobs for episode in episodes]),
+        versions=np.concatenate([episode.versions for episode in episodes]),
+        finish_reasons=tuple(episode.finish_reason for episode in episodes),
+        texts=decode_completions(
+            tokenizer,
+            [episode.token_ids[episode.is_sampled] for episode in episodes],
+            [request.params.stop_token_ids for request, _ in rows],
+        ),
+        episodes=tuple(episode.episode for episode in episodes),
+    )
 
 
 def _use_threads(num_threads: int) -> None:

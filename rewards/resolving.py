@@ -27,6 +27,7 @@ REWARDS = {
     "cosine": "rlflow.rewards.cosine:cosine",
     "repetition": "rlflow.rewards.lengths:repetition",
     "soft_overlong": "rlflow.rewards.lengths:soft_overlong",
+    "environment": "rlflow.rewards.environment:environment",
     "reward_model": "rlflow.rewards.reward_model:RewardModel",
     "python_tests": "rlflow.rewards.python_tests:PythonTests",
 }

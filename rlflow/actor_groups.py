@@ -194,6 +194,8 @@ def constructor_of(
                 "num_threads": threads,
                 "seed": seed,
                 "run_directory": directory,
+                "environment": recipe.environment,
+                "template_date": recipe.data.template_date,
             }
         case "rewards":
             server = recipe.reward_server

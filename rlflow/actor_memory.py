@@ -91,7 +91,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
     weights = {"weights": weight_bytes(recipe, shape.parameters, shape.adapter)}
     logits = SAMPLING * sequences * shape.vocabulary * activations.FLOAT32
     longest = recipe.data.max_prompt_tokens
-    length = longest + rollout.max_new_tokens
+    length = longest + recipe.max_completion_tokens
     written = sequences * length * shape.cache_per_token * size
     if engine == "vllm":
         cache = written if rollout.gpus_per_worker else int(rollout.kv_cache_gib * 2**30)
@@ -128,7 +128,7 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 def longest_sequence(recipe: Recipe) -> int:
     """Tokens of the longest sequence that is trained."""
     if recipe.family == "online":
-        return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+        return recipe.data.max_prompt_tokens + recipe.max_completion_tokens
     return recipe.data.max_tokens
 
 

@@ -59,7 +59,7 @@ def _step_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
     if recipe.family == "online":
         what = f"{recipe.data.prompts_per_step} prompts x {recipe.online.group_size} completions = {plan.sequences}"
-        longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.rollout.max_new_tokens} new)"
+        longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.max_completion_tokens} new)"
         lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
     else:
         lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]

@@ -288,7 +288,7 @@ def _vllm_misfits(plan: Plan, planned: PlannedRole) -> Iterator[str]:
     """vLLM lets sequences wait for which it has no cache, but one must fit."""
     shape, recipe, parts = plan.shape, plan.recipe, planned.parts or {}
     assert isinstance(shape, ModelShape)
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + recipe.max_completion_tokens
     one = longest * shape.cache_per_token * memory.DTYPE_BYTES[recipe.model.dtype]
     need, limit = planned.gpu_bytes_each, int(plan.machine.gpu_memory * recipe.rollout.gpu_memory_fraction)
     least = need - math.ceil(max(0, parts["KV cache"] - one) / planned.split)
@@ -355,8 +355,8 @@ def _cut_sampling(recipe: Recipe) -> Iterator[str]:
 
 def _other_rotations(plan: Plan) -> Iterator[str]:
     """An engine has turned the first tokens of a sequence before it knows how long it will be, or turns all alike."""
-    data, rollout, limit = plan.recipe.data, plan.recipe.rollout, plan.one_rotation
-    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    data, limit = plan.recipe.data, plan.one_rotation
+    longest = data.max_prompt_tokens + plan.recipe.max_completion_tokens
     if plan.recipe.family == "online" and limit is not None and longest > limit:
         yield (
             f"the model's rotary embedding is another one in sequences of more than {limit} tokens, and these may have "

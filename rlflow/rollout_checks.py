@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
 
-from rlflow.types import FinishReason, GroupRequest, RolloutBatch
+from rlflow.types import GroupRequest, RolloutBatch, RolloutEnd
 
 MOST_LOGPROB = 1e-3
 """In nats: a logprob is at most 0, but for the rounding of float32."""
@@ -33,7 +34,7 @@ def arrival_problem(
     known = [request for request in requests if request is not None]
     of_row = [request for request, size in zip(requests, batch.sizes, strict=True) for _ in range(size)]
     most = np.iinfo(np.int32).max
-    longest = np.array([request.params.max_new_tokens if request else most for request in of_row])
+    longest = np.array([request.max_sampled_tokens if request else most for request in of_row])
     problem = layout_problem(batch, longest) or request_problem(batch, requests, newest)
     problem = problem or token_problem(batch, is_token)
     if problem or len(known) < len(requests):
@@ -55,8 +56,8 @@ def layout_problem(batch: RolloutBatch, max_new_tokens: np.ndarray) -> str | Non
             return f"it has {len(values)} {name} for {num_rows} completions that were asked for"
     if len(batch.sizes) != len(batch.group_ids) or sum(batch.sizes) != num_rows:
         return f"its {len(batch.group_ids)} groups have {sum(batch.sizes)} rollouts, and {num_rows} were asked for"
-    if unknown := set(batch.finish_reasons) - set(get_args(FinishReason)):
-        return f"completions finished for {min(unknown)!r}, which is none of {', '.join(get_args(FinishReason))}"
+    if unknown := set(batch.finish_reasons) - set(get_args(RolloutEnd)):
+        return f"completions finished for {min(unknown)!r}, which is none of {', '.join(get_args(RolloutEnd))}"
     per_token = (batch.token_ids, batch.is_sampled, batch.logprobs, batch.versions)
     sizes = {len(values) for values in per_token} | {int(batch.offsets[-1])}
     if len(sizes) > 1 or batch.offsets[0] != 0 or (np.diff(batch.offsets) < 1).any():
@@ -68,6 +69,22 @@ def layout_problem(batch: RolloutBatch, max_new_tokens: np.ndarray) -> str | Non
     if len(wrong):
         row = wrong[0]
         return f"row {row} has {lengths[row]} tokens, and a completion has 1 to {max_new_tokens[row]}"
+    return _episode_problem(batch)
+
+
+def _episode_problem(batch: RolloutBatch) -> str | None:
+    """A sequence of an episode that nothing was sampled in, or whose first token was: there is nothing before it."""
+    if batch.episodes and len(batch.episodes) != len(batch.texts):
+        return f"it has {len(batch.episodes)} episodes for {len(batch.texts)} rollouts"
+    for row, episode in enumerate(batch.episodes):
+        first, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
+        borders = [*episode.starts, end - first]
+        if borders[0] != 0 or any(start >= stop for start, stop in pairwise(borders)):
+            return f"row {row}: its sequences begin at {episode.starts}, and it has {end - first} tokens"
+        parts = [batch.is_sampled[first + start : first + stop] for start, stop in pairwise(borders)]
+        for part in parts:
+            if part[0] or not part.any():
+                return f"row {row}: a sequence of it has nothing that the policy wrote, or nothing before it"
     return None
 
 
@@ -107,7 +124,8 @@ def request_problem(batch: RolloutBatch, requests: Sequence[GroupRequest | None]
         for row in range(first, first + size):
             start, end = batch.offsets[row], batch.offsets[row + 1]
             prompt = batch.token_ids[start : start + len(request.token_ids)]
-            if not np.array_equal(prompt, request.token_ids):
+            own_prompt = bool(batch.episodes) and batch.episodes[row].prompt is not None
+            if not own_prompt and not np.array_equal(prompt, request.token_ids):
                 return f"row {row} goes on from another prompt than the one that it was asked for"
             version = batch.versions[start:end].max()
             if version > newest:

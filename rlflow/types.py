@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
+"""Why a completion ended."""
+RolloutEnd = Literal["stop", "length", "abort", "turns", "time", "error"]
+"""Why a rollout ended: as a completion; or its turns or its time were used up before its environment was done, or that
+failed."""
 Message = dict[str, Any]
 
 
@@ -34,6 +39,20 @@ class Prompt:
     opened: str = ""
     """A tag such as ``<think>`` that the text of ``token_ids`` ends with: the policy goes on inside, and what is judged
     begins with it."""
+    tools: Sequence[Any] = ()
+    """Functions that it describes to the policy, as the chat template was given them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When an episode ends that is not over by itself."""
+
+    max_turns: int
+    """Completions."""
+    max_tokens: int
+    """Behind the prompt: what the policy writes and what the environment says."""
+    max_prompt_tokens: int
+    """Of what an environment begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,15 @@ class GroupRequest:
     params: SamplingParams
     min_version: int = 0
     """It is not begun with older weights."""
+    prompt: Prompt | None = None
+    """Of rollouts in an environment: what ``token_ids`` are of. None where a completion is a rollout."""
+    limits: Limits | None = None
+    """Of rollouts in an environment, too."""
+
+    @property
+    def max_sampled_tokens(self) -> int:
+        """The most that the policy writes in one rollout."""
+        return self.params.max_new_tokens if self.limits is None else self.limits.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +121,31 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Episode:
+    """What happened in a rollout of several turns, beside its tokens."""
+
+    messages: tuple[Message, ...]
+    """All that follows the prompt: what the policy said, with its calls, and what it heard."""
+    prompt: tuple[Message, ...] | None = None
+    """What the environment began with in the place of the row's messages; None where those stood."""
+    starts: tuple[int, ...] = (0,)
+    """Where its sequences begin among the rollout's tokens. A chat template that rewrites what was said before (it cuts
+    thoughts) begins a new one; a token that was sampled is marked as sampled in one of them alone."""
+    num_turns: int = 1
+    """Completions."""
+    reward: float = 0.0
+    """The environment's own, of all steps; NaN where it failed."""
+    state: Any = None
+    """What the environment says of itself at the end; JSON could hold it."""
+    error: str = ""
+    """Why the environment failed; empty where it did not. The rollout is then unscored."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """``tool_calls``, those that failed or could not be read, and what else the environment counts."""
+    environment_s: float = 0.0
+    """That the environment took."""
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutBatch:
     """The rollouts of several groups, end to end: what travels. Rollout r is ``[offsets[r]:offsets[r + 1]]`` of each
     per-token array; those of a group stand next to each other, in the order of its seeds."""
@@ -111,11 +164,13 @@ class RolloutBatch:
     """float32 [sum of T]: of the distribution that each token was drawn from; 0 where none was."""
     versions: np.ndarray
     """int32 [sum of T]: of the weights that sampled each token; -1 where none was."""
-    finish_reasons: tuple[FinishReason, ...]
-    """Of each rollout's last turn."""
+    finish_reasons: tuple[RolloutEnd, ...]
+    """Why each rollout ended."""
     texts: tuple[str, ...]
     """What the policy wrote, decoded for reward functions and for people, special tokens included but stop tokens and
     padding; training never reads them."""
+    episodes: tuple[Episode, ...] = ()
+    """Of each rollout; none where every rollout is one completion."""
 
     @property
     def first_rows(self) -> np.ndarray:
@@ -132,6 +187,8 @@ class GroupTexts:
     """Of each rollout."""
     completion_ids: tuple[bytes, ...]
     """int32 [C] of each rollout, as bytes: a hundred times cheaper to move than a list."""
+    episodes: tuple[Episode, ...] = ()
+    """Of each rollout; none where every rollout is one completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +211,14 @@ class Rollout:
     """One episode: a flat token stream, and everything that is known of it once it is scored."""
 
     token_ids: np.ndarray
-    """int32 [T]: prompt and completion."""
+    """int32 [T]: prompt and completion; with several turns what stands between, and its sequences end to end."""
     is_sampled: np.ndarray
     """bool [T]: the tokens that the policy wrote."""
     logprobs: np.ndarray
     """float32 [T], as the engine reported them; 0 where the policy wrote nothing."""
     versions: np.ndarray
     """int32 [T]: of the weights that sampled each token; -1 where the policy wrote nothing."""
-    finish_reason: FinishReason
+    finish_reason: RolloutEnd
     text: str
     rewards: Mapping[str, float]
     """By function; NaN where the function abstained or failed."""
@@ -169,6 +226,19 @@ class Rollout:
     """Weighted sum; NaN when the rollout is unscored (masked, and left out of the group's baseline)."""
     error: str = ""
     """Which reward functions failed on it, and why; empty when none did."""
+    episode: Episode | None = None
+    """Of a rollout in an environment."""
+
+    @property
+    def sequences(self) -> list[slice]:
+        """Where its sequences are among its tokens: one, but where a chat template has rewritten what was said."""
+        starts = (0,) if self.episode is None else self.episode.starts
+        return [slice(start, end) for start, end in pairwise([*starts, len(self.token_ids)])]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """P: those before the first that the policy wrote."""
+        return int(self.is_sampled.argmax())
 
     @property
     def completion_ids(self) -> np.ndarray:
@@ -221,6 +291,9 @@ class Sample:
     """float32 [T] (PPO)."""
     group: int = 0
     """Which prompt, pair or row of its batch it is of: reductions over groups count these."""
+    rollout: int | None = None
+    """Which rollout of its batch it is of, where one may be several sequences, which stand next to each other and are
+    counted as one; None where each is one."""
     label: float = 0.0
     """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
     reward_margin: float | None = None
@@ -272,7 +345,7 @@ class Denominators:
     num_tokens: int
     """Loss tokens."""
     num_sequences: int
-    """Sequences with at least one loss token."""
+    """Sequences with at least one loss token; those of one rollout are one."""
     num_groups: int
     """Prompts (online) or pairs (preference data) among them."""
 

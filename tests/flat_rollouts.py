@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlflow.types import FinishReason, Rollout
+from rlflow.types import Rollout, RolloutEnd
 
 
 def flat(
@@ -16,7 +16,7 @@ def flat(
     *,
     logprobs: Sequence[float] | np.ndarray | None = None,
     version: int = 0,
-    finish_reason: FinishReason = "stop",
+    finish_reason: RolloutEnd = "stop",
     text: str = "",
     rewards: Mapping[str, float] | None = None,
     error: str = "",

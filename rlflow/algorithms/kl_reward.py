@@ -53,12 +53,12 @@ def policy_logprobs(sample: Sample) -> np.ndarray | None:
 
 
 def kl_of_sequences(samples: Sequence[Sample]) -> float:
-    """Mean over the trained sequences of their summed log-ratio (k1) between policy and reference."""
-    kl = [
-        float((logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
-        for sample in samples
-        if sample.loss_mask.any()
-        and sample.ref_logprobs is not None
-        and (logprobs := policy_logprobs(sample)) is not None
-    ]
-    return float(np.mean(kl)) if kl else 0.0
+    """Mean over the trained sequences of their summed log-ratio (k1) between policy and reference; those of one rollout
+    are one."""
+    kl: dict[int, float] = {}
+    for index, sample in enumerate(samples):
+        logprobs = policy_logprobs(sample)
+        if sample.loss_mask.any() and sample.ref_logprobs is not None and logprobs is not None:
+            row = index if sample.rollout is None else sample.rollout
+            kl[row] = kl.get(row, 0.0) + float((logprobs - sample.ref_logprobs)[sample.loss_mask].sum())
+    return float(np.mean(list(kl.values()))) if kl else 0.0

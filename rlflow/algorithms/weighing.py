@@ -34,12 +34,24 @@ def weigh(
     return weighed, denominators
 
 
+def rollouts_of(samples: Sequence[Sample]) -> np.ndarray:
+    """int64 [S], ascending: the same number for the sequences of one rollout."""
+    is_first = [
+        index == 0 or sample.rollout is None or sample.rollout != samples[index - 1].rollout
+        for index, sample in enumerate(samples)
+    ]
+    return np.cumsum(is_first) - 1
+
+
 def _of_all(
     samples: Sequence[Sample], algorithm: AlgorithmBlock, max_tokens: int, trained: np.ndarray, counted: np.ndarray
 ) -> tuple[np.ndarray, Denominators]:
-    groups = np.array([sample.group for sample in samples])
+    # A rollout of several sequences is one: they share its weight.
+    first, row_of = np.unique(rollouts_of(samples), return_index=True, return_inverse=True)[1:]
+    groups = np.array([samples[index].group for index in first])
+    counted, trained = (np.bincount(row_of, weights=each).astype(np.int64) for each in (counted, trained))
     weights = loss_weights(algorithm.reduction, counted, groups, count_denominators(counted, groups), max_tokens)
-    return weights, count_denominators(trained, groups)
+    return weights[row_of], count_denominators(trained, groups)
 
 
 def _of_chosen(

@@ -29,6 +29,7 @@ from rlflow.recipe import Recipe, RewardBlock, SourceBlock
 from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean
 from rlflow.rewards import REWARDS
+from rlflow.rewards.episodes import EXAMPLE
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
@@ -89,6 +90,8 @@ def in_rewards(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
         row: The columns of a prompt; None where the data was not read.
     """
     tried: dict[str, Trial] = {}
+    if row is not None and recipe.environment is not None:
+        row = {**row, **EXAMPLE}
     for key, reward in rewards_of(recipe).items():
         problem = None if reward.name is None else _signature_problem(reward.name, reward.args, row)
         if problem is not None:
@@ -97,6 +100,16 @@ def in_rewards(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
             tried[key] = Trial("reward", reward.name, reward.plugin, reward.args, row)
     keys = {key: f"{key}.args" if trial.plugin is None else f"{key}.plugin" for key, trial in tried.items()}
     yield from _problems(tried, keys, child_environment(os.environ, recipe.reward_server.environment))
+
+
+def in_environments(recipe: Recipe) -> Found:
+    """Of the environment: it is made once, and its tools are described."""
+    block = recipe.environment
+    if block is None:
+        return
+    key = "environment.tools" if block.tools else "environment.plugin" if block.plugin else "environment.name"
+    trial = Trial("environment", block.name, block.plugin, block.args, None, tools=tuple(block.tools))
+    yield from _problems({key: trial}, {key: key}, child_environment(os.environ, block.variables))
 
 
 def _signature_problem(name: str, args: Mapping[str, Any], row: Mapping[str, Any] | None) -> str | None:

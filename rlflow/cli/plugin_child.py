@@ -20,6 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from rlflow.environments.loading import load_environment
+from rlflow.environments.protocol import EnvironmentFault
+from rlflow.environments.session import Session
 from rlflow.plugins import PluginError, import_plugin, load_plugin
 from rlflow.rewards import RewardError
 from rlflow.rewards.resolving import find, load
@@ -31,7 +34,7 @@ TELLS_EVERY_S = 0.2
 class Trial:
     """What is to be tried."""
 
-    kind: Literal["reward", "generator", "function"]
+    kind: Literal["reward", "generator", "environment", "function"]
     name: str | None
     """Of a built-in function."""
     plugin: str | None
@@ -46,6 +49,8 @@ class Trial:
     """What another function may take by name."""
     num_positional: int = 0
     """What it is given by position; a class is made without them."""
+    tools: Sequence[str] = ()
+    """Functions that an environment of tools is made of."""
 
 
 @dataclass(slots=True)
@@ -92,6 +97,8 @@ def _problem(trial: Trial, progress: Progress) -> str | None:
             return _generator_problem(trial, progress)
         case "function":
             return _function_problem(trial)
+        case "environment":
+            return _environment_problem(trial)
 
 
 def _function_problem(trial: Trial) -> str | None:
@@ -167,6 +174,15 @@ def _generator_problem(trial: Trial, progress: Progress) -> str | None:
         for _ in function(**trial.args):
             progress.rows += 1
     return None
+
+
+def _environment_problem(trial: Trial) -> str | None:
+    try:
+        said = Session(load_environment(trial.name, trial.plugin, trial.tools, trial.args)).answer("describe")
+    except EnvironmentFault as error:
+        raised = error.__cause__.__cause__ if error.__cause__ else None
+        return _describe(raised, _file(trial)) if raised is not None else str(error)
+    return said["error"].replace("describe raised", "making it raised") if "error" in said else None
 
 
 def _file(trial: Trial) -> str:

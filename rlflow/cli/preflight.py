@@ -18,15 +18,23 @@ from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
 from rlflow.cli.model_checks import config_problem, in_architecture
 from rlflow.cli.output_checks import in_output, in_space
-from rlflow.cli.plugin_checks import in_functions, in_generators, in_rewards, rewards_of, sources_of
+from rlflow.cli.plugin_checks import (
+    in_environments,
+    in_functions,
+    in_generators,
+    in_rewards,
+    rewards_of,
+    sources_of,
+)
 from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
+from rlflow.environments.loading import ADAPTERS
 from rlflow.machine import this_machine
 from rlflow.planning import roles
 from rlflow.ray_cluster import named_cluster, require_answer
-from rlflow.recipe import Problem, Recipe, RecipeError, RewardBlock, SourceBlock
+from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
@@ -91,7 +99,7 @@ def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bo
     for stage in stages:
         recipe = stage.recipe
         is_read = read(recipe)
-        found = list(in_generators(recipe, is_called=is_read))
+        found = [*in_generators(recipe, is_called=is_read), *in_environments(recipe)]
         reading = read_data(recipe, to_come) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
         problems += [stage.problem(key, message) for key, message in found]
@@ -163,6 +171,8 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_reward_model(f"{key}.args", reward.args, to_come)
     for key, function in own_functions(recipe).items():
         yield from _in_function(f"{key}.plugin", function.plugin, "function", [])
+    if recipe.environment is not None:
+        yield from _in_environment(recipe.environment)
     yield from in_output(recipe)
     yield from missing_packages(recipe)
 
@@ -261,6 +271,17 @@ def _in_reward(key: str, reward: RewardBlock) -> Found:
     elif reward.name is not None and reward.name not in REWARDS:
         remedy = did_you_mean(reward.name, list(REWARDS))
         yield f"{key}.name", f"no reward is called {reward.name} ({remedy} Your own: plugin: file.py:function)"
+
+
+def _in_environment(block: EnvironmentBlock) -> Found:
+    if block.plugin is not None:
+        yield from _in_function("environment.plugin", block.plugin, "environment", [])
+    elif block.name is not None and block.name not in ADAPTERS:
+        remedy = did_you_mean(block.name, list(ADAPTERS))
+        yield "environment.name", f"no environment is called {block.name} ({remedy} Your own: plugin: file.py:Class)"
+    for index, tool in enumerate(block.tools):
+        if tool.rpartition(":")[0].endswith(".py"):
+            yield from _in_function(f"environment.tools.{index}", tool, "tool", [])
 
 
 def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Recipe]) -> Found:

@@ -17,7 +17,7 @@ Found = Iterator[tuple[str, str]]
 def remember(recipe: Recipe) -> None:
     """Keeps what is secret in a recipe, and the variables that it names, out of everything that is said from now on."""
     remember_secrets(recipe.model_dump(mode="json"))
-    named = recipe.reward_server.environment
+    named = [*recipe.reward_server.environment, *(recipe.environment.variables if recipe.environment else ())]
     remember_secrets({"secret": [os.environ[name] for name in named if name in os.environ]})
 
 
@@ -33,6 +33,9 @@ def in_environment(recipe: Recipe) -> Found:
     for index, name in enumerate(recipe.reward_server.environment):
         if recipe.needs_rollouts and name not in os.environ:
             yield f"reward_server.environment.{index}", f"{name} is not set: export it, or remove it here"
+    for index, name in enumerate(recipe.environment.variables if recipe.environment else ()):
+        if name not in os.environ:
+            yield f"environment.variables.{index}", f"{name} is not set: export it, or remove it here"
 
 
 def in_overrides(overrides: Sequence[str]) -> Iterator[Problem]:

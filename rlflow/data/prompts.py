@@ -43,6 +43,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     reject: Callable[[Mapping[str, Any]], str | None] = lambda columns: None,
+    tools: Sequence[Any] = (),
 ) -> Rows[Prompt]:
     """The prompts of the sources, in their order.
 
@@ -55,6 +56,7 @@ def load_prompts(
         tokenizer: renders and tokenises them.
         seed: the run's.
         reject: says of a row's columns why the rewards cannot use them, or None.
+        tools: of an environment, described to the policy in every prompt before the row's own.
 
     Returns:
         The prompts; ``skipped`` names the rows that were left out, bad or overlong.
@@ -67,7 +69,7 @@ def load_prompts(
     def build(record: Record) -> _Question:
         if problem := reject(record.columns):
             raise RowError(problem)
-        return _render(record, data, chat)
+        return _render(record, data, chat, tools)
 
     rows = load_records(sources, seed, build)
     overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
@@ -82,7 +84,8 @@ def load_prompts(
             except RowError as error:
                 prompts.skipped.append(row.bad(f"cannot be cut to {data.max_prompt_tokens:,} tokens: {error}"))
                 continue
-        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened_tag(row.value.rendered.text)))
+        opened = opened_tag(row.value.rendered.text)
+        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened, tuple(row.value.tools or ())))
         prompts.notes.extend(row.bad(note) for note in row.value.rendered.notes)
     overlong.settle(prompts)
     return prompts
@@ -97,7 +100,7 @@ def opened_tag(text: str) -> str:
     return found[0] if found else ""
 
 
-def _render(record: Record, data: DataBlock, chat: Chat) -> _Question:
+def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -> _Question:
     if record.text is not None:
         messages = [{"role": "user", "content": record.text}]
         return _Question(chat.render_text(record.text, complete=False), messages, record.columns, is_text=True)
@@ -108,7 +111,8 @@ def _render(record: Record, data: DataBlock, chat: Chat) -> _Question:
     if not any(message["role"] == "user" for message in messages):
         raise RowError("no user message is left when the answer is taken off")
     messages = with_system(messages, data.system)
-    return _Question(chat.render_prompt(messages, record.tools), messages, columns, record.tools)
+    described = [*tools, *(record.tools or ())] or None
+    return _Question(chat.render_prompt(messages, described), messages, columns, described)
 
 
 def _shorten(

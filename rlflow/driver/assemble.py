@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,35 +14,54 @@ from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
 from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock
 from rlflow.tracking.episodes import Episode, Episodes
-from rlflow.types import Group, Rollout, Sample
+from rlflow.types import Group, Rollout, RolloutEnd, Sample
+
+T = TypeVar("T")
+ENDINGS: tuple[RolloutEnd, ...] = ("stop", "length", "turns", "time")
+"""By which episodes end whose environments do not fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on; S rollouts in prompt order, those of a group next to each other."""
+    """What one step trains on: R rollouts in prompt order, those of a group next to each other; S samples, one for each
+    sequence of a rollout, as a rule one."""
 
     groups: list[Group]
     rewards: np.ndarray
-    """float64 [S], length punishment included; NaN where unscored."""
+    """float64 [R], length punishment included; NaN where unscored."""
     samples: list[Sample]
-    """[S]; each says which of ``groups`` it is of."""
+    """[S]; each says which of ``groups``, and which rollout, it is of."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """[R]."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
 
     @property
     def group_of(self) -> np.ndarray:
-        """int64 [S]."""
-        return np.array([sample.group for sample in self.samples])
+        """int64 [R]."""
+        return np.repeat(np.arange(len(self.groups)), [len(group.rollouts) for group in self.groups])
+
+    @property
+    def first_samples(self) -> np.ndarray:
+        """int64 [R + 1]: rollout r has the samples ``[first_samples[r]:first_samples[r + 1]]``."""
+        return np.cumsum([0, *(len(rollout.sequences) for rollout in self.rollouts)])
 
     @property
     def num_sampled_tokens(self) -> np.ndarray:
         """int [S]: the loss tokens of every sample; of one that is left out whole, all that the policy wrote."""
-        written = [int(rollout.is_sampled.sum()) for group in self.groups for rollout in group.rollouts]
+        written = [int(rollout.is_sampled[part].sum()) for rollout in self.rollouts for part in rollout.sequences]
         trained = [int(sample.loss_mask.sum()) for sample in self.samples]
         return np.where(trained, trained, written)
 
     @property
     def states(self) -> list[str]:
-        """Of every sample: trained, or masked (unscored or truncated)."""
-        return ["trained" if sample.loss_mask.any() else "masked" for sample in self.samples]
+        """Of every rollout: trained, or masked (unscored or truncated)."""
+        return ["trained" if any(s.loss_mask.any() for s in own) else "masked" for own in self.by_rollout(self.samples)]
+
+    def by_rollout(self, of_samples: Sequence[T]) -> list[Sequence[T]]:
+        """What belongs to the samples [S], in R parts."""
+        return [of_samples[start:end] for start, end in pairwise(self.first_samples.tolist())]
 
 
 def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock) -> Group:
@@ -68,6 +89,7 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
                 rewards={block.label: float(by_function[k, g]) for k, block in enumerate(rewards)},
                 reward=float(combined[g]),
                 error=scored.causes[g],
+                episode=batch.episodes[row] if batch.episodes else None,
             )
         )
     return Group(job.prompt, job.epoch, tuple(rollouts))
@@ -94,18 +116,21 @@ def assemble(
         lengths = np.array([int(rollout.is_sampled.sum()) for rollout in rollouts])
         punishment = soft_overlong_penalty(lengths, max_new_tokens, block.overlong_buffer * max_new_tokens)
         rewards = rewards + block.overlong_penalty * punishment
+    group_of = [index for index, group in enumerate(groups) for _ in group.rollouts]
     samples = []
-    for index, group in enumerate(groups):
-        for rollout in group.rollouts:
-            truncated = block.mask_truncated and rollout.finish_reason != "stop"
-            is_left_out = truncated or np.isnan(rollout.reward)
+    for row, (index, rollout) in enumerate(zip(group_of, rollouts, strict=True)):
+        truncated = block.mask_truncated and rollout.finish_reason != "stop"
+        is_left_out = truncated or np.isnan(rollout.reward)
+        for part in rollout.sequences:
+            is_sampled = rollout.is_sampled[part]
             samples.append(
                 Sample(
-                    token_ids=rollout.token_ids,
-                    loss_mask=np.zeros_like(rollout.is_sampled) if is_left_out else rollout.is_sampled,
-                    loss_weights=np.zeros(len(rollout.token_ids), dtype=np.float32),
+                    token_ids=rollout.token_ids[part],
+                    loss_mask=np.zeros_like(is_sampled) if is_left_out else is_sampled,
+                    loss_weights=np.zeros(len(is_sampled), dtype=np.float32),
                     group=index,
-                    old_logprobs=rollout.logprobs if engine_logprobs else None,
+                    rollout=row,
+                    old_logprobs=rollout.logprobs[part] if engine_logprobs else None,
                 )
             )
     return Batch(list(groups), rewards, samples)
@@ -117,16 +142,18 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBl
     Samples that have a critic's values get what these should have been, too. Other tokens have neither: what a mask
     leaves out, at an end or in the middle, takes no part in any recursion, mean or standard deviation.
     """
-    penalties = [_penalty(sample, algorithm) for sample in samples]
-    values = [s.old_values[s.loss_mask] for s in samples if s.old_values is not None]
-    advantages, returns = token_advantages(
-        batch.rewards, batch.group_of, penalties, algorithm.advantage, values or None
-    )
+    penalties = [np.concatenate(own) for own in batch.by_rollout([_penalty(sample, algorithm) for sample in samples])]
+    of_samples = [s.old_values[s.loss_mask] for s in samples if s.old_values is not None]
+    values = [np.concatenate(own) for own in batch.by_rollout(of_samples)] if of_samples else None
+    of_rollouts = token_advantages(batch.rewards, batch.group_of, penalties, algorithm.advantage, values)
+    # The loss tokens of a rollout's sequences follow one another.
+    ends = np.cumsum([int(sample.loss_mask.sum()) for sample in samples])[:-1]
+    advantages, returns = (np.split(np.concatenate(each), ends) for each in of_rollouts)
     return [
         replace(
             sample,
             advantages=_on_loss_tokens(sample, advantage),
-            returns=_on_loss_tokens(sample, of_sample) if values else None,
+            returns=None if values is None else _on_loss_tokens(sample, of_sample),
         )
         for sample, advantage, of_sample in zip(samples, advantages, returns, strict=True)
     ]
@@ -144,14 +171,9 @@ def _penalty(sample: Sample, algorithm: OnlineBlock) -> np.ndarray:
 
 def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:
     """float64 [G] for each group, of any size: the mean advantage of each rollout's tokens, for people to read."""
-    means = np.array(
-        [
-            float(sample.advantages[sample.loss_mask].mean())
-            if sample.advantages is not None and sample.loss_mask.any()
-            else 0.0
-            for sample in samples
-        ]
-    )
+    of_samples = [np.zeros(0) if s.advantages is None else s.advantages[s.loss_mask] for s in samples]
+    of_rollouts = [np.concatenate(own) for own in batch.by_rollout(of_samples)]
+    means = np.array([float(advantages.mean()) if len(advantages) else 0.0 for advantages in of_rollouts])
     return np.split(means, np.cumsum([len(group.rollouts) for group in batch.groups])[:-1])
 
 
@@ -170,7 +192,7 @@ def episodes(batch: Batch, advantages: Sequence[np.ndarray], step: int) -> Episo
 
 def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
     """What the step's rollouts look like. ``policy_version``: of the weights about to be trained."""
-    rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+    rollouts = batch.rollouts
     lengths = np.array([int(rollout.is_sampled.sum()) for rollout in rollouts])
     rewards = np.array([rollout.reward for rollout in rollouts])
     scored = rewards[~np.isnan(rewards)]
@@ -194,7 +216,32 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
         values = np.array([rollout.rewards[name] for rollout in rollouts])
         given = values[~np.isnan(values)]
         metrics[f"reward/{name}/mean"] = float(given.mean()) if len(given) else float("nan")
-    return metrics
+    return metrics | episode_metrics(rollouts)
+
+
+def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What happened in the environments of the rollouts that were in one; empty where none was."""
+    episodes = [rollout.episode for rollout in rollouts if rollout.episode is not None]
+    if not episodes:
+        return {}
+    turns = np.array([episode.num_turns for episode in episodes])
+    given = np.array([episode.reward for episode in episodes])
+    given = given[~np.isnan(given)]
+    counts: dict[str, int] = {}
+    for episode in episodes:
+        for name, count in episode.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    reasons = [rollout.finish_reason for rollout in rollouts]
+    return {
+        "environment/turns": float(turns.mean()),
+        "environment/max_turns": float(turns.max()),
+        "environment/reward": float(given.mean()) if len(given) else float("nan"),
+        "environment/failed_fraction": float(np.mean([bool(episode.error) for episode in episodes])),
+        "environment/seconds": float(np.mean([episode.environment_s for episode in episodes])),
+        "environment/sequences": float(np.mean([len(episode.starts) for episode in episodes])),
+        **{f"environment/ended_by_{reason}": reasons.count(reason) / len(reasons) for reason in ENDINGS},
+        **{f"environment/{name}": count / len(episodes) for name, count in sorted(counts.items())},
+    }
 
 
 def _on_loss_tokens(sample: Sample, values: np.ndarray) -> np.ndarray:

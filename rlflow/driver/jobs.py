@@ -69,6 +69,7 @@ class Generated:
             self.job.prompt,
             tuple(batch.texts[row] for row in self.rows),
             tuple(batch.token_ids[span][batch.is_sampled[span]].tobytes() for span in spans),
+            tuple(batch.episodes[row] for row in self.rows) if batch.episodes else (),
         )
 
 

@@ -28,7 +28,7 @@ from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
-from rlflow.algorithms.weighing import weigh
+from rlflow.algorithms.weighing import rollouts_of, weigh
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError
 from rlflow.driver.model_ranks import ModelRanks
@@ -68,7 +68,7 @@ class Learner:
         self._kl = KLController(algorithm.kl if isinstance(algorithm, OnlineBlock) else KLBlock(coef=0.0))
         is_online = recipe.algorithm.learning.family == "online"
         self._temperature = recipe.rollout.temperature if is_online else 1.0
-        self._max_tokens = recipe.rollout.max_new_tokens if is_online else recipe.data.max_tokens
+        self._max_tokens = recipe.max_completion_tokens if is_online else recipe.data.max_tokens
         self._models = _models(recipe, attention_cost, {"trainer": trainer, "critic": critic, "reference": reference})
         self._scorers = scorers_of(recipe, self._models)
         self.num_moves = 0
@@ -135,7 +135,7 @@ class Learner:
                 all_metrics.append(self._update_once(weighed, denominators, step, update))
         metrics = over_updates(all_metrics)
         if self._kl.block.target is not None and step >= self._critic_steps:
-            metrics |= self._kl.adapt(kl_of_sequences(samples), len(samples))
+            metrics |= self._kl.adapt(kl_of_sequences(samples), len(set(rollouts_of(samples).tolist())))
         return metrics
 
     def _update_once(

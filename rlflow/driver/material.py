@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlflow.data.errors import Rows, listing
+from rlflow.actors.environment_pool import describe
+from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.prompts import load_prompts
 from rlflow.driver.references import reject_references
 from rlflow.driver.units import load_units
+from rlflow.environments import EnvironmentFault
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking.tracker import Tracker
 
@@ -30,15 +32,30 @@ class Material:
 def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
     data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
+    tools = _tools_of(recipe)
     if recipe.family == "online":
-        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards))
+        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards), tools)
     else:
         rows = load_units(recipe, data, tokenizer)
     if evaluation is None:
         return rows, Rows()
     if (reward := recipe.evaluation_reward) is not None:
-        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]))
+        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]), tools)
     return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
+
+
+def _tools_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the environment describes to the policy.
+
+    Raises:
+        DataError: It cannot be loaded, or a tool of it cannot be described.
+    """
+    if recipe.environment is None:
+        return []
+    try:
+        return describe(recipe.environment)
+    except EnvironmentFault as error:
+        raise DataError(f"environment: {error}") from error
 
 
 def tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> None:
@@ -62,7 +79,7 @@ def num_steps(recipe: Recipe, num_rows: int) -> int:
 
 
 def max_model_len(recipe: Recipe) -> int:
-    """Longest prompt and longest completion together, training's or evaluation's."""
+    """Longest prompt and longest completion, or episode, together, training's or evaluation's."""
     evaluation = recipe.evaluation
     longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
-    return recipe.data.max_prompt_tokens + longest
+    return recipe.data.max_prompt_tokens + recipe.episode_tokens(longest)

@@ -51,7 +51,7 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             with learner.clock("rollout"):
                 groups, metrics = window.take(step)
             uncut = rollout.cut_by is None
-            batch = assemble.assemble(groups, algorithm, rollout.max_new_tokens, engine_logprobs=uncut)
+            batch = assemble.assemble(groups, algorithm, recipe.max_completion_tokens, engine_logprobs=uncut)
             metrics |= assemble.rollout_metrics(batch, step) | own_metrics(recipe.metrics, batch.groups)
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None

@@ -17,7 +17,7 @@ from rlflow.driver.rollout_report import listed
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import EvaluationBlock, RewardBlock
 from rlflow.tracking.tracker import Tracker
-from rlflow.types import GroupRequest, Prompt, SamplingParams
+from rlflow.types import GroupRequest, Limits, Prompt, SamplingParams
 
 
 class PassEvaluator:
@@ -30,14 +30,16 @@ class PassEvaluator:
         params: SamplingParams,
         seed: int,
         tracker: Tracker,
+        limits: Limits | None = None,
     ) -> None:
         """
         Args:
+            limits: Of episodes, where there is an environment.
             params: Of training; the block changes them.
             seed: The run's.
         """
         self.pool, self.seed, self.block, self.prompts, self.tracker = pool, seed, block, prompts, tracker
-        self.reward = reward.label
+        self.reward, self.limits = reward.label, limits
         self.metric = f"eval/{block.name}/pass@1"
         self.params = replace(
             params,
@@ -90,6 +92,8 @@ class PassEvaluator:
                     tuple(sample_seed(self.seed, f"eval/{prompt.id}", 0, k) for k in range(self.block.samples)),
                     self.params,
                     min_version=self.pool.version,
+                    prompt=prompt if self.limits is not None else None,
+                    limits=self.limits,
                 ),
                 prompt=prompt,
                 epoch=0,

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
-from rlflow.actors.rollout_worker import Collected, RolloutWorker, decode_completions
+from rlflow.actors.completion_texts import decode_completions
+from rlflow.actors.rollout_worker import Collected, RolloutWorker
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Generated, Job
 from rlflow.driver.leases import Member, metrics_of

@@ -70,6 +70,9 @@ class Inputs:
                 files[f"{key}.plugin"] = checkpoint.sha256(Path(reward.plugin.rpartition(":")[0]))
         for key, function in own_functions(recipe).items():
             files[f"{key}.plugin"] = checkpoint.sha256(Path(function.plugin.rpartition(":")[0]))
+        if recipe.environment is not None:
+            for key, file in recipe.environment.files.items():
+                files[f"environment.{key}"] = checkpoint.sha256(Path(file))
         models = {}
         for key, path in models_of(recipe).items():
             manifest = Path(path) / checkpoint.FINAL_MANIFEST

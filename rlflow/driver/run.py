@@ -50,7 +50,7 @@ from rlflow.driver.resuming import (
     trained_steps,
 )
 from rlflow.driver.run_lock import RunLock
-from rlflow.driver.sampling import sampling_params
+from rlflow.driver.sampling import episode_limits, sampling_params
 from rlflow.driver.scoring import Scoring
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
@@ -375,7 +375,8 @@ def _evaluator(
     if reward is None:
         return LossEvaluator(learner, block, held_out)
     assert pool is not None
-    return PassEvaluator(pool, block, reward, held_out, params, recipe.run.seed, tracker)
+    limits = episode_limits(recipe, block.max_new_tokens or params.max_new_tokens)
+    return PassEvaluator(pool, block, reward, held_out, params, recipe.run.seed, tracker, limits)
 
 
 def _wait_ready(actors: Actors, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlflow.data.tokenizer import stop_token_ids
 from rlflow.recipe import ModelBlock, Recipe
-from rlflow.types import SamplingParams
+from rlflow.types import Limits, SamplingParams
 
 
 def sampling_params(recipe: Recipe, tokenizer: Any, model: ModelBlock) -> SamplingParams:
@@ -20,6 +20,14 @@ def sampling_params(recipe: Recipe, tokenizer: Any, model: ModelBlock) -> Sampli
         top_k=rollout.top_k,
         stop_token_ids=stop_token_ids(tokenizer, model),
     )
+
+
+def episode_limits(recipe: Recipe, max_new_tokens: int) -> Limits | None:
+    """When episodes whose turns have at most so many tokens end that are not over; None without an environment."""
+    block = recipe.environment
+    if block is None:
+        return None
+    return Limits(block.max_turns, recipe.episode_tokens(max_new_tokens), recipe.data.max_prompt_tokens)
 
 
 def sample_seed(run_seed: int, prompt_id: str, epoch: int, index: int) -> int:

@@ -23,7 +23,7 @@ from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.rollout_report import RolloutReport
-from rlflow.driver.sampling import sample_seed
+from rlflow.driver.sampling import episode_limits, sample_seed
 from rlflow.recipe import Recipe
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import Group, GroupRequest, Prompt, SamplingParams
@@ -84,6 +84,7 @@ class Window:
     ) -> None:
         self.pool, self.recipe, self.prompts, self.params, self.num_steps = pool, recipe, prompts, params, num_steps
         self.tracker = tracker
+        self.limits = episode_limits(recipe, params.max_new_tokens)
         self.sampler = Sampler(len(prompts), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
         self.ledger = Ledger()
         self.steps: dict[int, StepGroups] = {}
@@ -185,7 +186,15 @@ class Window:
         size = self.recipe.online.group_size
         seeds = tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(size))
         return Job(
-            request=GroupRequest(self.pool.next_id(), prompt.token_ids, seeds, self.params, min_version),
+            request=GroupRequest(
+                self.pool.next_id(),
+                prompt.token_ids,
+                seeds,
+                self.params,
+                min_version,
+                prompt if self.limits is not None else None,
+                self.limits,
+            ),
             prompt=prompt,
             epoch=epoch,
             labels=tuple(block.label for block in self.recipe.rewards),

@@ -10,6 +10,7 @@ from rlflow.recipe.algorithm import (
     algorithm_of,
 )
 from rlflow.recipe.block import Block
+from rlflow.recipe.environment_blocks import EnvironmentBlock
 from rlflow.recipe.loading import dump_recipe, load_recipe
 from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
@@ -36,6 +37,7 @@ __all__ = [
     "Block",
     "DataBlock",
     "DeepSpeedBlock",
+    "EnvironmentBlock",
     "EvaluationBlock",
     "ExperimentBlock",
     "FsdpBlock",

@@ -41,6 +41,8 @@ _FUNCTIONS = {
     "algorithm.preference.plugin",
     "trainer.optimizer.kind",
     "trainer.optimizer.plugin",
+    "environment.plugin",
+    "environment.tools",
 }
 _TEMPLATES = {"model.chat_template"}
 _OUTPUT = {"run.output_dir"}
@@ -101,6 +103,8 @@ def _resolved(document: Document, value: str, path: KeyPath) -> str:
         return _absolute(expand(value))
     if name in _FUNCTIONS and ":" in value:
         file, _, function = expand(value).rpartition(":")
+        if name == "environment.tools" and not file.endswith(".py"):
+            return value  # module:function
         return f"{_found(file, directory) or _absolute(file)}:{function}"
     if name in _TEMPLATES and not ("{{" in value or "{%" in value):
         value = expand(value)

@@ -27,9 +27,11 @@ from rlflow.recipe.block import (
     exactly_one,
     malformed_function,
 )
+from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
+from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
@@ -100,28 +102,6 @@ class DataBlock(Block):
     def conflicts(self) -> Iterator[Conflict]:
         if self.train == []:
             yield Conflict(("train",), "is empty: give at least one source")
-
-
-class AtUpdateBlock(Block):
-    running: Literal["continue", "restart", "wait"] = "continue"
-    """Completions under way when new weights come: they go on with them, are begun anew, or the weights wait for them
-    and nothing is begun meanwhile."""
-    cache: Literal["recompute", "keep"] = "recompute"
-    """Keys and values of those that go on: computed again with the new weights, or kept, which costs nothing and mixes
-    the two."""
-    too_old: Literal["redo", "drop"] = "redo"
-    """A group in which a token is older than run.max_staleness allows: it is generated again, or left out of its
-    step."""
-
-
-class RecoveryBlock(Block):
-    max_restarts: NonNegativeInt = 3
-    """A rollout worker that dies, hangs or says nothing is started again, so many times; then the run ends."""
-    silence_s: PositiveFloat = 60.0
-    """A worker that says nothing for so long is taken for lost."""
-    hedge: bool = True
-    """With run.max_staleness: a group that one worker has had for more than twice as long as groups take is asked of an
-    idle one too, and the first answer counts."""
 
 
 class RolloutBlock(Block):
@@ -256,6 +236,8 @@ class Recipe(Block):
     """Who computes rewards."""
     rollout: RolloutBlock = RolloutBlock()
     """Who generates."""
+    environment: EnvironmentBlock | None = None
+    """Who answers the policy; without it a completion is a rollout."""
     rollout_server: RolloutServerBlock = RolloutServerBlock()
     """The servers of engine http."""
     trainer: TrainerBlock = TrainerBlock()
@@ -308,6 +290,17 @@ class Recipe(Block):
         return self.algorithm.critic if isinstance(self.algorithm, OnlineBlock) else None
 
     @property
+    def max_completion_tokens(self) -> int:
+        """Behind the prompt of a rollout that is trained, at most: what the policy writes and an environment says."""
+        return self.episode_tokens(self.rollout.max_new_tokens)
+
+    def episode_tokens(self, max_new_tokens: int) -> int:
+        """The same, of rollouts whose turns have at most so many tokens."""
+        if self.environment is None:
+            return max_new_tokens
+        return self.environment.max_tokens or self.environment.max_turns * max_new_tokens
+
+    @property
     def evaluation_reward(self) -> RewardBlock | None:
         """What decides whether an answer passes; None when the evaluation generates nothing."""
         if self.evaluation is None:
@@ -324,6 +317,7 @@ class Recipe(Block):
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
         yield from rollout_server_conflicts(self)
+        yield from environment_conflicts(self)
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         yield from self._metric_conflicts()

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlflow.checkpoint import naming_the_disk
+from rlflow.tracking.episode_columns import episode_columns, episode_of
 from rlflow.tracking.history import step_of
 from rlflow.tracking.row_columns import keep_columns
-from rlflow.types import FinishReason, Group, Prompt, Rollout
+from rlflow.types import Episode, Group, Prompt, Rollout, RolloutEnd
 
 RolloutState = Literal["trained", "masked", "filtered"]
 """trained; in the batch without loss (unscored, truncated); or in a group that was replaced."""
@@ -66,7 +67,7 @@ class RolloutRecord:
     advantage: float
     policy_version: int
     """The oldest that sampled a token of it."""
-    finish_reason: FinishReason
+    finish_reason: RolloutEnd
     state: RolloutState
     prompt_token_ids: np.ndarray
     """int32 [P]; empty when tokens were not asked for."""
@@ -88,6 +89,8 @@ class RolloutRecord:
     """The row's other columns, which reward functions saw; empty in files of an earlier version."""
     inexact_columns: tuple[str, ...] = ()
     """Those of them that were cut short, or are text in place of what rewards saw."""
+    episode: Episode | None = None
+    """Of a rollout in an environment: what was said and heard in every turn, calls included."""
 
 
 class RolloutFileError(ValueError):
@@ -121,7 +124,7 @@ def write_rollouts(
         raise ValueError(f"{path.name}: {counts} where each rollout needs one of each")
     prompts = [group.prompt for group in groups for _ in group.rollouts]
     kept = [columns for group in groups for columns in [keep_columns(group.prompt.columns)] * len(group.rollouts)]
-    behind = [(rollout, len(prompt.token_ids)) for rollout, prompt in zip(rollouts, prompts, strict=True)]
+    behind = [(rollout, rollout.num_prompt_tokens) for rollout in rollouts]
     columns: dict[str, Any] = {
         "prompt_id": [prompt.id for prompt in prompts],
         "epoch": pa.array([group.epoch for group in groups for _ in group.rollouts], pa.int32()),
@@ -136,13 +139,14 @@ def write_rollouts(
     }
     for name in rollouts[0].rewards if rollouts else ():
         columns[f"{REWARD_PREFIX}{name}"] = _numbers([rollout.rewards[name] for rollout in rollouts])
+    columns |= episode_columns([rollout.episode for rollout in rollouts])
     columns |= {
         "error": _texts([rollout.error or None for rollout in rollouts]),
         "advantage": _numbers(flat_advantages),
         "policy_version": pa.array([_oldest(rollout) for rollout in rollouts], pa.int64()),
         "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()).dictionary_encode(),
         "state": pa.array(states, pa.string()).dictionary_encode(),
-        "prompt_token_ids": _ragged([prompt.token_ids for prompt in prompts], np.int32),
+        "prompt_token_ids": _ragged([rollout.token_ids[:size] for rollout, size in behind], np.int32),
         "token_ids": _ragged([rollout.token_ids[size:] for rollout, size in behind], np.int32),
         "is_sampled": _ragged([rollout.is_sampled[size:] for rollout, size in behind], np.bool_),
         "logprobs": _ragged([rollout.logprobs[size:] for rollout, size in behind], np.float32),
@@ -298,6 +302,7 @@ def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> R
         opened=row.get("opened", ""),
         columns=_json(row.get("columns", "{}"), path),
         inexact_columns=tuple(row.get("inexact_columns", ())),
+        episode=episode_of(row),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlflow.actors.rollout_worker import decode_completions
+from rlflow.actors.completion_texts import decode_completions
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.rewards.formats import pattern_format
 

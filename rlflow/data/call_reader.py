@@ -1,0 +1,226 @@
+"""Function calls in what a policy wrote: read as the tokenizer, vLLM or the chat template says that they are written.
+
+Where a tokenizer has a response schema, transformers reads by it; where a recipe names a parser of vLLM's, that does.
+Otherwise the template is asked: it renders a call with a name and arguments that are known, and what stands before,
+between and behind them is how calls are written. Where a template writes none, they are Hermes'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlflow.data.calls import to_calls
+from rlflow.data.chat import QUESTION, Chat
+from rlflow.data.errors import RowError
+from rlflow.types import Message
+
+_NAME, _ARGUMENTS = "zqx_called_xqz", {"zqx": "xqz"}
+_PROBE = {"type": "function", "id": "zqxcalled", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"zqx": {"type": "string", "description": "d"}}},
+    },
+}
+_ARGUMENTS_TEXT = re.compile(r'\{\s*"zqx"\s*:\s*"xqz"\s*\}')
+_HERMES = "<tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a policy's text says."""
+
+    message: Message
+    """``{"role": "assistant", "content": ..., "tool_calls": [...]}``; without calls there is no such key."""
+    problems: tuple[str, ...] = ()
+    """Why calls in it could not be read, for the policy to hear."""
+
+
+class CallReader:
+    """How one model's calls are read."""
+
+    def __init__(self, chat: Chat, parser: str = "auto") -> None:
+        """
+        Args:
+            parser: ``auto``, or the name of a tool parser of vLLM's.
+
+        Raises:
+            ValueError: vLLM has none of that name, or is not installed.
+        """
+        self._tokenizer = chat.tokenizer
+        self._form = _form_of(chat)
+        self._vllm = None if parser == "auto" else _vllm_parser(parser, chat.tokenizer)
+        self._schema = chat.tokenizer.init_kwargs.get("response_schema") or vars(chat.tokenizer).get("response_schema")
+
+    def read(self, text: str) -> Said:
+        """The message that a text is; the text of its calls is no part of what it says."""
+        try:
+            if self._vllm is not None:
+                return _with_calls(*_by_vllm(self._vllm, text))
+            if self._schema is not None:
+                return _by_schema(self._tokenizer, text, self._schema)
+        except RowError as error:
+            return Said({"role": "assistant", "content": text}, (str(error),))
+        return self._form.read(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How calls are written: ``opening`` + JSON with name and arguments + ``closing``; or, where ``between`` is given,
+    ``opening`` + name + ``between`` + arguments + ``closing``. White space does not count."""
+
+    opening: str
+    between: str | None
+    closing: str
+
+    def read(self, text: str) -> Said:
+        calls: list[dict[str, Any]] = []
+        problems: list[str] = []
+        pieces, place = [], 0
+        for found in re.finditer(self._pattern, text):
+            if found.start() < place:
+                continue
+            pieces.append(text[place : found.start()])
+            try:
+                read, end = self._call(text, found)
+                calls += to_calls(read, "call")
+            except (ValueError, RowError, RecursionError) as error:
+                reason = re.sub(r"^`call`(?: is a function call|: )?", "", str(error)).strip()
+                problems.append(f"a call could not be read ({reason}): {text[found.start() : found.start() + 200]}")
+                end = len(text)
+            place = end
+        content = "".join([*pieces, text[place:]]).strip() if calls or problems else text
+        message: Message = {"role": "assistant", "content": text if problems and not calls else content}
+        return Said({**message, "tool_calls": calls} if calls else message, tuple(problems))
+
+    @property
+    def _pattern(self) -> str:
+        if self.between is not None:
+            return rf"{_loose(self.opening)}\s*(?P<name>[\w.\-]+)\s*{_loose(self.between)}\s*"
+        # Where nothing opens a call, it is all that there is.
+        return rf"{_loose(self.opening)}\s*" if self.opening else r"\A\s*(?=\{\s*\"(?:name|type|function)\")"
+
+    def _call(self, text: str, found: re.Match[str]) -> tuple[Any, int]:
+        """The call or calls at a place of the text, and where they end."""
+        value, end = json.JSONDecoder().raw_decode(text, found.end())
+        if closing := re.compile(rf"\s*{_loose(self.closing)}").match(text, end):
+            end = closing.end()
+        if self.between is not None:
+            return {"name": found["name"], "arguments": value}, end
+        calls = value if isinstance(value, list) else [value]
+        return [_with_arguments(call) for call in calls], end
+
+
+def _with_arguments(call: Any) -> Any:
+    """Llama's calls have ``parameters``."""
+    if isinstance(call, dict) and "arguments" not in call and "parameters" in call:
+        call = {("arguments" if key == "parameters" else key): value for key, value in call.items()}
+    if isinstance(call, dict) and not isinstance(call.get("function", call), dict):
+        raise RowError("`call` is a function call without a name")
+    return call
+
+
+def _form_of(chat: Chat) -> _Form:
+    hermes = _Form(_HERMES, None, "</tool_call>")
+    render = chat.renderer([_TOOL])
+    try:
+        prompt = render([QUESTION], generation_prompt=True)
+        one = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [_PROBE]}])
+    except RowError:
+        return hermes
+    shared = next((i for i, pair in enumerate(zip(prompt, one, strict=False)) if pair[0] != pair[1]), len(prompt))
+    turn = one[min(shared, len(prompt)) :]
+    written = _written(turn)
+    if written is None:
+        return hermes
+    before, between, behind = written
+    opening = _last_opening(chat, before, between)
+    closing = _special_end(chat, behind)
+    if "{" not in opening:
+        return _Form(opening.strip(), between.strip(), closing.strip().removeprefix("}"))
+    # The name is in an object of its own, perhaps in a list of them.
+    return _Form(opening[: opening.index("{")].strip().removesuffix("[").strip(), None, closing.lstrip("}] \n").strip())
+
+
+def _written(turn: str) -> tuple[str, str, str] | None:
+    """What stands before the name, between it and the arguments, and behind these."""
+    arguments = _ARGUMENTS_TEXT.search(turn)
+    if arguments is None or _NAME not in turn[: arguments.start()]:
+        return None
+    start = turn.index(_NAME)
+    return turn[:start], turn[start + len(_NAME) : arguments.start()], turn[arguments.end() :]
+
+
+def _last_opening(chat: Chat, before: str, between: str) -> str:
+    """What begins each of several calls: of what begins the first, that which the second has too."""
+    calls = [_PROBE, {**_PROBE, "id": "zqxsecond"}]
+    try:
+        two = chat.renderer([_TOOL])([QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}])
+    except RowError:
+        return before
+    parts = two.split(_NAME + between)
+    if len(parts) < 3:
+        return before
+    gap = _ARGUMENTS_TEXT.sub("", parts[-2], count=1)
+    shared = 0
+    while shared < min(len(before), len(gap)) and before[-shared - 1] == gap[-shared - 1]:
+        shared += 1
+    opening = before[len(before) - shared :]
+    # Of a list of calls, the second begins with a comma: the list is what is opened.
+    return before if not re.sub(r'[\s{"\w:,\[]', "", opening) and re.sub(r'[\s{"\w:,\[]', "", before) else opening
+
+
+def _special_end(chat: Chat, behind: str) -> str:
+    """What ends a call, without what ends the turn."""
+    ends = [chat.tokenizer.convert_ids_to_tokens(id_) for id_ in chat.end_ids]
+    places = [behind.index(str(end)) for end in ends if str(end) in behind]
+    return behind[: min(places)] if places else behind
+
+
+def _loose(literal: str) -> str:
+    """A pattern for a text in which white space does not count."""
+    return r"\s*".join(re.escape(word) for word in literal.split())
+
+
+def _with_calls(content: str, calls: Sequence[Any]) -> Said:
+    message: Message = {"role": "assistant", "content": content}
+    read = to_calls(list(calls), "call") if calls else []
+    return Said({**message, "tool_calls": read} if read else message)
+
+
+def _by_schema(tokenizer: Any, text: str, schema: Any) -> Said:
+    try:
+        read = tokenizer.parse_response(text, schema)
+    # What a schema of somebody else's makes of the policy's text may raise anything.
+    except Exception as error:
+        raise RowError(f"a call could not be read ({error}): {text[:200]}") from error
+    said = _with_calls(read.get("content") or "", read.get("tool_calls") or ())
+    thoughts = {key: read[key] for key in ("thinking", "reasoning_content") if read.get(key)}
+    return Said({**said.message, **thoughts})
+
+
+def _vllm_parser(name: str, tokenizer: Any) -> Any:
+    try:
+        from vllm.tool_parsers import ToolParserManager
+    except ImportError as error:
+        raise ValueError(
+            f"environment.call_parser: {name} is a parser of vLLM's, which is not installed: install it, or set auto"
+        ) from error
+    try:
+        return ToolParserManager.get_tool_parser(name)(tokenizer)
+    except KeyError as error:
+        raise ValueError(f"environment.call_parser: vLLM has no parser {name}: {error}") from error
+
+
+def _by_vllm(parser: Any, text: str) -> tuple[str, list[Any]]:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    request = ChatCompletionRequest.model_validate({"messages": [], "model": "", "tools": [_TOOL]})
+    read = parser.extract_tool_calls(text, request)
+    return read.content or "", [call.model_dump() for call in read.tool_calls]

@@ -1,0 +1,70 @@
+"""What a recipe names becomes a maker of environments, in the process that episodes start from."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlflow.environments.methods import MethodsEnvironment
+from rlflow.environments.protocol import Environment, EnvironmentFault
+from rlflow.environments.tools import ToolEnvironment
+from rlflow.plugins import PluginError, import_plugin
+
+ADAPTERS: dict[str, str] = {}
+"""Name -> ``module:class``."""
+
+
+def load_environment(
+    name: str | None, plugin: str | None, tools: Sequence[str], args: Mapping[str, Any]
+) -> Callable[[], Environment]:
+    """What makes an environment for each episode.
+
+    Raises:
+        EnvironmentFault: There is no such name, file, class or function, or it raises while it is imported.
+    """
+    if tools:
+        functions = [_load(tool, "tool") for tool in tools]
+        for tool, function in zip(tools, functions, strict=True):
+            if not callable(function) or isinstance(function, type):
+                raise EnvironmentFault(f"tool {tool} is a {type(function).__name__}, not a function")
+        return partial(ToolEnvironment, functions)
+    if name is not None:
+        if name not in ADAPTERS:
+            raise EnvironmentFault(f"no environment is called {name!r}; there are {', '.join(ADAPTERS)}")
+        made: Any = _load(ADAPTERS[name], "environment")
+    else:
+        made = _load(str(plugin), "environment")
+    label = name or str(plugin)
+    if not callable(made):
+        raise EnvironmentFault(f"environment {label} is a {type(made).__name__}, not a class of environments")
+    return partial(_make, made, dict(args), label)
+
+
+def _make(made: Callable[..., Any], args: Mapping[str, Any], label: str) -> Environment:
+    environment = made(**args)
+    if callable(getattr(environment, "step", None)) and callable(getattr(environment, "reset", None)):
+        return environment
+    if callable(getattr(environment, "reset", None)):
+        # TRL's convention: what the policy may call are the methods.
+        return MethodsEnvironment(environment)
+    raise EnvironmentFault(f"environment {label} has no reset: see docs/environments.md")
+
+
+def _load(spec: str, kind: str) -> Any:
+    file, _, attribute = spec.rpartition(":")
+    try:
+        if file.endswith(".py"):
+            path = Path(file).expanduser().resolve()
+            if not path.is_file():
+                raise EnvironmentFault(f"{kind} {spec}: there is no file {path}")
+            module = import_plugin(path, f"{kind} {spec!r}")
+        else:
+            module = importlib.import_module(file)
+    except (PluginError, ImportError) as error:
+        raise EnvironmentFault(f"{kind} {spec}: {error}") from error
+    if attribute not in vars(module):
+        raise EnvironmentFault(f"{kind} {spec}: {file} has no {attribute!r}")
+    return vars(module)[attribute]

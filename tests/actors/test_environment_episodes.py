@@ -1,0 +1,176 @@
+"""The turn loop: what the policy says stays as it was sampled, what it hears is not sampled, and every episode ends."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+import pytest
+
+from rlflow.actors.environment_episodes import turn_seed
+from rlflow.types import Limits
+from tests.actors.talking import TalkingEngine, block_of, play, prompt_of, request_of, text_of, worker
+
+ONE_TWO = {"u:go|a:": "one", "a1|a:": "two", "a2|a:": "stop"}
+
+
+def by_ending(answers: dict[str, str]):
+    """Says the answer to what all that is before ends with."""
+    return lambda before: next(said for end, said in answers.items() if before.endswith(end))
+
+
+def test_turns_alternate_and_only_what_the_policy_wrote_is_sampled():
+    request = request_of(1, prompt_of({"word": "a"}), seeds=(5,))
+    ((played,),) = play(by_ending(ONE_TWO), block_of("Counting"), request)
+    assert text_of(played) == "u:go|a:[one<eos>]u:a1|a:[two<eos>]u:a2|a:[stop<eos>]"
+    assert played.finish_reason == "stop"
+    episode = played.episode
+    assert [(m["role"], m["content"]) for m in episode.messages] == [
+        ("assistant", "one"),
+        ("user", "a1"),
+        ("assistant", "two"),
+        ("user", "a2"),
+        ("assistant", "stop"),
+    ]
+    assert (episode.num_turns, episode.reward, episode.counts) == (3, 0.5 + 0.5 + 2.0, {"replies": 2})
+    assert episode.state == {"heard": ["one", "two", "stop"]}
+    assert (played.logprobs == played.is_sampled * -1.0).all()
+    assert (played.versions == played.is_sampled - 1).all()
+
+
+def test_each_turn_has_a_seed_of_its_own_that_the_rollouts_seed_decides():
+    engine = TalkingEngine(by_ending(ONE_TWO))
+    with worker(engine, block_of("Counting")) as thread:
+        thread.submit([request_of(1, prompt_of({"word": "a"}), seeds=(5,))]).result(10)
+        assert thread.take_finished(1, 30)
+    seeds = [request.seed for request in engine.asked]
+    assert seeds == [5, turn_seed(5, 1), turn_seed(5, 2)]
+    assert len(set(seeds)) == 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_environment_may_begin_with_messages_of_its_own():
+    request = request_of(1, prompt_of({"word": "a"}))
+    ((played,),) = play(lambda before: "stop", block_of("Beginning"), request)
+    assert text_of(played) == "u:hello|a:[stop<eos>]"
+    assert played.episode.prompt == ({"role": "user", "content": "hello"},)
+
+
+@pytest.mark.parametrize(
+    ("limits", "max_new_tokens", "reason", "turns", "text"),
+    [
+        (Limits(2, 400, 100), 100, "turns", 2, "u:go|a:[no<eos>]u:a1|a:[no<eos>]"),
+        # The second turn has room for one token: the budget ends in the middle of it.
+        (Limits(4, 11, 100), 100, "length", 2, "u:go|a:[no<eos>]u:a1|a:[n]"),
+        # What is heard does not fit: the episode ends before it.
+        (Limits(4, 10, 100), 100, "length", 1, "u:go|a:[no<eos>]"),
+        (Limits(4, 400, 100), 2, "length", 1, "u:go|a:[no]"),
+    ],
+)
+def test_an_episode_that_is_never_over_ends_at_its_limits(limits, max_new_tokens, reason, turns, text):
+    request = request_of(1, prompt_of({"word": "a"}), limits=limits, max_new_tokens=max_new_tokens)
+    ((played,),) = play(lambda before: "no", block_of("Counting"), request)
+    assert (played.finish_reason, played.episode.num_turns, text_of(played)) == (reason, turns, text)
+    assert played.episode.error == ""
+
+
+def test_an_episode_ends_when_its_time_is_up():
+    request = request_of(1, prompt_of({"word": "a"}))
+    block = block_of("Sleeping", args={"seconds": 0.3}, episode_timeout_s=0.2, timeout_s=5.0)
+    ((played,),) = play(lambda before: "no", block, request)
+    assert (played.finish_reason, played.episode.num_turns) == ("time", 1)
+
+
+FAULTS = {
+    "hangs": "step gave no answer within 1 s",
+    "raises": "step raised KeyError: 'lost' (environment_plugins.py:",
+    "dies": "step ended its process",
+    "is no text": "step returned a int: return text, a list of messages, a Reply, or None",
+    "is too long": "it said 4.0 MiB, and 1 MiB is the most",
+    "is nan": "its reward is nan: give a finite number",
+    "is empty": "step returned nothing for the policy to hear, and is not done",
+    "no reset": "reset raised RuntimeError: no such level (environment_plugins.py:",
+}
+
+
+def test_a_fault_ends_its_own_episode_is_named_and_leaves_its_neighbours_alone():
+    words = [word for word in [*FAULTS, "fine", "prints"] if word != "hangs"]
+    requests = [request_of(id, prompt_of({"word": word})) for id, word in enumerate(words)]
+    says = lambda before: "stop" if before.endswith(("fine1|a:", "prints1|a:")) else "one"  # noqa: E731
+    groups = play(says, block_of("Bad", timeout_s=60.0), *requests)
+    # Only what hangs for ever may need the deadline.
+    groups += play(says, block_of("Bad", timeout_s=1.0), request_of(99, prompt_of({"word": "hangs"})))
+    words.append("hangs")
+    for (played,), word in zip(groups, words, strict=True):
+        if word in FAULTS:
+            turn = 0 if word == "no reset" else 1
+            assert played.finish_reason == "error"
+            assert played.episode.error.startswith(f"environment, turn {turn}: {FAULTS[word]}"), played.episode.error
+            assert math.isnan(played.episode.reward)
+            assert played.is_sampled.sum() >= 1
+        else:
+            assert text_of(played) == f"u:go|a:[one<eos>]u:{word}1|a:[stop<eos>]"
+            assert played.episode.error == ""
+
+
+def test_weights_that_come_while_an_environment_speaks_sample_the_next_turn():
+    engine = TalkingEngine(by_ending(ONE_TWO))
+    with worker(engine, block_of("Sleeping", args={"seconds": 0.3})) as thread:
+        thread.submit([request_of(1, prompt_of({"word": "a"}))]).result(10)
+        wait_for(lambda: thread._away and thread.counts.tokens == 4)
+        thread.load_weights(lambda: [], 1).result(10)
+        ((played,),) = [group.completions for group in thread.take_finished(1, 30)]
+    assert text_of(played) == "u:go|a:[one<eos>]u:a1|a:[two<eos>]u:a2|a:[stop<eos>]"
+    assert played.versions[played.is_sampled].tolist() == [0] * 4 + [1] * 9
+
+
+def test_weights_that_begin_all_anew_begin_an_episode_anew_with_its_seeds():
+    engine = TalkingEngine(by_ending(ONE_TWO))
+    with worker(engine, block_of("Sleeping", args={"seconds": 0.3})) as thread:
+        thread.submit([request_of(1, prompt_of({"word": "a"}))]).result(10)
+        wait_for(lambda: thread._away and thread.counts.tokens == 4)
+        thread.load_weights(lambda: [], 1, "restart").result(10)
+        ((played,),) = [group.completions for group in thread.take_finished(1, 30)]
+    assert set(played.versions[played.is_sampled].tolist()) == {1}
+    assert played.episode.num_turns == 3
+    assert [request.seed for request in engine.asked] == [5, 5, turn_seed(5, 1), turn_seed(5, 2)]
+
+
+def test_an_episode_that_is_aborted_leaves_nothing_behind():
+    engine = TalkingEngine(by_ending(ONE_TWO))
+    with worker(engine, block_of("Sleeping", args={"seconds": 30.0})) as thread:
+        thread.submit([request_of(1, prompt_of({"word": "a"}))]).result(10)
+        wait_for(lambda: thread._away and thread.counts.tokens == 4)
+        thread.abort([1]).result(10)
+        wait_for(lambda: not thread.episodes._tasks)
+        assert thread.num_held == 0
+        thread.submit([request_of(2, prompt_of({"word": "b"}), limits=Limits(1, 50, 50))]).result(10)
+        wait_for(lambda: thread._away)
+
+
+def test_sixty_four_episodes_of_four_turns_take_as_long_as_one():
+    seconds, turns = 0.5, 4
+    requests = [request_of(id, prompt_of({"word": "a"}), limits=Limits(turns, 400, 100)) for id in range(64)]
+    engine = TalkingEngine(lambda before: "no")
+    with worker(engine, block_of("Sleeping", args={"seconds": seconds})) as thread:
+        thread.submit([request_of(100, prompt_of({"word": "a"}), limits=Limits(1, 400, 100))]).result(10)
+        assert thread.take_finished(1, 60)  # the environment is imported
+        began = time.monotonic()
+        thread.submit(requests).result(10)
+        done = []
+        while len(done) < 64:
+            done += thread.take_finished(16, 60)
+        took = time.monotonic() - began
+    slowest = max(group.completions[0].episode.environment_s for group in done)
+    print(f"{took:.2f} s, the slowest {slowest:.2f} s")
+    # They overlap: one after the other they would take 64 times as long. The bound leaves room for a busy machine.
+    assert took < 4 * seconds * turns
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    ended = threading.Event()
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        ended.wait(0.01)
