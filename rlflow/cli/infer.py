@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
-    find_adapters,
     loading,
     positive,
+    read_models,
     read_named_model,
     settings_of,
 )
@@ -79,9 +79,9 @@ def execute(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     model = read_named_model(arguments, settings)
     given = {} if arguments.adapters is None else {_name_of(arguments.adapters, model): arguments.adapters}
-    adapters = find_adapters(given, model)
+    models, adapters = read_models(model, given, settings)
     name = next(iter(adapters), model.source.name)
-    engine = choose_engine(arguments.engine)
+    engine, base, model = choose_engine(arguments.engine), model, models[name]
     system = _system(arguments, model)
     sampling = _sampling(arguments, model, engine)
     prompts = _prompts(arguments, model, system) if arguments.data is not None else None
@@ -90,7 +90,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as opened:
         server = _reward_server(job, opened) if prompts is not None and job.rewards else None
         with loading(model, engine):
-            streams = open_streams(model, engine, adapters, settings)
+            streams = open_streams(base, engine, adapters, settings)
         opened.callback(streams.close)
         if prompts is None:
             _chat(model, streams, name, sampling, system)

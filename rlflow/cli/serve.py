@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
-    find_adapters,
     loading,
+    read_models,
     read_named_model,
     settings_of,
 )
@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> int:
     """The port is taken before the model is loaded: one that is in use costs no time."""
     from rlflow.serving.addresses import open_socket, token_for
+    from rlflow.serving.models import open_streams
+    from rlflow.serving.openai_server import OpenAIServer, run_server
 
     given = dict(map(_named, arguments.adapters))
     if len(given) < len(arguments.adapters):
@@ -63,11 +65,17 @@ def execute(arguments: argparse.Namespace) -> int:
         token = token_for(arguments.host, arguments.token)
         settings = settings_of(arguments)
         model = _renamed(read_named_model(arguments, settings), arguments.name)
-        adapters = find_adapters(given, model)
+        models, adapters = read_models(model, given, settings)
         if _choose_engine(arguments.engine, model) == "vllm":
             _become_vllm(model, adapters, settings, listening, arguments.host, token)
         else:
-            _serve(model, adapters, settings, listening, arguments.host, token)
+            with loading(model, "torch"):
+                streams = open_streams(model, "torch", adapters, settings)
+            try:
+                server = OpenAIServer(models, streams, token)
+                run_server(server, listening, partial(_tell, list(models), listening, arguments.host, token))
+            finally:
+                streams.close()
     return 0
 
 
@@ -88,26 +96,6 @@ def _choose_engine(wanted: str, model: ServedModel) -> str:
             f"{len(characters)} tokens and nothing for other characters: --engine torch"
         )
     return "torch"
-
-
-def _serve(
-    model: ServedModel,
-    adapters: dict[str, Path],
-    settings: Settings,
-    listening: socket.socket,
-    host: str,
-    token: str | None,
-) -> None:
-    from rlflow.serving.models import names_of, open_streams
-    from rlflow.serving.openai_server import OpenAIServer, run_server
-
-    with loading(model, "torch"):
-        streams = open_streams(model, "torch", adapters, settings)
-    try:
-        server = OpenAIServer(dict.fromkeys(names_of(model, adapters), model), streams, token)
-        run_server(server, listening, partial(_tell, list(server.models), listening, host, token))
-    finally:
-        streams.close()
 
 
 def _become_vllm(

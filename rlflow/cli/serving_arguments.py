@@ -81,24 +81,24 @@ def read_named_model(arguments: argparse.Namespace, settings: Settings) -> Serve
         return read_model(find_model(arguments.model, checkpoint=arguments.checkpoint), settings)
 
 
-def find_adapters(given: Mapping[str, str], model: ServedModel) -> dict[str, Path]:
-    """Directories of adapters, by their names.
+def read_models(
+    model: ServedModel, adapters: Mapping[str, str], settings: Settings
+) -> tuple[dict[str, ServedModel], dict[str, Path]]:
+    """The model and adapters beside it, by their names, and the directories of those adapters.
+
+    Args:
+        adapters: Names -> what the user calls them.
 
     Raises:
         DataError: One is none, or of another model, or two models would bear one name.
     """
     from rlflow.model_source import find_model
-    from rlflow.serving.models import check_adapter, names_of
+    from rlflow.serving.models import models_by_name
 
-    found = {}
-    for name, path in given.items():
-        with quiet_libraries():
-            adapter = find_model(path)
-        check_adapter(adapter, model)
-        assert adapter.directory is not None
-        found[name] = adapter.directory
-    names_of(model, found)
-    return found
+    with quiet_libraries():
+        sources = {name: find_model(path) for name, path in adapters.items()}
+        models = models_by_name(model, sources, settings)
+    return models, {name: source.directory for name, source in sources.items() if source.directory is not None}
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,19 +126,22 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer = load_tokenizer(own)
+    base = ModelBlock(path=path, trust_remote_code=settings.trust_remote_code)
+    advice = generation_settings(str(own.path), None) or generation_settings(path, None)
     day = None if source.recipe is None else source.recipe.data.template_date
     dtype = settings.dtype if settings.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
     return ServedModel(
         source=source,
-        base=ModelBlock(path=path, dtype=dtype, trust_remote_code=settings.trust_remote_code),  # pyright: ignore[reportArgumentType]
+        base=base.model_copy(update={"dtype": dtype}),
         tokenizer=tokenizer,
         chat=Chat(tokenizer, day),
         has_template=bool(tokenizer.chat_template),
         hidden=hidden_ids(tokenizer),
-        stop_token_ids=stop_token_ids(tokenizer, own),
+        # An adapter of others often comes without a generation config: its base's holds, too.
+        stop_token_ids=tuple(sorted({*stop_token_ids(tokenizer, own), *stop_token_ids(tokenizer, base)})),
         context=context,
         vocabulary=text.vocab_size,
-        defaults=defaults_of(source.recipe, generation_settings(str(own.path), None)),
+        defaults=defaults_of(source.recipe, advice),
     )
 
 
@@ -189,7 +192,7 @@ def open_streams(model: ServedModel, engine: EngineName, adapters: Mapping[str, 
     return Streams(engines, use, partial(torch.set_num_threads, num_threads))
 
 
-def names_of(model: ServedModel, adapters: Mapping[str, Path]) -> list[str]:
+def names_of(model: ServedModel, adapters: Iterable[str]) -> list[str]:
     """The names that a client may ask for: the model's own first, the base of an adapter, then the adapters.
 
     Raises:
@@ -200,6 +203,29 @@ def names_of(model: ServedModel, adapters: Mapping[str, Path]) -> list[str]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"--adapters: two models are called {twice[0]}: give the adapter another name, name=path")
     return names
+
+
+def models_by_name(
+    model: ServedModel, adapters: Mapping[str, ModelSource], settings: Settings
+) -> dict[str, ServedModel]:
+    """The model, the base where it is an adapter, and adapters beside it: each with the tokenizer, template, stop
+    tokens and sampling that it was trained with.
+
+    Raises:
+        DataError: An adapter is none, or of another model, or two models bear one name.
+    """
+    names = names_of(model, adapters)
+    found = {model.source.name: model}
+    if model.source.is_adapter:
+        path = str(model.base.path)
+        where = (Path(path), None) if Path(path).is_dir() else (None, path)
+        source = ModelSource(where[0], None, model.base_name, None, None, hub_id=where[1])
+        found[model.base_name] = read_model(source, settings)
+    for name, adapter in adapters.items():
+        check_adapter(adapter, model)
+        # Its base is where the model is, wherever the adapter's config looks for it.
+        found[name] = read_model(replace(adapter, name=name, base=model.base.path), settings)
+    return {name: found[name] for name in names}
 
 
 def check_adapter(adapter: ModelSource, model: ServedModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlflow.actors.rollout_engines.vllm_start import RANKS
 from rlflow.data.errors import DataError
+from rlflow.data.tokenizer import GENERATION_CONFIG
 from rlflow.recipe.adapter_files import read_config
 from rlflow.serving.models import ServedModel, Settings, adapters_of
 
@@ -39,6 +40,8 @@ def command(
         words += ["--max-model-len", str(settings.max_model_len)]
     if source.is_adapter and str(source.directory) == model.tokenizer.name_or_path:
         words += ["--tokenizer", str(source.directory)]
+    if source.is_adapter and source.directory is not None and (source.directory / GENERATION_CONFIG).is_file():
+        words += ["--generation-config", str(source.directory)]
     if settings.chat_template is not None:
         words += ["--chat-template", settings.chat_template]
     if settings.trust_remote_code:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlflow.model_source import ModelSource
 from rlflow.recipe.adapter_files import base_of, read_config
 from rlflow.serving.addresses import open_socket
-from rlflow.serving.models import ServedModel, Settings, names_of, open_streams, read_model
+from rlflow.serving.models import ServedModel, Settings, models_by_name, open_streams, read_model
 from rlflow.serving.openai_server import OpenAIServer
 from rlflow.serving.streams import Streams
 
@@ -140,7 +140,8 @@ def running(server: OpenAIServer) -> Iterator[str]:
 def server_of(
     model: ServedModel, streams: Streams, adapters: Mapping[str, Path] | None = None, token: str | None = None
 ) -> OpenAIServer:
-    return OpenAIServer(dict.fromkeys(names_of(model, adapters or {}), model), streams, token)
+    sources = {name: source_of(path, name) for name, path in (adapters or {}).items()}
+    return OpenAIServer(models_by_name(model, sources, Settings(max_model_len=CONTEXT)), streams, token)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,24 @@ import pytest
 
 from rlflow.cli.main import main
 from rlflow.data.errors import DataError
+from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.driver.errors import RunError
 from rlflow.recipe import Recipe
 from rlflow.recipe.loading import load_recipe
 from rlflow.serving.addresses import open_socket, token_for, url_of
-from rlflow.serving.models import ServedModel, Settings, check_adapter, choose_engine, names_of, read_model
+from rlflow.serving.models import (
+    ServedModel,
+    Settings,
+    check_adapter,
+    choose_engine,
+    models_by_name,
+    names_of,
+    read_model,
+)
 from rlflow.serving.next_commands import next_lines
 from rlflow.serving.sampling import Sampling, defaults_of
 from rlflow.serving.vllm_server import PROGRAM, command
+from tests.conftest import CHARACTERS
 from tests.rlflow.serving.conftest import oracle_of, source_of
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -113,6 +124,31 @@ def test_what_is_no_adapter_of_the_model_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other/model"}))
     with pytest.raises(DataError, match="is an adapter of other/model, and the model is"):
         check_adapter(source_of(tmp_path), served)
+
+
+def test_each_adapter_is_read_with_its_own_template_stops_and_sampling(
+    served: ServedModel, adapter_dirs: dict[str, Path], policy_dir: Path, tmp_path: Path, settings: Settings
+) -> None:
+    left = Path(shutil.copytree(adapter_dirs["left"], tmp_path / "left"))
+    tokenizer = build_character_tokenizer(CHARACTERS, "{% for m in messages %}Q {{ m['content'] }} A {% endfor %}")
+    tokenizer.save_pretrained(left)
+    (left / "generation_config.json").write_text(json.dumps({"eos_token_id": [5], "do_sample": True, "top_k": 3}))
+    sources = {"left": source_of(left, "x"), "right": source_of(adapter_dirs["right"], "y")}
+    models = models_by_name(served, sources, settings)
+    assert list(models) == ["tiny", "left", "right"]
+    texts = [model.chat.render_prompt([{"role": "user", "content": "1"}]).text for model in models.values()]
+    assert texts == ["user:1assistant:", "Q 1 A ", "user:1assistant:"]
+    assert [model.stop_token_ids for model in models.values()] == [(1,), (1, 5), (1,)]
+    assert models["left"].defaults == Sampling(1.0, 1.0, 3) and models["right"].defaults == served.defaults
+
+
+def test_a_run_tells_the_commands_that_come_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("rlflow.cli.run.load_runnable", lambda *args, **kwargs: [recipe_of("quickstart.yaml")])
+    monkeypatch.setattr("rlflow.cli.run.run", lambda *args, **kwargs: None)
+    assert main(["run", "x.yaml"]) == 0
+    assert "infer" in capsys.readouterr().out.split("next:")[1]
 
 
 def test_a_reward_model_is_refused_with_a_sentence(policy_dir: Path, tmp_path: Path, settings: Settings) -> None:
