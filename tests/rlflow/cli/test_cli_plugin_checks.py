@@ -9,7 +9,7 @@ import pytest
 
 from rlflow.cli import plugin_checks
 from rlflow.cli.main import main
-from rlflow.cli.plugin_checks import in_generators, in_rewards
+from rlflow.cli.plugin_checks import in_functions, in_generators, in_rewards
 from rlflow.cli.preflight import check_in_use
 from rlflow.data.sources import read_table
 from rlflow.recipe import Recipe, SourceBlock, load_recipe
@@ -182,3 +182,72 @@ def test_run_and_plan_say_so_with_the_recipes_line_and_exit_code_2(tmp_path, cap
         assert main([command, str(recipe), f"run.output_dir={tmp_path}/out"]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"{recipe}:4: rewards.0.plugin: {tmp_path}/mine.py:1: importing it raised SystemExit")
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "says"),
+    [
+        ("metrics", "def f(groups, word):\n    return 1.0\n", "missing a required argument: 'word', and args of"),
+        ("metrics", "def f():\n    return 1.0\n", "too many positional arguments, and args of the recipe"),
+        ("metrics", "\nraise RuntimeError('no GPU')\n", "mine.py:2: importing it raised RuntimeError: no GPU"),
+        ("metrics", "f = 3\n", "mine.py:f is a int, not a function or a class"),
+        (
+            "callbacks",
+            "class f:\n    def __init__(self, patience):\n        pass\n",
+            "missing a required argument: 'patience'",
+        ),
+        ("callbacks", "def f(step):\n    pass\n", "too many positional arguments"),
+        (
+            "algorithm.loss.kind",
+            "def f(ratios):\n    pass\n",
+            "'ratios'; it may take ratio, log_ratio, logprobs, old_logp",
+        ),
+        (
+            "algorithm.advantage.estimator",
+            "def f(reward):\n    pass\n",
+            "'reward'; it may take rewards, group_of, lengths",
+        ),
+        (
+            "trainer.optimizer.kind",
+            "def f(params):\n    pass\n",
+            "'params'; it may take parameters, named_parameters, and",
+        ),
+        ("metrics", "def f(groups):\n    return 1.0\n", None),
+        ("callbacks", "class f:\n    pass\n", None),
+        ("algorithm.loss.kind", "def f(ratio, advantages, low=0.2):\n    pass\n", None),
+        ("algorithm.advantage.estimator", "def f(rewards, **others):\n    pass\n", None),
+        ("trainer.optimizer.kind", "def f(named_parameters):\n    pass\n", None),
+    ],
+)
+def test_what_a_function_of_ones_own_takes_is_compared_with_what_it_will_be_given(
+    recipe_with, tmp_path, key, source, says
+):
+    (tmp_path / "mine.py").write_text(source)
+    plugin = f"{tmp_path}/mine.py:f"
+    recipe = recipe_with(f"{key}=[{plugin}]" if key in ("metrics", "callbacks") else f"{key}={plugin}")
+    found = list(in_functions(recipe))
+    assert [said for _, said in found if says is None or says not in said] == [] and len(found) == (says is not None)
+    block = f"{key}.0" if key in ("metrics", "callbacks") else key.rpartition(".")[0]
+    assert all(where == f"{block}.plugin" for where, _ in found)
+
+
+def test_a_file_or_function_of_ones_own_that_is_not_there_is_named_at_its_line(tmp_path: Path, capsys):
+    (tmp_path / "mine.py").write_text("def loss(ratio):\n    pass\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        RECIPE.replace("{name: grpo}", "{name: grpo, loss: {kind: 'mine.py:los'}}") + "callbacks: ['mien.py:f']\n"
+    )
+    assert main(["plan", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}:1: algorithm.loss.plugin: {tmp_path}/mine.py has no function los (did you mean loss?)" in said
+    assert (
+        "callbacks.0.plugin: there is no file " in said and f"did you mean {tmp_path}/mine.py?" in said
+    ) or "mien.py" in said
+
+
+def test_deepspeed_refuses_an_optimizer_of_ones_own_by_name(tmp_path: Path, capsys):
+    (tmp_path / "mine.py").write_text("def make(parameters):\n    pass\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE + "trainer: {engine: deepspeed, optimizer: {kind: 'mine.py:make'}}\n")
+    assert main(["plan", str(path)]) == 2
+    assert f"ZeRO cuts weights into flat pieces, which {tmp_path}/mine.py:make cannot step" in capsys.readouterr().err
