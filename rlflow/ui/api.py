@@ -134,7 +134,8 @@ class Api:
         return answer(await asyncio.to_thread(read_log, path, number(request, "offset", -1)))
 
     async def recipe_files(self, _request: web.Request) -> web.Response:
-        return answer({"files": list(await asyncio.to_thread(self.recipes.files))})
+        own, packaged = await asyncio.to_thread(lambda: (list(self.recipes.own()), list(self.recipes.packaged())))
+        return answer({"files": own, "packaged": packaged})
 
     async def recipe_text(self, request: web.Request) -> web.Response:
         return answer({"text": await asyncio.to_thread(self.recipes.text, request.query.get("file", ""))})

@@ -42,13 +42,15 @@ class Recipes:
     Args:
         directories: Where they are looked for, below too; those that are missing are left out.
         here: The directory from which runs are started, and below which names are shown short.
+        packaged: The recipes that come with rlflow, which stay as they are.
     """
 
-    def __init__(self, directories: Sequence[Path], here: Path) -> None:
+    def __init__(self, directories: Sequence[Path], here: Path, packaged: Sequence[Path] = ()) -> None:
         self._directories, self._here = directories, here
+        self._packaged = [path.resolve() for path in packaged]
 
-    def files(self) -> dict[str, Path]:
-        """Every recipe by the name that is shown: relative to where runs are started, or absolute."""
+    def own(self) -> dict[str, Path]:
+        """The user's recipes by the name that is shown: relative to where runs are started, or absolute."""
         found: dict[str, Path] = {}
         for directory in self._directories:
             root = directory.resolve()
@@ -61,9 +63,14 @@ class Recipes:
                     break
         return found
 
+    def packaged(self) -> dict[str, Path]:
+        """Those that come with rlflow and are not among the user's."""
+        own = {path.resolve() for path in self.own().values()}
+        return {self._shown(path): path for path in self._packaged if path not in own}
+
     def path(self, name: str) -> Path:
         """Raises Refusal: no recipe of that name is listed."""
-        files = self.files()
+        files = self.own() | self.packaged()
         if name not in files:
             raise Refusal(404, f"there is no recipe {name[:200]} among those that are listed")
         return files[name]
@@ -89,6 +96,7 @@ class Recipes:
         path = self.path(name)
         if text == self.text(name):
             return await run_plan(path, overrides, data=data)
+        self._require_own(path)
         with beside(path, text) as copy:
             verdict = await run_plan(copy, overrides, data=data)
         shown = [(line, problem.replace(copy.stem, path.stem)) for line, problem in verdict.problems]
@@ -105,7 +113,9 @@ class Recipes:
         """
         if not _NAME.fullmatch(new_name):
             raise Refusal(422, f"{new_name[:100]!r} is no name for a recipe: letters, digits, - and _, then .yaml")
-        path = self.path(name).with_name(new_name)
+        before = self.path(name)
+        self._require_own(before)
+        path = before.with_name(new_name)
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -114,6 +124,14 @@ class Recipes:
         except OSError as error:
             raise Refusal(422, f"{path.parent} cannot be written in ({error.strerror}): copy the recipe") from error
         return self._shown(path)
+
+    def _require_own(self, path: Path) -> None:
+        """Raises Refusal: it came with rlflow, and is found in no directory of the user's."""
+        if path in self.packaged().values():
+            copy = self._here / "recipes" / path.name
+            raise Refusal(
+                422, f"what comes with rlflow stays as it is: `rlflow recipes {path.stem} > {copy}`, and edit that"
+            )
 
     def _shown(self, path: Path) -> str:
         return str(path.relative_to(self._here)) if path.is_relative_to(self._here) else str(path)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from rlflow import tracking
 from rlflow.driver.errors import RunError
+from rlflow.recipe.packaged import packaged_recipes
 from rlflow.recipe.yaml_source import MAX_BYTES
 from rlflow.tracking import charts
 from rlflow.ui.api import Api, readable
@@ -55,7 +56,8 @@ def make_app(settings: Settings, chats: Chats | None = None) -> web.Application:
     """
     served, here = Served(settings.directory), settings.here.resolve()
     guard = Guard(settings.host, settings.names, settings.token)
-    recipes = Recipes([served.root / "recipes", here / "recipes"], here)
+    packaged = list(packaged_recipes().values())
+    recipes = Recipes([served.root / "recipes", here / "recipes"], here, packaged)
     commands = Commands(state_directory(served.root), served, here, settings.program)
     chats = chats or Chats()
     api = Api(served, recipes, commands, chats)

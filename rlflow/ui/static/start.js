@@ -121,12 +121,16 @@ export function showStart(view, parameters) {
   };
 
   get("/api/recipes").then(async (data) => {
-    files.append(...data.files.map((file) => element("option", { value: file, textContent: file })));
-    const wanted = parameters.get("file") ?? data.files.find((file) => file.endsWith("quickstart.yaml"));
-    if (data.files.includes(wanted)) files.value = wanted;
-    if (!data.files.length) notice(said, "There are no .yaml files in recipes/ of this directory, or of the one that rlflow ui was started in.");
+    const option = (file, text) => element("option", { value: file, textContent: text });
+    const group = (label, ...options) => element("optgroup", { label }, ...options);
+    if (data.files.length) files.append(group("of recipes/", ...data.files.map((file) => option(file, file))));
+    if (data.packaged.length) files.append(group("come with rlflow", ...data.packaged.map((file) => option(file, file.split("/").pop()))));
+    const isQuickstart = (file) => file.endsWith("/quickstart.yaml");
+    const all = [...data.files, ...data.packaged];
+    const wanted = parameters.get("file") ?? data.files.find(isQuickstart) ?? data.files[0] ?? all.find(isQuickstart);
+    if (all.includes(wanted)) files.value = wanted;
     const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
-    if (!parameters.has("file") && data.files.includes(draft?.file)) files.value = draft.file;
+    if (!parameters.has("file") && all.includes(draft?.file)) files.value = draft.file;
     await choose();
     restore();
   }, (error) => notice(said, error.message));

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ui_server import CHANGE, Client, ask, until, write_lock, write_run
+
+from rlflow.ui.recipes import Recipes
+from rlflow.ui.refusal import Refusal
 
 RECIPE = """\
 algorithm: {name: sft}
@@ -131,6 +136,24 @@ def test_an_edited_recipe_is_kept_beside_the_one_it_came_from_which_stays(home: 
     ask(home, talk)
     assert (home / "recipes" / "fake.yaml").read_text() == RECIPE
     assert (home / "recipes" / "short.yaml").read_text() == edited
+
+
+def test_what_comes_with_rlflow_can_be_started_and_stays_as_it_is(home: Path, tmp_path: Path):
+    packaged = tmp_path / "site-packages" / "fake.yaml"
+    packaged.parent.mkdir()
+    packaged.write_text(RECIPE)
+    recipes = Recipes([home / "recipes"], home, [packaged])
+    assert (recipes.own(), recipes.packaged()) == ({}, {str(packaged): packaged})
+    assert asyncio.run(recipes.check(str(packaged), RECIPE, [], data=False)).is_right
+    remedy = re.escape(f"`rlflow recipes fake > {home}/recipes/fake.yaml`")
+    with pytest.raises(Refusal, match=remedy):
+        asyncio.run(recipes.check(str(packaged), RECIPE + "#", [], data=False))
+    with pytest.raises(Refusal, match=remedy):
+        recipes.keep(str(packaged), RECIPE + "#", "new.yaml")
+    (home / "recipes").rmdir()
+    (home / "recipes").symlink_to(packaged.parent)
+    assert (recipes.own(), recipes.packaged()) == ({str(packaged): packaged}, {})
+    assert recipes.keep(str(packaged), RECIPE + "#", "new.yaml") == str(packaged.with_name("new.yaml"))
 
 
 @pytest.mark.parametrize("override", ["--resume", "-x=1", "noequals", "=1", "a b=1", 5, "x=\0"])
