@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.driver.errors import RunError
 from rlflow.planning import Role, roles
-from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback
+from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback, warnings_kept
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking.logs import DIRECTORY as LOGS
 from rlflow.tracking.logs import last_words, log_path, send_output_to
-from rlflow.tracking.redact import known_secrets
+from rlflow.tracking.redact import secrets_in
 
 _OBJECT_STORE_BYTES = 2 << 30
 _FETCH_TIMEOUT_S = 60.0
@@ -206,17 +207,23 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
     has_gpus = "GPU" in ray.cluster_resources()
-    secrets = known_secrets()
+    logs = directory.absolute() / LOGS
+    # An actor knows those of its own environment.
+    secrets = secrets_in(recipe.model_dump(mode="json"))
     first_of = {role.name: sum(before.workers for before in wanted[:i]) for i, role in enumerate(wanted)}
 
     def transport_for(role: Role, construct: Construct) -> RayTransport:
         bundles = [(group, first_of[role.name] + rank) for rank in range(role.workers)]
-        logs = ActorLogs(role.name, directory.absolute() / LOGS, secrets)
-        return RayTransport(construct, options_of(role, has_gpus=has_gpus), bundles, logs)
+        of_role = ActorLogs(role.name, logs, secrets)
+        return RayTransport(construct, options_of(role, has_gpus=has_gpus), bundles, of_role)
 
-    return start_actors(
-        recipe, model, directory, max_model_len, transport_for, release=lambda: remove_placement_group(group)
-    )
+    def release() -> None:
+        remove_placement_group(group)
+        rays_words.close()
+
+    rays_words = ExitStack()
+    rays_words.enter_context(warnings_kept(logs / "ray.log"))
+    return start_actors(recipe, model, directory, max_model_len, transport_for, release)
 
 
 def options_of(role: Role, *, has_gpus: bool) -> dict[str, Any]:

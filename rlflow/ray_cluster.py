@@ -6,12 +6,16 @@ import inspect
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlflow.driver.errors import RunError
+from rlflow.tracking.log_process import Log
+from rlflow.tracking.redact import redact_text
 
 ANSWER_TIMEOUT_S = 3.0
 """A cluster that is silent for longer is gone. Ray itself goes on asking for minutes."""
@@ -132,3 +136,26 @@ def on_loopback() -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[_LOOPBACK_SWITCH]
+
+
+@contextmanager
+def warnings_kept(path: Path) -> Iterator[None]:
+    """Within it, what Ray tells the driver (a worker that died, a node that is short of memory) goes to a file.
+
+    It prints them on the terminal, whatever ``log_to_driver`` says; a version that does so in another way goes on.
+    """
+    from ray._private import worker
+
+    if not hasattr(worker, "print_to_stdstream"):
+        yield
+        return
+
+    def keep(data: dict[str, Any], *_: Any, **__: Any) -> None:
+        Log(path, redact_text).write("\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), *data["lines"]]).encode())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    printed, worker.print_to_stdstream = worker.print_to_stdstream, keep
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed

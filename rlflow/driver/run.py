@@ -226,7 +226,7 @@ def run_stage(
             with closing(tracker), recording_outcome(directory.path):
                 if losses:
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
-                    tracker.message(f"{losses[-1]}: the stage goes on with fresh actors ({times})")
+                    tracker.message(f"the stage goes on with fresh actors ({times}): {losses[-1]}")
                 tell_of_rows(tracker, directory.notes, material)
                 _learn(
                     recipe,

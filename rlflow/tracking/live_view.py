@@ -145,7 +145,7 @@ class LiveView:
         finite = [value for value in values if math.isfinite(value)]
         text = Text.assemble((f"{label:<{_LABEL}}  ", "dim"), (f"{lines.number(values[-1]):<{_VALUE}}", "bold"))
         if not finite:
-            return text
+            return _in_one_row(text, width)
         span = f"{lines.number(min(finite))} to {lines.number(max(finite))}"
         room = width - 1 - len(text) - 2
         drawn = lines.sparkline(list(values)[-max(1, min(MOST_STEPS, room - _SPAN - 2)) :])
@@ -153,7 +153,7 @@ class LiveView:
             text.append("  ").append(drawn, style="green").append(f"  {span}", style="dim")
         elif room >= len(span):
             text.append(f"  {span}", style="dim")
-        return text
+        return _in_one_row(text, width)
 
     def _completion(self, label: str, episode: Episode, width: int) -> Text:
         reward = lines.number(episode.rollout.reward)
@@ -163,6 +163,10 @@ class LiveView:
         prompt = shortened(" ".join(last_user_text(episode.prompt).split()), room // 3)
         written = shortened(" ".join(episode.rollout.text.split()), room - len(prompt) - 4)
         text.append(self._encodable(f"{prompt} -> "), style="dim").append(self._encodable(written))
-        text.truncate(width - 1)
-        text.no_wrap = True
-        return text
+        return _in_one_row(text, width)
+
+
+def _in_one_row(text: Text, width: int) -> Text:
+    text.truncate(width - 1)
+    text.no_wrap = True
+    return text

@@ -26,7 +26,7 @@ DIRECTORY = "logs"
 LAST_LINES = 8
 LONGEST_SHOWN = 300
 """Characters of a line in an error's text."""
-END_S = 0.5
+END_S = 2.0
 """How long an error waits for what an actor that has just died had still said."""
 POLL_S = 0.2
 _BLOCK = 1 << 16

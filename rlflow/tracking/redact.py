@@ -110,12 +110,12 @@ def holds_secret(text: str) -> bool:
 
 def remember_secrets(data: Any) -> None:
     """Has `redact_text` replace the secrets of JSON-like data from now on, wherever in this process they turn up."""
-    _met.update(_long_enough(_secrets_in(data, secret=False)))
+    _met.update(secrets_in(data))
 
 
-def known_secrets() -> list[str]:
-    """What `redact_text` replaces here by its value, for another process's `remember_secrets`."""
-    return sorted(_met | _of_environment())
+def secrets_in(data: Any) -> list[str]:
+    """The secrets of JSON-like data, as they are written there."""
+    return sorted(set(_long_enough(_secrets_in(data, secret=False))))
 
 
 def redact_tracebacks() -> None:

@@ -20,6 +20,8 @@ class Sink:
     def __init__(self, arguments: Mapping[str, Any], say: Callable[[str], None]) -> None:
         self._wandb: Any = importlib.import_module("wandb")
         self._run = self._start(arguments, say)
+        # A resumed run keeps the settings that it was begun with unless it is told.
+        self._run.config.update(arguments["config"], allow_val_change=True)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         if self._run.offline:

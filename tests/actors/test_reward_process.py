@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlflow.actors.reward_process import child_environment
+from rlflow.actors.reward_process import ECHO_BYTES, child_environment
 from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
+from rlflow.tracking.logs import last_words
 from tests.actors.reward_servers import batch, is_alive, wait_until_dead
 
 
@@ -113,6 +114,37 @@ def test_children_end_with_the_server_even_when_it_is_killed(plugin: Path) -> No
         assert all(is_alive(pid) for pid in children)
         parent.kill()
     wait_until_dead(children)
+
+
+def test_what_a_function_prints_is_in_the_servers_log_as_far_as_that_goes(plugin: Path, tmp_path: Path) -> None:
+    plugin.write_text(
+        "def talks(completions, **columns):\n"
+        "    print('scores', completions)\n"
+        "    for number in range(40_000 if completions == ['b'] else 0):\n"
+        "        print('and on and on and on and on and on')\n"
+        "    return [1.0]\n"
+    )
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rlflow.actors.reward_server import RewardServer\n"
+        "from rlflow.recipe import RewardBlock\n"
+        "from rlflow.tracking.logs import send_output_to\n"
+        "from tests.actors.reward_servers import batch\n"
+        "send_output_to(Path(sys.argv[2]), 'rewards[0]', [])\n"
+        "server = RewardServer([RewardBlock(plugin=sys.argv[1])], 1)\n"
+        "for text in 'abc':\n"
+        "    server.score(*batch([[text]]))\n"
+        "server.close()\n"
+    )
+    path = tmp_path / "rewards-0.log"
+    command = [sys.executable, "-c", program, f"{plugin}:talks", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    last_words(path, wait_s=20)
+    lines = path.read_text().splitlines()
+    assert lines[1:3] == ["scores ['a']", "scores ['b']"] and "is left out from here on" in lines[-2]
+    assert ECHO_BYTES <= path.stat().st_size <= ECHO_BYTES + 200_000
 
 
 def test_an_idle_child_that_dies_is_replaced(serve: Any) -> None:

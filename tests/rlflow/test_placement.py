@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rlflow.actors.actor_group import ActorFailure, ActorGroup
 from rlflow.in_process import LocalTransport
 from rlflow.placement import ActorLogs, RayTransport, environment, options_of
 from rlflow.planning import Role, roles
+from rlflow.ray_cluster import warnings_kept
 from rlflow.recipe import load_recipe
 from rlflow.tracking.logs import last_words
 
@@ -172,8 +175,15 @@ class Talkative:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.ray
-def test_what_an_actor_prints_is_in_its_log_and_the_failure_of_a_dead_one_ends_with_it(ray_session, tmp_path):
+def test_what_an_actor_prints_is_in_its_log_and_the_failure_of_a_dead_one_ends_with_it(ray_session, tmp_path, capfd):
     import ray
 
     # Ray's processes cannot import a test.
@@ -183,8 +193,10 @@ def test_what_an_actor_prints_is_in_its_log_and_the_failure_of_a_dead_one_ends_w
     group: ActorGroup[Talkative] = ActorGroup("talker", transport, 2, 60.0)
     try:
         assert group.call_all(Talkative.speak, "hello") == ["hello", "hello"]
-        with pytest.raises(ActorFailure) as caught:
-            group.get(1, Talkative.die, group.start(1, Talkative.die))
+        with warnings_kept(tmp_path / "logs" / "ray.log"):
+            with pytest.raises(ActorFailure) as caught:
+                group.get(1, Talkative.die, group.start(1, Talkative.die))
+            wait_until((tmp_path / "logs" / "ray.log").exists)
         group.replace(1)
         assert group.get(1, Talkative.speak, group.start(1, Talkative.speak, "again")) == "again"
     finally:
@@ -196,4 +208,5 @@ def test_what_an_actor_prints_is_in_its_log_and_the_failure_of_a_dead_one_ends_w
     last_words(path, wait_s=20)
     words = [line for line in path.read_text().splitlines() if not line.startswith("===")]
     assert words == [*said.replace("    ", "").splitlines()[1:], "rank 1 is made; token=***", "again of a child"]
-    assert "rank 0 is made" in (tmp_path / "logs" / "talker-0.log").read_text()
+    assert "A worker died" in (tmp_path / "logs" / "ray.log").read_text() and capfd.readouterr().out == ""
+    assert "rank 0 is made" in last_words(tmp_path / "logs" / "talker-0.log", wait_s=20)

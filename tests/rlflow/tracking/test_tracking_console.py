@@ -53,6 +53,21 @@ def test_without_a_terminal_lines_come_seconds_apart_with_first_last_and_evaluat
     assert LINE_SECONDS == 5.0
 
 
+def test_a_variable_that_asks_for_colours_makes_no_terminal_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    run(stream, 3).finish({})
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert "\x1b" not in text and "\r" not in text and printed_steps(text) == [1, 3]
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    run(stream, 3).finish({})
+    assert "\x1b" not in stream.getvalue() and printed_steps(stream.getvalue()) == [1, 3]
+
+
 def test_a_run_that_stops_early_still_prints_its_last_step() -> None:
     stream = io.StringIO()
     tracker = run(stream, 3, seconds=0.1)
