@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -147,3 +148,15 @@ def test_stopping_at_a_score_needs_something_that_passes(run, tmp_path):
 
 def test_every_message_names_the_recipe_file(run):
     assert Path("recipe.yaml").name in run(PROMPTS, rewards=[{"name": "exact_mach"}])
+
+
+def test_a_tracker_that_is_not_installed_is_said_with_what_to_install(run, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "trackio" else found(name, *a))
+    said = run(PROMPTS, tracking=["jsonl", "trackio"])
+    assert "recipe.yaml:" in said and "tracking.1" in said and "pip install trackio" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_name_of_other_frameworks_for_the_run_is_answered_with_ours(run):
+    assert "experiment.name" in run(PROMPTS, run={"run_name": "x"})
