@@ -83,7 +83,7 @@ class RewardProcess:
         self._log, log_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-# -u: what a function prints is there when it has printed it.
+                # -u: what a function prints is there when it has printed it.
                 [sys.executable, "-u", "-P", "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log_end,

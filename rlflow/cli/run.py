@@ -73,7 +73,7 @@ def run(
     except (RunError, ActorFailure, CheckpointError, PluginError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, DiskError) and error.errno not in _DISK_ERRORS:
             raise
-        logs = [str(path) for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
+        logs = [path for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
         is_wrong_input = isinstance(error, ActorFailure) and error.refused and error.call in _LOADING
         kind = DataError if is_wrong_input else type(error) if isinstance(error, RunError) else RunError
-        raise kind("\n".join([str(error), *[f"logs: {path}" for path in logs]])) from error
+        raise kind("\n".join([str(error), *[f"logs: {path} (rlflow logs {path.parent})" for path in logs]])) from error
