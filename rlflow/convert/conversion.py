@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from rlflow.convert import other_commands, swift_folds, trl_folds, verl_folds
 from rlflow.convert.commands import Invocation, invocation_of, read_yaml, take_launcher_flags
-from rlflow.convert.given import Draft, Given, Note, flags_of, walk
+from rlflow.convert.given import Draft, Given, Note, flags_of, shown, walk
 from rlflow.convert.shell import read_commands
 from rlflow.convert.text import problems_of, render, without_defaults
 from rlflow.data.errors import DataError
@@ -78,7 +77,7 @@ def _converted(invocation: Invocation) -> Conversion:
         )
         values = _flags(invocation, table)
         invocation = take_launcher_flags(values, invocation)
-        given = Given(values, table, lambda name, value: f"--{name} {_shown(name, value)}")
+        given = Given(values, table, lambda name, value: f"--{name} {shown(name, value)}")
         if framework == "trl":
             draft = trl_folds.draft_of(verb, given, invocation.machines, invocation.engine)
         else:
@@ -167,7 +166,7 @@ def _hydra(invocation: Invocation) -> tuple[Given, str | None]:
         key, equals, value = word.lstrip("+").partition("=")
         if equals and not word.startswith(("-", "~")):
             values[key] = value
-    return Given(verl_folds.with_references(values), table, lambda name, value: f"{name}={_shown(name, value)}"), unread
+    return Given(verl_folds.with_references(values), table, lambda name, value: f"{name}={shown(name, value)}"), unread
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
@@ -178,18 +177,6 @@ def _option(words: Sequence[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2].strip("'\"")
     return None
-
-
-def _shown(name: str, value: Any) -> str:
-    """A value on one line; of a token or a key, nothing."""
-    if re.search(r"(token|secret|password|api_key|webhook_url)$", name) and isinstance(value, str):
-        return "***"
-    if isinstance(value, list):
-        text = " ".join(map(str, value))
-    else:
-        text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _other(invocation: Invocation) -> Conversion:

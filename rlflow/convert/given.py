@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -177,3 +178,15 @@ def walk(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from walk(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def shown(name: str, value: Any) -> str:
+    """A value on one line; of a token or a key, nothing."""
+    if re.search(r"(token|secret|password|api_key|webhook_url)$", name) and isinstance(value, str):
+        return "***"
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    else:
+        text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from rlflow.convert.commands import Invocation
-from rlflow.convert.given import Note, flags_of
+from rlflow.convert.given import Note, flags_of, shown
 from rlflow.recipe.foreign.rows import as_list
 
 _SAMPLING = {
@@ -60,6 +60,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "web-ui": ("ui", {"server_name": "--host", "server_port": "--port"}),
 }
 """ms-swift's verb -> rlflow's command, and its flags -> ours; an empty one is an argument without a name."""
+_READ_BESIDE = ("hub_model_id", "use_hf")
+"""Flags that another one's value is made of."""
 _ENGINES = {"pt": "torch", "transformers": "torch", "vllm": "vllm"}
 
 
@@ -85,7 +87,8 @@ def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
     behind: list[Any] = []
     for flag, value in values.items():
         if flag not in table:
-            notes.append(Note("missing", f"--{flag} {' '.join(map(str, as_list(value)))}"))
+            if flag not in _READ_BESIDE:
+                notes.append(Note("missing", f"--{flag} {shown(flag, value)}"))
             continue
         behind += _option(flag, table[flag], value, values)
     if invocation.verb == "merge-lora":
@@ -100,6 +103,8 @@ def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[
         case "push_to_hub":
             hub = "hf" if values.get("use_hf") == "true" else "modelscope"
             return [option, f"{hub}:{values.get('hub_model_id', 'ORGANISATION/NAME')}"] if value == "true" else []
+        case "api_key":
+            return [option, "TOKEN"]
         case "infer_backend":
             return [option, _ENGINES.get(value, "vllm")]
         case _:
