@@ -10,7 +10,7 @@ from typing import Any
 
 from rlflow.convert import other_commands, swift_folds, trl_folds, verl_folds
 from rlflow.convert.commands import Invocation, invocation_of, read_yaml, take_launcher_flags
-from rlflow.convert.given import Draft, Given, Note, flags_of, shown, walk
+from rlflow.convert.given import Draft, Given, Note, flags_of, plain, shown, walk
 from rlflow.convert.shell import read_commands
 from rlflow.convert.text import problems_of, render, without_defaults
 from rlflow.data.errors import DataError
@@ -24,6 +24,27 @@ _TRAINING = {
     "trl": tuple(trl.TABLES),
     "verl": tuple(verl.TABLES),
 }
+
+
+_RECKONED = (
+    "per_device_train_batch_size gradient_accumulation_steps num_generations num_train_epochs max_epochs max_steps "
+    "warmup_ratio warmup_steps save_steps save_total_limit eval_steps vllm_max_model_len max_length "
+    "max_completion_length "
+    "response_length vllm_tensor_parallel_size tensor_parallel_size split_dataset_ratio steps_per_generation "
+    "num_iterations "
+    "generation_batch_size sequence_parallel_size lora_rank lora_r lora_alpha lora_dropout epsilon epsilon_high beta "
+    "learning_rate lr num_ppo_epochs num_mini_batches global_batch_size train_iters lr_warmup_fraction lr_warmup_iters "
+    "max_resample_times top_p top_k context_parallel_size "
+    "train_batch_size max_prompt_length max_response_length ppo_mini_batch_size ppo_max_token_len_per_gpu n "
+    "tensor_model_parallel_size ulysses_sequence_parallel_size total_training_steps total_epochs "
+    "n_gpus_per_node nnodes "
+    "lr_warmup_steps lr_warmup_steps_ratio warmup_steps_ratio train_max_samples val_max_samples len penalty_factor "
+    "save_freq test_freq kl_coef kl_loss_coef critic_warmup max_num_gen_batches clip_ratio clip_ratio_low "
+    "clip_ratio_high "
+    "max_actor_ckpt_to_keep max_ckpt_to_keep rollout_is_threshold"
+)
+_NUMBERS = frozenset(_RECKONED.split())
+"""Flags that are reckoned with; of verl's, the last part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +85,7 @@ def _converted(invocation: Invocation) -> Conversion:
         return _other(invocation)
     if framework == "verl":
         given, unread = _hydra(invocation)
+        unclear = _take_no_numbers(given)
         draft: Draft | None = verl_folds.draft_of(verb, given, invocation.machines)
         if unread:
             draft.note("to do", f"{unread} is not here: what it says is taken to be verl's defaults")
@@ -78,6 +100,7 @@ def _converted(invocation: Invocation) -> Conversion:
         values = _flags(invocation, table)
         invocation = take_launcher_flags(values, invocation)
         given = Given(values, table, lambda name, value: f"--{name} {shown(name, value)}")
+        unclear = _take_no_numbers(given)
         if framework == "trl":
             draft = trl_folds.draft_of(verb, given, invocation.machines, invocation.engine)
         else:
@@ -89,10 +112,28 @@ def _converted(invocation: Invocation) -> Conversion:
             "missing", f"{title}: rlflow has no such algorithm yet; `rlflow algorithms` lists those that there are"
         )
         return Conversion(title, None, None, (note,))
+    for text in unclear:
+        draft.note("to do", f"{text}: not a number; what holds without it is written")
     _say_the_rest(given, draft, invocation.environment)
     return Conversion(
         title, render(draft, f"From {title}. `rlflow plan` says what it will do."), None, tuple(draft.notes)
     )
+
+
+def _take_no_numbers(given: Given) -> list[str]:
+    """Takes flags out that are no numbers and should be, as of a variable that nothing sets. Returns them."""
+    wrong = [
+        name
+        for name in given.values
+        if name.rpartition(".")[2] in _NUMBERS and not isinstance(plain(given.values[name]), int | float | None)
+    ]
+    unclear = [given.text(name) for name in wrong]
+    empty = [
+        name for name, value in given.values.items() if name.rpartition(".")[2] in _NUMBERS and plain(value) is None
+    ]
+    for name in [*wrong, *empty]:
+        del given.values[name]
+    return unclear
 
 
 def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str]) -> None:

@@ -286,3 +286,14 @@ def test_a_script_of_several_commands_gives_each_its_own():
         "M=m\nswift sft --model $M --dataset a.jsonl\nswift rlhf --rlhf_type dpo --model output/sft --dataset b.jsonl\n"
     )
     assert [found.title for found in convert(script)] == ["swift sft", "swift rlhf --rlhf_type dpo"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["per_device_train_batch_size", "num_generations", "save_steps", "warmup_ratio", "max_length"]
+)
+@pytest.mark.parametrize("value", ["$UNSET", "many"])
+def test_what_is_no_number_is_to_do_and_the_default_is_written(converted, flag: str, value: str):
+    command = "NPROC_PER_NODE=8 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy"
+    recipe, conversion = converted(f"{command} --{flag} {value}")
+    assert f"--{flag} {value}: not a number" in kinds(conversion)["to do"]
+    assert recipe == converted(command)[0]
