@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlflow.cli.character_rows import rows_that_fit
 from rlflow.cli.plugin_checks import sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import LOADERS
@@ -42,6 +43,8 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
     reading = Reading()
     if config_of(recipe.model, to_come) is None:
         return reading  # on a hub that cannot be reached, which a run will say
+    if (known := _known_to_fit(recipe, _start(recipe.model, to_come))) is not None:
+        return known
     try:
         tokenizer = load_tokenizer(_start(recipe.model, to_come))
     except DataError as error:
@@ -57,6 +60,26 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
             reading.num_rows = len(rows)
         if reading.row is None and rows and isinstance(rows[0], Prompt):
             reading.row = {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
+    return reading
+
+
+def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
+    """What rendering the rows would find, where that is known without it: that all of them can be used."""
+    if recipe.algorithm.learning.data_row not in ("prompt", "example"):
+        return None
+    reading = Reading()
+    is_online = recipe.family == "online"
+    kinds = {"data.train": (recipe.data.train, is_online)}
+    if recipe.evaluation is not None:
+        kinds["evaluation.data"] = (recipe.evaluation.data, is_online or recipe.evaluation_reward is not None)
+    for key, (sources, is_prompt) in kinds.items():
+        columns = rows_that_fit(sources, recipe, model, is_prompt=is_prompt)
+        if columns is None:
+            return None
+        if key == "data.train":
+            reading.num_rows = len(columns)
+        if reading.row is None and is_prompt:
+            reading.row = columns[0]
     return reading
 
 

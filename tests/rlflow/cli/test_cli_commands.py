@@ -148,7 +148,7 @@ def test_a_bad_recipe_ends_the_process_before_anything_heavy_is_imported(recipe_
     assert not imported & {"ray", "torch", "transformers", "vllm", "datasets"}
 
 
-@pytest.mark.parametrize(("option", "unused"), [("--no-data", {"transformers"}), ("run.steps=1", set())])
+@pytest.mark.parametrize(("option", "unused"), [("--no-data", {"transformers"}), ("run.steps=1", {"transformers"})])
 def test_plan_answers_without_ray_or_torch(recipe_file: Path, option: str, unused: set[str]):
     code = (
         "import sys; from rlflow.cli.main import main; code = main(sys.argv[1:])\n"
