@@ -240,8 +240,9 @@ def test_more_gpus_than_this_machine_has_are_missed_too(recipe_file: Path, monke
 def test_a_run_that_joins_a_cluster_may_ask_for_gpus(monkeypatch: pytest.MonkeyPatch, address: str):
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(run, "load_runnable", lambda path, overrides, alone: asked.append(alone))
+    monkeypatch.setattr(run, "load_runnable", lambda path, overrides, alone: [asked.append(alone)])
     monkeypatch.setattr(run, "run", lambda recipes, **options: None)
+    monkeypatch.setattr(run, "next_lines", lambda recipe: [])
     run.execute(run.make_parser().parse_args(["recipe.yaml"]))
     assert asked == [address in ("", "local")]
 
