@@ -82,11 +82,19 @@ def program_of(completion: str, head: str = "", name: str | None = None) -> str:
     if answer is None:
         return "raise AssertionError('the thought has no end')"
     blocks = _FENCE.findall(answer)
-    defining = [block for block in blocks if name is None or f"def {name}" in block]
+    defining = [block for block in blocks if _defines(block, name)]
     text = (defining or blocks or [answer])[-1]
-    if name is None or f"def {name}" in text:
+    if _defines(text, name):
         return f"{_before_function(head)}\n{text}" if head else text
     return head + (text if blocks else _ENDS.split(text, maxsplit=1)[0])
+
+
+def _defines(text: str, name: str | None) -> bool:
+    """Whether a program has the function; any has none."""
+    return (
+        name is None
+        or re.search(rf"^[ \t]*(?:async[ \t]+)?def[ \t]+{re.escape(name)}\b", text, re.MULTILINE) is not None
+    )
 
 
 def _before_function(head: str) -> str:

@@ -147,3 +147,24 @@ def test_what_cannot_be_exported_says_what_to_do(tiny_model_dir: Path, tmp_path:
         assert main(["export", *map(str, arguments)]) == 2
         assert says in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+def test_adapters_are_named_as_in_ms_swift_and_args_json_names_their_base(tiny_model_dir: Path, tmp_path: Path):
+    run, outputs = write_run(tmp_path / "run", tiny_model_dir), [tmp_path / "expected", tmp_path / "merged"]
+    assert main(["export", str(run), str(outputs[0]), "--merge"]) == 0
+    # As ms-swift leaves it: the config names a cache of another machine.
+    adapter = run / "final"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/cache/model"}))
+    (adapter / "args.json").write_text(json.dumps({"model": str(tiny_model_dir), "tuner_type": "lora"}))
+    assert main(["export", "--adapters", str(adapter), str(outputs[1]), "--merge"]) == 0
+    expected, merged = ((output / "model.safetensors").read_bytes() for output in outputs)
+    assert merged == expected
+
+
+def test_what_cannot_be_written_is_one_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(tiny_model_dir), str(tmp_path / "file" / "new")]) == 1
+    assert "file/new cannot be written: " in capsys.readouterr().err
+    assert main(["eval", str(tiny_model_dir), "--sets", "gsm8k", "--output", str(tmp_path / "file" / "new")]) == 1
+    assert capsys.readouterr().err.endswith("--output DIR names another place\n")

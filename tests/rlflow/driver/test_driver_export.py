@@ -157,6 +157,26 @@ def test_an_adapter_and_what_it_is_merged_into_stop_there_too(run: Run, tmp_path
     assert said_by_the_card(final, monkeypatch) == said_by_the_card(merged, monkeypatch)
 
 
+def test_an_adapter_of_a_checkpoint_is_merged_as_that_of_the_end_is(run: Run, tmp_path: Path):
+    directory, outputs = run("sft", **{"model.adapter": {}}), [tmp_path / "of_final", tmp_path / "of_checkpoint"]
+    assert main(["export", str(directory), str(outputs[0]), "--merge"]) == 0
+    assert main(["export", str(directory / "checkpoints" / "latest"), str(outputs[1]), "--merge"]) == 0
+    of_final, of_checkpoint = ({path.name: path.read_bytes() for path in one.iterdir()} for one in outputs)
+    assert of_checkpoint == of_final
+    said = json.loads(of_final["args.json"])
+    assert (said["tuner_type"], said["adapters"], said["lora_rank"]) == ("full", [], 16)
+
+
+def test_args_json_says_in_ms_swifts_words_what_was_trained(run: Run, model_dir: Path):
+    directory = run("sft", **{"model.adapter": {"rank": 4}, "data.system": "Be brief.", "run.seed": 7})
+    beside_checkpoint = json.loads((directory / "checkpoints" / "latest" / "args.json").read_text())
+    said = json.loads((directory / "final" / "args.json").read_text())
+    assert beside_checkpoint == said
+    expected = {"model": str(model_dir), "tuner_type": "lora", "task_type": "causal_lm", "torch_dtype": "float32"}
+    expected |= {"system": "Be brief.", "max_length": 64, "seed": 7, "lora_rank": 4, "template": None}
+    assert {key: said[key] for key in expected} == expected
+
+
 def test_a_reward_model_scores_as_its_card_says(run: Run, monkeypatch):
     from rlflow.rewards.reward_model import RewardModel
 
