@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -90,12 +91,15 @@ def execute(arguments: argparse.Namespace) -> int:
         require_lm_eval()
     output = _output(arguments, first)
     measurements = []
-    for name in names:
-        source = first if name == names[0] else find_model(arguments.model, checkpoint=name, tell=_tell)
-        inside = output if len(names) == 1 else output / f"step_{source.step:06d}"
-        inside.mkdir(exist_ok=True)
-        measurements.append(_measure(arguments, source, inside))
-    _report(arguments, output, measurements)
+    try:
+        for name in names:
+            source = first if name == names[0] else find_model(arguments.model, checkpoint=name, tell=_tell)
+            inside = output if len(names) == 1 else output / f"step_{source.step:06d}"
+            inside.mkdir(exist_ok=True)
+            measurements.append(_measure(arguments, source, inside))
+        _report(arguments, output, measurements)
+    finally:
+        _remove_empty(output, is_ours=arguments.output is None)
     return 0
 
 
@@ -146,6 +150,17 @@ def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
     except OSError as error:
         raise RunError(f"{path} cannot be made ({error.strerror}): --output DIR names another place") from error
     return path
+
+
+def _remove_empty(output: Path, *, is_ours: bool) -> None:
+    """Takes away what was made for results that did not come, from the inside out.
+
+    Args:
+        is_ours: Its name, and that of the directory around it, are not the user's.
+    """
+    for path in (*output.glob("step_*"), output, *([output.parent] if is_ours else [])):
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _measure(arguments: argparse.Namespace, source: ModelSource, directory: Path) -> Measurement:

@@ -15,6 +15,8 @@ from rlflow.evaluation_sets.estimates import Estimate
 from rlflow.evaluation_sets.measuring import SetResult
 from rlflow.model_source import ModelSource
 
+_BATCH = 8
+"""Texts in one forward pass."""
 _Z = 1.959964
 """Of a 95% interval."""
 
@@ -44,7 +46,9 @@ def measure_with_lm_eval(
     if trust:
         arguments["trust_remote_code"] = True
     try:
-        found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=list(tasks), limit=limit)
+        found = lm_eval.simple_evaluate(
+            model="hf", model_args=arguments, tasks=list(tasks), limit=limit, device=_device(), batch_size=_BATCH
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"lm_eval: {error}") from error
     path = directory / "lm_eval.json"
@@ -65,6 +69,13 @@ def measure_with_lm_eval(
         )
         for task, values in found["results"].items()
     ]
+
+
+def _device() -> str:
+    """Where torch computes: the harness asks for a GPU otherwise."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _estimates(values: Mapping[str, Any], num_problems: int) -> list[tuple[str, Estimate]]:

@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any, cast
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlflow
 from rlflow.cli.main import main
@@ -146,7 +149,43 @@ def test_what_cannot_be_measured_is_one_line_with_a_remedy(
     assert main(["eval", str(run), "--output", str(tmp_path / "out"), *arguments]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("loading", "writes", "["))]
     assert len(said) == 1 and re.search(says, said[0]), said
-    assert not list(tmp_path.glob("out/**/*.json*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_measured_without_being_merged(tiny_model_dir: Path, tmp_path: Path):
+    adapted: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    rows = tmp_path / "even.jsonl"
+    row = {"question": "Even?", "choices": ["12", "7"], "answer": 0}
+    rows.write_text(json.dumps(row) + "\n")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "Even?", "solution": "12"}) + "\n")
+    sets = f"{rows},{asked}"
+    evaluate(tmp_path / "out", tmp_path / "adapter", "--sets", sets, "--max-new-tokens", 4)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+
+    def logprobs_of(text: str) -> torch.Tensor:
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = adapted.eval()(input_ids=tokens).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+
+    (found,) = samples_of(tmp_path / "out" / "even.jsonl")
+    expected = [float(logprobs_of(f"{found['text']} {end}")[-len(end) - 1 :].sum()) for end in row["choices"]]
+    assert found["logprobs"] == pytest.approx(expected, abs=1e-3)
+    (answer,) = samples_of(tmp_path / "out" / "asked.jsonl")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Even?"}], add_generation_prompt=True, return_dict=False
+    )
+    written = adapted.generate(input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :]
+    assert answer["response"] == tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_a_model_without_a_recipe_is_measured_on_named_sets_alone(
@@ -172,6 +211,7 @@ def test_what_lm_eval_found_is_reported_as_our_own(run: Path, tmp_path: Path, mo
     (found,) = evaluate(tmp_path / "out", run, "--backend", "lm_eval", "--sets", "arc_easy", "--limit", 4)
     (result,) = found["results"]
     assert asked["tasks"] == ["arc_easy"] and asked["limit"] == 4
+    assert asked["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert asked["model_args"]["pretrained"] == str(run / "final")
     assert result["problems"] == 4
     assert result["scores"]["acc"] == {
