@@ -77,7 +77,8 @@ class Guard:
                 self._check_host(request)
                 if request.method not in ("GET", "HEAD"):
                     self._check_change(request)
-                if not request.path.startswith(_OPEN) and not self._has_token(request):
+                is_link = request.path == "/" and "token" in request.query
+                if is_link or not (request.path.startswith(_OPEN) or self._has_token(request)):
                     return self._ask_for_token(request)
                 return await handler(request)
             except Refusal as refusal:
@@ -133,6 +134,8 @@ class Guard:
     def _ask_for_token(self, request: web.Request) -> web.Response:
         """The page that asks for it; a link that has it gets the cookie, and leaves it out of the history."""
         if request.path == "/":
+            if self.token is None:
+                return web.Response(status=303, headers={"Location": "/"})
             if self._is_token(request.query.get("token", "")):
                 response = web.Response(status=303, headers={"Location": "/"})
                 self._set_cookie(request, response)

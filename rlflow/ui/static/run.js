@@ -64,6 +64,10 @@ export function showRun(view, run, parameters, context) {
     const parts = [element("div", { className: "title" }, title, actions), element("p", { className: "facts" }, ...shown), progress(card)];
     if (card.message) parts.push(element("p", { className: `notice ${card.state === "failed" ? "bad" : "plain"}`, textContent: card.message }));
     if (command) parts.push(element("p", { className: "quiet command" }, element("a", { href: `#/command/${command.id}`, textContent: command.command })));
+    if (command && ![null, 0, 3].includes(command.exit_code)) {
+      const link = element("a", { href: `#/command/${command.id}`, textContent: "what it printed" });
+      parts.push(element("p", { className: "notice bad" }, `The newest command ended with exit code ${command.exit_code}: `, link));
+    }
     if (!head.contains(document.activeElement)) head.replaceChildren(...parts);
     document.title = `${card.state === "running" && card.steps ? `${Math.floor((100 * card.step) / card.steps)}% ` : ""}${run} · rlflow`;
   };

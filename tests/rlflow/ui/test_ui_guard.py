@@ -81,9 +81,10 @@ def test_without_the_token_nothing_is_told_and_with_it_everything(home: Path):
 
 def test_a_link_with_the_token_leaves_it_out_of_the_address_bar(home: Path):
     async def talk(client: Client) -> None:
-        opened = await client.get(f"/?token={TOKEN}", allow_redirects=False)
-        assert (opened.status, opened.headers["Location"]) == (303, "/")
-        assert (await client.get("/api/runs")).status == 200
+        for _ in range(2):
+            opened = await client.get(f"/?token={TOKEN}", allow_redirects=False)
+            assert (opened.status, opened.headers["Location"]) == (303, "/")
+            assert (await client.get("/api/runs")).status == 200
 
     ask(home, talk, host="0.0.0.0", token=TOKEN)
 
