@@ -43,11 +43,16 @@ class AdapterSwitch:
         config = PeftConfig.from_pretrained(directory)
         if config.is_prompt_learning:
             raise ValueError(f"{directory} holds a prompt ({config.peft_type}) and no weights of layers: use vLLM")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(model, directory, adapter_name=inner)
-        # Of one that is there already this reads the weights once more: only so PEFT says which found no place.
-        filled = self._peft.load_adapter(directory, inner)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(model, directory, adapter_name=inner)
+            # Of one that is there already this reads the weights once more: only so PEFT says which found no place.
+            filled = self._peft.load_adapter(directory, inner)
+        # What torch raises where shapes differ.
+        except RuntimeError as error:
+            said = " ".join(str(error).split()[:40])
+            raise ValueError(f"{directory} is no adapter of this model: {said}") from error
         if strange := sorted({*filled.missing_keys, *filled.unexpected_keys}):
             raise ValueError(f"{directory} is no adapter of this model: {strange[0]} is not in both")

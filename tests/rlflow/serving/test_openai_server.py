@@ -255,6 +255,9 @@ def test_an_adapter_of_a_model_of_another_shape_is_refused(
     )
     with pytest.raises(DataError, match=r"wrong is no adapter of this model: .*lora_B.* is not in both"):
         open_streams(read_model(source_of(policy_dir), settings), "torch", {"wrong": wrong}, settings)
+    save_file({**weights, missing: weights[missing][:-1].contiguous()}, wrong / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"wrong is no adapter of this model: .*lora_B.*shape"):
+        open_streams(read_model(source_of(policy_dir), settings), "torch", {"wrong": wrong}, settings)
 
 
 def test_adapters_answer_under_their_names_beside_their_base(
