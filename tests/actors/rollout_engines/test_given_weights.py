@@ -52,6 +52,7 @@ def test_two_torch_engines_share_a_model_and_take_turns(tmp_path: Path) -> None:
     while any(engine.num_running + engine.num_waiting for engine in engines):
         for engine, ended in zip(engines, finished, strict=True):
             ended |= {completion.id: completion for completion in engine.step()}
+            assert policy.config._attn_implementation == GROUPED_SLOTS.attention
     for ended in finished:
         assert_logprobs_match({0: oracle}, requests, [ended[request.id] for request in requests])
 
