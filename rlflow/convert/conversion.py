@@ -212,7 +212,7 @@ def _hydra(invocation: Invocation) -> tuple[Given, str | None]:
 
 def _option(words: Sequence[str], name: str) -> str | None:
     """The value of ``--name value`` or ``--name=value``."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == name:
             return following
         if word.startswith(f"{name}="):

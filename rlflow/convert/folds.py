@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -222,9 +221,13 @@ def set_engine(given: Given, draft: Draft, name: str) -> None:
 
 def zero_of(name: str) -> tuple[int | None, str]:
     """Stage and offload of a built-in name (zero2_offload), a configuration file, or one whose name says it."""
-    config = name.strip().startswith("{") and json.loads(name)
-    if not config and name.endswith((".json", ".yaml", ".yml")) and Path(name).is_file():
-        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    text = name if name.strip().startswith("{") else ""
+    if name.endswith((".json", ".yaml", ".yml")) and Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
     if isinstance(config, dict):
         config = config.get("deepspeed_config") or config
         zero = config.get("zero_optimization") or config

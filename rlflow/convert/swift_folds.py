@@ -187,7 +187,7 @@ def sources_of(text: str, given: Given) -> list[dict[str, Any]]:
     if ":" in path and not Path(path).exists():
         path, _, named = path.rpartition(":")
         subsets = [None if name in ("default", "all") else name for name in named.split("/")]
-    columns = given["columns"] or {}
+    columns = given["columns"] if isinstance(given["columns"], dict) else {}
     sources = []
     for subset in subsets:
         source: dict[str, Any] = {"path": path}

@@ -84,7 +84,11 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
 
 
 def _sources(given: Given) -> list[dict[str, Any]]:
-    mixture = [source for source in as_list(given["datasets"]) if isinstance(source, dict)]
+    mixture = [
+        source
+        for source in as_list(given["datasets"])
+        if isinstance(source, dict) and (source.get("path") or source.get("data_files"))
+    ]
     if not mixture and given["dataset_name"]:
         mixture = [
             {"path": given["dataset_name"], "name": given["dataset_config"], "split": given["dataset_train_split"]}

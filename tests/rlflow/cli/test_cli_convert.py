@@ -107,3 +107,27 @@ def test_a_shell_script_is_no_recipe_and_is_told_how_to_become_one(tmp_path: Pat
     script.write_text(COMMAND)
     assert main(["plan", str(script)]) == 2
     assert f"rlflow convert {script}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m verl.trainer.main_ppo",
+        "trl grpo",
+        "swift rlhf --rlhf_type grpo --columns words --dataset d",
+        'swift sft --dataset "unclosed',
+        "swift sft --model",
+        "swift sft --system missing.txt --deepspeed nowhere.json --quant_bits 3 --dataset :#5",
+    ],
+)
+def test_a_command_that_says_little_or_nonsense_has_things_to_do(command: str, capsys):
+    assert main(["convert", command]) == 0
+    assert "to do" in capsys.readouterr().err
+
+
+def test_a_configuration_of_nonsense_is_converted_as_far_as_it_goes(tmp_path: Path, capsys):
+    (tmp_path / "c.yaml").write_text(
+        "num_generations: {x: 1}\ndatasets: [x, {name: y}]\nreward_funcs: 3\ndataset_name: [a]\n"
+    )
+    assert main(["convert", "--", "trl", "grpo", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "--num_generations" in capsys.readouterr().err

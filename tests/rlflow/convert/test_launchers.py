@@ -49,6 +49,8 @@ def test_accelerates_file_says_how_many_and_which_stage(tmp_path: Path):
         ("zero3_offload", 3, "all"),
         ("configs/ds_config_zero-3.json", 3, "none"),
         ("deepspeed_stage2.json", None, "none"),
+        ("{'zero_optimization': {'stage': 2}}", 2, "none"),
+        ("{broken", None, "none"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}', 3, "all"),
     ],
 )
