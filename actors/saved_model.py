@@ -15,7 +15,6 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from rlflow.actors import adapters
 from rlflow.actors.model_files import write_trained
 from rlflow.actors.reward_trainer import pad_classifier
 from rlflow.actors.train_engines import sharded_state
@@ -51,6 +50,8 @@ def export_saved(
     _quiet_libraries()
     tokenizer = None
     if block.adapter is not None:
+        from rlflow.actors import adapters
+
         model = _adapted_without_values(block, seed)
         named = adapters.adapter_parameters(model)
         weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
@@ -84,6 +85,8 @@ def _places_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _adapted_without_values(block: ModelBlock, seed: int) -> PreTrainedModel:
     """The recipe's base and adapter: their names and configs, and no weights."""
+    from rlflow.actors import adapters
+
     assert block.path is not None
     options: dict[str, Any] = {"revision": block.revision, "trust_remote_code": block.trust_remote_code}
     config = AutoConfig.from_pretrained(block.path, **options)
@@ -108,6 +111,7 @@ def _read(checkpoint: Path, weights: dict[str, torch.Tensor], progress: Progress
     """Fills the tensors from the state; values are rounded to their dtype."""
     names = list(weights)
     size = max(1, -(-len(names) // _PARTS))
+    progress(0, len(names))
     for start in range(0, len(names), size):
         part = names[start : start + size]
         shards = {f"model/{name}": Shard(weights[name].view(-1), 0, tuple(weights[name].shape)) for name in part}

@@ -37,6 +37,8 @@ class ProgressBar:
         self._stream = sys.stderr if stream is None else stream
         self._now = now
         self._began = self._said = now()
+        self._first: tuple[float, int] | None = None
+        """When the first update came, and how much was done by then: loading what does the work is not its pace."""
         self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> ProgressBar:
@@ -49,14 +51,17 @@ class ProgressBar:
     def update(self, done: int, total: int, detail: str = "") -> None:
         """``done`` of ``total`` now; ``detail`` is what people want to know beside it, such as a score so far."""
         now = self._now()
+        if self._first is None:
+            self._first = (now, done)
         if now - self._began < SILENT_S:
             return
         if self._stream.isatty():
             self._draw(done, total, detail)
-        elif done == total or now - max(self._said, self._began + SILENT_S - _LINE_S) >= _LINE_S:
+        elif done and (done == total or now - max(self._said, self._began + SILENT_S - _LINE_S) >= _LINE_S):
             self._said = now
-            left = (now - self._began) * (total - done) / done if done else None
-            remaining = "" if not left else f", {format_seconds(left)} left"
+            since, before = self._first
+            left = (now - since) * (total - done) / (done - before) if done > before else 0.0
+            remaining = f", {format_seconds(left)} left" if left else ""
             self._stream.write(f"{self.what}: {done} of {total} {self.unit}{remaining}{detail and f', {detail}'}\n")
             self._stream.flush()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlflow.cli.common import parser_of
-from rlflow.cli.serving_arguments import add_model_arguments, positive, settings_of
+from rlflow.cli.serving_arguments import add_model_arguments, loading, positive, quiet_libraries, settings_of
 from rlflow.data.errors import DataError, nearest
 from rlflow.driver.errors import RunError
 
@@ -171,11 +171,11 @@ def _measure(arguments: argparse.Namespace, source: ModelSource, directory: Path
         from rlflow.evaluation_sets.lm_eval_backend import measure_with_lm_eval
 
         tasks = [name.strip() for name in arguments.sets.split(",") if name.strip()]
-        results = measure_with_lm_eval(
-            source, tasks, arguments.limit, arguments.dtype, directory, trust=arguments.trust_remote_code
-        )
+        with quiet_libraries():
+            results = measure_with_lm_eval(
+                source, tasks, arguments.limit, arguments.dtype, directory, trust=arguments.trust_remote_code
+            )
         return Measurement(label, source.step, source.path, results)
-    from rlflow.cli.serving_arguments import loading
     from rlflow.evaluation_sets.measuring import measure
     from rlflow.serving.models import choose_engine, read_model
 
