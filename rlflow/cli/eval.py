@@ -205,7 +205,7 @@ def _read_sets(arguments: argparse.Namespace, model: ServedModel, recipe: Recipe
     """
     from rlflow.evaluation_sets.sets import NAMED, read_evaluation
 
-    reading, given = _reading(arguments, model, recipe), dict(_named_files(arguments.data, NAMED))
+    reading, given = _reading(arguments, model, recipe), dict(_named_files(arguments.data))
     words = [word.strip() for word in (arguments.sets or "").split(",") if word.strip()]
     if not words and not given and recipe is None:
         raise DataError(
@@ -238,7 +238,7 @@ def _read_set(word: str, file: str | None, reading: Reading) -> ProblemSet:
     raise DataError(f"--sets {word}: no set is called so, and no file; {known}.{nearest(word, NAMED)}")
 
 
-def _named_files(given: Sequence[str], names: Sequence[str] | dict) -> Iterator[tuple[str, str]]:
+def _named_files(given: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word in given:
         name, equals, file = word.partition("=")
         if not equals or not file:
@@ -259,9 +259,10 @@ def _reading(arguments: argparse.Namespace, model: ServedModel, recipe: Recipe |
             raise DataError(f"--reward {arguments.reward}: there is none.{nearest(arguments.reward, REWARDS)}")
         key = "plugin" if ":" in arguments.reward else "name"
         reward = RewardBlock.model_validate({key: arguments.reward})
+    system = model.source.system if recipe is None else recipe.data.system
     return Reading(
         model=model,
-        system=arguments.system if arguments.system is not None else model.source.system,
+        system=system if arguments.system is None else arguments.system or None,
         instruction=arguments.instruction,
         limit=arguments.limit,
         seed=arguments.seed,

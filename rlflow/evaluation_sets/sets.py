@@ -214,7 +214,7 @@ def read_evaluation(recipe: Recipe, reading: Reading) -> ProblemSet:
     source = block.data
     if reading.limit is not None:
         source = source.model_copy(update={"rows": _limit(reading.limit, len(read_table(source).rows))})
-    data = recipe.data.model_copy(update={"system": reading.system or recipe.data.system})
+    data = recipe.data.model_copy(update={"system": reading.system})
     prompts = load_prompts(source, data, reading.model.tokenizer, recipe.run.seed)
     return ProblemSet(
         block.name,
