@@ -115,17 +115,19 @@ def converse(
     sampling: Sampling,
     screen: Screen,
 ) -> None:
-    """Until the end of the input, ``/exit``, or Ctrl-C while nothing is written.
+    """Until the end of the input, ``/exit``, or Ctrl-C while no answer is written.
 
     Args:
         name: Of the model that answers.
     """
+    with suppress(KeyboardInterrupt):
+        _exchange(conversation, streams, name, sampling, screen)
+
+
+def _exchange(conversation: Conversation, streams: Streams, name: str, sampling: Sampling, screen: Screen) -> None:
     count = 0
     while True:
-        try:
-            line = screen.ask()
-        except KeyboardInterrupt:
-            return
+        line = screen.ask()
         if line is None or line.strip() == "/exit":
             return
         if line.startswith("/"):

@@ -115,6 +115,16 @@ def test_ctrl_c_stops_an_answer_and_ctrl_c_at_the_prompt_leaves(
     assert len(conversation.messages) == 2
 
 
+def test_ctrl_c_leaves_whatever_else_is_under_way(served: ServedModel, streams: Streams) -> None:
+    class Impatient(ScriptedScreen):
+        def note(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    screen = Impatient(["/clear", "never said"])
+    converse(Conversation(served, None), streams, "tiny", GREEDY, screen)
+    assert screen.lines == ["never said"]
+
+
 def test_a_seed_makes_a_chat_repeat(served: ServedModel, streams: Streams) -> None:
     def said(seed: int | None) -> str:
         return chat(served, streams, ["2+3=", "2+3="], Sampling(1.0, max_new_tokens=16, seed=seed))[0].said
