@@ -234,8 +234,8 @@ class Episodes:
         (text,) = decode_completions(self.tokenizer, [completion.token_ids], [request.params.stop_token_ids])
         text, problems = transcript.opened + text, ()
         message: Message = {"role": "assistant", "content": text}
-        if transcript.tools:
-            said = self._reader.read(text)
+        if transcript.tools or self._reader.is_always_needed:
+            said = self._reader.read(text, transcript.tools)
             message, problems = said.message, said.problems
             state.count("tool_calls", len(message.get("tool_calls", ())))
             state.count("unread_calls", len(problems))

@@ -16,6 +16,9 @@ from typing import Any
 from rlflow.data.calls import to_calls
 from rlflow.data.chat import QUESTION, Chat
 from rlflow.data.errors import RowError
+from rlflow.data.prompts import opened_tag
+from rlflow.data.template import template_text
+from rlflow.data.transcript import THOUGHT_ENDS
 from rlflow.types import Message
 
 _NAME, _ARGUMENTS = "zqx_called_xqz", {"zqx": "xqz"}
@@ -58,8 +61,17 @@ class CallReader:
         self._vllm = None if parser == "auto" else _vllm_parser(parser, chat.tokenizer)
         self._schema = chat.tokenizer.init_kwargs.get("response_schema") or vars(chat.tokenizer).get("response_schema")
 
-    def read(self, text: str) -> Said:
-        """The message that a text is; the text of its calls is no part of what it says."""
+    @property
+    def is_always_needed(self) -> bool:
+        """Whether what is said without calls has a form, too, that its text must be read out of."""
+        return isinstance(self._form, Harmony)
+
+    def read(self, text: str, tools: Sequence[Any] = ()) -> Said:
+        """The message that a text is; the text of its calls is no part of what it says.
+
+        Args:
+            tools: JSON schemas of the functions that may be called.
+        """
         try:
             if self._vllm is not None:
                 return _with_calls(*_by_vllm(self._vllm, text))
@@ -67,7 +79,7 @@ class CallReader:
                 return _by_schema(self._tokenizer, text, self._schema)
         except RowError as error:
             return Said({"role": "assistant", "content": text}, (str(error),))
-        return self._form.read(text)
+        return self._form.read(text, tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +90,30 @@ class _Form:
     opening: str
     between: str | None
     closing: str
+    pairs: _Pairs | None = None
+    """How arguments are written that are no JSON."""
+    wrapper: str = ""
+    """What stands before the first of a turn's calls."""
 
-    def read(self, text: str) -> Said:
+    def read(self, text: str, tools: Sequence[Any]) -> Said:
         calls: list[dict[str, Any]] = []
         problems: list[str] = []
-        pieces, place = [], 0
+        first, place = len(text), 0
         for found in re.finditer(self._pattern, text):
             if found.start() < place:
                 continue
-            pieces.append(text[place : found.start()])
+            first = min(first, found.start())
             try:
-                read, end = self._call(text, found)
+                read, end = self._call(text, found, tools)
                 calls += to_calls(read, "call")
             except (ValueError, RowError, RecursionError) as error:
                 reason = re.sub(r"^`call`(?: is a function call|: )?", "", str(error)).strip()
                 problems.append(f"a call could not be read ({reason}): {text[found.start() : found.start() + 200]}")
                 end = len(text)
             place = end
-        content = "".join([*pieces, text[place:]]).strip() if calls or problems else text
+        # What stands between calls is how they are written.
+        before = text[:first].rstrip().removesuffix(self.wrapper)
+        content = f"{before}{text[place:]}".strip() if calls or problems else text
         message: Message = {"role": "assistant", "content": text if problems and not calls else content}
         return Said({**message, "tool_calls": calls} if calls else message, tuple(problems))
 
@@ -106,8 +124,10 @@ class _Form:
         # Where nothing opens a call, it is all that there is.
         return rf"{_loose(self.opening)}\s*" if self.opening else r"\A\s*(?=\{\s*\"(?:name|type|function)\")"
 
-    def _call(self, text: str, found: re.Match[str]) -> tuple[Any, int]:
+    def _call(self, text: str, found: re.Match[str], tools: Sequence[Any]) -> tuple[Any, int]:
         """The call or calls at a place of the text, and where they end."""
+        if self.pairs is not None:
+            return self.pairs.call(text, found, self.closing, tools)
         value, end = json.JSONDecoder().raw_decode(text, found.end())
         if closing := re.compile(rf"\s*{_loose(self.closing)}").match(text, end):
             end = closing.end()
@@ -115,6 +135,81 @@ class _Form:
             return {"name": found["name"], "arguments": value}, end
         calls = value if isinstance(value, list) else [value]
         return [_with_arguments(call) for call in calls], end
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Arguments one by one: ``opening`` + key + ``between`` + value + ``closing``, as GLM's and Qwen3-Coder's."""
+
+    opening: str
+    between: str
+    closing: str
+
+    def call(self, text: str, found: re.Match[str], closing: str, tools: Sequence[Any]) -> tuple[Any, int]:
+        """The call whose name was found, and where it ends.
+
+        Raises:
+            ValueError: It has no end.
+        """
+        over = re.compile(_loose(closing)).search(text, found.end()) if closing else None
+        if over is None:
+            raise ValueError(f"it does not end with {closing.strip()}")
+        pattern = rf"{_loose(self.opening)}\s*(.+?)\s*{_loose(self.between)}(.*?){_loose(self.closing)}"
+        types = _types(tools, found["name"])
+        arguments = {
+            key: _value(value.strip("\n"), types.get(key))
+            for key, value in re.findall(pattern, text[found.end() : over.start()], re.DOTALL)
+        }
+        return {"name": found["name"], "arguments": arguments}, over.end()
+
+
+class Harmony:
+    """gpt-oss' channels: thoughts, calls and answers are messages of their own."""
+
+    _MESSAGE = re.compile(
+        r"(?:<\|start\|>assistant)?(?P<before>[^<]*)<\|channel\|>(?P<channel>\w+)(?P<behind>[^<]*)"
+        r"(?:<\|constrain\|>[^<]*)?<\|message\|>(?P<said>.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)"
+        r"(?:<\|(?:end|call|return)\|>)?",
+        re.DOTALL,
+    )
+
+    def read(self, text: str, tools: Sequence[Any]) -> Said:
+        thoughts, said, calls, problems = [], [], [], []
+        for found in self._MESSAGE.finditer(text):
+            called = re.search(r"to=(?:functions\.)?([\w.\-]+)", found["before"] + found["behind"])
+            if called is None:
+                (thoughts if found["channel"] == "analysis" else said).append(found["said"])
+                continue
+            try:
+                calls += to_calls({"name": called[1], "arguments": json.loads(found["said"] or "{}")}, "call")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"a call of {called[1]} could not be read ({error}): {found['said'][:200]}")
+        message: Message = {"role": "assistant", "content": "".join(said)}
+        if not (thoughts or said or calls):
+            message["content"] = self._MESSAGE.sub("", text)
+        if thoughts:
+            message["thinking"] = "".join(thoughts)
+        return Said({**message, "tool_calls": calls} if calls else message, tuple(problems))
+
+
+def _types(tools: Sequence[Any], name: str) -> dict[str, Any]:
+    """The JSON type of each argument of a function, as far as its schema says."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function.get("name") == name:
+            properties = function.get("parameters", {}).get("properties", {})
+            return {key: schema.get("type") for key, schema in properties.items()}
+    return {}
+
+
+def _value(text: str, of_type: Any) -> Any:
+    """What a text stands for: JSON, but where a string is wanted or it is none."""
+    if of_type == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _with_arguments(call: Any) -> Any:
@@ -126,7 +221,9 @@ def _with_arguments(call: Any) -> Any:
     return call
 
 
-def _form_of(chat: Chat) -> _Form:
+def _form_of(chat: Chat) -> _Form | Harmony:
+    if "<|channel|>" in template_text(chat.tokenizer.chat_template):
+        return Harmony()
     hermes = _Form(_HERMES, None, "</tool_call>")
     render = chat.renderer([_TOOL])
     try:
@@ -134,18 +231,40 @@ def _form_of(chat: Chat) -> _Form:
         one = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [_PROBE]}])
     except RowError:
         return hermes
-    shared = next((i for i, pair in enumerate(zip(prompt, one, strict=False)) if pair[0] != pair[1]), len(prompt))
-    turn = one[min(shared, len(prompt)) :]
+    # A thought that the prompt opens, or the template puts before a call, is no part of the call.
+    turn = THOUGHT_ENDS.split(one[_shared(prompt, one) :])[-1]
     written = _written(turn)
     if written is None:
-        return hermes
+        return _form_of_pairs(chat, turn) or hermes
     before, between, behind = written
     opening = _last_opening(chat, before, between)
     closing = _special_end(chat, behind)
     if "{" not in opening:
-        return _Form(opening.strip(), between.strip(), closing.strip().removeprefix("}"))
+        wrapper = before[: len(before) - len(opening)].strip()
+        return _Form(opening.strip(), between.strip(), closing.strip().removeprefix("}"), wrapper=wrapper)
     # The name is in an object of its own, perhaps in a list of them.
     return _Form(opening[: opening.index("{")].strip().removesuffix("[").strip(), None, closing.lstrip("}] \n").strip())
+
+
+def _form_of_pairs(chat: Chat, turn: str) -> _Form | None:
+    """The form of calls whose arguments are written one by one, if they are."""
+    arguments = {"zqx": "xqz", "zqy": "yqz"}
+    call = {**_PROBE, "function": {"name": _NAME, "arguments": arguments}}
+    try:
+        text = chat.renderer([_TOOL])([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    except RowError:
+        return None
+    if _NAME not in turn or _NAME not in text:
+        return None
+    found = re.search(rf"{_NAME}(.*?)zqx(.*?)xqz(.*?)zqy\2yqz(.*)\Z", text[text.rindex(_NAME) :], re.DOTALL)
+    if found is None:
+        return None
+    first, between, gap, behind = found.groups()
+    opening = _shared_end(first, gap)
+    closing = gap[: len(gap) - len(opening)]
+    end = _special_end(chat, behind.strip().removeprefix(closing.strip()))
+    start = turn[: turn.index(_NAME)].strip()
+    return _Form(start, first[: len(first) - len(opening)].strip(), end.strip(), _Pairs(opening, between, closing))
 
 
 def _written(turn: str) -> tuple[str, str, str] | None:
@@ -168,12 +287,23 @@ def _last_opening(chat: Chat, before: str, between: str) -> str:
     if len(parts) < 3:
         return before
     gap = _ARGUMENTS_TEXT.sub("", parts[-2], count=1)
-    shared = 0
-    while shared < min(len(before), len(gap)) and before[-shared - 1] == gap[-shared - 1]:
-        shared += 1
-    opening = before[len(before) - shared :]
+    opening = _shared_end(before, gap)
     # Of a list of calls, the second begins with a comma: the list is what is opened.
     return before if not re.sub(r'[\s{"\w:,\[]', "", opening) and re.sub(r'[\s{"\w:,\[]', "", before) else opening
+
+
+def _shared(prompt: str, whole: str) -> int:
+    """Where a turn begins behind its prompt, as far as the whole has it: a thought that it opens may be left out."""
+    before = prompt[: len(prompt) - len(opened_tag(prompt))]
+    differs = (index for index, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1])
+    return next(differs, len(before))
+
+
+def _shared_end(one: str, other: str) -> str:
+    shared = 0
+    while shared < min(len(one), len(other)) and one[-shared - 1] == other[-shared - 1]:
+        shared += 1
+    return one[len(one) - shared :]
 
 
 def _special_end(chat: Chat, behind: str) -> str:

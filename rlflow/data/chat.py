@@ -68,7 +68,7 @@ class Chat:
                 one of their characters.
         """
         render = self.renderer(tools, generation_prompt=True)
-        text = self._check_characters(render(messages))
+        text = self.check_characters(render(messages))
         self._require_calls_and_tools(messages, tools, generation_prompt=True)
         notes = left_out(messages, (), render)
         return Rendered(text, starts=self._starts(text, messages, render), notes=tuple(notes))
@@ -80,7 +80,7 @@ class Chat:
             RowError: the template refuses the messages, or a character tokenizer lacks one of their characters.
         """
         render = self.renderer(None)
-        text = self._check_characters(render(messages))
+        text = self.check_characters(render(messages))
         return Rendered(text, starts=self._starts(text, messages, render))
 
     def render_conversation(
@@ -122,7 +122,7 @@ class Chat:
             text, ends[index] = self._closed(
                 text, index, places[index].end, written, is_last=index == last, is_call=calls
             )
-        self._check_characters(text)
+        self.check_characters(text)
         said = text[places[last].start : places[last].end] if last in places else ""
         notes = left_out(messages, trained, render, said, lambda: names_read(self._template))
         starts = tuple(sorted(turn.start for turn in places.values()))
@@ -155,7 +155,7 @@ class Chat:
         begins = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         before = bos if begins and not text.startswith(bos) else ""
         behind = eos if complete and not text.endswith(eos) else ""
-        text = f"{before}{self._check_characters(text)}{behind}"
+        text = f"{before}{self.check_characters(text)}{behind}"
         return Rendered(text, ((0, len(text)),))
 
     def _behind_its_prompt(
@@ -311,7 +311,12 @@ class Chat:
             return ""
         return asked[len(plain) :] if asked.startswith(plain) else ""
 
-    def _check_characters(self, text: str) -> str:
+    def check_characters(self, text: str) -> str:
+        """The text, of whose characters a character tokenizer lacks none.
+
+        Raises:
+            RowError: It lacks one.
+        """
         if self._characters is not None:
             bare = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), "", text)
             unknown = sorted(set(bare) - self._characters)

@@ -27,7 +27,7 @@ from rlflow.types import Completion, Message
 _SAID, _HEARD = "\ue000{}\ue001", "\ue002\ue003\ue002"
 """Stand for what was said and heard while places in the text are found: private-use characters, which no template
 changes."""
-_THOUGHT_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]")
+THOUGHT_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Transcript:
             RowError: The chat template refuses them.
         """
         conversation = [*self.messages, *messages]
-        text = self._render(conversation)
+        text = self.chat.check_characters(self._render(conversation))
         between = self._between(messages)
         if between is not None:
             self._sequences[-1].append(_Piece(between))
@@ -168,12 +168,15 @@ def _marked(message: Message) -> tuple[Message, list[str]]:
         if message.get(key):
             marked[key] = mark()
     content = message["content"]
-    thought = list(_THOUGHT_ENDS.finditer(content))
+    thought = list(THOUGHT_ENDS.finditer(content))
     if thought:
         tag = thought[-1][0]
-        inside = mark() if content[: thought[-1].start()].strip(f"<>[]{tag} \n") else ""
+        opening = tag.replace("/", "")
+        inside = mark() if content[: thought[-1].start()].replace(opening, "").strip() else ""
         behind = mark() if content[thought[-1].end() :].strip() else ""
-        marked["content"] = f"{tag.replace('/', '')}\n{inside}\n{tag}\n\n{behind}"
+        marked["content"] = f"{opening}\n{inside}\n{tag}\n\n{behind}"
+        # An empty thought has nothing to mark: its tag must stay.
+        marks += [] if inside else [tag]
     elif content.strip():
         marked["content"] = mark()
     return marked, marks

@@ -16,7 +16,7 @@ from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe import EnvironmentBlock
 from rlflow.types import GroupRequest, Limits, Prompt, SamplingParams
 
-CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz !<>?:{}\"_,()./'|=+-"
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ;\n !<>?:{}\"_,()./'|=+-"
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
     "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}"

@@ -174,3 +174,43 @@ def wait_for(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         ended.wait(0.01)
+
+
+def test_tools_are_called_and_their_errors_are_told_as_text():
+    block = block_of(tools=["add", "divide", "wait"])
+    tools = [{"function": {"name": name}} for name in ("add", "divide", "wait")]
+    calls = {
+        "u:go|a:": '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>',
+        "t:3|a:": '<tool_call>{"name": "divide", "arguments": {"a": 1, "b": 0}}</tool_call>',
+        "t:Error: ZeroDivisionError: division by zero|a:": '<tool_call>{"name": "sub", "arguments": {}}</tool_call>',
+        "there are add, divide, wait|a:": '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+        "missing a required argument: 'b'|a:": "<tool_call>add</tool_call>",
+        "<tool_call>add</tool_call>|a:": '<tool_call>{"name": "wait", "arguments": {"seconds": 0.01}}</tool_call>',
+        "t:waited|a:": "done",
+    }
+    prompt = prompt_of({}, tools=tools)
+    request = request_of(1, prompt, limits=Limits(9, 2000, 200))
+    ((played,),) = play(by_ending(calls), block, request)
+    episode = played.episode
+    assert (played.finish_reason, episode.error) == ("stop", "")
+    assert episode.num_turns == 7
+    assert episode.counts == {"tool_calls": 5, "tool_errors": 3, "unread_calls": 1}
+    roles = [message["role"] for message in episode.messages]
+    assert roles == ["assistant", "tool"] * 4 + ["assistant", "user"] + ["assistant", "tool"] + ["assistant"]
+    assert episode.messages[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1, "b": 2}}
+    # What the policy wrote, and nothing else, is sampled: its calls too.
+    assert text_of(played).count("[") == 7
+    assert text_of(played).startswith('add;divide;wait;u:go|a:[<tool_call>{"name": "add", "arguments"')
+
+
+def test_an_environment_in_trls_convention_has_methods_as_tools():
+    block = block_of("Counter")
+    request = request_of(1, prompt_of({"word": "a"}, tools=[{"function": {"name": "increment"}}]))
+    calls = {
+        "u:go Count!|a:": '<tool_call>{"name": "increment", "arguments": {"by": 4}}</tool_call>',
+        "t:4|a:": "ok",
+    }
+    ((played,),) = play(by_ending(calls), block, request)
+    assert played.episode.reward == pytest.approx(0.4)
+    assert played.episode.state == {"word": "a", "value": 4, "reward": 0.4}
+    assert played.finish_reason == "stop"

@@ -1,0 +1,68 @@
+"""Calls in a policy's text: what is one, what is none, and what cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlflow.data.call_reader import CallReader
+from rlflow.data.chat import Chat
+from rlflow.data.tokenizer import build_character_tokenizer
+
+PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """Of a template that writes no calls."""
+    return CallReader(Chat(build_character_tokenizer("ab", PLAIN)))
+
+
+def functions(said) -> list:
+    return [call["function"] for call in said.message.get("tool_calls", ())]
+
+
+def test_text_without_a_call_stays_as_it_is(reader):
+    said = reader.read(" 1 < 2 {x} \n")
+    assert said.message == {"role": "assistant", "content": " 1 < 2 {x} \n"}
+    assert said.problems == ()
+
+
+def test_several_calls_in_hermes_form_are_read_where_the_template_writes_none(reader):
+    said = reader.read(
+        'Look: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+        '<tool_call>{"name": "sub", "arguments": "{\\"b\\": 2}"}</tool_call>'
+    )
+    assert functions(said) == [{"name": "add", "arguments": {"a": 1}}, {"name": "sub", "arguments": {"b": 2}}]
+    assert said.message["content"] == "Look:"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('<tool_call>{"name": "add", "arguments": {</tool_call>', "Expecting property name"),
+        ("<tool_call>add(1, 2)</tool_call>", "Expecting value"),
+        ('<tool_call>{"arguments": {}}</tool_call>', "without a name"),
+        ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "the arguments of add are not an object"),
+        ('<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>', "without a name"),
+        ("<tool_call>", "Expecting value"),
+        ("<tool_call>" + "[" * 100_000, "recursion"),
+    ],
+)
+def test_a_call_that_cannot_be_read_is_a_problem_for_the_policy_to_hear(reader, text, reason):
+    said = reader.read(f"Well. {text}")
+    assert functions(said) == []
+    (problem,) = said.problems
+    assert problem.startswith("a call could not be read (")
+    assert reason in problem
+    assert len(problem) < 500
+
+
+def test_a_good_call_before_a_bad_one_is_read(reader):
+    said = reader.read('<tool_call>{"name": "add", "arguments": {}}</tool_call><tool_call>oh</tool_call>')
+    assert functions(said) == [{"name": "add", "arguments": {}}]
+    assert len(said.problems) == 1
+
+
+def test_a_parser_that_vllm_does_not_have_is_named():
+    with pytest.raises(ValueError, match=r"environment\.call_parser: "):
+        CallReader(Chat(build_character_tokenizer("ab", PLAIN)), "no_such_parser")
