@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -28,7 +28,6 @@ from rlflow.actors.completion_texts import decode_completions
 from rlflow.actors.environment_pool import EnvironmentPool, EnvironmentProcess
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
-from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError
 from rlflow.data.transcript import Transcript
 from rlflow.environments.protocol import EnvironmentFault
@@ -61,29 +60,6 @@ def turn_seed(seed: int, turn: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()) >> 1
 
 
-@dataclass(slots=True)
-class _State:
-    """What has happened in an episode so far."""
-
-    reward: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)
-    state: Any = None
-    environment_s: float = 0.0
-    num_turns: int = 0
-    num_sampled: int = 0
-    error: str = ""
-
-    def count(self, name: str, number: int) -> None:
-        if number:
-            self.counts[name] = self.counts.get(name, 0) + number
-
-    def fail(self, error: Exception) -> RolloutEnd:
-        """Takes a fault of the environment; whatever reward it gave before does not count."""
-        self.error = f"environment, turn {self.num_turns}: {error}"
-        self.reward = math.nan
-        return "error"
-
-
 class Episodes:
     """Calls come from the engine's thread. Everything else happens in this one's."""
 
@@ -108,7 +84,7 @@ class Episodes:
             ValueError: There is no such parser of calls.
         """
         self.block, self.tokenizer, self.chat = block, tokenizer, Chat(tokenizer, template_date)
-        self._reader = CallReader(self.chat, block.call_parser)
+        self.reader = CallReader(self.chat, block.call_parser)
         self._go_on, self._over, self._fail = go_on, over, fail
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._turns: dict[int, asyncio.Future[Completion]] = {}
@@ -154,7 +130,8 @@ class Episodes:
             self._loop.close()
 
     def _begin(self, id: int, request: GroupRequest, seed: int) -> None:
-        task = self._loop.create_task(self._episode(id, request, seed))
+        assert self._pool is not None
+        task = self._loop.create_task(self._play(_Play(self, self._pool, id, request, seed)))
         self._tasks[id] = task
         task.add_done_callback(lambda done: self._ended(id, done))
 
@@ -174,51 +151,14 @@ class Episodes:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 
-    async def _episode(self, id: int, request: GroupRequest, seed: int) -> None:
-        assert self._pool is not None and request.prompt is not None and request.limits is not None
-        state, started = _State(), time.monotonic()
-        transcript = self._transcript(request, request.prompt.messages, request.token_ids)
-        process: EnvironmentProcess | None = None
-        begun_with: tuple[Message, ...] | None = None
-        reason: RolloutEnd | None = None
-        try:
-            try:
-                process = await self._pool.begin()
-                if (messages := await self._reset(process, request, seed, state)) is not None:
-                    transcript, begun_with = self._begun_with(request, messages), tuple(messages)
-            except (EnvironmentFault, RowError) as fault:
-                reason = state.fail(fault)
-            num_prompt, first = len(transcript.token_ids), len(transcript.messages)
-            while True:
-                room = self._room(request, transcript, num_prompt, state) if reason is None else 1
-                completion = await self._turn(id, request, seed, transcript, state.num_turns, room)
-                state.num_turns += 1
-                state.num_sampled += len(completion.token_ids)
-                problems = self._hear(completion, request, transcript, state)
-                if reason is not None:
-                    break
-                if completion.finish_reason != "stop":
-                    reason = completion.finish_reason
-                    break
-                assert process is not None
-                reason = await self._answered(process, request, transcript, problems, state, num_prompt, started)
-                if reason is not None:
-                    break
-            if process is not None and reason != "error":
-                reason = await self._finished(process, state, reason)
-            self._over(id, _played(transcript, first, begun_with, state, reason))
-        finally:
-            if process is not None:
-                await process.close()
+    async def _play(self, play: _Play) -> None:
+        self._over(play.id, await play.played())
 
-    async def _turn(
-        self, id: int, request: GroupRequest, seed: int, transcript: Transcript, turn: int, room: int
-    ) -> Completion:
-        """What the policy says next."""
-        params = replace(request.params, max_new_tokens=min(request.params.max_new_tokens, room))
-        self._turns[id] = waited = self._loop.create_future()
-        asked = self._go_on(SampleRequest(id, transcript.token_ids, turn_seed(seed, turn), params))
-        asked.add_done_callback(lambda done: self._refused(id, done))
+    async def written(self, sample: SampleRequest) -> Completion:
+        """What the policy says next in an episode."""
+        self._turns[sample.id] = waited = self._loop.create_future()
+        asked = self._go_on(sample)
+        asked.add_done_callback(lambda done: self._refused(sample.id, done))
         return await waited
 
     def _refused(self, id: int, asked: Future[None]) -> None:
@@ -227,129 +167,177 @@ class Episodes:
         if error is not None:
             self._call(lambda: id in self._turns and self._turns.pop(id).set_exception(error))
 
-    def _hear(
-        self, completion: Completion, request: GroupRequest, transcript: Transcript, state: _State
-    ) -> tuple[str, ...]:
+
+class _Play:
+    """One episode on its way."""
+
+    def __init__(self, episodes: Episodes, pool: EnvironmentPool, id: int, request: GroupRequest, seed: int) -> None:
+        assert request.prompt is not None and request.limits is not None
+        self.episodes, self.pool, self.id, self.request, self.seed = episodes, pool, id, request, seed
+        self.prompt, self.limits = request.prompt, request.limits
+        self.transcript = self._transcript(self.prompt.messages, request.token_ids)
+        self.began_with: tuple[Message, ...] | None = None
+        self.started = time.monotonic()
+        self.reward, self.environment_s, self.error = 0.0, 0.0, ""
+        self.counts: dict[str, int] = {}
+        self.state: Any = None
+        self.num_turns = self.num_sampled = 0
+
+    async def played(self) -> PlayedEpisode:
+        """Plays it to its end."""
+        process: EnvironmentProcess | None = None
+        try:
+            try:
+                process = await self.pool.begin()
+                await self._reset(process)
+            except (EnvironmentFault, RowError) as fault:
+                self._fail(fault)
+            num_prompt, first = len(self.transcript.token_ids), len(self.transcript.messages)
+            reason = await self._talk(process, num_prompt)
+            if process is not None and not self.error:
+                reason = await self._finish(process, reason)
+            made = self._made(first, reason)
+            if process is not None and not self.error:
+                kept, process = process, None
+                await self.pool.give_back(kept)
+            return made
+        finally:
+            if process is not None:
+                await process.close()
+
+    async def _talk(self, process: EnvironmentProcess | None, num_prompt: int) -> RolloutEnd:
+        """The turns. Returns why the episode is over.
+
+        One that could not begin has a single token: a rollout has something that was sampled.
+        """
+        while True:
+            # A token more would be more than the engine was told of.
+            room = 1 if self.error else self._room(num_prompt)
+            params = replace(self.request.params, max_new_tokens=min(self.request.params.max_new_tokens, room))
+            seed = turn_seed(self.seed, self.num_turns)
+            completion = await self.episodes.written(SampleRequest(self.id, self.transcript.token_ids, seed, params))
+            self.num_turns += 1
+            self.num_sampled += len(completion.token_ids)
+            problems = self._hear(completion)
+            if self.error:
+                return "error"
+            if completion.finish_reason != "stop":
+                return completion.finish_reason
+            assert process is not None
+            reason = await self._answered(process, problems, num_prompt)
+            if reason is not None:
+                return reason
+
+    def _hear(self, completion: Completion) -> tuple[str, ...]:
         """Puts a turn into the transcript. Returns why calls in it could not be read."""
-        (text,) = decode_completions(self.tokenizer, [completion.token_ids], [request.params.stop_token_ids])
-        text, problems = transcript.opened + text, ()
+        episodes = self.episodes
+        stops = [self.request.params.stop_token_ids]
+        (text,) = decode_completions(episodes.tokenizer, [completion.token_ids], stops)
+        text, problems = self.transcript.opened + text, ()
         message: Message = {"role": "assistant", "content": text}
-        if transcript.tools or self._reader.is_always_needed:
-            said = self._reader.read(text, transcript.tools)
+        if self.transcript.tools or episodes.reader.is_always_needed:
+            said = episodes.reader.read(text, self.transcript.tools)
             message, problems = said.message, said.problems
-            state.count("tool_calls", len(message.get("tool_calls", ())))
-            state.count("unread_calls", len(problems))
-        transcript.wrote(completion, message)
+            self._count("tool_calls", len(message.get("tool_calls", ())))
+            self._count("unread_calls", len(problems))
+        self.transcript.wrote(completion, message)
         return problems
 
     async def _answered(
-        self,
-        process: EnvironmentProcess,
-        request: GroupRequest,
-        transcript: Transcript,
-        problems: Sequence[str],
-        state: _State,
-        num_prompt: int,
-        started: float,
+        self, process: EnvironmentProcess, problems: Sequence[str], num_prompt: int
     ) -> RolloutEnd | None:
         """Has the environment answer what was said last. Returns why the episode is over, if it is."""
-        assert request.limits is not None
-        message = transcript.messages[-1]
-        left_s = self.block.episode_timeout_s - (time.monotonic() - started)
-        complaint: list[Message] = [{"role": "user", "content": "\n".join(problems)}] if problems else []
+        message = self.transcript.messages[-1]
+        heard: list[Message] = [{"role": "user", "content": "\n".join(problems)}] if problems else []
         try:
-            if problems and "tool_calls" not in message:
-                heard = complaint
-            else:
-                if left_s <= 0:
-                    return "time"
-                said = await self._ask(process, state, "step", message)
-                state.reward += said["reward"]
+            if not problems or "tool_calls" in message:
+                said = await self._ask(process, "step", message)
+                self.reward += said["reward"]
                 for name, number in said["counts"].items():
-                    state.count(name, number)
+                    self._count(name, number)
                 if said["done"]:
                     return "stop"
-                heard = [*said["messages"], *complaint]
-            if state.num_turns >= request.limits.max_turns:
+                heard = [*said["messages"], *heard]
+            if self.num_turns >= self.limits.max_turns:
                 return "turns"
-            if time.monotonic() - started > self.block.episode_timeout_s:
+            if time.monotonic() - self.started > self.episodes.block.episode_timeout_s:
                 return "time"
-            transcript.heard(heard)
+            self.transcript.heard(heard)
         except (EnvironmentFault, RowError) as fault:
-            return state.fail(fault)
-        if self._room(request, transcript, num_prompt, state) < 1:
-            transcript.forget_last()
+            return self._fail(fault)
+        if self._room(num_prompt) < 1:
+            self.transcript.forget_last()
             return "length"
         return None
 
-    async def _finished(self, process: EnvironmentProcess, state: _State, reason: RolloutEnd) -> RolloutEnd:
+    async def _finish(self, process: EnvironmentProcess, reason: RolloutEnd) -> RolloutEnd:
         try:
-            said = await self._ask(process, state, "finish")
+            said = await self._ask(process, "finish")
         except EnvironmentFault as fault:
-            return state.fail(fault)
-        state.reward += said["reward"]
-        state.state = said["state"]
+            return self._fail(fault)
+        self.reward += said["reward"]
+        self.state = said["state"]
         return reason
 
-    async def _reset(
-        self, process: EnvironmentProcess, request: GroupRequest, seed: int, state: _State
-    ) -> list[Message] | None:
-        """What the episode begins with; None where the row's messages stand."""
-        assert request.prompt is not None
-        prompt = request.prompt
+    async def _reset(self, process: EnvironmentProcess) -> None:
+        """Begins, with the row's messages where the environment has none of its own."""
+        prompt = self.prompt
         row = {**prompt.columns, "messages": list(prompt.messages)}
-        messages = (await self._ask(process, state, "reset", row, seed))["messages"]
+        messages = (await self._ask(process, "reset", row, self.seed))["messages"]
+        if messages is None:
+            return
         system = [message for message in prompt.messages[:1] if message["role"] == "system"]
-        return [*system, *messages] if messages and messages[0]["role"] != "system" else messages
-
-    async def _ask(self, process: EnvironmentProcess, state: _State, verb: str, *arguments: Any) -> dict[str, Any]:
-        started = time.monotonic()
-        try:
-            return await process.ask(self.block.timeout_s, verb, *arguments)
-        finally:
-            state.environment_s += time.monotonic() - started
-
-    def _transcript(self, request: GroupRequest, messages: Sequence[Message], token_ids: np.ndarray) -> Transcript:
-        assert request.prompt is not None
-        return Transcript(self.chat, request.params.stop_token_ids, messages, request.prompt.tools, token_ids)
-
-    def _begun_with(self, request: GroupRequest, messages: list[Message]) -> Transcript:
-        assert request.prompt is not None and request.limits is not None
-        rendered: Rendered = self.chat.render_prompt(messages, list(request.prompt.tools) or None)
-        token_ids = self.chat.encode([rendered])[0]
-        if len(token_ids) > (most := request.limits.max_prompt_tokens):
+        if messages and messages[0]["role"] != "system":
+            messages = [*system, *messages]
+        chat = self.episodes.chat
+        rendered = chat.render_prompt(messages, list(prompt.tools) or None)
+        token_ids = chat.encode([rendered])[0]
+        if len(token_ids) > (most := self.limits.max_prompt_tokens):
             raise EnvironmentFault(
                 f"reset began with {len(token_ids):,} tokens, and data.max_prompt_tokens is {most:,}: raise it"
             )
-        return self._transcript(request, messages, token_ids)
+        self.transcript, self.began_with = self._transcript(messages, token_ids), tuple(messages)
 
-    def _room(self, request: GroupRequest, transcript: Transcript, num_prompt: int, state: _State) -> int:
+    async def _ask(self, process: EnvironmentProcess, verb: str, *arguments: Any) -> dict[str, Any]:
+        started = time.monotonic()
+        try:
+            return await process.ask(self.episodes.block.timeout_s, verb, *arguments)
+        finally:
+            self.environment_s += time.monotonic() - started
+
+    def _transcript(self, messages: Sequence[Message], token_ids: np.ndarray) -> Transcript:
+        stops = self.request.params.stop_token_ids
+        return Transcript(self.episodes.chat, stops, messages, self.prompt.tools, token_ids)
+
+    def _room(self, num_prompt: int) -> int:
         """How many more tokens the episode may have."""
-        assert request.limits is not None
-        return request.limits.max_tokens - max(len(transcript.token_ids) - num_prompt, state.num_sampled)
+        return self.limits.max_tokens - max(len(self.transcript.token_ids) - num_prompt, self.num_sampled)
 
+    def _count(self, name: str, number: int) -> None:
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + number
 
-def _played(
-    transcript: Transcript,
-    first: int,
-    begun_with: tuple[Message, ...] | None,
-    state: _State,
-    reason: RolloutEnd,
-) -> PlayedEpisode:
-    """
-    Args:
-        first: Which of the transcript's messages is the first behind the prompt.
-    """
-    token_ids, is_sampled, logprobs, versions, starts = transcript.stream()
-    episode = Episode(
-        messages=tuple(transcript.messages[first:]),
-        prompt=begun_with,
-        starts=starts,
-        num_turns=state.num_turns,
-        reward=state.reward,
-        state=state.state,
-        error=state.error,
-        counts=state.counts,
-        environment_s=state.environment_s,
-    )
-    return PlayedEpisode(token_ids, is_sampled, logprobs, versions, reason, episode)
+    def _fail(self, error: Exception) -> RolloutEnd:
+        """Takes a fault of the environment; whatever reward it gave before does not count."""
+        self.error = f"environment, turn {self.num_turns}: {error}"
+        self.reward = math.nan
+        return "error"
+
+    def _made(self, first: int, reason: RolloutEnd) -> PlayedEpisode:
+        """
+        Args:
+            first: Which of the transcript's messages is the first behind the prompt.
+        """
+        token_ids, is_sampled, logprobs, versions, starts = self.transcript.stream()
+        episode = Episode(
+            messages=tuple(self.transcript.messages[first:]),
+            prompt=self.began_with,
+            starts=starts,
+            num_turns=self.num_turns,
+            reward=self.reward,
+            state=self.state,
+            error=self.error,
+            counts=self.counts,
+            environment_s=self.environment_s,
+        )
+        return PlayedEpisode(token_ids, is_sampled, logprobs, versions, reason, episode)

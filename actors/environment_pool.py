@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import socket
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,8 @@ from rlflow.tracking.redact import redact_text, remember_secrets
 START_TIMEOUT_S = 120.0
 """An environment that is not imported by then is an error; so is a process that is not forked."""
 END_TIMEOUT_S = 10.0
+MOST_EPISODES = 64
+"""Of one process, one after the other: what an environment leaves in memory does not grow for ever."""
 MAX_MESSAGE = 500
 
 
@@ -49,13 +50,19 @@ class EnvironmentPool:
         self._variables = child_environment(os.environ, block.variables)
         self._source: _Source | None = None
         self._starting = asyncio.Lock()
+        self._idle: list[EnvironmentProcess] = []
 
     async def begin(self) -> EnvironmentProcess:
-        """A process for one more episode.
+        """A process for one more episode: one whose episode has ended well, or a new one.
 
         Raises:
             EnvironmentFault: The environment cannot be imported, or its process ends again and again.
         """
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_alive:
+                return process
+            await process.close()
         source = await self._ready_source()
         own, theirs = socket.socketpair()
         try:
@@ -67,6 +74,14 @@ class EnvironmentPool:
         finally:
             theirs.close()
         return EnvironmentProcess(own, source, said["pid"])
+
+    async def give_back(self, process: EnvironmentProcess) -> None:
+        """Takes the process of an episode that has ended well: the next one makes an environment of its own there."""
+        process.num_episodes += 1
+        if process.num_episodes < MOST_EPISODES:
+            self._idle.append(process)
+        else:
+            await process.close()
 
     async def describe(self) -> list[dict[str, Any]]:
         """The tools of the environment, as JSON schemas.
@@ -177,6 +192,21 @@ class EnvironmentProcess:
     def __init__(self, connection: socket.socket, source: _Source, pid: int) -> None:
         self._connection, self._source, self.pid = connection, source, pid
         self._is_closed = False
+        self.num_episodes = 0
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it waits for an episode."""
+        if self._is_closed or self._source.is_gone:
+            return False
+        try:
+            # It says nothing unasked, so that there is nothing to read but its end.
+            self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     async def ask(self, timeout_s: float, verb: str, *arguments: Any) -> dict[str, Any]:
         """What the environment answers.
@@ -237,7 +267,3 @@ def describe(block: EnvironmentBlock) -> list[dict[str, Any]]:
             pool.close()
 
     return asyncio.run(described())
-
-
-def seconds_since(started: float) -> float:
-    return time.monotonic() - started

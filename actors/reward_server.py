@@ -64,7 +64,7 @@ class RewardServer:
                 f"two rewards are called {', '.join(sorted(repeated))}: metrics could not tell them apart"
             )
         setup = Setup(
-            functions=tuple((block.name, block.plugin, dict(block.args)) for block in rewards),
+            functions=tuple((block.name, block.plugin, dict(block.args), block.completions) for block in rewards),
             parent_pid=os.getpid(),
             memory_bytes=int(memory_gib * 2**30),
         )

@@ -19,8 +19,8 @@ MAX_ANSWER_BYTES = 64 << 20
 class Setup:
     """The first thing a child is told."""
 
-    functions: tuple[tuple[str | None, str | None, Mapping[str, Any]], ...]
-    """Name, plugin and arguments of each reward."""
+    functions: tuple[tuple[str | None, str | None, Mapping[str, Any], str], ...]
+    """Name, plugin, arguments and kind of completions of each reward."""
     parent_pid: int
     memory_bytes: int
     """Limit of the data segment (heap and anonymous memory)."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlflow.plugins import PluginError, import_plugin
+from rlflow.rewards.conventions import Convention, from_verl, is_verl
 
 if TYPE_CHECKING:
     from rlflow.recipe import RewardBlock
@@ -65,19 +66,26 @@ def resolve(block: RewardBlock) -> RewardFunction:
         RewardError: Unknown name, file or attribute; a plugin that fails to import; an argument that the function
             does not take, or one that it lacks.
     """
-    return load(block.name, block.plugin, block.args)
+    return load(block.name, block.plugin, block.args, block.completions)
 
 
-def load(name: str | None, plugin: str | None, args: Mapping[str, Any]) -> RewardFunction:
-    """`resolve` for a process that does not want to import the recipe's schema."""
+def load(name: str | None, plugin: str | None, args: Mapping[str, Any], completions: str = "auto") -> RewardFunction:
+    """`resolve` for a process that does not want to import the recipe's schema.
+
+    Args:
+        completions: Whether it is given text or messages: a value of the recipe's key.
+    """
     target, label = find(name, plugin)
     options: Mapping[str, inspect.Parameter] = {}
     if plugin is None:
         options = _options(target)
         _check_options(options, args, label)
     if isinstance(target, type):
-        return _bind(_construct(target, args, label), {}, label, aliases={"response_token_ids": "completion_ids"})
-    return _bind(target, args, label, options=options)
+        aliases = {"response_token_ids": "completion_ids"}
+        return _bind(_construct(target, args, label), {}, label, aliases=aliases, completions=completions)
+    if plugin is not None and is_verl(target):
+        return _bind(from_verl(target, args), {}, label)
+    return _bind(target, args, label, options=options, completions=completions if plugin is not None else "text")
 
 
 def find(name: str | None, plugin: str | None) -> tuple[Any, str]:
@@ -138,12 +146,14 @@ def _bind(
     *,
     options: Collection[str] = (),
     aliases: Mapping[str, str] = MappingProxyType({}),
+    completions: str = "text",
 ) -> RewardFunction:
     """Wraps a function so that it gets what it names (all, where it takes ``**columns``) and is synchronous.
 
     Args:
         options: Parameters that the recipe alone sets: a column of such a name is not passed.
         aliases: Second names, and what is passed under them.
+        completions: ``text``, ``messages``, or ``auto``: text until the function says that it takes none.
     """
     if not callable(function):
         raise RewardError(f"reward {label!r} is a {type(function).__name__}, not a function or a class of rewards")
@@ -153,6 +163,8 @@ def _bind(
     for key in args:
         if key not in named and not takes_all:
             raise RewardError(f"reward {label!r} takes no argument {key!r}{_nearest(key, named)}")
+
+    by_convention = Convention(completions)
 
     def reward_function(
         prompts: Sequence[Any],
@@ -170,8 +182,13 @@ def _bind(
             raise RewardError(
                 f"reward {label!r} needs the column {missing[0]!r}; the data has {', '.join(columns) or 'none'}"
             )
-        result = function(**(offered if takes_all else {key: offered[key] for key in named if key in offered}))
-        return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+        def called(completions: Any) -> Any:
+            given = {**offered, "completions": completions}
+            result = function(**(given if takes_all else {key: given[key] for key in named if key in given}))
+            return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+        return by_convention(called, completions, columns)
 
     return reward_function
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,9 @@ class RewardBlock(Block):
     """A call longer than this is killed; the rollout is then unscored."""
     prompts_per_call: PositiveInt = 1
     """Prompts whose completions come in one call; more let a model score them in batches."""
+    completions: Literal["auto", "text", "messages"] = "auto"
+    """What `completions` are: text, or messages as TRL passes where data is conversational. auto: text, and messages to
+    a function that takes no text (it looks for `["content"]`)."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of every call."""
 
