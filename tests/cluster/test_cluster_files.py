@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from rlflow.cli.submit import EXCLUDES
+from rlflow.planning import roles
+from rlflow.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = json.loads(Path(__file__).with_name("schemas").joinpath("kuberay_rayjob.json").read_text())
+"""KubeRay's, of the oldest operator that cluster/README.md names."""
 FILES = sorted(path for path in (ROOT / "cluster").iterdir() if path.is_file())
 STARTS_A_HEAD = [path for path in FILES if path.suffix in (".yaml", ".sh") and "--head" in path.read_text()]
 
@@ -57,6 +68,110 @@ def test_the_rayjob_has_a_token_and_lets_nobody_but_the_operator_and_itself_in()
         assert pod["template"]["metadata"]["labels"].items() >= policy["spec"]["podSelector"]["matchLabels"].items()
         for variable in pod["template"]["spec"]["containers"][0]["env"]:
             assert "valueFrom" in variable or not re.search("KEY|TOKEN|SECRET", variable["name"])
+
+
+def rayjob() -> Any:
+    return next(yaml.safe_load_all((ROOT / "cluster/rayjob.yaml").read_text()))
+
+
+def pods_of(job: Any) -> list[Any]:
+    """The pod of the head, and those of the groups of workers."""
+    cluster = job["spec"]["rayClusterSpec"]
+    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def bytes_of(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi")) << 30
+
+
+def test_kuberay_takes_the_rayjob():
+    assert [error.message for error in Draft202012Validator(SCHEMA).iter_errors(rayjob())] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "message"),
+    [
+        ([], "backofLimit", 3, "'backofLimit' was unexpected"),
+        (["rayClusterSpec", "authOptions"], "mode", "tokens", "'tokens' is not one of"),
+        (["rayClusterSpec", "workerGroupSpecs", 0], "minReplicas", "1", "'1' is not of type 'integer'"),
+        (["rayClusterSpec", "headGroupSpec", "template", "spec"], "tolerations", {}, "{} is not of type 'array'"),
+        (["rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0], "imagePull", "Always", "unexpected"),
+    ],
+)
+def test_kuberay_refuses_a_rayjob_with_a_slip(where, field, value, message):
+    job = copy.deepcopy(rayjob())
+    block = job["spec"]
+    for key in where:
+        block = block[key]
+    block[field] = value
+    (error,) = Draft202012Validator(SCHEMA).iter_errors(job)
+    assert message in error.message
+
+
+def test_pods_of_the_rayjob_reserve_what_they_use_and_share_the_volume_of_the_checkpoints():
+    for pod in pods_of(rayjob()):
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert mounted["/shared"]["persistentVolumeClaim"] == {"claimName": "rlflow"}
+        assert mounted["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+        # It counts as memory of the container.
+        assert bytes_of(mounted["/dev/shm"]["emptyDir"]["sizeLimit"]) < bytes_of(
+            container["resources"]["limits"]["memory"]
+        )
+
+
+def test_pods_with_gpus_and_no_others_wait_for_nodes_with_gpus():
+    head, worker = pods_of(rayjob())
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"] and "nodeSelector" not in head
+    assert worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert worker["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert worker["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_the_recipe_of_the_rayjob_fits_its_pods_and_a_job_that_is_tried_again_goes_on():
+    job = rayjob()
+    program, command, path, *overrides, last = shlex.split(job["spec"]["entrypoint"])
+    assert (program, command, last) == ("rlflow", "run", "--resume") and job["spec"]["backoffLimit"] == 3
+    (recipe,) = load_recipe(ROOT / Path(path).relative_to("/opt/rlflow"), overrides)
+    assert recipe.run.output_dir.startswith("/shared/")
+    (worker,) = pods_of(job)[1:]
+    limits = worker["containers"][0]["resources"]["limits"]
+    for name, resource in (("cpus", "cpu"), ("gpus", "nvidia.com/gpu")):
+        wanted = sum(Decimal(str(getattr(role, name))) * role.workers for role in roles(recipe))
+        assert wanted <= Decimal(limits[resource]), name
+
+
+def test_ray_up_takes_its_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster/ray-up.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(config)))
+    with pytest.raises(Exception, match="'max_worker' was unexpected"):
+        validate_config(prepare_config({**config, "max_worker": 1}))
+
+
+def test_the_shell_takes_slurm_sh():
+    """Where shellcheck is installed it looks, too."""
+    for command in (["bash", "-n"], *([["shellcheck"]] if shutil.which("shellcheck") else [])):
+        finished = subprocess.run([*command, ROOT / "cluster/slurm.sh"], capture_output=True, text=True, timeout=30)
+        assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+def test_what_the_dockerfile_copies_and_installs_is_there_for_cpus_and_for_gpus():
+    text = (ROOT / "cluster/Dockerfile").read_text()
+    ignored = (ROOT / "cluster/Dockerfile.dockerignore").read_text().split()
+    copied = [name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert copied == ["pyproject.toml", "README.md", "requirements", "."]
+    assert [name for name in copied if not (ROOT / name).exists() or name in ignored] == []
+    version = re.search(r"^FROM python:(\d+\.\d+)-slim", text, re.MULTILINE)
+    setup = (ROOT / "requirements/setup_env.py").read_text()
+    assert version is not None and f"({version[1].replace('.', ', ')})" in setup
+    assert re.findall(r"^ARG SET=(\w+)$", text, re.MULTILINE) == ["gpu"]
+    for of_machine in ("cpu", "gpu"):
+        pins = (ROOT / "requirements" / f"{of_machine}.txt").read_text()
+        assert f"ray=={rayjob()['spec']['rayClusterSpec']['rayVersion']}\n" in pins
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
