@@ -29,7 +29,14 @@ from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.driver.errors import RunError
 from rlflow.planning import Role, roles
-from rlflow.ray_cluster import ask_for_a_token, few_services, named_cluster, on_loopback, warnings_kept
+from rlflow.ray_cluster import (
+    ask_for_a_token,
+    few_services,
+    named_cluster,
+    on_loopback,
+    warnings_kept,
+    why_not,
+)
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking.logs import DIRECTORY as LOGS
 from rlflow.tracking.logs import last_words, log_path, send_output_to
@@ -182,7 +189,7 @@ def start_ray(recipes: Sequence[Recipe]) -> bool:
         try:
             ray.init(**quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise RunError(f"RAY_ADDRESS is {address}, and that cluster cannot be joined: {error}") from error
+            raise RunError(f"RAY_ADDRESS is {address}, and that cluster cannot be joined: {why_not(error)}") from error
         return True
     wanted = max(sum(role.cpus * role.workers for role in roles(recipe)) for recipe in recipes)
     ask_for_a_token()

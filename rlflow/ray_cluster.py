@@ -65,7 +65,7 @@ def _problem_of_head(target: str, timeout_s: float) -> str | None:
             return f"what answers there is no Ray head, or one that hangs: {_REMEDY}"
         alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            alive(b"", metadata=(("authorization", f"Bearer {_token()}"),), timeout=timeout_s)
+            alive(b"", metadata=(("authorization", f"Bearer {find_token()[0]}"),), timeout=timeout_s)
         except grpc.RpcError as error:
             # Anything else, such as a port of Ray's client, says nothing of whether it can be joined.
             if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
@@ -73,12 +73,20 @@ def _problem_of_head(target: str, timeout_s: float) -> str | None:
     return None
 
 
-def _token() -> str:
-    """The user's own, where Ray looks for it; empty where there is none."""
+def why_not(error: Exception) -> str:
+    """What Ray says against joining a cluster, in one line, and what to do where that is known."""
+    said = " ".join(str(error).split())
+    if said.startswith("Version mismatch"):
+        return f"{said}; install the same Ray and Python on all machines, or have it run there: rlflow submit"
+    return said
+
+
+def find_token() -> tuple[str, str]:
+    """The user's own, where Ray looks for it, and the name of that place; empty where there is none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"]
+        return os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE).expanduser()
-    return path.read_text().strip() if path.is_file() else ""
+    return (path.read_text().strip(), str(path)) if path.is_file() else ("", "")
 
 
 def ask_for_a_token() -> None:
@@ -88,7 +96,7 @@ def ask_for_a_token() -> None:
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _token():
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not find_token()[0]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]

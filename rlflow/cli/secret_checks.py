@@ -43,8 +43,9 @@ def in_overrides(overrides: Sequence[str]) -> Iterator[Problem]:
     for text in overrides:
         key = text.partition("=")[0]
         if any(is_secret_name(part) for part in key.split(".")):
-            reason = "is a secret, and everybody who sees the dashboard sees a job's command: write it into a recipe"
-            yield Problem.at(Place("command line"), key, f"{reason}, or name a variable in reward_server.environment")
+            reason = "is a secret, and everybody who sees the dashboard sees a job's command"
+            remedy = "set a variable where Ray starts, and name it in reward_server.environment"
+            yield Problem.at(Place("command line"), key, f"{reason}: {remedy}")
 
 
 def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:

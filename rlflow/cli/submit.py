@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.secret_checks import in_overrides
-from rlflow.driver.errors import RunError
+from rlflow.driver.errors import GO_ON, RunError, StopRequested
+from rlflow.ray_jobs import dashboard_url, last_line, require_dashboard, token_headers, use_dashboard
 from rlflow.recipe import Problem, RecipeError, load_recipe
 
 EXCLUDES = (
@@ -34,6 +36,12 @@ EXCLUDES = (
 """What never travels, in .gitignore's syntax."""
 
 
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+"""What a job that is stopped has for its checkpoint. Ray's own is 3 s, then it kills. Nothing else of this environment
+travels: everybody who sees the dashboard sees a job's environment."""
+_TAIL = 2000
+"""Characters of the log whose end says how the run ended."""
+
 SUMMARY = "run a recipe as a job of a Ray cluster, and follow it"
 
 
@@ -44,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address",
         metavar="URL",
-        help="the cluster's dashboard; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, when left out",
+        help="the cluster's dashboard; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, when left out. "
+        "Its token is that of RAY_AUTH_TOKEN",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.output_dir")
     return parser
@@ -63,8 +72,12 @@ def execute(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             break
+    url = dashboard_url(arguments.address)
+    if difference := require_dashboard(url):
+        print(difference, file=sys.stderr)
+    use_dashboard(url)
     entrypoint = make_entrypoint(recipe, arguments.overrides, resume=arguments.resume)
-    return asyncio.run(submit(arguments.address, entrypoint, make_runtime_env(directory)))
+    return asyncio.run(submit(url, entrypoint, make_runtime_env(directory)))
 
 
 def make_entrypoint(recipe: Path, overrides: list[str], *, resume: bool) -> str:
@@ -73,36 +86,49 @@ def make_entrypoint(recipe: Path, overrides: list[str], *, resume: bool) -> str:
 
 
 def make_runtime_env(directory: Path) -> dict[str, Any]:
-    """The working directory without what is large, secret or of this machine only."""
+    """The working directory without what is large, secret or of this machine only, and the time that a stop has."""
     environments = [f"/{marker.parent.name}" for marker in directory.glob("*/pyvenv.cfg")]
-    return {"working_dir": str(directory), "excludes": [*EXCLUDES, *environments]}
+    variables = {name: os.environ.get(name, default) for name, default in STOP_WAIT.items()}
+    return {"working_dir": str(directory), "excludes": [*EXCLUDES, *environments], "env_vars": variables}
 
 
-async def submit(address: str | None, entrypoint: str, runtime_env: dict[str, Any]) -> int:
+async def submit(url: str, entrypoint: str, runtime_env: dict[str, Any]) -> int:
     """Starts the job, prints its log as it grows, and returns its exit code.
 
     Raises:
-        RunError: The cluster cannot be reached, or the connection broke while the job goes on.
+        StopRequested: Somebody stopped the job, and its run left a checkpoint.
+        RunError: The cluster does not take the job, or the connection broke while the job goes on.
     """
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    at = f"--address {url}"
     try:
-        client = JobSubmissionClient(address)
+        client = JobSubmissionClient(url, headers=token_headers())
         job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-    except (ConnectionError, RuntimeError) as error:
-        raise RunError(f"the job could not be submitted: {error}") from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise RunError(f"the job could not be submitted: {last_line(error)}") from error
     print(f"job {job}: {entrypoint}", file=sys.stderr)
+    tail = ""
     try:
         async for text in client.tail_job_logs(job):
             print(text, end="", flush=True)
+            tail = (tail + text)[-_TAIL:]
         info = client.get_job_info(job)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"lost sight of job {job} ({error}); it goes on: ray job logs {job} --follow") from error
+        if not info.status.is_terminal():
+            raise RunError(f"its log has ended, and it is {info.status}")
+    except (OSError, RuntimeError, ClientError, RayError) as error:
+        reason = last_line(error)
+        raise RunError(f"lost sight of job {job} ({reason}); it goes on: ray job logs {at} --follow {job}") from error
     except asyncio.CancelledError:
-        print(f"job {job} goes on; to end it: ray job stop {job}", file=sys.stderr)
+        print(f"job {job} goes on; to end it: ray job stop {at} {job}", file=sys.stderr)
         raise
     if info.status == JobStatus.SUCCEEDED:
         return 0
+    if info.status == JobStatus.STOPPED and GO_ON in tail:
+        # Ray keeps no exit code of a job that was stopped.
+        raise StopRequested(f"job {job} was stopped, with a checkpoint: submit it again with --resume")
     # Without an exit code the command never ran, and the message is all there is; with one it repeats the log.
     reason = info.message if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
     print(f"job {job}: {info.status}: {reason}", file=sys.stderr)

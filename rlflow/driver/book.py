@@ -17,7 +17,7 @@ from rlflow import checkpoint
 from rlflow.driver.args_json import write_args
 from rlflow.driver.callbacks import Callbacks
 from rlflow.driver.clock import Clock
-from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluation, Evaluator
 from rlflow.driver.learner import Learner
 from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
@@ -138,7 +138,7 @@ class Book:
         if last or stopping or self._schedule.is_due(stats.step):
             self.save(self.unsaved)
         if stopping:
-            raise StopRequested(f"stopped after step {stats.step}; go on with --resume")
+            raise StopRequested(f"stopped after step {stats.step}; {GO_ON}")
         return last
 
     def _ended(self, step: int, state: dict[str, Any], score: float | None, *, last: bool) -> EndedStep:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+GO_ON = "go on with --resume"
+"""Ends what a run says that was stopped with a checkpoint; also read by whoever follows the log of a job."""
+
 
 class RunError(RuntimeError):
     """The run failed for a reason that one message explains: no traceback is shown for it."""

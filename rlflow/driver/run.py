@@ -29,7 +29,7 @@ from rlflow.driver.book import Book
 from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
-from rlflow.driver.errors import RunError, StopRequested
+from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator, LossEvaluator
 from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
@@ -142,7 +142,7 @@ def _run_stages(
                 with of_stage.telling_the_end(recipe):
                     run_to_its_end(recipe, inputs, ray_started, stop, clock, of_stage, resume=resume)
                 if stop.asked() and recipe is not recipes[-1]:
-                    raise StopRequested(f"stopped after stage {recipe.stage}; go on with --resume")
+                    raise StopRequested(f"stopped after stage {recipe.stage}; {GO_ON}")
         finally:
             stop.end()
             failed = ray_started.exception(timeout=recipes[0].run.startup_timeout_s)

@@ -20,7 +20,7 @@ from typing import Any
 from rlflow import checkpoint
 from rlflow.actors.actor_group import Pending
 from rlflow.driver.clock import Clock
-from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
+from rlflow.driver.errors import GO_ON, RunError, StoppedUnsaved, StopRequested
 from rlflow.recipe import Recipe
 
 SAME_PRESS_S = 1.0
@@ -121,5 +121,5 @@ def stopped(recipes: Sequence[Recipe]) -> RunError:
         steps = checkpoint.saved_steps(directory / "checkpoints")
         if steps or (directory / "final").exists():
             what = f"the checkpoint of step {steps[-1]}" if steps else "final/"
-            return StopRequested(f"stopped; {directory} has {what}: go on with --resume")
+            return StopRequested(f"stopped; {directory} has {what}: {GO_ON}")
     return StoppedUnsaved("stopped before anything was saved")

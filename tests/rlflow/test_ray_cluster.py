@@ -13,7 +13,7 @@ import pytest
 
 from rlflow.cli.main import main
 from rlflow.driver.errors import RunError
-from rlflow.ray_cluster import few_services, named_cluster, require_answer
+from rlflow.ray_cluster import few_services, named_cluster, require_answer, why_not
 
 RECIPE = """\
 algorithm: {name: sft}
@@ -56,6 +56,16 @@ def test_a_cluster_that_is_gone_is_named_with_what_to_do(closed_port, prefix):
         require_answer(f"{prefix}127.0.0.1:{closed_port}")
     assert f"RAY_ADDRESS is {prefix}127.0.0.1:{closed_port}, and no Ray cluster answers there" in str(raised.value)
     assert "unset it to run on this machine" in str(raised.value)
+
+
+def test_a_cluster_of_another_version_is_one_line_that_names_both_and_the_remedy():
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as raised:
+        check_version_info({"ray_version": "2.40.1", "python_version": "3.9.1"}, "10.0.0.1")
+    said = why_not(raised.value)
+    assert "Ray: 2.40.1 Python: 3.9.1 This process" in said and "\n" not in said
+    assert said.endswith("install the same Ray and Python on all machines, or have it run there: rlflow submit")
 
 
 def test_a_head_that_takes_connections_and_says_nothing_is_waited_for_no_longer_than_the_deadline(silent_port):

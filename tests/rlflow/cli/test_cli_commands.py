@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 import rlflow
 from rlflow import cli
-from rlflow.cli import submit
 from rlflow.cli.main import COMMANDS, load_command, main, summary_of
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
@@ -283,99 +281,3 @@ def test_a_users_own_rewards_and_actors_are_not_taken_for_ours(tmp_path: Path):
             [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
         )
         assert finished.returncode == 0, finished.stderr
-
-
-class FakeClient:
-    """Stands for Ray's job client."""
-
-    status = "SUCCEEDED"
-    exit_code: int | None = 0
-    submitted: dict
-
-    def __init__(self, address: str | None) -> None:
-        if address == "http://nowhere":
-            raise ConnectionError("no cluster at http://nowhere")
-
-    def submit_job(self, **given: object) -> str:
-        FakeClient.submitted = given
-        return "job-1"
-
-    async def tail_job_logs(self, job: str):
-        yield "step 1\n"
-        yield "step 2\n"
-
-    def get_job_info(self, job: str) -> SimpleNamespace:
-        return SimpleNamespace(status=self.status, message="it says why", driver_exit_code=self.exit_code)
-
-
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    module = SimpleNamespace(JobSubmissionClient=FakeClient, JobStatus=SimpleNamespace(SUCCEEDED="SUCCEEDED"))
-    monkeypatch.setitem(sys.modules, "ray.job_submission", module)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(job_submission=module))  # type: ignore[arg-type]
-    return FakeClient
-
-
-def test_submit_sends_the_run_and_follows_its_log(
-    recipe_file: Path, client: type[FakeClient], capsys: pytest.CaptureFixture
-):
-    overrides = ["run.steps=2", "data.system=a b"]
-    assert main(["submit", "recipe.yaml", *overrides, "--address", "http://head", "--resume"]) == 0
-    output = capsys.readouterr()
-    assert output.out == "step 1\nstep 2\n"
-    assert "set run.output_dir to a directory that every node shares" in output.err
-    entrypoint = "python -m rlflow run recipe.yaml run.steps=2 'data.system=a b' --resume"
-    assert client.submitted["entrypoint"] == entrypoint
-    assert client.submitted["runtime_env"]["working_dir"] == str(recipe_file.parent)
-
-
-@pytest.mark.parametrize(("exit_code", "expected"), [(3, 3), (2, 2), (None, 1)])
-def test_submit_ends_as_its_job_did(
-    exit_code: int | None,
-    expected: int,
-    recipe_file: Path,
-    client: type[FakeClient],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-):
-    monkeypatch.setattr(client, "status", "FAILED")
-    monkeypatch.setattr(client, "exit_code", exit_code)
-    assert main(["submit", "recipe.yaml"]) == expected
-    assert ("it says why" in capsys.readouterr().err) == (exit_code is None)
-
-
-def test_submit_says_what_is_wrong_before_it_asks_the_cluster(
-    recipe_file: Path, client: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    assert main(["submit", "recipe.yaml", "run.stesp=1"]) == 2
-    (recipe_file.parent / "elsewhere").mkdir()
-    monkeypatch.chdir(recipe_file.parent / "elsewhere")
-    assert main(["submit", "../recipe.yaml"]) == 2
-    assert "go to a directory that holds it" in capsys.readouterr().err
-
-
-def test_submit_without_a_cluster_is_one_line(
-    recipe_file: Path, client: type[FakeClient], capsys: pytest.CaptureFixture
-):
-    assert main(["submit", "recipe.yaml", "--address", "http://nowhere", "run.output_dir=/shared/x"]) == 1
-    assert capsys.readouterr().err == "the job could not be submitted: no cluster at http://nowhere\n"
-
-
-def test_the_working_directory_travels_without_environments_repositories_and_results(tmp_path: Path):
-    (tmp_path / "my-environment").mkdir()
-    (tmp_path / "my-environment" / "pyvenv.cfg").write_text("")
-    excludes = submit.make_runtime_env(tmp_path)["excludes"]
-    assert {"/my-environment", ".git", "/runs", "/checkpoints", "/models", ".venv*", ".env"} <= set(excludes)
-
-
-def test_an_interrupted_submit_leaves_the_job_and_says_so(
-    client: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    async def interrupted(self: FakeClient, job: str):
-        yield "step 1\n"
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(client, "tail_job_logs", interrupted)
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(submit.submit(None, "x", {}))
-    assert "job job-1 goes on; to end it: ray job stop job-1" in capsys.readouterr().err
