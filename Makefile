@@ -1,8 +1,9 @@
 # make quickstart   watch a small policy learn arithmetic
 # make check        the quick round: tests without Ray, vLLM and several ranks, lint, types
 # make test         all tests but those that need a GPU
+# make docs         the documentation as a site, in site/; make docs-serve shows it at http://127.0.0.1:8000 and follows edits
 # make gpu-check    on a machine with a GPU: right numbers, a run that learns, speed and memory, in eight minutes
-# Each makes .venv once, from the pinned set that fits this machine; PYTHON names another interpreter to make it with.
+# Each but docs makes .venv once, from the pinned set that fits this machine; PYTHON names another interpreter to make it with.
 
 PYTHON ?= python3
 # Tests run in as many processes as there are cores, at most eight; those of a file in one, as they share what is slow to
@@ -10,7 +11,7 @@ PYTHON ?= python3
 PYTEST := .venv/bin/python -m pytest
 IN_PARALLEL := --numprocesses $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart check quick test test-gpu gpu-check oracles lint format setup
+.PHONY: quickstart check quick test test-gpu gpu-check oracles docs docs-serve lint format setup
 
 quickstart: setup
 	.venv/bin/rlflow run recipes/quickstart.yaml
@@ -42,6 +43,21 @@ oracles: .venv/oracles/.complete
 .venv/oracles/.complete: requirements/oracles.txt | setup
 	rm -rf .venv/oracles
 	.venv/bin/python -m pip install --quiet --no-deps --target .venv/oracles -r requirements/oracles.txt
+	touch $@
+
+# Needs nothing of .venv: an environment of its own in build/docs.
+MKDOCS := NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs
+
+docs: build/docs/.complete
+	$(MKDOCS) build --strict
+
+docs-serve: build/docs/.complete
+	$(MKDOCS) serve
+
+build/docs/.complete: requirements/docs.txt
+	rm -rf build/docs
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	touch $@
 
 lint: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections import Counter
@@ -69,7 +70,7 @@ def _script(words: list[str]) -> str:
     if word == "-":
         return sys.stdin.read()
     path = Path(word)
-    is_file = "\n" not in word and len(word) < 4096 and path.is_file()
+    is_file = os.path.isfile(word)  # False of a command that is too long for a name, which Path.is_file raises on
     if is_file and path.suffix in (".yaml", ".yml", ".json"):
         raise DataError(
             f"{word}: say whose it is, by its command: rlflow convert -- trl grpo --config {word}, or -- swift "
