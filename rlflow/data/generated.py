@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlflow.data.environment_rows import reasoning_gym, verifiers
 from rlflow.data.errors import DataError
 from rlflow.data.sampler import permutation
 
@@ -98,4 +99,6 @@ CHECKS: dict[str, Callable[..., None]] = {"arithmetic": check_arithmetic}
 """What can be told of a generator's arguments before it runs."""
 GENERATORS: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "arithmetic": arithmetic,
+    "reasoning_gym": reasoning_gym,
+    "verifiers": verifiers,
 }

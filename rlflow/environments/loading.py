@@ -13,7 +13,12 @@ from rlflow.environments.protocol import Environment, EnvironmentFault
 from rlflow.environments.tools import ToolEnvironment
 from rlflow.plugins import PluginError, import_plugin
 
-ADAPTERS: dict[str, str] = {}
+_OF_ADAPTERS = "rlflow.environments.adapters"
+ADAPTERS: dict[str, str] = {
+    "verifiers": f"{_OF_ADAPTERS}.verifiers:VerifiersEnvironment",
+    "openenv": f"{_OF_ADAPTERS}.openenv:OpenEnvEnvironment",
+    "reasoning_gym": f"{_OF_ADAPTERS}.reasoning_gym:ReasoningGymEnvironment",
+}
 """Name -> ``module:class``."""
 
 
