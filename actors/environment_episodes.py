@@ -236,7 +236,7 @@ class _Play:
         text, problems = self.transcript.opened + text, ()
         message: Message = {"role": "assistant", "content": text}
         if self.transcript.tools or episodes.reader.is_always_needed:
-            said = episodes.reader.read(text, self.transcript.tools)
+            said = episodes.reader.read(text, self.transcript.tools, self.transcript.before_turn)
             message, problems = said.message, said.problems
             self._count("tool_calls", len(message.get("tool_calls", ())))
             self._count("unread_calls", len(problems))

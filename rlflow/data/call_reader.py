@@ -16,7 +16,7 @@ from typing import Any
 from rlflow.data.calls import to_calls
 from rlflow.data.chat import QUESTION, Chat
 from rlflow.data.errors import RowError
-from rlflow.data.prompts import opened_tag
+from rlflow.data.prompts import THOUGHT_BEGINS, opened_tag
 from rlflow.data.template import template_text
 from rlflow.data.transcript import THOUGHT_ENDS
 from rlflow.types import Message
@@ -59,27 +59,34 @@ class CallReader:
         self._tokenizer = chat.tokenizer
         self._form = _form_of(chat)
         self._vllm = None if parser == "auto" else _vllm_parser(parser, chat.tokenizer)
-        self._schema = chat.tokenizer.init_kwargs.get("response_schema") or vars(chat.tokenizer).get("response_schema")
+        self._schema = vars(chat.tokenizer).get("response_template")
 
     @property
     def is_always_needed(self) -> bool:
         """Whether what is said without calls has a form, too, that its text must be read out of."""
         return isinstance(self._form, Harmony)
 
-    def read(self, text: str, tools: Sequence[Any] = ()) -> Said:
+    def read(self, text: str, tools: Sequence[Any] = (), prompt: str = "") -> Said:
         """The message that a text is; the text of its calls is no part of what it says.
 
         Args:
+            text: What the policy wrote, behind a thought that its prompt opened.
             tools: JSON schemas of the functions that may be called.
+            prompt: What is before it.
         """
         try:
             if self._vllm is not None:
                 return _with_calls(*_by_vllm(self._vllm, text))
             if self._schema is not None:
-                return _by_schema(self._tokenizer, text, self._schema)
+                return _by_schema(self._tokenizer, text, prompt, tools)
         except RowError as error:
             return Said({"role": "assistant", "content": text}, (str(error),))
-        return self._form.read(text, tools)
+        if isinstance(self._form, Harmony):
+            return self._form.read(text, tools)
+        # What a policy considers while it thinks is no call.
+        thought, behind = _parted(text)
+        said = self._form.read(behind, tools)
+        return Said({**said.message, "content": thought + said.message["content"]}, said.problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +331,16 @@ def _with_calls(content: str, calls: Sequence[Any]) -> Said:
     return Said({**message, "tool_calls": read} if read else message)
 
 
-def _by_schema(tokenizer: Any, text: str, schema: Any) -> Said:
+def _parted(text: str) -> tuple[str, str]:
+    """The thought that a text begins with, its tags included, and what is behind it."""
+    if ends := list(THOUGHT_ENDS.finditer(text)):
+        return text[: ends[-1].end()], text[ends[-1].end() :]
+    return (text, "") if THOUGHT_BEGINS.match(text.strip()[:20].split(">")[0] + ">") else ("", text)
+
+
+def _by_schema(tokenizer: Any, text: str, prompt: str, tools: Sequence[Any]) -> Said:
     try:
-        read = tokenizer.parse_response(text, schema)
+        read = tokenizer.parse_response(text, prefix=prompt, tools=list(tools) or None)
     # What a schema of somebody else's makes of the policy's text may raise anything.
     except Exception as error:
         raise RowError(f"a call could not be read ({error}): {text[:200]}") from error

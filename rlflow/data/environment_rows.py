@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from rlflow.data.errors import DataError
@@ -37,7 +38,7 @@ def reasoning_gym(
 @cache
 def dataset_of(task: str, seed: int, size: int, config: tuple[tuple[str, Any], ...]) -> Any:
     with _needs("reasoning-gym"):
-        from reasoning_gym import create_dataset
+        create_dataset = import_module("reasoning_gym").create_dataset
     return create_dataset(task, seed=seed, size=size, **dict(config))
 
 
@@ -61,13 +62,12 @@ def verifiers(id: str, size: int = -1, **args: Any) -> list[dict[str, Any]]:
 def environment_of(id: str, args: str) -> Any:
     """Loaded once a process: it may read a data set."""
     with _needs("verifiers<0.2"):
-        from verifiers import load_environment
+        load_environment = import_module("verifiers").load_environment
     return load_environment(id, **json.loads(args))
 
 
 def normalized(messages: Sequence[Any]) -> Sequence[Any]:
-    from verifiers.utils.message_utils import normalize_messages
-
+    normalize_messages = import_module("verifiers.utils.message_utils").normalize_messages
     return normalize_messages(list(messages), field_name="messages")
 
 

@@ -117,20 +117,21 @@ class Transcript:
         to_heard, found, _ = self._render([*before, {**messages[0], "content": _HEARD}, *messages[1:]]).partition(
             _HEARD
         )
-        if not found or not text.startswith(to_heard) or not to_heard.startswith(self._before_turn()):
+        if not found or not text.startswith(to_heard) or not to_heard.startswith(self.before_turn):
             return None
-        turn = to_heard[len(self._before_turn()) :]
+        turn = to_heard[len(self.before_turn) :]
         if any(mark not in turn for mark in marks):
             return None
         stops = list(self._stop.finditer(turn))
         if not stops or self._stops[stops[-1][0]] != self._last_stop:
             return None
-        end = len(self._before_turn()) + stops[-1].end()
+        end = len(self.before_turn) + stops[-1].end()
         # With the stop token before it: some swallow white space that follows.
         return self.chat.encode([Rendered(stops[-1][0] + text[end:])])[0][1:]
 
-    def _before_turn(self) -> str:
-        """The text before the policy's last turn; a thought that the prompt opened is the turn's."""
+    @property
+    def before_turn(self) -> str:
+        """The text before the policy's turn; a thought that the prompt opens is the turn's."""
         return self.text[: len(self.text) - len(self.opened)]
 
     def stream(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:

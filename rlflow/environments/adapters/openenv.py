@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from rlflow.environments.protocol import EnvironmentFault, Reply
@@ -31,12 +32,12 @@ class OpenEnvEnvironment:
             timeout_s: Of a message of the server.
         """
         try:
-            from openenv.core.generic_client import GenericEnvClient
+            client = import_module("openenv.core.generic_client").GenericEnvClient
         except ImportError as error:
             reason = f"this environment needs openenv-core ({error}): pip install openenv-core"
             raise EnvironmentFault(reason) from error
 
-        self._client: Any = GenericEnvClient(base_url=url, message_timeout_s=timeout_s)
+        self._client: Any = client(base_url=url, message_timeout_s=timeout_s)
         self._action, self._observation, self._begins = action, observation, begins
 
     async def reset(self, row: Mapping[str, Any]) -> list[Message] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from rlflow.data.environment_rows import OF_ROWS, environment_of, normalized, plain
@@ -77,7 +78,6 @@ def described(tool: Any) -> dict[str, Any]:
 
 def no_client() -> Any:
     """In the place of what generates for verifiers: rlflow does."""
-    from verifiers.clients import Client
-
-    methods = dict.fromkeys(Client.__abstractmethods__)
-    return object.__new__(type("NoClient", (Client,), methods))
+    client = import_module("verifiers.clients").Client
+    methods = dict.fromkeys(client.__abstractmethods__)
+    return object.__new__(type("NoClient", (client,), methods))

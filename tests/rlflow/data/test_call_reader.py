@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from trl.chat_template_utils import qwen3_template
 
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
@@ -66,3 +67,31 @@ def test_a_good_call_before_a_bad_one_is_read(reader):
 def test_a_parser_that_vllm_does_not_have_is_named():
     with pytest.raises(ValueError, match=r"environment\.call_parser: "):
         CallReader(Chat(build_character_tokenizer("ab", PLAIN)), "no_such_parser")
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "content"),
+    [
+        (f"<think>\nmaybe {CALL}\n</think>\n\nNo.", 0, None),
+        (f"<think>\nmaybe {CALL}", 0, None),
+        (f"<think>\nyes\n</think>\n\n{CALL}", 1, "<think>\nyes\n</think>"),
+        (f"<b>yes</b> {CALL}", 1, "<b>yes</b>"),
+    ],
+)
+def test_what_is_called_in_a_thought_is_no_call(reader, text, calls, content):
+    said = reader.read(text)
+    assert len(functions(said)) == calls
+    assert said.message["content"] == (text if content is None else content)
+
+
+def test_a_tokenizers_own_response_template_is_followed():
+    tokenizer = build_character_tokenizer("ab", PLAIN)
+    tokenizer.response_template = qwen3_template
+    prompt = "<|im_start|>assistant\n"
+    said = CallReader(Chat(tokenizer)).read(f"<think>\nso\n</think>\n\nHm.\n{CALL}", [], prompt)
+    assert functions(said) == [{"name": "add", "arguments": {}}]
+    assert said.message["content"].strip() == "Hm."
+    assert said.message["reasoning_content"].strip() == "so"
