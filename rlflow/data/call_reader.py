@@ -74,13 +74,19 @@ class CallReader:
             tools: JSON schemas of the functions that may be called.
             prompt: What is before it.
         """
+        if self._vllm is None and self._schema is None:
+            return self._by_form(text, tools)
         try:
             if self._vllm is not None:
-                return _with_calls(*_by_vllm(self._vllm, text))
-            if self._schema is not None:
-                return _by_schema(self._tokenizer, text, prompt, tools)
+                said = _with_calls(*_by_vllm(self._vllm, text))
+            else:
+                said = _by_schema(self._tokenizer, text, prompt, tools)
         except RowError as error:
             return Said({"role": "assistant", "content": text}, (str(error),))
+        # Parsers that find no call do not say whether there should have been one.
+        return said if "tool_calls" in said.message else Said(said.message, self._by_form(text, tools).problems)
+
+    def _by_form(self, text: str, tools: Sequence[Any]) -> Said:
         if isinstance(self._form, Harmony):
             return self._form.read(text, tools)
         # What a policy considers while it thinks is no call.
