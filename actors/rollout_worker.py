@@ -26,6 +26,7 @@ from rlflow.actors.engine_groups import FinishedGroup, RunningAtUpdate
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
+from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.garbage import without_collection
 from rlflow.recipe import EnvironmentBlock, ModelBlock, RolloutBlock, RolloutServerBlock
 from rlflow.rollout_checks import layout_problem, token_problem
@@ -115,6 +116,7 @@ class RolloutWorker:
         self.tokenizer = load_tokenizer(model)
         self.is_token = token_table(self.tokenizer)
         generator.leave_out(_no_tokens(model, self.tokenizer))
+        generator = StopStrings(generator, self.tokenizer)
         self.engine = EngineThread(generator, rollout.max_num_seqs, lambda: _use_threads(num_threads))
         if environment is not None:
             self.engine.episodes = Episodes(

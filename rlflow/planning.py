@@ -345,10 +345,11 @@ def _oddities(plan: Plan) -> Iterator[str]:
 
 def _cut_sampling(recipe: Recipe) -> Iterator[str]:
     """What cannot be had of logprobs of another distribution."""
-    if recipe.family == "online" and recipe.rollout.cut_by is not None:
+    if recipe.family == "online" and recipe.cut_by is not None:
+        verb = "bends" if recipe.cut_by == "sampling.repetition_penalty" else "cuts"
         stale = " or for older weights (run.max_staleness)" if recipe.run.max_staleness else ""
         yield (
-            f"rollout.{recipe.rollout.cut_by} cuts sampling, so the engine's logprobs are of another distribution than "
+            f"{recipe.cut_by} {verb} sampling, so the engine's logprobs are of another distribution than "
             f"the trainer's: nothing corrects for their difference{stale}, and mismatch/... is not measured"
         )
 

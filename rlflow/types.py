@@ -66,6 +66,14 @@ class SamplingParams:
     """0 keeps the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of these ends a completion; it is kept as the completion's last token."""
+    min_p: float = 0.0
+    """Tokens are cut that have less than this share of the most probable one's probability (arXiv 2407.01082), before
+    top-k and top-p."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the prompt or the completion has are divided by it where they are positive and multiplied
+    where they are negative, before the temperature (arXiv 1909.05858, section 4.1)."""
+    stop: tuple[str, ...] = ()
+    """A completion ends with the token that completes one of these in its text; it is kept."""
 
 
 @dataclass(frozen=True, slots=True)

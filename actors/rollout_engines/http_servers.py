@@ -1,6 +1,6 @@
 """How vLLM's and SGLang's servers are asked: for completions of token ids, to stop, and to load weights from a disk.
 
-Both are told nothing but which tokens to go on from; what ends a completion is decided here, from its tokens.
+Both are told which tokens to go on from, and may end early; what ends a completion is decided here, from its tokens.
 """
 
 from __future__ import annotations
@@ -120,11 +120,12 @@ class VllmServer:
             "temperature": ask.params.temperature,
             "top_p": ask.params.top_p,
             "top_k": ask.params.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "min_p": ask.params.min_p,
+            "repetition_penalty": ask.params.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": ask.seed,
+            "stop": list(ask.params.stop) or None,
             "stop_token_ids": list(ask.params.stop_token_ids),
             "ignore_eos": True,
             "logprobs": num_logprobs,
@@ -146,12 +147,13 @@ class SglangServer:
             "temperature": ask.params.temperature,
             "top_p": ask.params.top_p,
             "top_k": ask.params.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "min_p": ask.params.min_p,
+            "repetition_penalty": ask.params.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             # It keeps 31 bits, and with ignore_eos it would not look at these tokens.
             "sampling_seed": (ask.seed ^ ask.seed >> 32) & 0x7FFFFFFF,
+            "stop": list(ask.params.stop) or None,
             "stop_token_ids": list(ask.params.stop_token_ids),
             "ignore_eos": False,
             "logit_bias": {str(token): NEVER for token in ask.left_out} or None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.torch_reading import Reader
-from rlflow.actors.rollout_engines.torch_sampling import sample_each
+from rlflow.actors.rollout_engines.torch_sampling import AlikeRows, sample_each
 from rlflow.types import Completion, FinishReason, SampleRequest, SamplingParams
 
 _ROOM = 16
@@ -71,8 +71,8 @@ class Generation:
         self.rows: list[Row] = []
         """In the order of the reading."""
         self.num_begun = 0
-        self.groups: list[tuple[SamplingParams, torch.Tensor]] | None = None
-        """Rows by their parameters, int [K] each; None where they have changed."""
+        self.groups: list[AlikeRows] | None = None
+        """Rows by their parameters; None where they have changed."""
 
     @property
     def ids(self) -> set[int]:
@@ -92,10 +92,13 @@ class Generation:
         if left_out is not None:
             logits = logits.index_fill(-1, left_out, -torch.inf)
         if self.groups is None:
-            self.groups = self._group(logits.device)
+            self.groups = self._group(logits)
         uniforms = torch.tensor([row.random() for row in self.rows], dtype=torch.float64)
         tokens, logprobs = sample_each(logits, uniforms.to(logits.device, non_blocking=True), self.groups)
         self.reading.write(tokens)
+        for group in self.groups:
+            if group.seen is not None:
+                group.seen.scatter_(1, tokens[group.rows][:, None], True)
         # The one place of a step where the host waits for the device.
         tokens_then_logprobs = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended: dict[int, FinishReason] = {}
@@ -160,8 +163,22 @@ class Generation:
         self.groups = None
         return completions
 
-    def _group(self, device: torch.device) -> list[tuple[SamplingParams, torch.Tensor]]:
+    def _group(self, logits: torch.Tensor) -> list[AlikeRows]:
         members: dict[SamplingParams, list[int]] = {}
         for index, row in enumerate(self.rows):
             members.setdefault(row.request.params, []).append(index)
-        return [(params, torch.tensor(rows, device=device)) for params, rows in members.items()]
+        return [
+            AlikeRows(
+                params,
+                torch.tensor(rows, device=logits.device),
+                self._seen(rows, logits) if params.repetition_penalty != 1 else None,
+            )
+            for params, rows in members.items()
+        ]
+
+    def _seen(self, rows: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """bool [K, V]: tokens that each of these rows has."""
+        seen = torch.zeros(len(rows), logits.shape[-1], dtype=torch.bool)
+        for own, row in zip(seen, rows, strict=True):
+            own[torch.from_numpy(self.rows[row].text)] = True
+        return seen.to(logits.device)

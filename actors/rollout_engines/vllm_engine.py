@@ -254,6 +254,8 @@ class VllmEngine:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
             seed=_fold(request.seed) if self.on_cpu else request.seed,
             stop_token_ids=list(params.stop_token_ids),
             ignore_eos=True,

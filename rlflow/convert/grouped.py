@@ -44,6 +44,15 @@ class Batch:
     """That the others call steps, with all passes over the generation."""
 
 
+WHOLE_SAMPLING = {
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "sampling.min_p": 0.0,
+    "sampling.repetition_penalty": 1.0,
+}
+"""With which the engine draws from the trainer's distribution."""
+
+
 def set_batch(given: Given, draft: Draft, world: int, per_device: int, accumulation: int) -> Batch:
     """Prompts a step of a command that counts completions.
 
@@ -142,14 +151,13 @@ def set_scale(given: Given, draft: Draft, default: str, normalize_each: bool) ->
         draft.set("algorithm.groups.reward_scaling", "normalize_each", given.texts("scale_rewards"))
 
 
-def set_correction(
-    draft: Draft, mode: str | None, why: str, *, low: float | None, high: float | None, is_cut: bool
-) -> None:
-    """What is done where engine and trainer disagree."""
-    if mode is None or mode not in CORRECTIONS or is_cut:
-        if mode is not None and is_cut:
+def set_correction(draft: Draft, mode: str | None, why: str, *, low: float | None, high: float | None) -> None:
+    """What is done where engine and trainer disagree; after all of sampling is set."""
+    cut_by = next((key for key, whole in WHOLE_SAMPLING.items() if draft.values.get(key, whole) != whole), None)
+    if mode is None or mode not in CORRECTIONS or cut_by is not None:
+        if mode is not None and cut_by is not None:
             draft.note(
-                "missing", f"{why}: top_p and top_k cut what is sampled, so that engine and trainer cannot be compared"
+                "missing", f"{why}: {cut_by} changes what is sampled, so that engine and trainer cannot be compared"
             )
         draft.set("algorithm.correction.mode", "none", why)
         return

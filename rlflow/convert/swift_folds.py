@@ -306,10 +306,9 @@ def _set_grpo(given: Given, draft: Draft) -> None:
         )
     if given["dynamic_sample"]:
         draft.set("algorithm.groups.max_resamples", given["max_resample_times"], given.text("max_resample_times"))
-    is_cut = draft.values.get("rollout.top_p", 1.0) < 1 or draft.values.get("rollout.top_k", 0) > 0
     why = given.texts("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold")
     high = given["rollout_importance_sampling_threshold"]
-    grouped.set_correction(draft, given["rollout_importance_sampling_mode"], why, low=None, high=high, is_cut=is_cut)
+    grouped.set_correction(draft, given["rollout_importance_sampling_mode"], why, low=None, high=high)
     names = [str(name) for name in as_list(given["reward_funcs"])]
     rewards = [reward_of(name, given, draft) for name in names] + reward_models(given)
     grouped.set_rewards(draft, rewards, as_list(given["reward_weights"]), given.texts("reward_funcs", "reward_model"))

@@ -130,7 +130,6 @@ def _set_grpo(given: Given, draft: Draft) -> None:
     if given["loss_type"] == "sapo":
         draft.set("algorithm.loss.tau_positive", given["sapo_temperature_pos"], given.text("sapo_temperature_pos"))
         draft.set("algorithm.loss.tau_negative", given["sapo_temperature_neg"], given.text("sapo_temperature_neg"))
-    is_cut = draft.values.get("rollout.top_p", 1.0) < 1 or draft.values.get("rollout.top_k", 0) > 0
     corrects = given["use_vllm"] and given["vllm_importance_sampling_correction"]
     mode = given["vllm_importance_sampling_mode"] if corrects else None
     high = given["vllm_importance_sampling_cap"] or given["vllm_importance_sampling_clip_max"]
@@ -138,7 +137,7 @@ def _set_grpo(given: Given, draft: Draft) -> None:
         "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"
     )
     why = why if given["use_vllm"] else "one model generates and trains there, without vLLM"
-    grouped.set_correction(draft, mode, why, low=given["vllm_importance_sampling_clip_min"], high=high, is_cut=is_cut)
+    grouped.set_correction(draft, mode, why, low=given["vllm_importance_sampling_clip_min"], high=high)
     _set_rewards(given, draft)
 
 

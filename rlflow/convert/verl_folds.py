@@ -254,11 +254,10 @@ def _set_kl(given: Given, draft: Draft) -> None:
 def _set_correction(given: Given, draft: Draft) -> None:
     block = "algorithm.rollout_correction"
     level, rejection = given[f"{block}.rollout_is"], given[f"{block}.rollout_rs"]
-    is_cut = draft.values.get("rollout.top_p", 1.0) < 1 or draft.values.get("rollout.top_k", 0) > 0
     why = given.texts(f"{block}.rollout_is", f"{block}.rollout_rs")
     if level in ("token", "sequence"):
         high = given[f"{block}.rollout_is_threshold"]
-        grouped.set_correction(draft, f"{level}_truncate", why, low=None, high=high, is_cut=is_cut)
+        grouped.set_correction(draft, f"{level}_truncate", why, low=None, high=high)
     else:
         draft.set("algorithm.correction.mode", "none", why)
     if rejection:

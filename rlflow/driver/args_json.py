@@ -67,6 +67,8 @@ def _arguments(recipe: Recipe, start: str) -> dict[str, Any]:
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k or None,
+        "repetition_penalty": recipe.sampling.repetition_penalty,
+        "stop_words": recipe.sampling.stop,
         "learning_rate": trainer.learning_rate,
         "max_steps": recipe.run.steps,
         "num_train_epochs": recipe.run.epochs,

@@ -35,7 +35,7 @@ from rlflow.types import StepStats
 
 def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, num_steps: int, *, resume: bool) -> None:
     """Runs the steps that are left and leaves a checkpoint after the last."""
-    algorithm, rollout, pool = recipe.online, recipe.rollout, window.pool
+    algorithm, pool = recipe.online, window.pool
     first = 0
     if resume:
         first, state = book.resume(num_steps)
@@ -50,7 +50,7 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             window.release(step)
             with learner.clock("rollout"):
                 groups, metrics = window.take(step)
-            uncut = rollout.cut_by is None
+            uncut = recipe.cut_by is None
             batch = assemble.assemble(groups, algorithm, recipe.max_completion_tokens, engine_logprobs=uncut)
             metrics |= assemble.rollout_metrics(batch, step) | own_metrics(recipe.metrics, batch.groups)
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)

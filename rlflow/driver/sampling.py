@@ -12,13 +12,16 @@ from rlflow.types import Limits, SamplingParams
 
 def sampling_params(recipe: Recipe, tokenizer: Any, model: ModelBlock) -> SamplingParams:
     """Of completions that are trained."""
-    rollout = recipe.rollout
+    rollout, sampling = recipe.rollout, recipe.sampling
     return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         stop_token_ids=stop_token_ids(tokenizer, model),
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop=tuple(sampling.stop),
     )
 
 

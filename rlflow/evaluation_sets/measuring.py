@@ -139,6 +139,7 @@ def _sampling(model: ServedModel, one: ProblemSet, drawing: Drawing) -> tuple[Sa
         max_new_tokens=drawing.max_new_tokens or one.max_new_tokens or model.defaults.max_new_tokens or _LONGEST,
         seed=drawing.seed,
         stop=one.stop or None,
+        ends=() if one.stop else None,
     )
     return sampling, samples
 
@@ -243,6 +244,9 @@ def _settings(job: Job) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop": [*sampling.stop, *sampling.ends],
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
         "reward": reward.plugin or reward.name,

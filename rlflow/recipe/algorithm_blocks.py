@@ -178,7 +178,8 @@ class CorrectionBlock(Block):
 
     def cut_conflicts(self, cut_by: str) -> Iterator[Conflict]:
         """What asks for the engine's logprobs, where ``cut_by`` makes them another distribution's."""
-        why = f"{cut_by} cuts sampling, so the engine's logprobs are of another distribution than the trainer's"
+        verb = "bends" if cut_by.endswith("repetition_penalty") else "cuts"
+        why = f"{cut_by} {verb} sampling, so the engine's logprobs are of another distribution than the trainer's"
         if self.old_policy == "engine":
             yield Conflict(("old_policy", cut_by), f"{why}: set old_policy: trainer, or remove {cut_by}")
         elif self.mode != "none":

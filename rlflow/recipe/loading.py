@@ -285,7 +285,7 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
         data["run"] = run
     algorithm = _block(data, "algorithm")
     if "name" in algorithm and algorithm["name"] in list(ALGORITHMS):
-        data["algorithm"] = with_defaults(_with_correction(algorithm, _block(data, "rollout")))
+        data["algorithm"] = with_defaults(_with_correction(algorithm, _sampling_of(data)))
     if not stage.own_model and starts_from:
         model = _block(data, "model")
         kept = {key: value for key, value in model.items() if key not in _OF_THE_START}
@@ -299,10 +299,16 @@ def _resolve(stage: _Stage, path: Path, starts_from: dict[str, Any], problems: l
     return Document(data, stage.document.places)
 
 
-_WHOLE_SAMPLING = {"top_p": 1.0, "top_k": 0}
+_WHOLE_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def _with_correction(algorithm: dict[str, Any], rollout: dict[str, Any]) -> dict[str, Any]:
+def _sampling_of(data: dict[str, Any]) -> dict[str, Any]:
+    """What a stage says of the distribution that is sampled."""
+    said = {**_block(data, "rollout"), **_block(data, "sampling")}
+    return {key: value for key, value in said.items() if key in _WHOLE_SAMPLING}
+
+
+def _with_correction(algorithm: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
     """The algorithm block, without a correction between engine and trainer where nobody asked for one and none can be.
 
     It needs the trainer's logprobs under the ratio, and the engine's of a distribution that was sampled whole.
@@ -310,8 +316,7 @@ def _with_correction(algorithm: dict[str, Any], rollout: dict[str, Any]) -> dict
     correction = algorithm.get("correction", {})
     if ALGORITHMS[algorithm["name"]].objective != "policy" or not isinstance(correction, dict) or "mode" in correction:
         return algorithm
-    of_sampling = {key: value for key, value in rollout.items() if key in _WHOLE_SAMPLING}
-    is_cut = not of_sampling.items() <= _WHOLE_SAMPLING.items()
+    is_cut = not sampling.items() <= _WHOLE_SAMPLING.items()
     if correction.get("old_policy") == "engine" or (is_cut and not correction.keys() - {"old_policy"}):
         return {**algorithm, "correction": {**correction, "mode": "none"}}
     return algorithm

@@ -1,10 +1,27 @@
-"""Blocks within the recipe's rollout block."""
+"""Blocks within the recipe's rollout block, and what else there is to say of sampling."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from rlflow.recipe.block import Block, NonNegativeInt, PositiveFloat
+from pydantic import Field
+
+from rlflow.recipe.block import Block, Conflict, NonNegativeInt, PositiveFloat
+
+
+class SamplingBlock(Block):
+    min_p: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Cuts tokens with less than this share of the most probable one's probability, before top_k and top_p
+    (arXiv 2407.01082)."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1, tokens that the prompt or the completion has become less probable (arXiv 1909.05858)."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a completion, e.g. ["</answer>"]: with the token that completes one, which is kept and trained."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if "" in self.stop:
+            yield Conflict(("stop",), "has an empty text, with which nothing could be written: remove it")
 
 
 class AtUpdateBlock(Block):

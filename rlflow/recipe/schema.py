@@ -31,7 +31,7 @@ from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_confl
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
-from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock
+from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
@@ -136,11 +136,6 @@ class RolloutBlock(Block):
     recovery: RecoveryBlock = RecoveryBlock()
     """What becomes of workers that die, hang or are slow."""
 
-    @property
-    def cut_by(self) -> str | None:
-        """The key that takes tokens out of the distribution that is sampled, if one does."""
-        return "top_p" if self.top_p < 1 else "top_k" if self.top_k else None
-
     def conflicts(self) -> Iterator[Conflict]:
         size = self.tensor_parallel_size
         if size > 1 and self.engine == "torch":
@@ -236,6 +231,8 @@ class Recipe(Block):
     """Who computes rewards."""
     rollout: RolloutBlock = RolloutBlock()
     """Who generates."""
+    sampling: SamplingBlock = SamplingBlock()
+    """How completions are drawn, beside rollout.temperature, top_p and top_k."""
     environment: EnvironmentBlock | None = None
     """Who answers the policy; without it a completion is a rollout."""
     rollout_server: RolloutServerBlock = RolloutServerBlock()
@@ -267,6 +264,18 @@ class Recipe(Block):
     def needs_rollouts(self) -> bool:
         """Whether anybody generates: to train on it, or to evaluate."""
         return self.family == "online" or self.evaluation_reward is not None
+
+    @property
+    def cut_by(self) -> str | None:
+        """The key that makes what is sampled another distribution than the trainer's, if one does."""
+        rollout, sampling = self.rollout, self.sampling
+        is_cut = {
+            "rollout.top_p": rollout.top_p < 1,
+            "rollout.top_k": rollout.top_k > 0,
+            "sampling.min_p": sampling.min_p > 0,
+            "sampling.repetition_penalty": sampling.repetition_penalty != 1,
+        }
+        return next((key for key, cuts in is_cut.items() if cuts), None)
 
     @property
     def needs_reference(self) -> bool:
@@ -328,7 +337,7 @@ class Recipe(Block):
             yield from self._online_conflicts(self.algorithm)
 
     def _online_conflicts(self, algorithm: OnlineBlock) -> Iterator[Conflict]:
-        rollout, kl, prompts = self.rollout, algorithm.kl, self.data.prompts_per_step
+        kl, prompts = algorithm.kl, self.data.prompts_per_step
         updates, samples = algorithm.groups.updates_per_step, prompts * algorithm.group_size
         if prompts % updates:
             reason = f"{updates} does not divide data.prompts_per_step ({prompts})"
@@ -336,8 +345,8 @@ class Recipe(Block):
         if kl.target is not None and kl.horizon < samples:
             reason = f"{kl.horizon} is less than the {samples} samples of a step: the coefficient would jump; raise it"
             yield Conflict(("algorithm.kl.horizon", "data.prompts_per_step"), reason)
-        if rollout.cut_by is not None:
-            for keys, reason in algorithm.correction.cut_conflicts(f"rollout.{rollout.cut_by}"):
+        if self.cut_by is not None:
+            for keys, reason in algorithm.correction.cut_conflicts(self.cut_by):
                 yield Conflict((f"algorithm.correction.{keys[0]}", *keys[1:]), reason)
 
     def _model_conflicts(self) -> Iterator[Conflict]:

@@ -19,6 +19,7 @@ import numpy as np
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.rollout_worker import decode_completions
 from rlflow.algorithms.advantages import combine_rewards
+from rlflow.data.answer_text import AnswerText
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
@@ -27,7 +28,6 @@ from rlflow.serving.conversation import SILENCE_S, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
 from rlflow.serving.streams import Ask, Piece, Streams
-from rlflow.serving.text import AnswerText
 from rlflow.types import GroupTexts, Prompt
 
 SCORED_AT_ONCE = 64

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from rlflow.data.answer_text import AnswerText
 from rlflow.data.formats import with_system
 from rlflow.data.prompts import opened_tag
 from rlflow.driver.errors import RunError
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
 from rlflow.serving.streams import Ask, Piece, Streams
-from rlflow.serving.text import AnswerText
 from rlflow.types import Message
 
 SILENCE_S = 600.0

@@ -174,6 +174,7 @@ def open_streams(model: ServedModel, engine: EngineName, adapters: Mapping[str, 
     """
     import torch
 
+    from rlflow.actors.rollout_engines.stop_strings import StopStrings
     from rlflow.serving.streams import Streams
 
     num_threads = torch.get_num_threads()
@@ -189,6 +190,7 @@ def open_streams(model: ServedModel, engine: EngineName, adapters: Mapping[str, 
         raise DataError(f"{model.source.path}: {error}") from error
     for one in engines.values():
         one.leave_out(ids_without_token(model.tokenizer, model.vocabulary))
+    engines = {name: StopStrings(one, model.tokenizer) for name, one in engines.items()}
     return Streams(engines, use, partial(torch.set_num_threads, num_threads))
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlflow.data.answer_text import AnswerText
 from rlflow.serving.conversation import AskedPrompt
 from rlflow.serving.models import ServedModel
 from rlflow.serving.openai_requests import Wanted
 from rlflow.serving.streams import Piece
-from rlflow.serving.text import AnswerText
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """What clients of OpenAI's API ask for, checked: https://platform.openai.com/docs/api-reference.
 
-Beside its fields: vLLM's ``top_k``, ``stop_token_ids`` and ``ignore_eos``. A field that would change the answer and is
-not known here is refused; those that say nothing about the answer are left out.
+Beside its fields: vLLM's ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos``. A field
+that would change the answer and is not known here is refused; those that say nothing about the answer are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ WITHOUT_MEANING = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -37,12 +36,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
-    "min_p": (0,),
 }
 """Fields that this server does not have, and the values that ask for nothing."""
 KNOWN = {
     *("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "seed"),
-    *("temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos"),
+    *("logprobs", "top_logprobs"),
 }
 MOST_ANSWERS = 128
 """Of one request."""
@@ -96,6 +95,8 @@ def parse(body: Any, models: Mapping[str, ServedModel], *, is_chat: bool) -> Wan
         temperature=_number(given, "temperature", 0, 100),
         top_p=_number(given, "top_p", 0, 1, exclusive=True),
         top_k=_top_k(given),
+        min_p=_number(given, "min_p", 0, 1),
+        repetition_penalty=_number(given, "repetition_penalty", 0, 100, exclusive=True),
         stop=tuple(stop) or None,
     )
     prompts = _messages(given, model) if is_chat else _prompts(given, model)

@@ -31,7 +31,8 @@ def command(
     """
     source, defaults = model.source, model.defaults
     assert model.base.path is not None
-    sampling = {"temperature": defaults.temperature, "top_p": defaults.top_p, "top_k": defaults.top_k}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    sampling = {name: getattr(defaults, name) for name in names}
     words = [*PROGRAM, "--model", model.base.path]
     words += ["--host", host, "--port", str(port), "--dtype", model.base.dtype]
     words += ["--served-model-name", model.base_name if source.is_adapter else source.name]

@@ -11,6 +11,10 @@ from rlflow.recipe.foreign.hugging_face import ACCUMULATED, PACKED, PER_DEVICE, 
 from rlflow.recipe.foreign.rows import Table, each, fold, key, missing, unneeded
 
 
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(text) for text in value]
+
+
 def _top_k(value: int) -> int:
     return max(0, value)
 
@@ -175,7 +179,7 @@ _BASE: Table = {
     **each(
         "add_version create_checkpoint_symlink safe_serialization max_shard_size ignore_args_error load_args "
         "load_data_args use_flash_ckpt enable_npu_model_patch use_ray ray_exp_name device_groups logprobs "
-        "top_logprobs num_beams stream stop_words infer_backend merge_lora custom_dataset_path gpu_memory",
+        "top_logprobs num_beams stream infer_backend merge_lora custom_dataset_path gpu_memory",
         unneeded("not of training here"),
     ),
     "structured_outputs_regex": missing("completions are free"),
@@ -202,8 +206,9 @@ _RLHF: Table = {
     "temperature": key("rollout.temperature", default=0.9, of="online"),
     "top_p": key("rollout.top_p", read=float, of="online"),
     "top_k": key("rollout.top_k", read=_top_k, of="online"),
-    "min_p": missing("of sampling there are temperature, top_p and top_k", name="rollout.top_p"),
-    "repetition_penalty": missing("completions are sampled as the policy gives them", 1, 1.0),
+    "min_p": key("sampling.min_p", read=float, of="online"),
+    "repetition_penalty": key("sampling.repetition_penalty", read=float, of="online"),
+    "stop_words": key("sampling.stop", read=_texts, of="online"),
     "reward_model": fold("rewards"),
     "reward_adapters": missing("merge it into the reward model"),
     "reward_model_plugin": missing("write it as a reward function", name="rewards"),

@@ -127,9 +127,12 @@ _ROLLOUTS: Table = {
     "temperature": key("rollout.temperature", default=1.0),
     "top_p": key("rollout.top_p", default=1.0, read=float),
     "top_k": key("rollout.top_k", default=0, read=lambda value: max(0, value or 0)),
-    "min_p": missing("of sampling there are temperature, top_p and top_k", name="rollout.top_p"),
-    "repetition_penalty": missing("completions are sampled as the policy gives them", 1, 1.0),
-    "generation_kwargs": missing("of sampling there are temperature, top_p and top_k", name="rollout"),
+    "min_p": key("sampling.min_p", read=float),
+    "repetition_penalty": key("sampling.repetition_penalty", default=1.0, read=float),
+    "generation_kwargs": missing(
+        "of sampling there are rollout.temperature, top_p and top_k, and sampling.min_p, repetition_penalty and stop",
+        name="sampling",
+    ),
     "chat_template_kwargs": key("model.chat_template_kwargs"),
     **each(
         "cache_implementation use_transformers_continuous_batching transformers_continuous_batching_config "

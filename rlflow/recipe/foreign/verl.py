@@ -123,6 +123,7 @@ PPO: Table = {
     f"{ROLLOUT}.temperature": key("rollout.temperature", default=1.0),
     f"{ROLLOUT}.top_p": key("rollout.top_p", default=1, read=float),
     f"{ROLLOUT}.top_k": key("rollout.top_k", read=lambda value: max(0, value)),
+    f"{ROLLOUT}.repetition_penalty": key("sampling.repetition_penalty", default=1.0, read=float),
     f"{ROLLOUT}.do_sample": missing("completions are sampled", True),
     f"{ROLLOUT}.gpu_memory_utilization": key("rollout.gpu_memory_fraction", default=0.5),
     f"{ROLLOUT}.tensor_model_parallel_size": fold("rollout.tensor_parallel_size", default=2),

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    MinPLogitsWarper,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
+    RepetitionPenaltyLogitsProcessor,
 )
 
 from rlflow.actors.checkpoint_names import to_checkpoint
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 VOCABULARY = 64
 EOS = 1
+PIECES = [f"{first}{second}" for first in "abcdefgh" for second in "abcdefgh"]
+"""The text of each id."""
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
 
 
@@ -66,6 +72,29 @@ def write_config(policy: PreTrainedModel, directory: Path) -> None:
     GenerationConfig(
         do_sample=True, temperature=3.0, top_k=2, repetition_penalty=2.0, eos_token_id=EOS
     ).save_pretrained(directory)
+
+
+def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
+    """Ids to PIECES, which it joins without anything between."""
+    backend = Tokenizer(models.WordLevel({piece: id for id, piece in enumerate(PIECES)}, unk_token=PIECES[0]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def assert_ended_by_strings(
+    completions: Sequence[Completion], undisturbed: Sequence[Completion], stop: Sequence[str]
+) -> None:
+    """Each is what was written without stop strings, up to the token that completes the first of them."""
+    reasons = set()
+    for completion, whole in zip(completions, undisturbed, strict=True):
+        texts = ["".join(PIECES[id] for id in whole.token_ids[:size]) for size in range(len(whole.token_ids) + 1)]
+        size = next((size for size, text in enumerate(texts) if any(end in text for end in stop)), None)
+        np.testing.assert_array_equal(completion.token_ids, whole.token_ids[:size])
+        np.testing.assert_allclose(completion.logprobs, whole.logprobs[:size], rtol=0, atol=TOLERANCE)
+        assert completion.versions.shape == completion.token_ids.shape
+        assert completion.finish_reason == ("length" if size is None else "stop")
+        reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
 
 
 def kind_of(policy: PreTrainedModel) -> str:
@@ -132,8 +161,14 @@ def reference_logprobs(
         out = policy(token_ids[:, read : num_prompt + end - 1], past_key_values=kept, use_cache=kept is not None)
         logits[start:end] = out.logits[0, start - end :]
         read = num_prompt + end - 1 if cache == "keep" else 0
-    logits = logits / (params.temperature or 1.0)
     logits[:, list(left_out)] = -torch.inf
+    if params.repetition_penalty != 1:
+        penalise = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+        before = [token_ids[:, : num_prompt + i] for i in range(len(logits))]
+        logits = torch.cat([penalise(text, row[None]) for text, row in zip(before, logits, strict=True)])
+    logits = logits / (params.temperature or 1.0)
+    if params.min_p and params.temperature:
+        logits = MinPLogitsWarper(params.min_p)(token_ids, logits)
     if params.top_k:
         smallest = logits.topk(params.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,9 +122,7 @@ class StandIn:
         return self._done.pop(request.id)
 
     def _as_vllm(self, body: Any) -> Any:
-        params = SamplingParams(
-            body["max_tokens"], body["temperature"], body["top_p"], max(body["top_k"], 0), tuple(body["stop_token_ids"])
-        )
+        params = _params(body, body["max_tokens"], body["stop_token_ids"])
         assert body["ignore_eos"] and body["return_token_ids"]
         if body["logprobs"] == 1:
             heat = params.temperature if self.heats_logprobs else 1.0
@@ -138,7 +136,7 @@ class StandIn:
         told = body["sampling_params"]
         assert not told["ignore_eos"], "it would write on after the stop tokens"
         stop = (*told["stop_token_ids"], *self.own_stops)
-        params = SamplingParams(told["max_new_tokens"], told["temperature"], told["top_p"], max(told["top_k"], 0), stop)
+        params = _params(told, told["max_new_tokens"], stop)
         written = self._generate(body["rid"], body["input_ids"], told["sampling_seed"], params, told["logit_bias"])
         meta: dict[str, Any] = {"finish_reason": {"type": written.finish_reason}}
         meta["weight_version"] = self._loaded if self.label is None else self.label
@@ -146,6 +144,20 @@ class StandIn:
             pairs = zip(written.logprobs.tolist(), written.token_ids.tolist(), strict=True)
             meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in pairs]
         return {"text": "", "meta_info": meta}
+
+
+def _params(told: Any, max_new_tokens: int, stop_token_ids: Iterable[int]) -> SamplingParams:
+    """Stop strings are not heeded: a server may be slower to see one than who asks it."""
+    assert told["stop"] is None or all(isinstance(text, str) for text in told["stop"])
+    return SamplingParams(
+        max_new_tokens,
+        told["temperature"],
+        told["top_p"],
+        max(told["top_k"], 0),
+        tuple(stop_token_ids),
+        told["min_p"],
+        told["repetition_penalty"],
+    )
 
 
 @contextmanager

@@ -1,15 +1,11 @@
-"""What every rollout engine promises, held against transformers: the same tests for each engine."""
+"""What every rollout engine promises, held against transformers: the same tests for each engine of conftest.py."""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rlflow.actors.rollout_engines.engine import generate
+from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.types import Completion, SampleRequest, SamplingParams
 from tests.actors.rollout_engines.engine_oracle import (
     EOS,
     TOLERANCE,
     VOCABULARY,
+    assert_ended_by_strings,
     assert_logprobs_match,
     assert_same_tokens,
     finish,
@@ -30,70 +28,11 @@ from tests.actors.rollout_engines.engine_oracle import (
     random_policy,
     sent,
     sync,
-    write_config,
+    tokenizer_of_pieces,
 )
 
 if TYPE_CHECKING:
     from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
-
-MAX_NUM_SEQS = 8
-
-
-def make_engine(name: str, directory: Path) -> RolloutEngine:
-    if name == "torch":
-        from rlflow.actors.rollout_engines.torch_engine import TorchEngine
-
-        return TorchEngine(str(directory), dtype="float32", max_num_seqs=MAX_NUM_SEQS)
-    pytest.importorskip("vllm")
-    from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        str(directory),
-        dtype="float32",
-        max_model_len=128,
-        max_num_seqs=MAX_NUM_SEQS,
-        seed=0,
-        gpu_memory_fraction=0.2,
-        kv_cache_gib=0.05,
-        tensor_parallel_size=1,
-        trust_remote_code=False,
-        log_path=directory / "vllm.log",
-        num_threads=1,
-    )
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((name, kind), id=f"{name}-{kind}", marks=[pytest.mark.slow] if name == "vllm" else [])
-        for name in ("torch", "vllm")
-        for kind in ("tied", "untied", "experts")
-    ],
-)
-def engine_and_policy(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RolloutEngine, PreTrainedModel]]:
-    """vLLM sets environment variables and replaces torch.set_num_threads: both are put back."""
-    name, kind = request.param
-    policy = random_policy(kind, seed=0)
-    directory = tmp_path_factory.mktemp("model")
-    write_config(policy, directory)
-    with mock.patch.dict(os.environ), mock.patch.object(torch, "set_num_threads", torch.set_num_threads):
-        engine = make_engine(name, directory)
-        yield engine, policy
-        engine.close()
-
-
-@pytest.fixture
-def policy(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> PreTrainedModel:
-    return engine_and_policy[1]
-
-
-@pytest.fixture
-def engine(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> RolloutEngine:
-    """With the policy's weights."""
-    sync(*engine_and_policy)
-    return engine_and_policy[0]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +41,12 @@ def engine(engine_and_policy: tuple[RolloutEngine, PreTrainedModel]) -> RolloutE
         SamplingParams(max_new_tokens=24),
         SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10),
         SamplingParams(max_new_tokens=24, temperature=0.0),
+        SamplingParams(max_new_tokens=24, temperature=0.7, min_p=0.2),
+        SamplingParams(max_new_tokens=24, temperature=0.7, repetition_penalty=1.3),
+        SamplingParams(max_new_tokens=24, temperature=1.5, min_p=0.05, top_k=10, repetition_penalty=0.8),
+        SamplingParams(max_new_tokens=24, temperature=0.0, min_p=0.2, repetition_penalty=1.3),
     ],
-    ids=["plain", "temperature-and-top-k", "greedy"],
+    ids=["plain", "temperature-and-top-k", "greedy", "min-p", "penalty", "all", "greedy-with-penalty"],
 )
 def test_logprobs_equal_a_transformers_forward(
     engine: RolloutEngine, policy: PreTrainedModel, params: SamplingParams
@@ -359,6 +302,30 @@ def test_a_stop_token_ends_a_completion_and_stays_in_it(engine: RolloutEngine, p
         assert is_stop[-1] == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
     assert_logprobs_match({0: policy}, requests, completions)
+
+
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine: RolloutEngine) -> None:
+    stop = ("aa", "bcd", "hgfe")
+    params = SamplingParams(max_new_tokens=24)
+    undisturbed = generate(engine, make_requests(params))
+    stopping, requests = StopStrings(engine, tokenizer_of_pieces()), make_requests(replace(params, stop=stop))
+    assert_ended_by_strings(generate(stopping, requests), undisturbed, stop)
+    assert (stopping.num_running, stopping.num_waiting) == (0, 0)
+
+
+def test_a_stop_string_across_an_update_leaves_each_token_its_version(
+    engine: RolloutEngine, policy: PreTrainedModel
+) -> None:
+    policies = {0: policy, 1: random_policy(kind_of(policy), seed=1)}
+    requests = make_requests(SamplingParams(max_new_tokens=24, repetition_penalty=1.2, stop=("aa", "bcd")))
+    stopping = StopStrings(engine, tokenizer_of_pieces())
+    stopping.add(requests)
+    finished = {completion.id: completion for _ in range(5) for completion in stopping.step()}
+    sync(stopping, policies[1], 1)
+    finished |= finish(stopping)
+    completions = [finished[request.id] for request in requests]
+    assert_logprobs_match(policies, requests, completions)
+    assert any(c.finish_reason == "stop" and set(c.versions) == {0, 1} for c in completions)
 
 
 def test_nothing_but_the_given_stop_tokens_ends_a_completion(engine: RolloutEngine) -> None:

@@ -6,6 +6,7 @@ The server is a stand-in over the torch engine; what transformers computes is th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from rlflow.actors.rollout_engines import http_calls
 from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.http_calls import ServerError
 from rlflow.actors.rollout_engines.http_engine import HttpEngine
+from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.types import SampleRequest, SamplingParams
 from tests.actors.rollout_engines.engine_oracle import (
     EOS,
     VOCABULARY,
+    assert_ended_by_strings,
     assert_logprobs_match,
     assert_same_tokens,
     finish,
@@ -29,6 +32,7 @@ from tests.actors.rollout_engines.engine_oracle import (
     random_policy,
     sent,
     sync,
+    tokenizer_of_pieces,
     write_config,
 )
 from tests.actors.rollout_engines.http_stand_in import StandIn, send, serving
@@ -87,8 +91,9 @@ def stand_in(served: tuple[StandIn, str]) -> StandIn:
         SamplingParams(max_new_tokens=24, temperature=0.7, top_k=10),
         SamplingParams(max_new_tokens=24, temperature=0.0),
         SamplingParams(max_new_tokens=24, stop_token_ids=(20,)),
+        SamplingParams(max_new_tokens=24, temperature=1.5, min_p=0.05, repetition_penalty=1.3),
     ],
-    ids=["temperature-and-top-k", "greedy", "stop"],
+    ids=["temperature-and-top-k", "greedy", "stop", "min-p-and-penalty"],
 )
 def test_logprobs_equal_a_transformers_forward_and_only_the_given_stop_tokens_end_a_completion(
     engine: HttpEngine, policy: PreTrainedModel, stand_in: StandIn, params: SamplingParams
@@ -104,6 +109,15 @@ def test_logprobs_equal_a_transformers_forward_and_only_the_given_stop_tokens_en
         assert is_stop[-1] or len(completion.token_ids) == 24
         assert completion.versions.tolist() == [0] * len(completion.token_ids)
     assert any(EOS in completion.token_ids[:-1] for completion in completions) or not params.temperature
+
+
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine: HttpEngine) -> None:
+    """The stand-in answers with more than that, all at once."""
+    stop = ("aa", "bcd", "hgfe")
+    undisturbed = generate(engine, make_requests(PARAMS))
+    stopping = StopStrings(engine, tokenizer_of_pieces())
+    completions = generate(stopping, make_requests(replace(PARAMS, stop=stop)))
+    assert_ended_by_strings(completions, undisturbed, stop)
 
 
 def test_completions_under_way_go_on_with_the_new_weights_and_say_which_version_sampled_each_token(

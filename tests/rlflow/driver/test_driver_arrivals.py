@@ -118,7 +118,7 @@ def test_an_engine_whose_weights_are_not_numbers_says_so_itself(run, monkeypatch
     def poisoned(self, snapshot, *args):
         load_weights(self, snapshot, *args)
         if snapshot.version >= 1:
-            next(self.engine.engine.model.parameters()).data.fill_(float("nan"))
+            next(self.engine.engine.engine.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(RolloutWorker, "load_weights", poisoned)
     said = run(RunError)

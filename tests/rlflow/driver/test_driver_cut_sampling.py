@@ -42,7 +42,10 @@ def first_step(monkeypatch, tmp_path, tiny_model_dir):
     return run
 
 
-CUTS = pytest.mark.parametrize("cut", [{"rollout.top_p": 0.5}, {"rollout.top_k": 2}])
+CUTS = pytest.mark.parametrize(
+    "cut",
+    [{"rollout.top_p": 0.5}, {"rollout.top_k": 2}, {"sampling.min_p": 0.5}, {"sampling.repetition_penalty": 1.5}],
+)
 
 
 @CUTS

@@ -89,11 +89,19 @@ def test_several_ranks_do_not_share_a_gpu(tmp_path: Path):
 ONLINE = ("run: {steps: 1}", "rewards: [{name: exact_match}]")
 
 
-@pytest.mark.parametrize("cut", ["top_p: 0.9", "top_k: 20"])
+CUTS = [
+    "rollout: {top_p: 0.9}",
+    "rollout: {top_k: 20}",
+    "sampling: {min_p: 0.1}",
+    "sampling: {repetition_penalty: 1.1}",
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     ("correction", "key", "remedy"),
     [
-        ("mode: truncate", "mode", "set mode: none, or remove rollout.top_"),
+        ("mode: truncate", "mode", "set mode: none, or remove "),
         ("mode: mask", "mode", "set mode: none"),
         ("mode: weighted_mask", "mode", "set mode: none"),
         ("level: sequence", "mode", "set mode: none"),
@@ -104,9 +112,9 @@ ONLINE = ("run: {steps: 1}", "rewards: [{name: exact_match}]")
 )
 def test_cut_sampling_and_a_use_of_the_engines_logprobs_exclude_each_other(tmp_path, cut, correction, key, remedy):
     algorithm = f"algorithm: {{name: grpo, correction: {{{correction}}}}}"
-    said = problems_of(tmp_path, algorithm, *ONLINE, f"rollout: {{{cut}}}")
+    said = problems_of(tmp_path, algorithm, *ONLINE, cut)
     line = 3 if f"{key}:" in correction else 6
-    assert f"recipe.yaml:{line}: algorithm.correction.{key}: rollout.top_" in said
+    assert f"recipe.yaml:{line}: algorithm.correction.{key}: {cut.replace(': {', '.').partition(':')[0]} " in said
     assert remedy in said
 
 
@@ -117,6 +125,9 @@ def test_cut_sampling_and_a_use_of_the_engines_logprobs_exclude_each_other(tmp_p
         ("grpo", "top_p: 1.0, top_k: 0", "truncate"),
         ("grpo", "top_p: 0.9", "none"),
         ("grpo", "top_k: 20", "none"),
+        ("grpo", "}\nsampling: {min_p: 0.0, repetition_penalty: 1.0, stop: [x]", "truncate"),
+        ("grpo", "}\nsampling: {min_p: 0.1", "none"),
+        ("grpo", "}\nsampling: {repetition_penalty: 0.9", "none"),
         # The KL in the reward, and the one that is to have a target, are the trainer's then.
         ("ppo, kl: {target: 1.0}", "top_p: 0.9", "none"),
         ("grpo, correction: {mode: none}", "top_p: 0.9", "none"),

@@ -184,6 +184,9 @@ def test_vllms_server_is_not_started_for_a_tokenizer_of_characters(
 def test_answers_are_drawn_as_the_run_drew_them_or_as_the_generation_config_says() -> None:
     recipe = recipe_of("grpo_gsm8k_smollm2.yaml", "rollout.temperature=0.7", "rollout.top_k=9")
     assert defaults_of(recipe, {"temperature": 5.0}) == Sampling(0.7, 1.0, 9, recipe.rollout.max_new_tokens)
+    recipe = recipe_of("grpo_gsm8k_smollm2.yaml", 'sampling={min_p: 0.1, repetition_penalty: 1.2, stop: ["###"]}')
+    drawn = defaults_of(recipe, {}).params((2,), 10**6)
+    assert (drawn.min_p, drawn.repetition_penalty, drawn.stop, drawn.stop_token_ids) == (0.1, 1.2, ("###",), (2,))
     assert defaults_of(None, {}) == Sampling(0.0)
     assert defaults_of(None, {"temperature": 0.6, "top_p": 0.9}) == Sampling(0.0)
     sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlflow.serving.text import AnswerText, Thoughts, hidden_ids
+from rlflow.data.answer_text import AnswerText
+from rlflow.serving.text import Thoughts, hidden_ids
 
 TEXTS = [
     "Once upon a time, there were 3 kings.  Two spaces,\n\nand two lines.",
