@@ -47,7 +47,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = posixpath.relpath(_place(_resolve(path, match[2])), posixpath.dirname(here) or ".")
         return f"{match[1]}{target}{match[3] or ''}{match[4]}"
 
-    return LINK.sub(moved, markdown) if path.endswith(".md") and (ROOT / path).is_file() else markdown
+    if not path.endswith(".md") or not (ROOT / path).is_file():
+        return markdown
+    return _with_list_items_of_four(LINK.sub(moved, markdown))
+
+
+def _with_list_items_of_four(markdown: str) -> str:
+    """What belongs to an item of a numbered list is indented by 3 for GitHub, and by 4 for Python-Markdown."""
+    lines, is_in_list = [], False
+    for line in markdown.splitlines():
+        if re.match(r"\d\. ", line):
+            is_in_list = True
+        elif line and not line.startswith("   "):
+            is_in_list = False
+        lines.append(f" {line}" if is_in_list and line.startswith("   ") else line)
+    return "\n".join(lines)
 
 
 def _resolve(page: str, link: str) -> str:

@@ -187,7 +187,7 @@ GRPO: Table = {
         "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
         missing("of the adaptive entropy bonus alone"),
     ),
-    "max_tool_calling_iterations": missing("multi-turn rollouts are not there yet"),
+    "max_tool_calling_iterations": missing("write environment: {tools: [file.py:function], max_turns: n}"),
     "vllm_importance_sampling_correction": fold("algorithm.correction.mode", default=True),
     "vllm_importance_sampling_mode": fold("algorithm.correction.level", default="sequence_mask"),
     "vllm_importance_sampling_clip_max": fold("algorithm.correction.high", default=3.0),

@@ -21,7 +21,10 @@ def _steps(number: int | None) -> int | None:
 _TOKENS = unneeded("scoring and training are bounded by tokens", "trainer.tokens_per_micro_batch")
 _OWN = unneeded("rlflow's own engines and ranks do without", "rollout.engine")
 _LOADER = unneeded("the data is read and tokenised once, before the first step")
-_TURNS = missing("multi-turn rollouts are not there yet", 1, 256, "naive", "hermes", "middle", "strict")
+_TURNS = missing(
+    "what answers the policy is named here: environment: {plugin: file.py:Class}, or {tools: [file.py:function]}",
+    *(1, 256, "naive", "hermes", "middle", "strict"),
+)
 _OTHER_LOSS = missing("of losses that are not there", 0.0002, 1.0, 5.0, 0.1)
 
 PPO: Table = {
