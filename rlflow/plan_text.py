@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlflow.planning import GIB, Plan, gib
-from rlflow.recipe import ALGORITHMS, Recipe
+from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown
 
@@ -20,6 +20,7 @@ def render(plan: Plan) -> str:
         "model": _model_lines(plan),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
         **({"data": [f"{plan.num_rows:,} rows"]} if plan.num_rows is not None else {}),
+        **({} if recipe.environment is None else {"turns": [_turns_line(recipe, recipe.environment)]}),
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
         "actors": _actors_table(plan),
@@ -68,6 +69,12 @@ def _step_lines(plan: Plan) -> list[str]:
     updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"
     again = f", {passes} passes over them" if passes > 1 else ""
     return [*lines, f"{updates} of {plan.sequences // count} sequences{again}"]
+
+
+def _turns_line(recipe: Recipe, environment: EnvironmentBlock) -> str:
+    who = environment.name or environment.plugin or ", ".join(environment.tools)
+    turns = f"{environment.max_turns} turn{'s' if environment.max_turns > 1 else ''}"
+    return f"{who}, at most {turns} of {recipe.rollout.max_new_tokens} tokens, {recipe.max_completion_tokens} in all"
 
 
 def _length_line(recipe: Recipe) -> str:
