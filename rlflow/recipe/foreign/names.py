@@ -30,4 +30,4 @@ def foreign_row(name: str, family: str) -> Row | None:
             return table[name]
     if (row := _BLOCKS.get(name) or PPO.get(name)) is not None:
         return row
-    return next((row for key, row in PPO.items() if key.endswith(f".{name}")), PPO.get(f"{name}.*"))
+    return next((row for key, row in PPO.items() if key.endswith(f".{name}")), None)
