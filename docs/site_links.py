@@ -44,7 +44,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     path = here.removeprefix("repository/") if here.startswith("repository/") else f"docs/{here}"
 
     def moved(match: re.Match[str]) -> str:
-        target = posixpath.relpath(_place(_resolve(path, match[2])), posixpath.dirname(here) or ".")
+        named = _resolve(path, match[2])
+        if not (ROOT / named).exists():  # code that looks like a link, or a broken link, of which mkdocs warns
+            return match[0]
+        target = posixpath.relpath(_place(named), posixpath.dirname(here) or ".")
         return f"{match[1]}{target}{match[3] or ''}{match[4]}"
 
     if not path.endswith(".md") or not (ROOT / path).is_file():
@@ -82,7 +85,7 @@ def _place(path: str) -> str:
 def _targets(page: str) -> Iterator[str]:
     for match in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
         path = _resolve(page, match[2])
-        if not path.startswith("docs/") or path.endswith(".md"):
+        if (ROOT / path).exists() and (not path.startswith("docs/") or path.endswith(".md")):
             yield path
 
 
