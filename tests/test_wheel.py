@@ -67,6 +67,7 @@ def test_the_wheel_has_the_recipes_and_says_that_it_is_typed_and_of_which_versio
     assert wheel.name.split("-")[1] == rlflow.__version__
 
 
+@pytest.mark.slow
 def test_a_wheel_made_of_the_sdist_is_the_same(wheel: Path, tmp_path: Path):
     with tarfile.open(build("sdist", ROOT, tmp_path)) as packed:
         packed.extractall(tmp_path, filter="data")
@@ -74,6 +75,7 @@ def test_a_wheel_made_of_the_sdist_is_the_same(wheel: Path, tmp_path: Path):
     assert sorted(names_in(build("wheel", source, tmp_path))) == sorted(names_in(wheel))
 
 
+@pytest.mark.slow
 def test_the_installed_command_plans_a_recipe_that_came_with_it(installed: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
 

@@ -165,7 +165,7 @@ def test_sixty_four_episodes_of_four_turns_take_as_long_as_one():
     slowest = max(group.completions[0].episode.environment_s for group in done)
     print(f"{took:.2f} s, the slowest {slowest:.2f} s")
     # They overlap: one after the other they would take 64 times as long. The bound leaves room for a busy machine.
-    assert took < 4 * seconds * turns
+    assert took < 16 * seconds * turns
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:

@@ -33,6 +33,7 @@ def test_the_page_has_each_of_them_once():
     assert re.findall(r"^(?:def|class) (\w+)", DOC.read_text(), flags=re.MULTILINE) == EXAMPLES
 
 
+@pytest.mark.slow
 def test_a_loss_an_advantage_an_optimizer_a_metric_and_a_callback_make_a_run(run):
     (algorithm,) = re.findall(
         r"^```yaml\n(algorithm: {name: grpo.*?)^```", DOC.read_text(), flags=re.MULTILINE | re.DOTALL
@@ -57,6 +58,7 @@ def test_a_loss_an_advantage_an_optimizer_a_metric_and_a_callback_make_a_run(run
     assert len(scores) < 10
 
 
+@pytest.mark.slow
 def test_a_pair_loss_makes_a_run(run, tmp_path: Path):
     (line,) = re.findall(r"^```yaml\n(algorithm: {name: dpo.*)\n```", DOC.read_text(), flags=re.MULTILINE)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n' * 4)

@@ -64,6 +64,7 @@ def test_every_row_of_the_table_and_every_recipe_is_suggested():
     assert suggest(["recipes", ""]) == list(packaged_recipes())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
     ("line", "expected"),

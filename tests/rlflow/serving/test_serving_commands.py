@@ -88,6 +88,7 @@ def test_vllms_server_gets_the_same_models_names_and_defaults(
     assert "--enable-lora" not in plain and option(plain, "--tensor-parallel-size") == "2"
 
 
+@pytest.mark.slow
 def test_vllms_server_takes_the_words_that_it_is_given(served: ServedModel, adapter_dirs: dict[str, Path]) -> None:
     """By its own parser."""
     pytest.importorskip("vllm")

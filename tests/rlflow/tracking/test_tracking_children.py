@@ -41,6 +41,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_without_a_key_the_run_is_offline_in_its_directory_and_holds_no_secret(
     tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
@@ -57,6 +58,7 @@ def test_without_a_key_the_run_is_offline_in_its_directory_and_holds_no_secret(
     assert b"hunter2-secret" not in everything
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_id(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
     for step in (1, 2):
         tracker = start(make_recipe(), tmp_path, print)

@@ -17,9 +17,10 @@ from rlflow.types import Group, Prompt
 from tests.browser import Tab, browser, find_chromium
 from tests.flat_rollouts import flat
 
-pytestmark = pytest.mark.skipif(
-    find_chromium() is None, reason="no Chromium is installed (Debian: apt install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed (Debian: apt install chromium)"),
+]
 
 HOSTILE = (
     "</script><script>document.title = 'taken'</script>",

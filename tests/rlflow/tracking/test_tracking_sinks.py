@@ -75,6 +75,7 @@ def only(paths: list[Path]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_wandb_has_steps_histograms_a_table_of_samples_and_what_the_run_is_called(
     tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:

@@ -25,9 +25,10 @@ from rlflow.ui.server import Settings, make_app
 from tests.browser import Tab, browser, find_chromium
 from tests.flat_rollouts import flat
 
-pytestmark = pytest.mark.skipif(
-    find_chromium() is None, reason="no Chromium is installed (Debian: apt install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed (Debian: apt install chromium)"),
+]
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 
 

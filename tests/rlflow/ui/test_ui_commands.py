@@ -40,6 +40,7 @@ def write_recipe(home: Path) -> str:
     return "recipes/fake.yaml"
 
 
+@pytest.mark.slow
 def test_a_recipe_is_started_watched_stopped_and_resumed(home: Path):
     file = write_recipe(home)
 
@@ -93,6 +94,7 @@ def test_a_recipe_is_started_watched_stopped_and_resumed(home: Path):
     ask(home, talk)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_is_wrong_is_not_started_and_its_lines_are_named(home: Path):
     file = write_recipe(home)
     text = RECIPE.replace("steps: 100000", "stepz: 5").replace("split: train}}", "split: train}, oops: 1}")
@@ -115,6 +117,7 @@ def test_a_recipe_that_is_wrong_is_not_started_and_its_lines_are_named(home: Pat
     assert [path.name for path in (home / "recipes").iterdir()] == ["fake.yaml"] and not any((home / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_an_edited_recipe_is_kept_beside_the_one_it_came_from_which_stays(home: Path):
     file = write_recipe(home)
     edited = RECIPE.replace("100000", "2")
