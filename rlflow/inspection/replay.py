@@ -22,7 +22,7 @@ from rlflow.recipe import OnlineBlock, RewardBlock, RewardServerBlock
 from rlflow.recipe.algorithm_blocks import BaselineBlock, GAEBlock
 from rlflow.rewards import RewardError
 from rlflow.tracking.rollouts import RolloutRecord
-from rlflow.types import Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams, ScoreBatch
+from rlflow.types import Episode, Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams, ScoreBatch
 
 TOLERANCE = 1e-5
 """Relative; stored numbers are float32."""
@@ -173,6 +173,7 @@ def _scored(
                 prompt,
                 tuple(record.completion for record in group),
                 tuple(record.token_ids[record.is_sampled].tobytes() for record in group),
+                _episodes(group),
             )
             for prompt, group in groups
         ]
@@ -198,23 +199,32 @@ def _group(prompt: Prompt, group: Sequence[RolloutRecord], scores: ScoreBatch, r
 
 def _generated(prompt: Prompt, group: Sequence[RolloutRecord]) -> Generated:
     """The records as a worker gave them back."""
-    num_prompt = len(prompt.token_ids)
-    sizes = [num_prompt + len(record.token_ids) for record in group]
-    before, unsampled = np.zeros(num_prompt, dtype=np.float32), np.zeros(num_prompt, dtype=bool)
+    # An environment may have begun each of them with a prompt of its own.
+    prompts = [record.prompt_token_ids if record.episode else prompt.token_ids for record in group]
+    sizes = [len(before) + len(record.token_ids) for before, record in zip(prompts, group, strict=True)]
+    behind = list(zip([np.zeros(len(token_ids)) for token_ids in prompts], group, strict=True))
     batch = RolloutBatch(
         group_ids=(0,),
         sizes=(len(group),),
         offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        token_ids=np.concatenate([part for one in group for part in (prompt.token_ids, one.token_ids)]),
-        is_sampled=np.concatenate([part for one in group for part in (unsampled, one.is_sampled)]),
-        logprobs=np.concatenate([part for one in group for part in (before, one.logprobs)]),
-        versions=np.concatenate([part for one in group for part in (before.astype(np.int32) - 1, one.versions)]),
+        token_ids=np.concatenate(
+            [part for before, one in zip(prompts, group, strict=True) for part in (before, one.token_ids)]
+        ),
+        is_sampled=np.concatenate([part for zeros, one in behind for part in (zeros.astype(bool), one.is_sampled)]),
+        logprobs=np.concatenate([part for zeros, one in behind for part in (zeros.astype(np.float32), one.logprobs)]),
+        versions=np.concatenate([part for zeros, one in behind for part in (zeros.astype(np.int32) - 1, one.versions)]),
         finish_reasons=tuple(record.finish_reason for record in group),
         texts=tuple(record.completion for record in group),
+        episodes=_episodes(group),
     )
     request = GroupRequest(0, prompt.token_ids, tuple(range(len(group))), SamplingParams(max_new_tokens=1))
     job = Job(request, prompt, group[0].epoch, (), deliver=lambda scored: None)
     return Generated(job, batch, 0)
+
+
+def _episodes(group: Sequence[RolloutRecord]) -> tuple[Episode, ...]:
+    """Of rollouts in an environment; none of others."""
+    return tuple(record.episode for record in group if record.episode is not None)
 
 
 def _outcomes(records: Sequence[RolloutRecord], groups: Sequence[Group], scorer: Scorer) -> Iterator[Outcome]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -34,12 +34,14 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
         tokens: The text of every token, to be shown with its logprob; None shows the completion as it was decoded.
     """
     console.print(Text(f"== {_heading(record)}", style="bold"), soft_wrap=True)
-    for message in record.messages:
-        content = message.get("content")
-        parts = {key: value for key, value in message.items() if key != "role"}
-        text = content if isinstance(content, str) else json.dumps(parts, ensure_ascii=False)
-        _field(console, str(message.get("role")), text, is_whole=is_whole, style="dim")
-    if tokens is None:
+    began_with = record.episode.prompt if record.episode is not None else None
+    for message in began_with or record.messages:
+        _field(console, str(message.get("role")), _said(message), is_whole=is_whole, style="dim")
+    if tokens is None and record.episode is not None:
+        for message in record.episode.messages:
+            style = "bold" if message["role"] == "assistant" else "dim"
+            _field(console, message["role"], _said(message), is_whole=is_whole, style=style)
+    elif tokens is None:
         _field(console, "completion", record.opened + record.completion, is_whole=is_whole, style="bold")
     elif console.is_terminal:
         console.print(Text("completion", style="cyan"), _colored(record, tokens), sep="\n")
@@ -52,6 +54,15 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
         _field(console, name, text, is_whole=is_whole, style="green")
     if record.error:
         _field(console, "error", record.error, is_whole=is_whole, style="red")
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """A message's text, with its calls behind it; all of it as JSON where it has no text."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return json.dumps({key: value for key, value in message.items() if key != "role"}, ensure_ascii=False)
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([*([content] if content or not calls else []), *calls])
 
 
 def show_changes(console: Console, changes: Sequence[Change], num_rollouts: int) -> None:

@@ -40,7 +40,7 @@ _NEEDED_COLUMNS = (
 )
 """Those that files of every version have."""
 _TOKEN_COLUMNS = ("prompt_token_ids", "token_ids", "is_sampled", "logprobs", "versions")
-_REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "opened", "columns", "error", "finish_reason", "state"]
+_REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "tools", "opened", "columns", "error", "finish_reason", "state"]
 """Those that a dictionary makes smaller. To look every token up in one costs more than all other writing."""
 
 
@@ -91,6 +91,8 @@ class RolloutRecord:
     """Those of them that were cut short, or are text in place of what rewards saw."""
     episode: Episode | None = None
     """Of a rollout in an environment: what was said and heard in every turn, calls included."""
+    tools: list[Any] = field(default_factory=list)
+    """Functions that its prompt described."""
 
 
 class RolloutFileError(ValueError):
@@ -140,6 +142,8 @@ def write_rollouts(
     for name in rollouts[0].rewards if rollouts else ():
         columns[f"{REWARD_PREFIX}{name}"] = _numbers([rollout.rewards[name] for rollout in rollouts])
     columns |= episode_columns([rollout.episode for rollout in rollouts])
+    if any(prompt.tools for prompt in prompts):
+        columns["tools"] = _texts([json.dumps(list(prompt.tools), ensure_ascii=False) for prompt in prompts])
     columns |= {
         "error": _texts([rollout.error or None for rollout in rollouts]),
         "advantage": _numbers(flat_advantages),
@@ -303,6 +307,7 @@ def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> R
         columns=_json(row.get("columns", "{}"), path),
         inexact_columns=tuple(row.get("inexact_columns", ())),
         episode=episode_of(row),
+        tools=_json(row.get("tools") or "[]", path),
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rlflow
+from rlflow.cli.main import main
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
@@ -166,3 +167,20 @@ def test_rollouts_whose_environment_failed_are_masked_counted_and_named(run, cap
     assert metrics["environment/failed_fraction"] == pytest.approx(len(failed) / 32)
     assert metrics["reward/error_fraction"] == pytest.approx(len(failed) / 32)
     assert "finish raised ValueError: no score" in capsys.readouterr().err
+
+
+def test_logged_episodes_are_replayed_to_the_same_rewards_and_exported_as_chat(run, tmp_path, capsys):
+    directory = run(PLAIN)
+    records = read_rollouts(directory / "rollouts" / "step_000001.parquet")
+    export = tmp_path / "best.jsonl"
+    assert main(["inspect", str(directory), "--step", "1", "--replay"]) == 0
+    said = capsys.readouterr().out
+    for name in ("environment", "seen"):
+        (line,) = [line.split() for line in said.splitlines() if line.split()[:1] == [name]]
+        assert line[1:3] == ["32", "0"], said  # all the same, none changed
+    assert main(["inspect", str(directory), "--step", "1", "--where", "reward > 0", "--export", str(export)]) == 0
+    rows = [json.loads(line) for line in export.read_text().splitlines()]
+    turns = [record.messages + list(record.episode.messages) for record in records if record.episode is not None]
+    assert rows
+    assert all(row["messages"] in turns for row in rows)
+    assert any(len(row["messages"]) == 4 for row in rows)
