@@ -50,7 +50,7 @@ LAYERS = (
     ),
     ("rlflow.model_source", "rlflow.ui"),
     ("rlflow.serving",),
-    ("rlflow.evaluation_sets", "rlflow.inspection"),
+    ("rlflow.evaluation_sets", "rlflow.inspection", "rlflow.quantization"),
     ("rlflow.doctor",),
     ("rlflow.__main__", "rlflow.api", "rlflow.cli", "rlflow.results", "rlflow"),
 )
@@ -78,6 +78,7 @@ WITHOUT_HEAVY_IMPORTS = {
     "rlflow.model_source": HEAVY - {"ray"},
     "rlflow.positions": HEAVY,
     "rlflow.progress": HEAVY,
+    "rlflow.quantization": HEAVY - {"ray"},
     "rlflow.recipe": HEAVY,
     "rlflow.remedies": HEAVY,
     "rlflow.rollout_checks": HEAVY,

@@ -1,4 +1,4 @@
-"""`rlflow export`: what a run has trained, for others: a copy, an adapter merged into its base, a push to a hub."""
+"""`rlflow export`: what a run has trained, for others: a copy, merged, quantised, pushed to a hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
+from rlflow.cli.quantizing import add_quantize_arguments, check_quantize_arguments, quantize
 from rlflow.data.errors import DataError
 from rlflow.driver.args_json import write_merged_args
 from rlflow.driver.errors import RunError
@@ -19,7 +20,7 @@ from rlflow.recipe.adapter_files import CONFIG, WEIGHTS, base_of, is_adapter, re
 from rlflow.tracking.history import HistoryError
 from rlflow.tracking.model_card import write_card
 
-SUMMARY = "copy a run's model, merge its adapter into the base model, push either to a hub"
+SUMMARY = "copy a run's model, merge its adapter into the base model, quantise it, push it to a hub"
 
 _KEPT = (
     "tokenizer*",
@@ -37,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     example = (
         "rlflow export runs/gsm8k merged/gsm8k --merge\n"
         "  rlflow export runs/gsm8k models/gsm8k-12 --checkpoint 12\n"
+        "  rlflow export runs/gsm8k small/gsm8k --quantize fp8\n"
         "  HF_TOKEN=... rlflow export runs/gsm8k --push hf:organisation/gsm8k --private"
     )
     parser = parser_of("export", SUMMARY, example)
@@ -56,8 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of merged weights; the base's when left out. The sum is computed in float32",
+        help="of merged weights; the base's when left out. The sum is computed in float32. With --quantize: of what is "
+        "not quantised, bfloat16 where the model is in float32",
     )
+    add_quantize_arguments(parser)
     parser.add_argument(
         "--push",
         metavar="HUB:ID",
@@ -79,7 +83,9 @@ def execute(arguments: argparse.Namespace) -> int:
     repository = None
     if target is not None:
         repository = open_repository(target, directory, private=arguments.private, revision=arguments.revision)
-    if arguments.merge:
+    if arguments.quantize is not None:
+        quantize(source, arguments, _merge)
+    elif arguments.merge:
         _publish(output, lambda written: _merge(source, written, arguments))
     elif output is not None and directory != output:
         _publish(output, lambda written: shutil.copytree(directory, written, dirs_exist_ok=True))
@@ -111,9 +117,11 @@ def _name_the_source(arguments: argparse.Namespace) -> None:
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Those that do not go together, before a checkpoint is written as a model for nothing."""
     output = arguments.output
-    if output is None and (arguments.merge or arguments.push is None):
+    check_quantize_arguments(arguments)
+    if output is None and (arguments.merge or arguments.quantize or arguments.push is None):
+        what = " for the quantised model" if arguments.quantize else " for the merged model"
         raise DataError(
-            "name OUTPUT, a new directory" + (" for the merged model" if arguments.merge else ", or --push")
+            "name OUTPUT, a new directory" + (what if arguments.merge or arguments.quantize else ", or --push")
         )
     if output is not None and output.exists():
         raise DataError(f"{output} exists already: name a new directory")
@@ -128,13 +136,14 @@ def _source(arguments: argparse.Namespace) -> ModelSource:
         DataError: There is no such thing, or nothing to merge.
     """
     # What is only copied is written where it shall be at once.
-    output = None if arguments.merge or arguments.push is not None else arguments.output
+    is_changed = arguments.merge or arguments.quantize is not None
+    output = None if is_changed or arguments.push is not None else arguments.output
     source = find_model(arguments.name, checkpoint=arguments.checkpoint, output=output)
     if source.directory is None:
         raise DataError(f"{arguments.name} is no directory here: name a run, or a model's or an adapter's directory")
     if arguments.merge and not source.is_adapter:
         raise DataError(f"{source.directory} holds no adapter to merge: leave out --merge to copy a model")
-    if arguments.merge:
+    if source.is_adapter and is_changed:
         _check_merge(source.directory, source.base, arguments.base)
     return source
 

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "push_to_hub": "--push",
             "hub_private_repo": "--private",
             "torch_dtype": "--dtype",
+            "dataset": "--calibration",
         },
     ),
     "merge-lora": ("export", {"output_dir": ""}),
@@ -62,6 +63,13 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 """ms-swift's verb -> rlflow's command, and its flags -> ours; an empty one is an argument without a name."""
 _READ_BESIDE = ("hub_model_id", "use_hf")
 """Flags that another one's value is made of."""
+_SCHEMES = {
+    **{("fp8", bits): "fp8" for bits in (None, 8)},
+    **{(method, bits): method.removesuffix("_v2") for method in ("awq", "gptq", "gptq_v2") for bits in (None, 4)},
+    (None, 4): "w4a16",
+    (None, 8): "int8",
+}
+"""ms-swift's ``quant_method`` and ``quant_bits`` of an export, as --quantize has them. bnb is loaded so, not stored."""
 _ENGINES = {"pt": "torch", "transformers": "torch", "vllm": "vllm"}
 
 
@@ -84,7 +92,7 @@ def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
     if name == "ui":
         words.append("runs")
     notes: list[Note] = []
-    behind: list[Any] = []
+    behind = _quantize(values, notes) if name == "export" else []
     for flag, value in values.items():
         if flag not in table:
             if flag not in _READ_BESIDE:
@@ -96,6 +104,19 @@ def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
     return " ".join(shlex.quote(str(word)) for word in [*words, *behind]), tuple(notes)
 
 
+def _quantize(values: dict[str, Any], notes: list[Note]) -> list[Any]:
+    """The scheme that two flags name, taken from the values."""
+    given = {flag: values.pop(flag) for flag in ("quant_method", "quant_bits") if flag in values}
+    if not given:
+        return []
+    bits = given.get("quant_bits")
+    scheme = _SCHEMES.get((given.get("quant_method"), int(str(bits)) if str(bits).isdecimal() else bits))
+    if scheme is None:
+        notes.extend(Note("missing", f"--{flag} {shown(flag, value)}") for flag, value in given.items())
+        return []
+    return ["--quantize", scheme]
+
+
 def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[Any]:
     match flag:
         case "merge_lora" | "hub_private_repo":
@@ -103,6 +124,9 @@ def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[
         case "push_to_hub":
             hub = "hf" if values.get("use_hf") == "true" else "modelscope"
             return [option, f"{hub}:{values.get('hub_model_id', 'ORGANISATION/NAME')}"] if value == "true" else []
+        case "dataset":
+            # `name#rows` is some of a dataset's rows.
+            return [option, str(as_list(value)[0]).partition("#")[0]]
         case "api_key":
             return [option, "TOKEN"]
         case "infer_backend":

@@ -27,6 +27,7 @@ def test_every_option_of_the_table_is_one_of_the_commands(verb: str):
         "swift deploy --adapters a=x b=y --host 127.0.0.1 --port 8001 --infer_backend vllm --served_model_name q",
         "swift export --adapters out/checkpoint-9 --merge_lora true --output_dir merged",
         "swift export --model m --push_to_hub true --hub_model_id o/m --use_hf true --hub_token hf_x",
+        "swift export --model m --quant_method gptq --quant_bits 4 --dataset d --output_dir o",
         "swift eval --model m --eval_dataset gsm8k --eval_limit 100",
         "swift web-ui --server_port 7860",
     ],

@@ -273,6 +273,10 @@ def test_what_has_no_counterpart_is_said_and_gives_no_recipe():
         ("swift deploy --model m --host 127.0.0.1 --port 8001", "rlflow serve m --host 127.0.0.1 --port 8001"),
         ("swift export --adapters out/checkpoint-9 --merge_lora true --output_dir merged",
          "rlflow export out/checkpoint-9 --merge merged"),
+        ("swift export --model m --quant_method awq --quant_bits 4 --dataset d#500 --output_dir o",
+         "rlflow export m --quantize awq --calibration d o"),
+        ("swift export --adapters x --quant_method fp8 --output_dir o", "rlflow export x --quantize fp8 o"),
+        ("swift export --model m --quant_bits 8 --output_dir o", "rlflow export m --quantize int8 o"),
         ("swift web-ui --server_port 7860", "rlflow ui runs --port 7860"),
     ],
 )  # fmt: skip
