@@ -3,7 +3,10 @@ out what it has no place for, and says both in its log."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,8 +20,10 @@ def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options:
         new: A module that the checkpoint may lack: it starts from random weights.
 
     Raises:
-        ValueError: The checkpoint has not the weights of the model that its config.json describes; with a remedy.
+        ValueError: The checkpoint has not the weights of the model that its config.json describes, or has them in a
+            format that transformers does not read; with a remedy.
     """
+    _refuse_format(Path(path))
     loaded: Any = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     model, loading = loaded
     missing = [name for name in loading["missing_keys"] if new is None or not name.startswith(f"{new}.")]
@@ -35,6 +40,19 @@ def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options:
             "config.json, or fetch it again"
         )
     return model
+
+
+def _refuse_format(directory: Path) -> None:
+    """Raises ValueError for 4-bit weights that transformers reads with a package of kernels for GPUs, and that is not
+    there."""
+    config = directory / "config.json"
+    written = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    method = (written.get("quantization_config") or {}).get("quant_method")
+    if method in ("awq", "gptq") and find_spec("gptqmodel") is None:
+        raise ValueError(
+            f"{directory} has its weights in {method}'s format, which transformers reads with gptqmodel alone: "
+            "--engine vllm reads it, or name the model that it was made of"
+        )
 
 
 def _belongs(name: str, model: PreTrainedModel) -> bool:

@@ -39,7 +39,7 @@ class Request:
 
     scheme: Scheme
     dtype: str | None = None
-    """Of what is not quantised; the model's own, bfloat16 for one in float32."""
+    """Of what is not quantised; the model's own, bfloat16 for one in float32. awq and gptq have float16."""
     calibration: Path | None = None
     held_out: Path | None = None
     trust_remote_code: bool = False
@@ -53,7 +53,7 @@ def check_request(model: Path, request: Request) -> None:
     """
     read_config(model)
     if request.scheme.preset is None:
-        rounding.require_packages()
+        rounding.check(request.dtype)
     elif find_spec("compressed_tensors") is None:
         raise DataError(
             f"--quantize {request.scheme.name} needs compressed-tensors, which comes with vLLM: pip install "
@@ -107,12 +107,12 @@ def export_quantized(
 
 
 def _round(plain: Path, directory: Path, request: Request, fitted: Texts | None) -> int | None:
-    options = {"dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
+    options = {"trust_remote_code": request.trust_remote_code}
     if request.scheme.preset is None:
         assert fitted is not None
         return rounding.round_directory(plain, directory, request.scheme, fitted.token_ids, **options)
     with ProgressBar("quantising", "tensors") as bar:
-        return quantize_directory(plain, directory, request.scheme, progress=bar.update, **options)
+        return quantize_directory(plain, directory, request.scheme, dtype=request.dtype, progress=bar.update, **options)
 
 
 def _likelihoods(directory: Path, texts: Texts | None, request: Request, what: str) -> list[float]:

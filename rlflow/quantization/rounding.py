@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
-from rlflow.quantization.compressed import half_of, shapes_in, weight_files
+from rlflow.quantization.compressed import shapes_in, weight_files
 from rlflow.quantization.linear_layers import find_layers, read_config
 from rlflow.quantization.schemes import Scheme, group_size_for
 
 STEPS = 200
 """Of SignRound, a decoder layer: what auto-round takes when it is told nothing."""
+DTYPE = "float16"
+"""Of scales in both formats, and so of all that is not quantised."""
 ROW_TOKENS = 512
 """Texts are joined and cut into rows of one length, as GPTQ's authors do (arXiv 2210.17323, section 4)."""
 
 
-def require_packages() -> None:
+def check(dtype: str | None) -> None:
     """
     Raises:
-        DataError: A package is missing.
+        DataError: A package is missing, or another dtype is asked for.
     """
+    if dtype not in (None, DTYPE):
+        raise DataError(f"--dtype {dtype}: --quantize awq and gptq have their scales in {DTYPE}: leave it out")
     if find_spec("auto_round") is None:
         raise DataError(
             "--quantize awq and gptq need auto-round: pip install 'rlflow[quantize]'. --quantize w4a16 has 4 bits "
@@ -49,7 +55,6 @@ def round_directory(
     scheme: Scheme,
     texts: Sequence[Sequence[int]],
     *,
-    dtype: str | None,
     trust_remote_code: bool,
 ) -> int:
     """Writes the weights of ``source`` and its config.json into a directory that exists.
@@ -73,8 +78,7 @@ def round_directory(
     layers = find_layers(source, shapes_in(weight_files(source)), trust_remote_code=trust_remote_code)
     group_size = group_size_for(layers.widths)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    kept = getattr(torch, dtype or half_of(config))
-    model = load_whole(AutoModelForCausalLM, str(source), dtype=kept, **options)
+    model = load_whole(AutoModelForCausalLM, str(source), dtype=torch.float16, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     rows = torch.tensor(rows_of(texts, ROW_TOKENS))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
@@ -90,6 +94,29 @@ def round_directory(
         seqlen=rows.shape[1],
         batch_size=min(8, len(batches)),
         device_map="cuda" if torch.cuda.is_available() else "cpu",
+        enable_torch_compile=False,
     )
-    rounded.quantize_and_save(str(directory), format=scheme.file_format)
+    inside = directory / ".rounded"
+    rounded.quantize_and_save(str(inside), format=scheme.file_format)
+    _take_files(inside, directory, config)
     return group_size
+
+
+def _take_files(inside: Path, directory: Path, config: dict[str, Any]) -> None:
+    """Takes weights from where auto-round wrote them, and adds what it says of them to the model's own config.json:
+    the names that its own lacks are those that transformers 4 reads."""
+    from safetensors.torch import load_file, save_file
+
+    [written] = inside.rglob("config.json")
+    for file in written.parent.glob("*.safetensors"):
+        # What is not quantised is in float32 there.
+        tensors = {
+            name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()
+        }
+        save_file(tensors, directory / file.name, metadata={"format": "pt"})
+    for index in written.parent.glob("*.safetensors.index.json"):
+        index.rename(directory / index.name)
+    said = json.loads(written.read_text())
+    config |= {"quantization_config": said["quantization_config"], "dtype": DTYPE, "torch_dtype": DTYPE}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(inside)

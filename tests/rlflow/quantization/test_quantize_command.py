@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,19 @@ def test_a_quantised_model_answers_with_the_torch_engine(model_dir: Path, tmp_pa
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert json.loads(answers.read_text())["response"] == tokenizer.decode(written, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_format_that_the_torch_engine_does_not_read_names_vllm(
+    method: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    small = tmp_path / "small"
+    shutil.copytree(model_dir, small)
+    config = json.loads((small / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (small / "config.json").write_text(json.dumps(config))
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "1+2="}\n')
+    command = ["infer", str(small), "--engine", "torch", "--data", str(asked), "--output", str(tmp_path / "a.jsonl")]
+    assert main(command) == 2
+    assert f"has its weights in {method}'s format" in (said := capsys.readouterr().err)
+    assert "--engine vllm reads it" in said
