@@ -63,14 +63,15 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 
 def longest_sequences(recipe: Recipe) -> dict[str, int]:
     """What makes the recipe's sequences so long -> tokens: a dotted key, or two that add up."""
-    data, evaluation = recipe.data, recipe.evaluation
+    data = recipe.data
     found = {} if recipe.family == "online" else {"data.max_tokens": data.max_tokens}
     if recipe.needs_rollouts:
         key = "rollout.max_new_tokens" if recipe.environment is None else "environment.max_tokens"
         found[f"data.max_prompt_tokens + {key}"] = data.max_prompt_tokens + recipe.max_completion_tokens
-    if evaluation is not None and recipe.evaluation_reward is not None and evaluation.max_new_tokens is not None:
-        length = data.max_prompt_tokens + recipe.episode_tokens(evaluation.max_new_tokens)
-        found["data.max_prompt_tokens + evaluation.max_new_tokens"] = length
+    for key, block in recipe.evaluations.items():
+        if recipe.reward_of(block) is not None and block.max_new_tokens is not None:
+            length = data.max_prompt_tokens + recipe.episode_tokens(block.max_new_tokens)
+            found[f"data.max_prompt_tokens + {key}.max_new_tokens"] = length
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlflow.data.errors import DataError
 from rlflow.data.formats import format_of
 from rlflow.data.sources import read_table
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe.data_blocks import SourceBlock
 
 FILE = Path(__file__).resolve().parent.parent / "recipes" / "gsm8k_solutions.py"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")

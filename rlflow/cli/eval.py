@@ -203,7 +203,7 @@ def _read_sets(arguments: argparse.Namespace, model: ServedModel, recipe: Recipe
     Raises:
         DataError: One is none, or cannot be read.
     """
-    from rlflow.evaluation_sets.sets import NAMED, read_evaluation
+    from rlflow.evaluation_sets.sets import NAMED, read_evaluations
 
     reading, given = _reading(arguments, model, recipe), dict(_named_files(arguments.data))
     words = [word.strip() for word in (arguments.sets or "").split(",") if word.strip()]
@@ -219,7 +219,7 @@ def _read_sets(arguments: argparse.Namespace, model: ServedModel, recipe: Recipe
         if word == "recipe":
             if recipe is None:
                 raise DataError(f"--sets recipe: {model.source.path} has none: --recipe names one")
-            sets.append(read_evaluation(recipe, reading))
+            sets += read_evaluations(recipe, reading)
         else:
             sets.append(_read_set(word, given.get(word), reading))
     if twice := [one.name for one in sets if [other.name for other in sets].count(one.name) > 1]:

@@ -62,14 +62,15 @@ def sources_of(recipe: Recipe) -> dict[str, SourceBlock]:
     """Training's sources and the evaluation's, by their keys."""
     train = recipe.data.train
     sources = {f"data.train.{i}": s for i, s in enumerate(train)} if isinstance(train, list) else {"data.train": train}
-    return sources if recipe.evaluation is None else {**sources, "evaluation.data": recipe.evaluation.data}
+    return {**sources, **{f"{key}.data": block.data for key, block in recipe.evaluations.items()}}
 
 
 def rewards_of(recipe: Recipe) -> dict[str, RewardBlock]:
     """The rewards and the evaluation's, by their keys."""
     rewards = {f"rewards.{index}": reward for index, reward in enumerate(recipe.rewards)}
-    if recipe.evaluation is not None and recipe.evaluation.reward is not None:
-        rewards["evaluation.reward"] = recipe.evaluation.reward
+    for key, block in recipe.evaluations.items():
+        if block.reward is not None:
+            rewards[f"{key}.reward"] = block.reward
     return rewards
 
 

@@ -70,8 +70,8 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
     reading = Reading()
     is_online = recipe.family == "online"
     kinds = {"data.train": (recipe.data.train, is_online)}
-    if recipe.evaluation is not None:
-        kinds["evaluation.data"] = (recipe.evaluation.data, is_online or recipe.evaluation_reward is not None)
+    for key, block in recipe.evaluations.items():
+        kinds[f"{key}.data"] = (block.data, is_online or recipe.reward_of(block) is not None)
     for key, (sources, is_prompt) in kinds.items():
         columns = rows_that_fit(sources, recipe, model, is_prompt=is_prompt)
         if columns is None:
@@ -99,7 +99,7 @@ def _start(model: ModelBlock, to_come: Mapping[str, Recipe]) -> ModelBlock:
 
 def _loaders(recipe: Recipe, tokenizer: Any) -> Mapping[str, Callable[[], Rows[Any]]]:
     """What reads the rows of each key."""
-    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
+    data, seed = recipe.data, recipe.run.seed
 
     def prompts(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         return load_prompts(source, data, tokenizer, seed)
@@ -109,7 +109,7 @@ def _loaders(recipe: Recipe, tokenizer: Any) -> Mapping[str, Callable[[], Rows[A
         return load(data.model_copy(update={"train": source}), tokenizer, seed)
 
     loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}
-    if evaluation is not None:
-        read = examples if recipe.evaluation_reward is None else prompts
-        loaders["evaluation.data"] = partial(read, evaluation.data)
+    for key, block in recipe.evaluations.items():
+        read = examples if recipe.reward_of(block) is None else prompts
+        loaders[f"{key}.data"] = partial(read, block.data)
     return loaders

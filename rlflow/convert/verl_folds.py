@@ -123,7 +123,7 @@ def _set_data(given: Given, draft: Draft, verb: str) -> list[dict[str, Any]]:
         if len(held_out) > 1:
             draft.note(
                 "to do",
-                f"{given.text('data.val_files')}: one set is measured during a run; `rlflow eval` takes several",
+                f"{given.text('data.val_files')}: the first is measured; make `evaluation` a list of a block for each",
             )
     else:
         for name in [name for name in draft.values if name.startswith("evaluation.")]:

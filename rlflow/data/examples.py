@@ -14,7 +14,7 @@ from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import Loaded, load_records
-from rlflow.recipe.schema import DataBlock
+from rlflow.recipe.data_blocks import DataBlock
 from rlflow.types import Message
 
 if TYPE_CHECKING:

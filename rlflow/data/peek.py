@@ -12,7 +12,7 @@ from typing import Any
 from rlflow.data.errors import DataError, nearest
 from rlflow.data.files import TEXT_READERS, Unreadable, data_suffix, elements
 from rlflow.data.generated import CHECKS, GENERATORS
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe.data_blocks import SourceBlock
 
 PEEKED_CHARACTERS = 1 << 20
 """How much of a file is looked at."""

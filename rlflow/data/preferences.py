@@ -15,7 +15,7 @@ from rlflow.data.errors import DataError, RowError, Rows, listing
 from rlflow.data.examples import Example, encode_rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.records import load_records
-from rlflow.recipe.schema import DataBlock
+from rlflow.recipe.data_blocks import DataBlock
 from rlflow.types import Message
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rlflow.data.formats import Record, with_system
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import load_records
 from rlflow.data.shorten import shorten_prompt, shorten_text
-from rlflow.recipe.schema import DataBlock, SourceBlock
+from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 from rlflow.types import Message, Prompt
 
 if TYPE_CHECKING:

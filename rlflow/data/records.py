@@ -16,7 +16,7 @@ from rlflow.data.errors import BadRow, DataError, RowError, Rows, listing
 from rlflow.data.formats import Record, format_of, to_record
 from rlflow.data.sampler import permutation
 from rlflow.data.sources import Table, read_table
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe.data_blocks import SourceBlock
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import Any
 from rlflow.data.errors import BadRow, DataError, nearest
 from rlflow.data.files import Unreadable, data_suffix, missing_file, read_file
 from rlflow.data.generated import GENERATORS
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe.data_blocks import SourceBlock
 
 KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Book:
         inputs: Inputs,
         directory: Path,
         learner: Learner,
-        evaluator: Evaluator | None,
+        evaluators: Sequence[Evaluator],
         tracker: Tracker,
         clock: Clock,
         should_stop: Callable[[], bool],
@@ -45,12 +45,13 @@ class Book:
         """
         Args:
             inputs: What the recipe's names stand for.
+            evaluators: The score of the first decides which checkpoint is best, and when the score is reached.
             directory: The run's, which exists.
             should_stop: Whether somebody asked the run to end.
             num_restarts: How often the stage has begun again with fresh actors.
         """
         self.recipe, self.inputs, self.directory = recipe, inputs, directory
-        self.learner, self.evaluator = learner, evaluator
+        self.learner, self.evaluators = learner, list(evaluators)
         self.tracker, self.clock, self.should_stop = tracker, clock, should_stop
         self.callbacks = callbacks
         self.checkpoints = directory / "checkpoints"
@@ -88,7 +89,7 @@ class Book:
 
     def report_start(self) -> None:
         """Evaluates and logs what the policy is before the first step."""
-        evaluation = self._evaluate()
+        evaluation = self._evaluate(self.evaluators)
         measured = {} if evaluation is None else evaluation.metrics
         stats = StepStats(0, measured | self.clock.metrics())
         self.tracker.log(stats)
@@ -100,8 +101,11 @@ class Book:
 
     def evaluates_after(self, step: int, *, last: bool) -> bool:
         """Whether the end of a step measures."""
-        every = self.recipe.evaluation.every if self.recipe.evaluation else None
-        return self.evaluator is not None and (last or bool(every and step % every == 0))
+        return bool(self._due(step, last=last))
+
+    def _due(self, step: int, *, last: bool) -> list[Evaluator]:
+        """Those that measure at the end of a step."""
+        return [one for one in self.evaluators if last or (one.block.every and step % one.block.every == 0)]
 
     def end_step(self, stats: StepStats, state: dict[str, Any], *, last: bool) -> bool:
         """Evaluates and saves when it is due, after the last step and when asked to stop; logs.
@@ -116,11 +120,14 @@ class Book:
         Raises:
             StopRequested: Somebody asked the run to stop, and the checkpoint is written.
         """
-        evaluation = self._evaluate() if self.evaluates_after(stats.step, last=last) else None
+        due = self._due(stats.step, last=last)
+        evaluation = self._evaluate(due)
         if evaluation is not None:
             stats.metrics |= evaluation.metrics
-            target = self.recipe.run.stop_at_score
-            last = last or (target is not None and evaluation.score >= target)
+            if not last and self._is_reached(evaluation):
+                last = True
+                rest = self._evaluate([one for one in self.evaluators if one not in due])
+                stats.metrics |= {} if rest is None else rest.metrics
         if not self._is_startup_told:
             self.tracker.message(self.clock.story(stats.step))
             self._is_startup_told = True
@@ -140,6 +147,11 @@ class Book:
         if stopping:
             raise StopRequested(f"stopped after step {stats.step}; {GO_ON}")
         return last
+
+    def _is_reached(self, evaluation: Evaluation) -> bool:
+        """Whether the stage has the score that it is to end with."""
+        target, score = self.recipe.run.stop_at_score, evaluation.score
+        return target is not None and score is not None and score >= target
 
     def _ended(self, step: int, state: dict[str, Any], score: float | None, *, last: bool) -> EndedStep:
         """What the checkpoint of a step that has just ended says."""
@@ -184,9 +196,11 @@ class Book:
             write_trace(self.directory / "traces" / f"step_{step:06d}.json", spans)
         return busy_metrics(spans, began, ended)
 
-    def _evaluate(self) -> Evaluation | None:
-        """Measures the weights that the workers have."""
-        if self.evaluator is None:
+    def _evaluate(self, evaluators: Sequence[Evaluator]) -> Evaluation | None:
+        """Measures the weights that the workers have, one set after the other."""
+        if not evaluators:
             return None
         with self.clock("evaluate"):
-            return self.evaluator.run()
+            found = [one.run() for one in evaluators]
+        metrics = {name: value for one in found for name, value in one.metrics.items()}
+        return Evaluation(metrics, found[0].score if evaluators[0] is self.evaluators[0] else None)

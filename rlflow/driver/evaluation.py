@@ -19,11 +19,13 @@ class Evaluation:
 
     metrics: dict[str, float]
     """Keys are ``eval/<name>/<metric>``."""
-    score: float
-    """What the best checkpoint has most of."""
+    score: float | None
+    """What the best checkpoint has most of; None where the set that decides it was not measured."""
 
 
 class Evaluator(Protocol):
+    block: EvaluationBlock
+
     def prepare(self) -> None:
         """Takes what it needs of actors that will end before the steps begin."""
 
@@ -36,7 +38,7 @@ class LossEvaluator:
     """The algorithm's objective on held-out rows, as one batch, without a gradient."""
 
     def __init__(self, learner: Learner, block: EvaluationBlock, units: Sequence[Unit]) -> None:
-        self.learner, self.units = learner, list(units)
+        self.learner, self.block, self.units = learner, block, list(units)
         self.prefix = f"eval/{block.name}"
 
     def prepare(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,25 @@ class Material:
     tokenizer: Any
     rows: Rows
     """Prompts or units."""
-    held_out: Rows
+    held_out: Mapping[str, Rows]
+    """Of each evaluation, by its key."""
 
 
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
-    """The stage's training rows (prompts or units), and its held-out rows when it evaluates."""
-    data, seed, evaluation = recipe.data, recipe.run.seed, recipe.evaluation
+def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, dict[str, Rows]]:
+    """The stage's training rows (prompts or units), and the held-out rows of each of its evaluations."""
+    data, seed = recipe.data, recipe.run.seed
     tools = _tools_of(recipe)
     if recipe.family == "online":
         rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards), tools)
     else:
         rows = load_units(recipe, data, tokenizer)
-    if evaluation is None:
-        return rows, Rows()
-    if (reward := recipe.evaluation_reward) is not None:
-        return rows, load_prompts(evaluation.data, data, tokenizer, seed, reject_references([reward]), tools)
-    return rows, load_units(recipe, data.model_copy(update={"train": evaluation.data}), tokenizer)
+    held_out: dict[str, Rows] = {}
+    for key, block in recipe.evaluations.items():
+        if (reward := recipe.reward_of(block)) is not None:
+            held_out[key] = load_prompts(block.data, data, tokenizer, seed, reject_references([reward]), tools)
+        else:
+            held_out[key] = load_units(recipe, data.model_copy(update={"train": block.data}), tokenizer)
+    return rows, held_out
 
 
 def _tools_of(recipe: Recipe) -> list[dict[str, Any]]:
@@ -62,7 +65,8 @@ def tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> 
     """Says what was found in the run's directory, and which rows are not trained as they are."""
     for note in notes:
         tracker.message(note)
-    for name, loaded in (("data.train", material.rows), ("evaluation.data", material.held_out)):
+    held_out = {f"{key}.data": loaded for key, loaded in material.held_out.items()}
+    for name, loaded in {"data.train": material.rows, **held_out}.items():
         if loaded.skipped:
             of_all = len(loaded) + len(loaded.skipped)
             tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")
@@ -80,6 +84,6 @@ def num_steps(recipe: Recipe, num_rows: int) -> int:
 
 def max_model_len(recipe: Recipe) -> int:
     """Longest prompt and longest completion, or episode, together, training's or evaluation's."""
-    evaluation = recipe.evaluation
-    longest = max(recipe.rollout.max_new_tokens, (evaluation and evaluation.max_new_tokens) or 0)
+    measured = [block.max_new_tokens or 0 for block in recipe.evaluations.values()]
+    longest = max(recipe.rollout.max_new_tokens, *measured) if measured else recipe.rollout.max_new_tokens
     return recipe.data.max_prompt_tokens + recipe.episode_tokens(longest)

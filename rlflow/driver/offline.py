@@ -72,7 +72,7 @@ def precompute_reference(learner: Learner, book: Book, units: Sequence[Unit], ch
     for start in range(0, len(units), chunk):
         book.tracker.progress("reference logprobs", start, len(units))
         scored += score_units(learner, units[start : start + chunk])
-    if book.evaluator is not None:
-        book.evaluator.prepare()
+    for evaluator in book.evaluators:
+        evaluator.prepare()
     learner.release("reference")
     return scored

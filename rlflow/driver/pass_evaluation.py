@@ -45,6 +45,9 @@ class PassEvaluator:
             params,
             temperature=block.temperature,
             max_new_tokens=block.max_new_tokens or params.max_new_tokens,
+            top_p=params.top_p if block.top_p is None else block.top_p,
+            top_k=params.top_k if block.top_k is None else block.top_k,
+            min_p=params.min_p if block.min_p is None else block.min_p,
         )
 
     def prepare(self) -> None:

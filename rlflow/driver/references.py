@@ -42,9 +42,9 @@ def check_sources(recipe: Recipe) -> None:
     training = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
     for source in training:
         _check(source, recipe.rewards if recipe.family == "online" else [])
-    if recipe.evaluation is not None:
-        reward = recipe.evaluation_reward
-        _check(recipe.evaluation.data, [reward] if reward is not None else [])
+    for block in recipe.evaluations.values():
+        reward = recipe.reward_of(block)
+        _check(block.data, [reward] if reward is not None else [])
 
 
 def _check(source: SourceBlock, rewards: Sequence[RewardBlock]) -> None:

@@ -94,23 +94,24 @@ class Inputs:
 
 
 def sums_of_rows(recipe: Recipe) -> dict[str, str]:
-    """Reads all rows: the sum of those of ``data.train`` and of ``evaluation.data``.
+    """Reads all rows: the sum of those of ``data.train`` and of each evaluation.
 
     Raises:
         DataError: A source cannot be read.
     """
     train = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
     sums = {"data.train": sum_of_rows([read_table(source) for source in train])}
-    if recipe.evaluation is not None:
-        sums["evaluation.data"] = sum_of_rows([read_table(recipe.evaluation.data)])
+    for key, block in recipe.evaluations.items():
+        sums[f"{key}.data"] = sum_of_rows([read_table(block.data)])
     return sums
 
 
 def rewards_of(recipe: Recipe) -> dict[str, RewardBlock]:
     """Every function that scores, by dotted key."""
     rewards = {f"rewards.{index}": reward for index, reward in enumerate(recipe.rewards)}
-    if recipe.evaluation is not None and recipe.evaluation.reward is not None:
-        rewards["evaluation.reward"] = recipe.evaluation.reward
+    for key, block in recipe.evaluations.items():
+        if block.reward is not None:
+            rewards[f"{key}.reward"] = block.reward
     return rewards
 
 
@@ -198,12 +199,15 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def sum_of_measure(recipe: Recipe, inputs: Inputs) -> str:
-    """What the held-out score is of: scores of another measure cannot be compared with it."""
+    """What the held-out score, the first evaluation's, is of: scores of another measure cannot be compared with it."""
     reward = recipe.evaluation_reward
+    key, block = next(iter(recipe.evaluations.items()), ("evaluation", None))
+    # Keys that blocks had not always count where they are given.
+    later = {name for name in ("top_p", "top_k", "min_p") if block is not None and getattr(block, name) is None}
     parts: list[Any] = [
-        None if recipe.evaluation is None else recipe.evaluation.model_dump(mode="json", exclude={"every", "data"}),
+        None if block is None else block.model_dump(mode="json", exclude={"every", "data", *later}),
         None if reward is None else reward.model_dump(mode="json", exclude={"weight", "timeout_s", "prompts_per_call"}),
-        inputs.rows.get("evaluation.data"),
+        inputs.rows.get(f"{key}.data"),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

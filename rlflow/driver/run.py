@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -321,8 +321,8 @@ def _learn(
     )
     params = sampling_params(recipe, material.tokenizer, material.model)
     with _pool(recipe, actors, material, tracker, clock) as pool:
-        evaluator = _evaluator(recipe, learner, pool, params, material.held_out, tracker)
-        book = Book(recipe, inputs, directory, learner, evaluator, tracker, clock, stop.asked, callbacks, num_restarts)
+        evaluators = _evaluators(recipe, learner, pool, params, material.held_out, tracker)
+        book = Book(recipe, inputs, directory, learner, evaluators, tracker, clock, stop.asked, callbacks, num_restarts)
         callbacks.run_starts(recipe)
         with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
             with saving_what_failed(book), finding_the_lost(actors):
@@ -361,22 +361,25 @@ def _pool(
         pool.close()
 
 
-def _evaluator(
+def _evaluators(
     recipe: Recipe,
     learner: Learner,
     pool: RolloutPool | None,
     params: SamplingParams,
-    held_out: Rows,
+    held_out: Mapping[str, Rows],
     tracker: Tracker,
-) -> Evaluator | None:
-    block, reward = recipe.evaluation, recipe.evaluation_reward
-    if block is None:
-        return None
-    if reward is None:
-        return LossEvaluator(learner, block, held_out)
-    assert pool is not None
-    limits = episode_limits(recipe, block.max_new_tokens or params.max_new_tokens)
-    return PassEvaluator(pool, block, reward, held_out, params, recipe.run.seed, tracker, limits)
+) -> list[Evaluator]:
+    """One a set, in the recipe's order."""
+    evaluators: list[Evaluator] = []
+    for key, block in recipe.evaluations.items():
+        reward, rows = recipe.reward_of(block), held_out[key]
+        if reward is None:
+            evaluators.append(LossEvaluator(learner, block, rows))
+            continue
+        assert pool is not None
+        limits = episode_limits(recipe, block.max_new_tokens or params.max_new_tokens)
+        evaluators.append(PassEvaluator(pool, block, reward, rows, params, recipe.run.seed, tracker, limits))
+    return evaluators
 
 
 def _wait_ready(actors: Actors, recipe: Recipe) -> None:

@@ -134,12 +134,14 @@ def _sampling(model: ServedModel, one: ProblemSet, drawing: Drawing) -> tuple[Sa
         raise DataError(f"{one.name}: {samples} greedy completions are all the same: give --temperature")
     sampling = model.defaults.given(
         temperature=temperature,
-        top_p=drawing.top_p,
-        top_k=drawing.top_k,
+        top_p=one.top_p if drawing.top_p is None else drawing.top_p,
+        top_k=one.top_k if drawing.top_k is None else drawing.top_k,
+        min_p=one.min_p,
+        repetition_penalty=one.repetition_penalty,
         max_new_tokens=drawing.max_new_tokens or one.max_new_tokens or model.defaults.max_new_tokens or _LONGEST,
         seed=drawing.seed,
         stop=one.stop or None,
-        ends=() if one.stop else None,
+        ends=() if one.stop else one.ends,
     )
     return sampling, samples
 

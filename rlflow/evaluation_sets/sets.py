@@ -20,7 +20,7 @@ from rlflow.data.prompts import load_prompts
 from rlflow.data.records import refuse_bad_rows
 from rlflow.data.sampler import permutation
 from rlflow.data.sources import Table, read_table
-from rlflow.recipe import DataBlock, Recipe, RewardBlock, SourceBlock
+from rlflow.recipe import DataBlock, EvaluationBlock, Recipe, RewardBlock, SourceBlock
 from rlflow.types import Prompt
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ class ProblemSet:
     samples: int | None = None
     """Completions a prompt, where a recipe says."""
     temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ends: tuple[str, ...] | None = None
+    """Stop strings that are kept, as in rollouts."""
     max_new_tokens: int | None = None
 
     def __len__(self) -> int:
@@ -201,16 +207,21 @@ def read_own(name: str, path: str, reading: Reading) -> ProblemSet:
     return ProblemSet(name, "code" if reward.name == "python_tests" else "answer", prompts=prompts, reward=reward)
 
 
-def read_evaluation(recipe: Recipe, reading: Reading) -> ProblemSet:
-    """What a recipe measures on its held-out rows, as it does.
+def read_evaluations(recipe: Recipe, reading: Reading) -> list[ProblemSet]:
+    """What a recipe measures on its held-out rows, as it does: each of its evaluations that generates.
 
     Raises:
-        DataError: It has no evaluation that generates, or its rows cannot be read.
+        DataError: It has none, or their rows cannot be read.
     """
-    block, reward = recipe.evaluation, recipe.evaluation_reward
-    if block is None or reward is None:
-        what = "has no evaluation" if block is None else "measures a loss, and no answers"
+    rewards = [(block, recipe.reward_of(block)) for block in recipe.evaluations.values()]
+    sets = [_read_evaluation(recipe, block, reward, reading) for block, reward in rewards if reward is not None]
+    if not sets:
+        what = "measures a loss, and no answers" if rewards else "has no evaluation"
         raise DataError(f"the recipe {what}: name sets, --sets {','.join(NAMED)} or a file of yours")
+    return sets
+
+
+def _read_evaluation(recipe: Recipe, block: EvaluationBlock, reward: RewardBlock, reading: Reading) -> ProblemSet:
     source = block.data
     if reading.limit is not None:
         source = source.model_copy(update={"rows": _limit(reading.limit, len(read_table(source).rows))})
@@ -224,6 +235,11 @@ def read_evaluation(recipe: Recipe, reading: Reading) -> ProblemSet:
         threshold=block.threshold,
         samples=block.samples,
         temperature=block.temperature,
+        top_p=recipe.rollout.top_p if block.top_p is None else block.top_p,
+        top_k=recipe.rollout.top_k if block.top_k is None else block.top_k,
+        min_p=recipe.sampling.min_p if block.min_p is None else block.min_p,
+        repetition_penalty=recipe.sampling.repetition_penalty,
+        ends=tuple(recipe.sampling.stop),
         max_new_tokens=block.max_new_tokens or recipe.rollout.max_new_tokens,
     )
 

@@ -10,22 +10,16 @@ from rlflow.recipe.algorithm import (
     algorithm_of,
 )
 from rlflow.recipe.block import Block
+from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 from rlflow.recipe.environment_blocks import EnvironmentBlock
+from rlflow.recipe.evaluation_blocks import EvaluationBlock
 from rlflow.recipe.loading import dump_recipe, load_recipe
 from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock
-from rlflow.recipe.schema import (
-    DataBlock,
-    EvaluationBlock,
-    Recipe,
-    ReferenceBlock,
-    RolloutBlock,
-    RunBlock,
-    SourceBlock,
-)
+from rlflow.recipe.schema import Recipe, ReferenceBlock, RolloutBlock, RunBlock
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlock, TrainerBlock
 

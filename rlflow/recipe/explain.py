@@ -71,7 +71,9 @@ def _conflicts(recipe: Recipe, document: Document, wrong: set[str]) -> list[Prob
     found = []
     for path, block in _blocks_of(recipe):
         for conflict in block.conflicts():
-            keys = [(*path, *key.split(".")) for key in conflict.keys]
+            keys = [
+                (*path, *(int(part) if part.isdigit() else part for part in key.split("."))) for key in conflict.keys
+            ]
             if not any(_overlap(_named(key), other) for key in keys for other in wrong):
                 given = next((key for key in keys if key in document.places), keys[0])
                 found.append(Problem.at(document.place(given), dotted(keys[0]), conflict.reason))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from rlflow.recipe.adapter_rules import adapter_conflicts
 from rlflow.recipe.algorithm import Algorithm, OnlineBlock
@@ -21,13 +20,13 @@ from rlflow.recipe.block import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    Number,
     PositiveFloat,
     PositiveInt,
     exactly_one,
-    malformed_function,
 )
+from rlflow.recipe.data_blocks import DataBlock
 from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_conflicts
+from rlflow.recipe.evaluation_blocks import EvaluationBlock, OneOrSeveralEvaluations, evaluation_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
@@ -35,73 +34,6 @@ from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingB
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
-
-
-class SourceBlock(Block):
-    path: str | None = None
-    """A local file (JSON, JSONL, CSV, Parquet; .gz too), or a hub dataset id."""
-    generator: str | None = None
-    """Rows made by a function: a name of rlflow.data.generated, or `file.py:function`."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the generator."""
-    subset: str | None = None
-    """Configuration of a hub dataset, or its folder where it has none."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    rows: PositiveInt | None = None
-    """Use this many rows, drawn with the run's seed; repeats when the set is smaller."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Our name -> the file's column, e.g. {prompt: question, solution: answer}."""
-    format: Literal["auto", "messages", "sharegpt", "instruction", "prompt", "preference", "kto", "text"] = "auto"
-    """How a row becomes messages."""
-    max_bad_rows: NonNegativeInt = 0
-    """How many malformed rows may be skipped (each is named) before the run refuses to start."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if (self.path is None) == (self.generator is None):
-            yield Conflict(("path", "generator"), exactly_one(path=self.path, generator=self.generator))
-        if self.generator is None and self.args:
-            yield Conflict(("args", "generator"), "are a generator's: give generator, or remove them")
-        if self.generator is not None and self.split != "train":
-            yield Conflict(("split", "generator"), "is a dataset's, and rows come from a generator: set it in args")
-        if self.generator is not None and self.subset is not None:
-            yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
-        if self.generator is not None and ":" in self.generator:
-            yield from malformed_function("generator", self.generator)
-
-
-OneOrSeveral = Annotated[
-    Annotated[SourceBlock, Tag("<one>")] | Annotated[list[SourceBlock], Tag("<several>")],
-    Discriminator(lambda given: "<several>" if isinstance(given, list) else "<one>"),
-]
-
-
-class DataBlock(Block):
-    train: OneOrSeveral
-    """Where the rows come from; several are concatenated."""
-    prompts_per_step: PositiveInt = 16
-    """Prompts (online) or examples (offline) a step."""
-    max_prompt_tokens: PositiveInt = 1024
-    """Longest prompt."""
-    max_tokens: PositiveInt = 2048
-    """Longest example of offline training, prompt and answer."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """Rows beyond these limits: refuse to start, leave them out, or cut (prompts by their oldest turns and the middle
-    of the longest message, examples from the right)."""
-    system: str | None = None
-    """System message put before every prompt that has none."""
-    shuffle: bool = True
-    """A new order every epoch, from the run's seed."""
-    loss_on: Literal["last_assistant", "all_assistant", "all"] = "all_assistant"
-    """SFT: which messages are trained."""
-    ignore_empty_think: bool = False
-    """SFT: no loss on an empty `<think></think>`."""
-    template_date: date | None = None
-    """What a chat template writes that writes the date, e.g. 2026-01-31; the day the run starts when absent."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.train == []:
-            yield Conflict(("train",), "is empty: give at least one source")
 
 
 class RolloutBlock(Block):
@@ -159,38 +91,13 @@ class ReferenceBlock(Block):
     """Ray GPUs of each."""
 
 
-class EvaluationBlock(Block):
-    name: str = "heldout"
-    """Metrics are `eval/<name>/...`."""
-    data: SourceBlock
-    """Held-out rows."""
-    every: PositiveInt | None = None
-    """Evaluate after every so many steps; before the first and after the last in any case."""
-    samples: PositiveInt = 1
-    """Completions a prompt, the k of pass@k."""
-    temperature: NonNegativeFloat = 0.0
-    """0 is greedy."""
-    max_new_tokens: PositiveInt | None = None
-    """The rollout block's when absent."""
-    reward: RewardBlock | None = None
-    """What counts as a pass when it reaches `threshold`; the recipe's first reward when absent. Offline without it
-    nothing is generated: the algorithm's own loss is measured on the held-out rows (of pairs, accuracy and margin)."""
-    threshold: Number = 1.0
-    """Least reward that passes."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.samples > 1 and not self.temperature:
-            reason = f"{self.samples} greedy completions are all the same: set temperature, or samples: 1"
-            yield Conflict(("samples", "temperature"), reason)
-
-
 class RunBlock(Block):
     steps: PositiveInt | None = None
     """Optimizer steps; or give epochs."""
     epochs: PositiveFloat | None = None
     """Passes over the data; or give steps."""
     stop_at_score: Fraction | None = None
-    """End the stage early, at the first evaluation whose pass@1 reaches this."""
+    """End the stage early, as soon as pass@1 of the (first) evaluation reaches this."""
     max_staleness: NonNegativeInt = 0
     """Versions a rollout may lag behind the policy it trains; 0 is synchronous."""
     max_skipped_steps: PositiveInt = 3
@@ -241,8 +148,9 @@ class Recipe(Block):
     """Who trains."""
     reference: ReferenceBlock = ReferenceBlock()
     """The frozen model of the KL term."""
-    evaluation: EvaluationBlock | None = None
-    """Held-out measurements during the run."""
+    evaluation: OneOrSeveralEvaluations | None = None
+    """Held-out measurements during the run: one set, or a list of several. The first decides which checkpoint is best,
+    and run.stop_at_score."""
     run: RunBlock = RunBlock()
     """How long, where to."""
     tracking: list[TrackerName] = Field(default_factory=lambda: ["console", "jsonl"])
@@ -263,7 +171,7 @@ class Recipe(Block):
     @property
     def needs_rollouts(self) -> bool:
         """Whether anybody generates: to train on it, or to evaluate."""
-        return self.family == "online" or self.evaluation_reward is not None
+        return self.family == "online" or any(self.reward_of(block) for block in self.evaluations.values())
 
     @property
     def cut_by(self) -> str | None:
@@ -310,23 +218,37 @@ class Recipe(Block):
         return self.environment.max_tokens or self.environment.max_turns * max_new_tokens
 
     @property
-    def evaluation_reward(self) -> RewardBlock | None:
+    def evaluations(self) -> dict[str, EvaluationBlock]:
+        """All sets that are measured, by dotted key: ``evaluation``, or ``evaluation.0`` and so on."""
+        given = self.evaluation
+        if isinstance(given, list):
+            return {f"evaluation.{index}": block for index, block in enumerate(given)}
+        return {} if given is None else {"evaluation": given}
+
+    def reward_of(self, evaluation: EvaluationBlock) -> RewardBlock | None:
         """What decides whether an answer passes; None when the evaluation generates nothing."""
-        if self.evaluation is None:
-            return None
-        return self.evaluation.reward or (self.rewards[0] if self.rewards else None)
+        return evaluation.reward or (self.rewards[0] if self.rewards else None)
+
+    @property
+    def evaluation_reward(self) -> RewardBlock | None:
+        """Of the first evaluation; None where there is none, too."""
+        return next(map(self.reward_of, self.evaluations.values()), None)
 
     @property
     def scoring(self) -> list[RewardBlock]:
-        """Every function a reward server needs: the rewards, then the evaluation's when it is not among them."""
-        extra = self.evaluation_reward
-        return [*self.rewards, *([extra] if extra is not None and extra not in self.rewards else [])]
+        """Every function a reward server needs: the rewards, then those of evaluations that are not among them."""
+        found = list(self.rewards)
+        for block in self.evaluations.values():
+            reward = self.reward_of(block)
+            found += [] if reward is None or reward in found else [reward]
+        return found
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
         yield from rollout_server_conflicts(self)
         yield from environment_conflicts(self)
+        yield from evaluation_conflicts(self)
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         yield from self._metric_conflicts()
@@ -372,12 +294,7 @@ class Recipe(Block):
         if self.family != "online" and self.rewards:
             reason = f"{name} does not use rewards: remove them, or move them to the stage that does"
             yield Conflict(("rewards", "algorithm.name"), reason)
-        if self.run.stop_at_score is not None and self.evaluation_reward is None:
-            reason = "is a share of answers that pass, and nothing decides what passes: give evaluation.reward"
-            yield Conflict(("run.stop_at_score", "evaluation.reward"), reason)
         is_policy = self.algorithm.learning.head == "token"
-        if not is_policy and self.evaluation_reward is not None:
-            yield Conflict(("evaluation.reward", "algorithm.name"), "a reward model writes no answers: remove it")
         if not is_policy and self.model.liger:
             yield Conflict(("model.liger", "algorithm.name"), "has kernels for policies alone: remove it")
         for label, count in Counter(reward.label for reward in self.scoring).items():

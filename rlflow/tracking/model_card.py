@@ -167,21 +167,21 @@ def _eval_results(stage: StageHistory, task: str) -> list[Any] | None:
     """The front matter's form of the last held-out values."""
     from huggingface_hub import EvalResult
 
-    evaluation = stage.recipe["evaluation"]
-    if not evaluation:
-        return None
-    source = evaluation["data"]
+    given = stage.recipe["evaluation"] or []
+    sources = {one["name"]: one["data"] for one in (given if isinstance(given, list) else [given])}
     results = []
     for metric, _, _, _, value in stage.evaluations():
-        if not math.isfinite(value):
+        name, _, kind = metric.partition("/")
+        if not math.isfinite(value) or name not in sources:
             continue
+        source = sources[name]
         results.append(
             EvalResult(
                 task_type=task,
                 dataset_type=source["path"] if source["path"] and _is_on_hub(source["path"]) else "held-out",
-                dataset_name=evaluation["name"],
+                dataset_name=name,
                 dataset_split=source["split"] if source["path"] and _is_on_hub(source["path"]) else None,
-                metric_type=metric.partition("/")[2],
+                metric_type=kind,
                 metric_value=round(value, 6),
             )
         )

@@ -133,9 +133,9 @@ PPO: Table = {
     f"{ROLLOUT}.max_num_seqs": key("rollout.max_num_seqs"),
     f"{ROLLOUT}.val_kwargs.n": key("evaluation.samples", read=lambda number: number if number > 1 else None),
     f"{ROLLOUT}.val_kwargs.temperature": key("evaluation.temperature", default=0, read=float),
-    f"{ROLLOUT}.val_kwargs.*": missing(
-        "an evaluation samples with its temperature alone", -1, 1.0, 1, True, name="evaluation.temperature"
-    ),
+    f"{ROLLOUT}.val_kwargs.top_p": key("evaluation.top_p", default=1.0, read=float),
+    f"{ROLLOUT}.val_kwargs.top_k": key("evaluation.top_k", default=0, read=lambda value: max(0, value)),
+    f"{ROLLOUT}.val_kwargs.*": missing("an evaluation has no such option", True, False, name="evaluation"),
     f"{ROLLOUT}.multi_turn.*": _TURNS,
     f"{ROLLOUT}.agent.*": _OWN,
     f"{ROLLOUT}.quantization": missing("engines have the policy's weights as they are"),

@@ -79,6 +79,24 @@ def test_a_run_is_measured_as_it_measured_itself(run: Path, tmp_path: Path, caps
     assert said[1].split() == ["words", "words", "pass@1", "100.0%", "34.2", "to", "100.0%", "2", "1"]
 
 
+def test_every_set_of_a_recipe_that_generates_is_measured_in_its_own_way(run: Path, tmp_path: Path):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    words = recipe["evaluation"]
+    often = {"name": "often", "samples": 2, "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 3}
+    recipe["evaluation"] = [words, {**words, "name": "loss", "reward": None}, {**words, **often}]
+    recipe["sampling"] = {**recipe["sampling"], "stop": ["tw"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (found,) = evaluate(tmp_path / "out", run, "--recipe", tmp_path / "recipe.yaml")
+    first, second = found["results"]
+    assert (first["set"], second["set"]) == ("words", "often")
+    # The run's own ends are kept in what is judged.
+    assert [row["response"] for row in samples_of(tmp_path / "out" / "words.jsonl")] == ["one", "tw"]
+    assert first["scores"]["pass@1"]["value"] == 0.5
+    settings = {key: second["settings"][key] for key in ("temperature", "top_p", "min_p", "max_new_tokens", "stop")}
+    assert settings == {"temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 3, "stop": ["tw"]}
+    assert {"pass@1", "pass@2"} <= second["scores"].keys()
+
+
 def test_the_checkpoints_of_a_run_make_a_curve(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     found = evaluate(tmp_path / "out", run, "--all-checkpoints")
     assert [one["step"] for one in found] == [20, 40]

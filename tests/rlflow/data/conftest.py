@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlflow.data.errors import Rows
 from rlflow.data.records import load_records
-from rlflow.recipe.schema import DataBlock, SourceBlock
+from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 
 CHATML = (
     "{% for message in messages %}"

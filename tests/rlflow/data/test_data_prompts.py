@@ -8,7 +8,7 @@ import pytest
 from rlflow.data.errors import DataError
 from rlflow.data.prompts import load_prompts, opened_tag
 from rlflow.data.tokenizer import build_character_tokenizer
-from rlflow.recipe.schema import DataBlock, SourceBlock
+from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello"}

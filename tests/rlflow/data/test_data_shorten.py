@@ -6,7 +6,7 @@ import pytest
 
 from rlflow.data.prompts import load_prompts
 from rlflow.data.tokenizer import build_character_tokenizer
-from rlflow.recipe.schema import DataBlock, SourceBlock
+from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

@@ -6,7 +6,7 @@ import pytest
 
 from rlflow.data.errors import DataError
 from rlflow.data.records import load_records
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe.data_blocks import SourceBlock
 
 
 def ids(rows):

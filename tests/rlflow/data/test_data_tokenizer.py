@@ -139,7 +139,7 @@ def test_loading_from_a_directory_imports_no_torch(tmp_path, tokenizer):
         "from rlflow.data.prompts import load_prompts\n"
         "from rlflow.data.tokenizer import load_tokenizer\n"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\n"
-        "from rlflow.recipe.schema import DataBlock, ModelBlock, SourceBlock\n"
+        "from rlflow.recipe import DataBlock, ModelBlock, SourceBlock\n"
         f"tokenizer = load_tokenizer(ModelBlock(path={str(tmp_path)!r}))\n"
         "source = SourceBlock(generator='arithmetic', args={'digits': 1})\n"
         "assert load_prompts(source, DataBlock(train=source), tokenizer, 0)\n"

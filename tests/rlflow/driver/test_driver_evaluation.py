@@ -7,9 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rlflow
-from rlflow.driver.pass_evaluation import pass_at_k
+from rlflow.driver.pass_evaluation import PassEvaluator, pass_at_k
+from rlflow.types import SamplingParams
 from tests.local_actors import use_local_actors
 
 
@@ -66,3 +68,48 @@ def test_sampled_evaluation_reports_both(monkeypatch, tmp_path: Path, tiny_model
         assert line["eval/heldout/pass@1"] == pytest.approx((0 + 1 / 4 + 2 / 4 + 1) / 4)
         assert line["eval/heldout/pass@4"] == pytest.approx(3 / 4)
         assert line["eval/heldout/unscored_fraction"] == 0
+
+
+def test_several_sets_are_measured_each_in_its_own_way_and_the_first_ends_the_stage(
+    monkeypatch, tmp_path: Path, tiny_model_dir: Path
+):
+    use_local_actors(monkeypatch)
+    drawn: dict[str, SamplingParams] = {}
+    generate = PassEvaluator._generate
+
+    def note(evaluator: PassEvaluator):
+        groups = generate(evaluator)
+        drawn[evaluator.block.name] = groups[0].job.request.params
+        return groups
+
+    monkeypatch.setattr(PassEvaluator, "_generate", note)
+    few, many, plugin, path = (tmp_path / name for name in ("few.jsonl", "many.jsonl", "rewards.py", "recipe.yaml"))
+    plugin.write_text(PLUGIN + "\ndef half(completions, **columns):\n    return [0.5 for _ in completions]\n")
+    for rows, passing in ((few, [4, 2]), (many, [0, 1, 4, 0])):
+        lines = [{"prompt": f"Say {number}.", "passing": count} for number, count in enumerate(passing)]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = yaml.safe_load(RECIPE.format(out=tmp_path / "out", model=tiny_model_dir, rows=many, plugin=plugin))
+    recipe["run"] |= {"steps": 4, "stop_at_score": 0.75, "save_every": 1}
+    recipe["sampling"] = {"min_p": 0.01, "stop": ["zz"]}
+    sampled = {"data": {"path": str(few)}, "samples": 4, "temperature": 0.7, "top_p": 0.9, "min_p": 0.0, "every": 2}
+    halves = {"plugin": f"{plugin}:half"}
+    recipe["evaluation"] = [
+        {**sampled, "name": "few"},
+        {"name": "many", "data": {"path": str(many)}, "samples": 2, "temperature": 1.5, "every": 1},
+        {"name": "halves", "data": {"path": str(few)}, "max_new_tokens": 2, "reward": halves, "threshold": 0.5},
+    ]
+    path.write_text(yaml.safe_dump(recipe))
+    rlflow.run(path)
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    # The stage is over where the first of them has the score, and then all are measured.
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    measured = [{key.split("/")[1] for key in line if key.startswith("eval/")} for line in metrics]
+    assert measured == [{"few", "many", "halves"}, {"many"}, {"few", "many", "halves"}]
+    assert metrics[2]["eval/few/pass@1"] == pytest.approx((1 + 2 / 4) / 2)
+    assert metrics[2]["eval/many/pass@1"] == pytest.approx((1 / 2 + 1) / 4) and "eval/many/pass@2" in metrics[1]
+    assert metrics[0]["eval/halves/pass@1"] == 1.0
+    assert (drawn["few"].temperature, drawn["few"].top_p, drawn["few"].min_p) == (0.7, 0.9, 0.0)
+    assert (drawn["many"].temperature, drawn["many"].top_p, drawn["many"].min_p) == (1.5, 1.0, 0.01)
+    assert (drawn["halves"].temperature, drawn["halves"].max_new_tokens) == (0.0, 2)
+    assert {params.stop for params in drawn.values()} == {("zz",)}
+    assert (tmp_path / "out" / "checkpoints" / "best").readlink().name == "step_000002"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlflow.driver.material import max_model_len, num_steps
+from rlflow.positions import longest_sequences
 from rlflow.recipe import Recipe
 
 
@@ -42,3 +43,8 @@ def test_an_engine_has_room_for_the_longest_completion_of_training_and_evaluatio
     evaluation = {"evaluation": {"data": {"path": "rows.jsonl"}, "max_new_tokens": evaluated}}
     recipe = recipe_of(rollout={"max_new_tokens": trained}, run={"steps": 1}, **(evaluation if evaluated else {}))
     assert max_model_len(recipe) == longest
+    sets = [{"name": name, **evaluation["evaluation"]} for name in "ab"]
+    sets[0]["max_new_tokens"] = 1
+    recipe = recipe_of(rollout={"max_new_tokens": trained}, run={"steps": 1}, evaluation=sets)
+    assert max_model_len(recipe) == longest
+    assert max(longest_sequences(recipe).values()) == longest

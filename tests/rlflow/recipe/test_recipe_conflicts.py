@@ -141,3 +141,35 @@ def test_engine_and_trainer_are_corrected_between_where_that_can_be(tmp_path, al
     path.write_text("\n".join(["model: {path: a/b}", "data: {train: {path: a/b}}", *lines]))
     (recipe,) = load_recipe(path)
     assert recipe.algorithm.correction.mode == mode
+
+
+def test_sets_of_one_name_are_refused_with_the_line_of_the_last(tmp_path):
+    sets = ["evaluation:", "- {data: {path: a/b}}", "- {name: other, data: {path: a/b}}", "- {data: {path: c/d}}"]
+    said = problems_of(tmp_path, "algorithm: {name: grpo}", *ONLINE, *sets)
+    assert said.count("recipe.yaml:") == 1 and ":9: evaluation.2.name: 2 are called heldout: " in said
+
+
+def test_what_is_wrong_with_one_set_of_several_is_said_with_its_line(tmp_path):
+    sets = ["evaluation:", "- {data: {path: a/b}}", "- {name: other, data: {path: a/b}, samples: 3}"]
+    said = problems_of(tmp_path, "algorithm: {name: grpo}", *ONLINE, *sets)
+    assert said.count("recipe.yaml:") == 1 and ":8: evaluation.1.samples: 3 greedy completions" in said
+    said = problems_of(tmp_path, "algorithm: {name: grpo}", *ONLINE, *sets[:2], "- {nam: other, data: {path: a/b}}")
+    assert ":8: evaluation.1.nam: unknown key here (did you mean name?)" in said
+    assert "evaluation: is empty: give at least one set" in problems_of(
+        tmp_path, "algorithm: {name: grpo}", *ONLINE, "evaluation: []"
+    )
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ('sampling: {stop: "###"}', "sampling.stop: must be a list"),
+        ('sampling: {stop: [""]}', "sampling.stop: has an empty text"),
+        ("sampling: {min_p: 1.0}", "sampling.min_p: must be less than 1"),
+        ("sampling: {repetition_penalty: 0.0}", "sampling.repetition_penalty: must be more than 0"),
+        ("rollout: {min_p: 0.1}", "rollout.min_p: unknown key here (min_p belongs to `sampling`"),
+        ("rollout: {stop: [a]}", "rollout.stop: unknown key here (stop belongs to `sampling`"),
+    ],
+)
+def test_sampling_that_is_none_is_refused_and_keys_in_the_rollout_block_are_shown_their_place(tmp_path, block, says):
+    assert says in problems_of(tmp_path, "algorithm: {name: grpo}", *ONLINE, block)

@@ -62,6 +62,14 @@ def test_the_front_matter_is_what_hubs_read(write: Write):
     assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("openai/gsm8k", "gsm8k", "test")
 
 
+def test_each_of_several_sets_has_its_own_results(write: Write):
+    other = {"data": {"path": "rows.jsonl"}, "name": "own"}
+    metrics = [*METRICS[:2], {**METRICS[2], "eval/own/pass@1": 0.5}]
+    run = write("both", POLICY, metrics, data=HUB_DATA, evaluation=[EVALUATION, other])
+    found = [(r.dataset_name, r.dataset_type, r.metric_value) for r in card_of(run).data.eval_results or []]
+    assert found == [("gsm8k", "openai/gsm8k", 0.736), ("own", "held-out", 0.5)]
+
+
 def test_the_results_are_those_before_the_first_and_after_the_last_step(write: Write):
     text = card_of(write("gsm8k", POLICY, data=HUB_DATA, evaluation=EVALUATION)).text
     assert "| `gsm8k/pass@1` | 0 | 0.189 | 100 | 0.736 | +0.547 |" in text
