@@ -21,7 +21,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, end_groups, start_actors
@@ -38,6 +43,7 @@ from rlflow.ray_cluster import (
     why_not,
 )
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.shared_files import require_shared, shared_files
 from rlflow.tracking.logs import DIRECTORY as LOGS
 from rlflow.tracking.logs import last_words, log_path, send_output_to
 from rlflow.tracking.redact import secrets_in
@@ -208,11 +214,17 @@ def place(recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int
     """Reserves resources and starts the actors of a stage: all of them, or on a failure none.
 
     Raises:
-        RunError: The cluster cannot hold them: what is asked for and what there is.
+        RunError: The cluster cannot hold them: what is asked for and what there is. A node lacks a file that its
+            actors need.
         ActorFailure: One of them could not be started.
     """
     wanted = roles(recipe)
     group = _reserve(wanted, recipe.run.startup_timeout_s)
+    try:
+        require_shared(list(shared_files(recipe, model, directory)), _roles_on(group, wanted))
+    except RunError:
+        end_groups([], lambda: remove_placement_group(group))
+        raise
     has_gpus = "GPU" in ray.cluster_resources()
     logs = directory.absolute() / LOGS
     # An actor knows those of its own environment.
@@ -253,6 +265,13 @@ def environment(role: Role, *, has_gpus: bool) -> dict[str, str]:
         return {}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if has_gpus else {}
     return {**hidden, **(allocator_environment() if role.name in TRAINERS else {})}
+
+
+def _roles_on(group: PlacementGroup, wanted: Sequence[Role]) -> dict[str, frozenset[str]]:
+    """Node id -> names of the roles that have a bundle there."""
+    names = [role.name for role in wanted for _ in range(role.workers)]
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return {node: frozenset(names[index] for index, at in nodes.items() if at == node) for node in set(nodes.values())}
 
 
 def _reserve(wanted: list[Role], timeout_s: float) -> PlacementGroup:

@@ -47,6 +47,7 @@ LAYERS = (
         "rlflow.placement",
         "rlflow.ray_cluster",
         "rlflow.ray_jobs",
+        "rlflow.shared_files",
     ),
     ("rlflow.model_source", "rlflow.ui"),
     ("rlflow.serving",),
