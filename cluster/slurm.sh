@@ -22,6 +22,7 @@ nodes=$SLURM_JOB_NUM_NODES
 first=$SLURMD_NODENAME
 address=$(hostname -I | awk '{print $1}')
 port=$((20000 + SLURM_JOB_ID % 20000)) # other jobs may share the node's address
+free_ports=(--dashboard-agent-listen-port=0 --min-worker-port=0 --max-worker-port=0)
 files=/tmp/ray-$SLURM_JOB_ID
 
 on_nodes() { exec srun --overlap --export=ALL --ntasks-per-node=1 "$@"; }
@@ -36,9 +37,11 @@ trap '[ -z "$driver" ] || kill -TERM "$driver"' TERM
 trap 'jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true' EXIT
 
 on_nodes --nodes=1 --nodelist="$first" ray start --head --block --node-ip-address="$address" --port="$port" \
-    --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) --temp-dir="$files" &
+    --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) --ray-client-server-port=$((port + 2)) \
+    "${free_ports[@]}" --temp-dir="$files" &
 if [ "$nodes" -gt 1 ]; then
-    on_nodes --nodes=$((nodes - 1)) --exclude="$first" ray start --block --address="$address:$port" &
+    on_nodes --nodes=$((nodes - 1)) --exclude="$first" ray start --block --address="$address:$port" \
+        "${free_ports[@]}" &
 fi
 
 export RAY_ADDRESS=$address:$port

@@ -13,6 +13,7 @@ import re
 import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
+from urllib.parse import urlsplit
 
 from rlflow.driver.errors import RunError
 from rlflow.ray_cluster import find_token
@@ -64,17 +65,17 @@ def require_dashboard(url: str, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
     """
     request = urllib.request.Request(f"{url}/api/version", headers=token_headers())
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.build_opener().open(request, timeout=timeout_s) as response:
             there = str(json.loads(response.read())["ray_version"])
     except urllib.error.HTTPError as error:
         raise RunError(_refusal(url, error.code)) from error
     except (http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"what answers at {url} is no dashboard of a Ray cluster: {_OTHER_ADDRESS}") from error
+        raise RunError(f"what answers at {url} is no dashboard of a Ray cluster: {_remedy(url)}") from error
     except OSError as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         said = cause.strerror or cause if isinstance(cause, OSError) else cause
         reason = f"nothing within {timeout_s:g} s" if isinstance(cause, TimeoutError) else said
-        raise RunError(f"no dashboard of a Ray cluster answers at {url} ({reason}): {_OTHER_ADDRESS}") from error
+        raise RunError(f"no dashboard of a Ray cluster answers at {url} ({reason}): {_remedy(url)}") from error
     if _parts(there) < _parts(OLDEST_RAY):
         raise RunError(f"the cluster at {url} has Ray {there}, and rlflow needs {OLDEST_RAY} or newer: update it there")
     here = _installed_ray()
@@ -101,9 +102,21 @@ def _refusal(url: str, status: int) -> str:
         return f"the cluster at {url} asks for a token, and RAY_AUTH_MODE is disabled here: unset it"
     if status == 401 and not token:
         return f"the cluster at {url} asks for a token, and there is none here: set RAY_AUTH_TOKEN {as_it_has}"
-    if status in (401, 403):
+    if status in (401, 403) and not _has_proxy(url):
         return f"the cluster at {url} refuses the token of {source}: set RAY_AUTH_TOKEN {as_it_has}"
-    return f"what answers at {url} is no dashboard of a Ray cluster (HTTP {status}): {_OTHER_ADDRESS}"
+    return f"what answers at {url} is no dashboard of a Ray cluster (HTTP {status}): {_remedy(url)}"
+
+
+def _remedy(url: str) -> str:
+    if _has_proxy(url):
+        return f"a proxy is asked, of the environment: export NO_PROXY={urlsplit(url).hostname}"
+    return _OTHER_ADDRESS
+
+
+def _has_proxy(url: str) -> bool:
+    parts = urlsplit(url)
+    is_named = parts.scheme in urllib.request.getproxies()
+    return is_named and not urllib.request.proxy_bypass(parts.hostname or "")
 
 
 def _parts(text: str) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ from rlflow.driver.errors import RunError
 from rlflow.ray_cluster import named_cluster, require_answer
 
 PORTS = {
-    6379: "`ray start --head`: --port",
-    8265: "Ray's dashboard: --dashboard-port",
-    10001: "Ray's client: --ray-client-server-port",
+    6390: "`ray start --head`: --port",
+    8275: "Ray's dashboard: --dashboard-port",
+    8276: "Ray's client: --ray-client-server-port",
 }
-"""Port -> who takes it, and the option that moves it."""
+"""Port of the head in cluster/README.md -> who takes it, and the option that moves it."""
 _HUB_S = 1.5
 _CLUSTER_S = 1.5
 _CURRENT = Path("/tmp/ray/ray_current_cluster")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,11 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from readme_commands import head_command
 
+from rlflow import __version__
 from rlflow.cli.submit import EXCLUDES
+from rlflow.doctor.surroundings import PORTS
 from rlflow.planning import roles
 from rlflow.recipe import load_recipe
 
@@ -35,6 +39,23 @@ def test_every_head_is_started_with_a_token_and_a_dashboard_on_loopback():
         text = path.read_text()
         assert "RAY_AUTH_MODE=token" in text, path
         assert re.findall(r"--dashboard-host=(\S+)", text) == ["127.0.0.1"], path
+
+
+def test_the_head_of_the_readme_takes_no_port_that_another_ray_has_by_default():
+    from ray._private import ray_constants
+
+    given = dict(itertools.pairwise(head_command()))
+    fixed = {name: int(given[name]) for name in ("--port", "--dashboard-port", "--ray-client-server-port")}
+    # 0 is whichever port is free.
+    for name in ("--dashboard-agent-listen-port", "--min-worker-port", "--max-worker-port"):
+        assert given[name] == "0"
+    of_ray = {ray_constants.DEFAULT_PORT, ray_constants.DEFAULT_DASHBOARD_PORT, 10001}
+    of_its_workers = range(10002, 20000)
+    assert not of_ray & set(fixed.values()) and not [port for port in fixed.values() if port in of_its_workers]
+    assert given["--temp-dir"] != "/tmp/ray"
+    assert {port: text.rpartition(" ")[2] for port, text in PORTS.items()} == {
+        port: name for name, port in fixed.items()
+    }
 
 
 def test_every_command_that_starts_ray_asks_for_a_token_by_itself():
@@ -169,6 +190,8 @@ def test_what_the_dockerfile_copies_and_installs_is_there_for_cpus_and_for_gpus(
     setup = (ROOT / "requirements/setup_env.py").read_text()
     assert version is not None and f"({version[1].replace('.', ', ')})" in setup
     assert re.findall(r"^ARG SET=(\w+)$", text, re.MULTILINE) == ["gpu"]
+    images = [image for path in FILES for image in re.findall(r"REGISTRY/rlflow:([\d.]+\d)", path.read_text())]
+    assert len(images) == 4 and set(images) == {__version__}
     for of_machine in ("cpu", "gpu"):
         pins = (ROOT / "requirements" / f"{of_machine}.txt").read_text()
         assert f"ray=={rayjob()['spec']['rayClusterSpec']['rayVersion']}\n" in pins

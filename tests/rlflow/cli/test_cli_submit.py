@@ -30,6 +30,7 @@ data: {train: {generator: arithmetic, args: {digits: 1}}, max_tokens: 32}
 run: {steps: 1, output_dir: /shared/run}
 """
 TOKEN = "t" * 64
+PROXIES = ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY")
 
 
 class Dashboard(ThreadingHTTPServer):
@@ -59,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Dashboard]:
     """Has a token, which the environment has too."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", *PROXIES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
@@ -219,6 +220,14 @@ def test_a_cluster_with_another_ray_is_told_and_one_that_is_too_old_refused(reci
 
 def test_what_answers_and_is_no_dashboard_is_named(recipe_file, dashboard, capsys):
     assert "is no dashboard of a Ray cluster (HTTP 404)" in refusal_of(capsys, "--address", f"{dashboard.url}/x")
+
+
+def test_a_proxy_that_stands_before_the_dashboard_is_named(recipe_file, client, dashboard, monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", dashboard.url)
+    said = refusal_of(capsys, "--address", "http://head:8265")
+    assert said.endswith("(HTTP 404): a proxy is asked, of the environment: export NO_PROXY=head\n")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert main(["submit", "recipe.yaml", "--address", dashboard.url]) == 0
 
 
 def test_what_the_cluster_says_against_a_job_is_one_line(recipe_file, client, dashboard, monkeypatch, capsys):
