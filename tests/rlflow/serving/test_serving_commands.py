@@ -73,13 +73,14 @@ def option(words: Sequence[str], name: str) -> str:
 def test_vllms_server_gets_the_same_models_names_and_defaults(
     served: ServedModel, adapter_dirs: dict[str, Path], policy_dir: Path
 ) -> None:
-    model = replace(served, defaults=Sampling(0.7, 0.9, 5))
+    model = replace(served, defaults=Sampling(0.7, 0.9, 5, repetition_penalty=1.1))
     words = command(model, adapter_dirs, Settings(max_model_len=64), "127.0.0.1", 8123, on_cpu=True)
     assert words[: len(PROGRAM)] == list(PROGRAM) and option(words, "--model") == str(policy_dir)
     assert [option(words, f"--{name}") for name in ("host", "port", "served-model-name", "max-model-len")] == [
         *("127.0.0.1", "8123", "tiny", "64")
     ]
-    assert json.loads(option(words, "--override-generation-config")) == {"temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.1}
+    assert json.loads(option(words, "--override-generation-config")) == sampling
     assert [option(words, f"--{name}") for name in ("max-loras", "max-lora-rank")] == ["2", "8"]
     modules = [json.loads(word) for word in words[words.index("--lora-modules") + 1 :][:2]]
     assert modules == [{"name": name, "path": str(path)} for name, path in adapter_dirs.items()]
