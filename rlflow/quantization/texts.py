@@ -15,7 +15,7 @@ from rlflow.data.records import load_records
 from rlflow.data.sampler import permutation
 from rlflow.model_source import ModelSource
 from rlflow.quantization.schemes import Scheme
-from rlflow.recipe.schema import SourceBlock
+from rlflow.recipe import SourceBlock
 from rlflow.tracking.rollouts import RolloutFileError, read_rollouts, rollouts_path
 
 if TYPE_CHECKING:
