@@ -94,6 +94,7 @@ def publish_directory(
             files = {str(path.relative_to(temporary)): path for path in written if path.is_file() and path.name != CARD}
             sums = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
             (temporary / manifest).write_text(json.dumps({**facts, "files": sums}, indent=1) + "\n")
+            share_weights(temporary)
             for path in [*written, temporary / manifest, temporary]:
                 _flush(path)
             if target.exists():
@@ -105,6 +106,16 @@ def publish_directory(
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def share_weights(directory: Path) -> None:
+    """Lets those read weights who may read what is beside them: safetensors writes files for their owner alone."""
+    probe = directory / ".mode"
+    probe.touch()
+    usual = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(path.stat().st_mode & 0o777 | usual)
 
 
 @contextmanager

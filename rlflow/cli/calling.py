@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,21 @@ from rlflow.tracking.redact import redact_text, redact_tracebacks
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 3
 
+_REMEDIES = {
+    errno.EACCES: "another user's: have them allow it, or name another place",
+    errno.EPERM: "another user's: have them allow it, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "make room, or name another place",
+    errno.EDQUOT: "make room, or name another place",
+    errno.EIO: "look at the disk, or name another place",
+}
+"""Of what no program can do anything about, by error number."""
+
 
 def call(command: Command, arguments: Sequence[str]) -> int:
     """Runs a command. Returns the exit code; a failure that nobody foresaw leaves with its traceback."""
     redact_tracebacks()
+    _open_closed_outputs()
     try:
         return command.execute(command.make_parser().parse_intermixed_args(arguments))
     except (RecipeError, DataError) as error:
@@ -33,6 +45,19 @@ def call(command: Command, arguments: Sequence[str]) -> int:
         # Whoever read our output has gone; Python must not complain about it once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        place = "the output" if error.filename is None else error.filename
+        print(redact_text(f"{place}: {error.strerror}; {_REMEDIES[error.errno]}"), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
+
+
+def _open_closed_outputs() -> None:
+    """Gives the program an output where the shell has closed it (``>&-``): nobody listens, writing does not fail."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))

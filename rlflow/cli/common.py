@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ class Command(Protocol):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says of an option that it does not know, or of another framework's command, what to write instead."""
+    """Says in one line of an option that it does not know, or of another framework's command, what to write instead."""
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         if args and args[0] in _OTHER_PROGRAMS and self._takes_a_recipe and not os.path.exists(args[0]):
@@ -41,11 +42,22 @@ class CommandParser(argparse.ArgumentParser):
         if unknown and self._takes_a_recipe:
             key = _key_of(unknown[1])
             message += f" (keys of the recipe are set without dashes: {key}{unknown[2] or '=...'})"
-        super().error(message)
+        elif meant := self._meant_by(message):
+            message += f" (did you mean {meant}?)"
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` lists what it takes\n")
+
+    def _meant_by(self, message: str) -> str | None:
+        """The option that the first argument which is none resembles: ``--top_p``, ``temperature=0.5``."""
+        unknown = re.match(r"unrecognized arguments: (?:-*)([a-zA-Z][\w-]*)(=\S+)?", message)
+        if unknown is None:
+            return None
+        name = f"--{unknown[1].replace('_', '-')}"
+        close = difflib.get_close_matches(name, self._option_string_actions, 1, 0.75)
+        return f"{close[0]}{unknown[2] or ''}" if close else None
 
     @property
     def _takes_a_recipe(self) -> bool:
-        return "RECIPE" in self.format_usage()
+        return any(action.dest == "recipe" and not action.option_strings for action in self._actions)
 
 
 _OTHER_PROGRAMS = ("swift", "megatron", "trl", "accelerate", "torchrun", "deepspeed", "python", "python3")

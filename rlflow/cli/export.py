@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlflow.checkpoint import share_weights
 from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.cli.quantizing import add_quantize_arguments, check_quantize_arguments, quantize
@@ -198,6 +199,7 @@ def _publish(output: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
+        share_weights(temporary)
         temporary.rename(output)
     except OSError as error:
         remedy = "name a directory with room where you may write"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow import __version__
-from rlflow.cli.common import EXIT_CODES, Command
+from rlflow.cli.common import EXIT_CODES, Command, CommandParser
 
 COMMANDS = (
     "run",
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {summary_of(name)}" for name in COMMANDS)
     example = "rlflow run recipes/grpo_gsm8k_smollm2.yaml"
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlflow",
         description=f"One recipe, from a laptop to a cluster.\n\ncommands:\n{listed}",
         epilog=f"example:\n  {example}\n\n`rlflow COMMAND --help` says more. {EXIT_CODES}",

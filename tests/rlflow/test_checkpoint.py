@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -172,6 +173,24 @@ def test_a_model_that_changed_behind_its_manifest_is_told_but_for_its_card(tmp_p
     verify_model(final)
     (final / FINAL_MANIFEST).unlink()
     verify_model(final)
+
+
+def test_weights_are_readable_by_those_who_may_read_what_is_beside_them(tmp_path):
+    def write_model(directory):
+        (directory / "config.json").touch()
+        (directory / "deeper").mkdir()
+        for name in ("model.safetensors", "deeper/value.safetensors"):
+            (directory / name).write_bytes(b"weights")
+            (directory / name).chmod(0o600)
+
+    usual = os.umask(0o027)
+    try:
+        publish_directory(tmp_path / "final", {"step": 3}, write_model, FINAL_MANIFEST)
+    finally:
+        os.umask(usual)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "final").rglob("*") if path.is_file()}
+    assert set(modes) == {"config.json", "model.safetensors", "value.safetensors", FINAL_MANIFEST}
+    assert set(modes.values()) == {0o640}
 
 
 def test_what_is_replaced_stands_when_writing_fails(tmp_path):
