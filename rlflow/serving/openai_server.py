@@ -74,10 +74,7 @@ class OpenAIServer:
 
     async def _answer(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
         self._require_engine()
-        try:
-            body = await request.json()
-        except (ValueError, UnicodeDecodeError) as error:
-            raise RequestError(f"the body is no JSON: {error}") from error
+        body = await _read_body(request)
         wanted = parse(body, self.models, is_chat=is_chat)
         answers = Answers(self.models[wanted.model], wanted, is_chat=is_chat)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -168,12 +165,29 @@ class OpenAIServer:
             raise RequestError("this server answers to its machine's own names alone", status=403)
         if self.token is not None and request.path != "/health":
             sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(sent.encode(), self.token.encode()):
+            # A header's bytes that are no UTF-8 have come as surrogates.
+            if not hmac.compare_digest(sent.encode(errors="surrogateescape"), self.token.encode()):
                 said = "send the server's token: Authorization: Bearer TOKEN"
                 raise RequestError(said, code="invalid_api_key", status=401)
         if request.method == "POST" and request.content_type != "application/json":
             raise RequestError("send JSON: Content-Type: application/json", status=415)
         return await handler(request)
+
+
+async def _read_body(request: web.Request) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        RequestError: It is none, or has text that no tokenizer reads: half a surrogate pair (``"\\ud800"``).
+    """
+    try:
+        body = await request.json()
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("the body has half a surrogate pair, which is no character") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}") from error
+    return body
 
 
 @web.middleware

@@ -88,7 +88,11 @@ class Guard:
 
     async def log_in(self, request: web.Request) -> web.Response:
         """Answers a token with the cookie that stands for it from then on."""
-        given = (await request.json()).get("token")
+        try:
+            body = await request.json()
+        except (ValueError, RecursionError, LookupError):
+            raise Refusal(400, "the body is not JSON") from None
+        given = body.get("token") if isinstance(body, dict) else None
         if not isinstance(given, str) or not self._is_token(given):
             raise Refusal(401, "that is not the token: `rlflow ui` printed it when it started")
         response = web.json_response({})

@@ -164,12 +164,14 @@ def test_what_is_no_request_gets_an_error_object(url: str) -> None:
     answers = [
         httpx.post(post, content="{", headers=json),
         httpx.post(post, content="[]", headers=json),
+        httpx.post(post, content="[" * 100_000, headers=json),
+        httpx.post(post, content=r'{"messages": [{"role": "user", "content": "\ud800"}]}', headers=json),
         httpx.post(post, content="{}", headers={"Content-Type": "text/plain"}),
         httpx.get(post),
         httpx.get(f"{url}/v1/nothing"),
         httpx.get(f"{url}/health", headers={"Host": "example.org"}),
     ]
-    assert [answer.status_code for answer in answers] == [400, 400, 415, 405, 404, 403]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 400, 415, 405, 404, 403]
     assert all(answer.json()["error"]["message"] for answer in answers)
 
 
@@ -177,8 +179,8 @@ def test_a_token_is_asked_for_where_there_is_one(served: ServedModel, streams: S
     import httpx
 
     with running(server_of(served, streams, token="secret")) as url:
-        for key in ("none", "secre", "ségret"):
-            answer = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        for key in (b"none", b"secre", "ségret".encode(), b"s\xe9gret"):
+            answer = httpx.get(f"{url}/v1/models", headers={"Authorization": b"Bearer " + key})
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         with pytest.raises(openai.AuthenticationError):
             ask(client_of(url))

@@ -70,6 +70,9 @@ def test_without_the_token_nothing_is_told_and_with_it_everything(home: Path):
         assert (page.status, page.headers["Location"]) == (303, "/login")
         assert (await client.get("/login")).status == 200 == (await client.get("/static/login.js")).status
         assert (await client.post("/login", json={"token": "guess"}, headers=CHANGE)).status == 401
+        assert (await client.post("/login", json=["guess"], headers=CHANGE)).status == 401
+        broken = CHANGE | {"Content-Type": "application/json"}
+        assert (await client.post("/login", data="{", headers=broken)).status == 400
         assert (await client.get("/api/runs")).status == 401
         entered = await client.post("/login", json={"token": TOKEN}, headers=CHANGE)
         cookie = entered.headers["Set-Cookie"]
