@@ -115,7 +115,9 @@ def share_weights(directory: Path) -> None:
     usual = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in directory.rglob("*.safetensors"):
-        path.chmod(path.stat().st_mode & 0o777 | usual)
+        found = path.stat()
+        if found.st_uid == os.geteuid():
+            path.chmod(found.st_mode & 0o777 | usual)
 
 
 @contextmanager
