@@ -11,6 +11,7 @@ import numpy as np
 
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
+from rlflow.actors.rollout_engines.engine import RolloutEngine
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe import EnvironmentBlock
@@ -87,9 +88,9 @@ def block_of(plugin: str = "", tools: Sequence[str] = (), **keys: Any) -> Enviro
 
 
 @contextmanager
-def worker(engine: TalkingEngine, block: EnvironmentBlock) -> Iterator[EngineThread]:
+def worker(engine: RolloutEngine, block: EnvironmentBlock) -> Iterator[EngineThread]:
     """The engine's thread with a turn loop, and the first weights."""
-    thread = EngineThread(engine, engine.max_num_seqs)
+    thread = EngineThread(engine, 64)
     thread.episodes = Episodes(block, TOKENIZER, None, go_on=thread.go_on, over=thread.end_episode, fail=thread.fail)
     thread.load_weights(lambda: [], 0).result(10)
     try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from rlflow.actors.environment_episodes import turn_seed
+from rlflow.actors.rollout_engines.engine import Written
+from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.types import Limits
-from tests.actors.talking import TalkingEngine, block_of, play, prompt_of, request_of, text_of, worker
+from tests.actors.talking import TOKENIZER, TalkingEngine, block_of, play, prompt_of, request_of, text_of, worker
 
 ONE_TWO = {"u:go|a:": "one", "a1|a:": "two", "a2|a:": "stop"}
 
@@ -48,6 +51,28 @@ def test_each_turn_has_a_seed_of_its_own_that_the_rollouts_seed_decides():
     assert seeds == [5, turn_seed(5, 1), turn_seed(5, 2)]
     assert len(set(seeds)) == 3
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class ShowingEngine(TalkingEngine):
+    def written(self, seen):
+        tokens = {row.request.id: self._tokens(row.request)[: len(row.versions)] for row in self._running}
+        newer = {id: tokens[id][start:] for id, start in seen.items() if id in tokens}
+        return {id: Written(new, [-1.0] * len(new)) for id, new in newer.items() if new}
+
+
+def test_a_turn_that_a_stop_string_ends_is_heard_and_the_next_goes_on_from_the_templates_text():
+    engine = ShowingEngine(by_ending({"u:go|a:": "one, and", "u:a1|a:": "two, or", "u:a2|a:": "stop"}))
+    stopping = StopStrings(engine, TOKENIZER)
+    request = request_of(1, prompt_of({"word": "a"}))
+    request = replace(request, params=replace(request.params, stop=(",",)))
+    with worker(stopping, block_of("Counting")) as thread:
+        thread.submit([request]).result(10)
+        (group,) = thread.take_finished(1, 30)
+    (played,) = group.completions
+    assert played.episode.state == {"heard": ["one,", "two,", "stop"]}
+    first, second = "u:go|a:[one,]", "u:go|a:one,<eos>u:a1|a:[two,]"
+    assert text_of(played) == f"{first}{second}u:go|a:one,<eos>u:a1|a:two,<eos>u:a2|a:[stop<eos>]"
+    assert played.episode.starts == (0, 11, 11 + 23)
 
 
 def test_an_environment_may_begin_with_messages_of_its_own():

@@ -301,3 +301,16 @@ def test_what_is_no_number_is_to_do_and_the_default_is_written(converted, flag: 
     recipe, conversion = converted(f"{command} --{flag} {value}")
     assert f"--{flag} {value}: not a number" in kinds(conversion)["to do"]
     assert recipe == converted(command)[0]
+
+
+def test_how_completions_are_drawn_is_drawn_so_here_and_nothing_is_corrected_where_that_cuts(converted):
+    recipe, conversion = converted(
+        "swift rlhf --rlhf_type grpo --model m --dataset d.jsonl --num_generations 2 --reward_funcs accuracy "
+        "--top_p 1.0 --top_k -1 --min_p 0.1 --repetition_penalty 1.05 --stop_words '</answer>' Human: "
+        "--rollout_importance_sampling_mode token_truncate"
+    )
+    assert (recipe.rollout.top_p, recipe.rollout.top_k) == (1.0, 0)
+    sampling = recipe.sampling
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.stop) == (0.1, 1.05, ["</answer>", "Human:"])
+    assert recipe.online.correction.mode == "none"
+    assert any("sampling.min_p changes what is sampled" in note.text for note in conversion.notes)
