@@ -59,12 +59,12 @@ def make_model(directory: Path) -> None:
     tokenizer = build_character_tokenizer(string.printable.strip() + " \n", TEMPLATE)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
+        head_dim=16,
         max_position_embeddings=4096,
         eos_token_id=1,
         pad_token_id=0,

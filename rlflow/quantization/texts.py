@@ -96,10 +96,11 @@ class _Reader:
 
     def evaluation(self, tell: Callable[[str], None]) -> Texts | None:
         """The rows that the run evaluates on, where they are more than prompts: those are not what a model writes."""
-        if self.recipe is None or self.recipe.evaluation is None:
+        if self.recipe is None or not self.recipe.evaluations:
             return None
+        first, *_ = self.recipe.evaluations.values()
         try:
-            return self._texts(self.recipe.evaluation.data, "the rows that the run evaluates on", only_whole=True)
+            return self._texts(first.data, "the rows that the run evaluates on", only_whole=True)
         except DataError as error:
             tell(f"note: the run's evaluation data cannot be read: {error}")
             return None
