@@ -189,6 +189,9 @@ class HttpEngine:
         Raises:
             ServerError: A call failed for good, or the server ends a request again and again without a token.
         """
+        for one in self._under_way.values():
+            if one.finish_reason is None and one.answer is None:
+                self._send(one)
         answers = [one.answer for one in self._under_way.values() if one.finish_reason is None and one.answer]
         if len(answers) == len(self._under_way):
             wait(answers, STEP_S, FIRST_COMPLETED)
@@ -198,9 +201,9 @@ class HttpEngine:
                 one.take()
                 if one.num_empty > _MOST_EMPTY:
                     raise ServerError(f"{self.url}: request {one.request.id} was ended {one.num_empty} times unbegun")
-                if one.finish_reason is None:
-                    # The server has stop tokens of its own, or somebody else stopped it: it goes on from here.
-                    self._send(one)
+                # Unless it has ended, the server has stop tokens of its own, or somebody else stopped it: the next step
+                # goes on from here. Who finds a stop string in its text ends it before.
+                one.answer = None
             if one.finish_reason is not None:
                 del self._under_way[one.request.id]
                 finished.append(one.completion(one.finish_reason))
