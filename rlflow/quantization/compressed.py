@@ -58,12 +58,7 @@ def quantize_directory(
 
     config, files = read_config(source), weight_files(source)
     shapes = shapes_in(files)
-    layers = find_layers(source, shapes, trust_remote_code=trust_remote_code)
-    if scheme.name == "int8" and layers.has_experts:
-        raise DataError(
-            f"{source} is a mixture of experts, which transformers does not read in 8-bit integers: --quantize fp8, or "
-            "w4a16"
-        )
+    layers = find_layers(source, shapes, scheme, trust_remote_code=trust_remote_code)
     group_size = group_size_for(layers.widths) if scheme.is_grouped else None
     kept = getattr(torch, dtype or half_of(config))
     how = _how(scheme, group_size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
+from rlflow.quantization.schemes import WITH_EXPERTS, Scheme
 from rlflow.tracking.card_snippets import is_reward_model
 
 ROUTER = r".*\.(gate|router|shared_expert_gate)$"
@@ -26,11 +27,6 @@ class LinearLayers:
     """Rows (outputs) and columns (inputs) of each that is quantised."""
     ignored: tuple[str, ...]
     """Those left as they are, as config.json names them for readers: names, or ``re:`` and a pattern."""
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether it is a mixture of experts, each with layers of its own."""
-        return any(_EXPERT.fullmatch(name) for name in self.shapes)
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -60,13 +56,16 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def find_layers(source: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool) -> LinearLayers:
+def find_layers(
+    source: Path, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme, *, trust_remote_code: bool
+) -> LinearLayers:
     """
     Args:
         shapes: Of all tensors in the model's files, by name.
 
     Raises:
-        DataError: The model cannot be built from its config, or has nothing to quantise.
+        DataError: The model cannot be built from its config, has nothing to quantise, or has experts that the scheme
+            is not read for.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -100,6 +99,11 @@ def find_layers(source: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_re
         raise DataError(f"{source}: a {config.model_type} model has no linear layers of torch to quantise")
     ignored = sorted({"lm_head", *(left & linear)})
     if any(_EXPERT.fullmatch(name) for name in wanted):
+        if scheme.name not in WITH_EXPERTS:
+            raise DataError(
+                f"{source} is a mixture of experts, and {scheme.name} is not read or not tried for them: --quantize "
+                f"{' or '.join(WITH_EXPERTS)}"
+            )
         # Routers are linear layers to vLLM.
         ignored.append(f"re:{ROUTER}")
     return LinearLayers(wanted, tuple(ignored))

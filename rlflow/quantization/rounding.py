@@ -75,7 +75,7 @@ def round_directory(
     from rlflow.actors.pretrained import load_whole
 
     config = read_config(source)
-    layers = find_layers(source, shapes_in(weight_files(source)), trust_remote_code=trust_remote_code)
+    layers = find_layers(source, shapes_in(weight_files(source)), scheme, trust_remote_code=trust_remote_code)
     group_size = group_size_for(layers.widths)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model = load_whole(AutoModelForCausalLM, str(source), dtype=torch.float16, **options)

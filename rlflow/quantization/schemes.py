@@ -10,6 +10,9 @@ from rlflow.data.errors import DataError
 GROUP_SIZES = (128, 64, 32)
 """Weights that share a scale, the largest first: vLLM's kernels have these."""
 
+WITH_EXPERTS = ("fp8", "w4a16")
+"""Schemes that transformers reads mixtures of experts in, whose experts it holds as one tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
