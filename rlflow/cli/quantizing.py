@@ -62,11 +62,12 @@ def quantize(source: ModelSource, arguments: argparse.Namespace, merge: Merge) -
     from rlflow.serving.models import refuse_reward_model
 
     refuse_reward_model(source)
-    # Their bars are drawn over ours.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     output, directory = arguments.output, source.directory
     assert directory is not None
     scheme = SCHEMES[arguments.quantize]
+    if scheme.preset is not None:
+        # The libraries' bars are drawn over ours; auto-round has the only one.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     request = Request(scheme, arguments.dtype, arguments.calibration, arguments.held_out, arguments.trust_remote_code)
     base = Path(str(arguments.base or source.base)) if source.is_adapter else directory
     if base.is_dir():
@@ -84,7 +85,9 @@ def quantize(source: ModelSource, arguments: argparse.Namespace, merge: Merge) -
         ) from error
     finally:
         shutil.rmtree(merged, ignore_errors=True)
-    _tell(f"{outcome.stored}; {outcome.bytes_before / 1e6:,.1f} MB -> {outcome.bytes_after / 1e6:,.1f} MB")
+    _tell(
+        f"{outcome.stored}; {outcome.bytes_before / 1e6:,.1f} MB -> {outcome.bytes_after / 1e6:,.1f} MB in {outcome.seconds:.0f} s"
+    )
     loss, texts = outcome.loss, outcome.measured_on
     if loss is None or texts is None:
         _tell("note: the loss of quality is not measured: --held-out FILE with rows to measure it on")

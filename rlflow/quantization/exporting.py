@@ -79,7 +79,7 @@ def export_quantized(
     tokenizer = load_tokenizer(ModelBlock(path=str(plain), trust_remote_code=request.trust_remote_code))
     texts = choose_texts(source, request.scheme, tokenizer, request.calibration, request.held_out, tell)
     fitted, measured = texts
-    before = _likelihoods(plain, measured, request, "measuring the model as it is")
+    before = _likelihoods(plain, measured, request, "measuring the model as it is", tell)
     outcomes = []
 
     def write(directory: Path) -> None:
@@ -91,7 +91,7 @@ def export_quantized(
         began = time.monotonic()
         group_size = _round(plain, directory, request, fitted)
         seconds = time.monotonic() - began
-        after = _likelihoods(directory, measured, request, "measuring the quantised model")
+        after = _likelihoods(directory, measured, request, "measuring the quantised model", tell)
         loss = None
         if measured is not None:
             loss = Loss(before, after, [len(ids) - 1 for ids in measured.token_ids])
@@ -115,11 +115,14 @@ def _round(plain: Path, directory: Path, request: Request, fitted: Texts | None)
         return quantize_directory(plain, directory, request.scheme, dtype=request.dtype, progress=bar.update, **options)
 
 
-def _likelihoods(directory: Path, texts: Texts | None, request: Request, what: str) -> list[float]:
+def _likelihoods(
+    directory: Path, texts: Texts | None, request: Request, what: str, tell: Callable[[str], None]
+) -> list[float]:
     if texts is None:
         return []
     options = {"trust_remote_code": request.trust_remote_code}
     if request.scheme.preset is None:
+        tell(f"{what}: by vLLM, in a process of its own")
         return by_vllm(directory, texts.token_ids, **options)
     with ProgressBar(what, "texts") as bar:
         return by_transformers(directory, texts.token_ids, bar.update, **options)

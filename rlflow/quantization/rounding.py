@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from importlib import import_module
@@ -82,6 +83,7 @@ def round_directory(
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     rows = torch.tensor(rows_of(texts, ROW_TOKENS))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
+    os.environ.setdefault("AR_LOG_LEVEL", "WARNING")
     rounded = import_module("auto_round").AutoRound(
         model,
         tokenizer,
