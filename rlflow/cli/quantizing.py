@@ -85,9 +85,8 @@ def quantize(source: ModelSource, arguments: argparse.Namespace, merge: Merge) -
         ) from error
     finally:
         shutil.rmtree(merged, ignore_errors=True)
-    _tell(
-        f"{outcome.stored}; {outcome.bytes_before / 1e6:,.1f} MB -> {outcome.bytes_after / 1e6:,.1f} MB in {outcome.seconds:.0f} s"
-    )
+    sizes = f"{outcome.bytes_before / 1e6:,.1f} MB -> {outcome.bytes_after / 1e6:,.1f} MB"
+    _tell(f"{outcome.stored}; {sizes} in {outcome.seconds:.0f} s")
     loss, texts = outcome.loss, outcome.measured_on
     if loss is None or texts is None:
         _tell("note: the loss of quality is not measured: --held-out FILE with rows to measure it on")
