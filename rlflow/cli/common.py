@@ -83,6 +83,13 @@ def parser_of(
     )
 
 
+def port_number(text: str) -> int:
+    """A ``--port`` as argparse's type: the operating system would take a larger one for another."""
+    if not text.isdecimal() or not 0 <= int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port: a number from 0 to 65535")
+    return int(text)
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file, or the name of one that comes with rlflow: `rlflow recipes`"

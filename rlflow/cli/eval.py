@@ -107,8 +107,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """What does not go together, before anything is read."""
     if arguments.all_checkpoints and arguments.checkpoint is not None:
         raise DataError("--all-checkpoints and --checkpoint: leave one out")
-    if arguments.temperature is not None and arguments.temperature < 0:
-        raise DataError(f"--temperature {arguments.temperature}: 0 is greedy, and none is below it")
+    if arguments.temperature is not None and not 0 <= arguments.temperature < float("inf"):
+        raise DataError(f"--temperature {arguments.temperature}: 0 is greedy, and a finite number above it draws")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise DataError(f"--top-p {arguments.top_p}: a share above 0, at most 1")
     if arguments.output is not None and arguments.output.exists():

@@ -149,8 +149,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise DataError(f"answers to a data set need {missing} {what}, too")
     if arguments.data is None and (arguments.rewards is not None or arguments.resume or arguments.samples > 1):
         raise DataError("--rewards, --resume and --samples are of --data FILE --output FILE.jsonl")
-    if arguments.temperature is not None and arguments.temperature < 0:
-        raise DataError(f"--temperature {arguments.temperature}: 0 is greedy, and none is below it")
+    if arguments.temperature is not None and not 0 <= arguments.temperature < float("inf"):
+        raise DataError(f"--temperature {arguments.temperature}: 0 is greedy, and a finite number above it draws")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise DataError(f"--top-p {arguments.top_p}: a share above 0, at most 1")
     if arguments.top_k is not None and arguments.top_k < 0:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlflow.cli.common import parser_of
+from rlflow.cli.common import parser_of, port_number
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
     loading,
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; beyond this machine a token is required"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 finds a free one (8000)")
+    parser.add_argument("--port", type=port_number, default=8000, help="0 finds a free one (8000)")
     parser.add_argument(
         "--token",
         help="what clients send as their API key; made and printed when left out where other machines reach the host",

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlflow.cli.common import parser_of
+from rlflow.cli.common import parser_of, port_number
 from rlflow.data.errors import DataError
 
 SUMMARY = "show the runs of a directory in a browser, live; start, stop, resume and talk to them"
@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = parser_of("ui", SUMMARY, "rlflow ui runs")
     parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="of runs: runs/")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on: 127.0.0.1; any other needs a token")
-    parser.add_argument("--port", type=_port, default=8770, help="port to listen on: 8770; 0 finds a free one")
+    parser.add_argument("--port", type=port_number, default=8770, help="port to listen on: 8770; 0 finds a free one")
     parser.add_argument(
         "--token",
         help=f"what browsers must show, 16 characters or more; {TOKEN_VARIABLE} is read too, and hides it from ps; "
@@ -55,9 +55,3 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _tell(text: str) -> None:
     print(text if not text.startswith("http") else f"rlflow ui: {text}   (Ctrl-C ends it)", file=sys.stderr, flush=True)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 <= int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is no port: a number from 0 to 65535")
-    return int(text)

@@ -50,3 +50,20 @@ def test_a_command_whose_output_is_closed_does_its_work(tmp_path: Path):
     command = [sys.executable, "-c", code.replace("sys.argv[1]]", "sys.argv[1], 'run']"), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", ["serve", "ui"])
+def test_a_port_that_is_none_is_not_taken_for_another(command: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as exited:
+        main([command, "runs", "--port", "99999"])
+    assert exited.value.code == 2
+    assert "99999 is no port: a number from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "-1"])
+def test_a_temperature_is_a_finite_number(given: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    batch = ["--data", "data.jsonl", "--output", str(tmp_path / "answers.jsonl")]
+    for arguments in (["infer", "runs/x", *batch], ["eval", "runs/x"]):
+        assert main([*arguments, "--temperature", given]) == 2
+        assert "0 is greedy, and a finite number above it draws" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -255,7 +255,7 @@ def test_the_next_commands_call_this_program_as_it_was_called(monkeypatch: pytes
         (["infer", "m", "--data", "a.jsonl"], "need --output FILE.jsonl, too"),
         (["infer", "m", "--rewards", "math_accuracy"], "--rewards, --resume and --samples are of --data"),
         (["infer", "m", "--top-p", "1.5"], "--top-p 1.5: a share above 0, at most 1"),
-        (["infer", "m", "--temperature=-1"], "0 is greedy, and none is below it"),
+        (["infer", "m", "--temperature=-1"], "0 is greedy, and a finite number above it draws"),
         (["infer", "m", "--data", "a", "--output", __file__], "exists already: --resume goes on with it"),
         (["infer", "m", "--data", "a", "--output", "/proc/answers.jsonl"], "name one that can be written"),
         (["serve", "m", "--port", "0", "--adapters", "a"], "--adapters a: write name=path"),
