@@ -44,7 +44,6 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "push_to_hub": "--push",
             "hub_private_repo": "--private",
             "torch_dtype": "--dtype",
-            "dataset": "--calibration",
         },
     ),
     "merge-lora": ("export", {"output_dir": ""}),
@@ -105,16 +104,21 @@ def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
 
 
 def _quantize(values: dict[str, Any], notes: list[Note]) -> list[Any]:
-    """The scheme that two flags name, taken from the values."""
+    """The scheme that two flags name, and the texts to calibrate on; taken from the values."""
     given = {flag: values.pop(flag) for flag in ("quant_method", "quant_bits") if flag in values}
+    texts = as_list(values.pop("dataset", []))
     if not given:
+        notes.extend(Note("missing", f"--dataset {text}: nothing is quantised") for text in texts)
         return []
     bits = given.get("quant_bits")
     scheme = _SCHEMES.get((given.get("quant_method"), int(str(bits)) if str(bits).isdecimal() else bits))
     if scheme is None:
         notes.extend(Note("missing", f"--{flag} {shown(flag, value)}") for flag, value in given.items())
         return []
-    return ["--quantize", scheme]
+    notes.extend(Note("missing", f"--dataset {text}: --calibration is one file, join them") for text in texts[1:])
+    # `name#rows` is some of a dataset's rows.
+    calibration = ["--calibration", str(texts[0]).partition("#")[0]] if texts else []
+    return ["--quantize", scheme, *calibration]
 
 
 def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[Any]:
@@ -124,9 +128,6 @@ def _option(flag: str, option: str, value: Any, values: dict[str, Any]) -> list[
         case "push_to_hub":
             hub = "hf" if values.get("use_hf") == "true" else "modelscope"
             return [option, f"{hub}:{values.get('hub_model_id', 'ORGANISATION/NAME')}"] if value == "true" else []
-        case "dataset":
-            # `name#rows` is some of a dataset's rows.
-            return [option, str(as_list(value)[0]).partition("#")[0]]
         case "api_key":
             return [option, "TOKEN"]
         case "infer_backend":

@@ -45,3 +45,20 @@ def test_a_rollout_server_is_not_needed():
     [conversion] = convert("swift rollout --model m")
     assert conversion.command is None
     assert "starts its engines itself" in conversion.notes[0].text
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "lost"),
+    [
+        (
+            "swift export --model m --quant_bits 4 --dataset a#9 b --output_dir o",
+            "rlflow export m --quantize w4a16 --calibration a o",
+            "--dataset b: --calibration is one file, join them",
+        ),
+        ("swift export --model m --dataset a --output_dir o", "rlflow export m o", "--dataset a: nothing is quantised"),
+    ],
+)
+def test_texts_that_nothing_is_calibrated_on_are_named(command: str, line: str, lost: str):
+    [conversion] = convert(command)
+    assert conversion.command == line
+    assert [note.text for note in conversion.notes] == [lost]
