@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlflow.driver.errors import RunError
 from rlflow.driver.resuming import models_of, rewards_of
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe.own_functions import own_functions
 
 _ASK_TIMEOUT_S = 120.0
 """A node may have to fetch a job's working directory first."""
@@ -24,6 +25,8 @@ _READERS: Mapping[str, frozenset[str]] = {
     "algorithm.critic.path": frozenset({"critic"}),
 }
 """Key of a model -> roles whose actors load it."""
+_OF_TRAINERS = ("algorithm.loss", "algorithm.preference", "trainer.optimizer")
+"""Functions of the user's own that trainers call; the driver calls the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,25 @@ def shared_files(recipe: Recipe, model: ModelBlock, directory: Path) -> Iterator
     for key, path in models.items():
         if Path(path).exists():
             yield SharedFile(key, path, _READERS.get(key, rewards))
+    for key, plugin, roles in _plugins(recipe):
+        file = plugin.rpartition(":")[0]
+        if Path(file).exists():
+            yield SharedFile(key, file, roles)
+
+
+def _plugins(recipe: Recipe) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """(key, `file.py:function` or `module:function`, roles whose actors import it) of the user's own functions."""
     for key, reward in rewards_of(recipe).items():
         if reward.plugin is not None:
-            yield SharedFile(f"{key}.plugin", reward.plugin.rpartition(":")[0], rewards)
+            yield f"{key}.plugin", reward.plugin, frozenset({"rewards"})
+    for key, function in own_functions(recipe).items():
+        if key in _OF_TRAINERS:
+            yield f"{key}.plugin", function.plugin, frozenset({"trainer"})
+    if (environment := recipe.environment) is not None:
+        named = {"plugin": environment.plugin, **{f"tools.{i}": tool for i, tool in enumerate(environment.tools)}}
+        for key, plugin in named.items():
+            if plugin is not None:
+                yield f"environment.{key}", plugin, frozenset({"rollout"})
 
 
 def require_shared(files: list[SharedFile], roles_on: Mapping[str, frozenset[str]]) -> None:
