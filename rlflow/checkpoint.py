@@ -155,6 +155,8 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
             and isinstance(entry["bytes"], int)
             for file, entry in files.items()
         )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
     if not is_sound:

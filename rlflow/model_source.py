@@ -144,7 +144,7 @@ class _Finder:
         if checkpoint is not None:
             return self.of_checkpoint(self._chosen(stage, checkpoint))
         if not kept:
-            raise DataError(_unfinished(stage))
+            raise DataError(_unfinished(stage, self.tell))
         return self.of_directory(stage / FINAL)
 
     def _chosen(self, stage: Path, checkpoint: str) -> Path:
@@ -153,11 +153,9 @@ class _Finder:
         steps = saved_steps(root)
         listed = f"it keeps {', '.join(map(str, steps))}" if steps else "it keeps none"
         if checkpoint == "latest" and steps:
-            try:
-                newest = newest_valid(root, self.tell)
-            except CheckpointError as error:
-                raise DataError(str(error)) from error
-            assert newest is not None
+            newest = _newest_whole(stage, self.tell)
+            if newest is None:
+                raise DataError(f"{stage}: {_none_whole(stage)}")
             return newest
         if checkpoint == "best":
             best = link_target(root, "best")
@@ -301,13 +299,30 @@ def _has(stage: Path, checkpoint: str | None) -> bool:
     return (stage / FINAL).is_dir() if checkpoint is None else bool(saved_steps(stage / CHECKPOINTS))
 
 
-def _unfinished(stage: Path) -> str:
+def _unfinished(stage: Path, tell: Tell) -> str:
     """What to do about a run that has no ``final/``."""
-    steps = saved_steps(stage / CHECKPOINTS)
     finish = "`rlflow run RECIPE --resume` finishes it"
-    if not steps:
+    if not saved_steps(stage / CHECKPOINTS):
         return f"{stage} has not finished and saved nothing: {finish}"
-    return f"{stage} has not finished, there is no {FINAL}/: --checkpoint latest takes step {steps[-1]}; {finish}"
+    newest = _newest_whole(stage, tell)
+    if newest is None:
+        return f"{stage} has not finished, there is no {FINAL}/, and {_none_whole(stage)}"
+    choice = f"--checkpoint {int(newest.name.removeprefix('step_'))} is its newest whole checkpoint"
+    return f"{stage} has not finished, there is no {FINAL}/: {choice}; {finish}"
+
+
+def _newest_whole(stage: Path, tell: Tell) -> Path | None:
+    """The newest checkpoint that verifies, each damaged one told of; None where every one is damaged."""
+    try:
+        return newest_valid(stage / CHECKPOINTS, tell)
+    except CheckpointError:
+        return None
+
+
+def _none_whole(stage: Path) -> str:
+    """What to do about a run whose checkpoints are all damaged, from which no run resumes."""
+    root = stage / CHECKPOINTS
+    return f"no checkpoint is whole: move {root} away, then `rlflow run RECIPE --resume` starts anew"
 
 
 def _what_is_there(path: Path) -> str:

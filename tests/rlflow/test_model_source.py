@@ -243,7 +243,7 @@ def forget_best(run: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "checkpoint", "says"),
     [
-        (remove_final, None, r"has not finished, there is no final/: --checkpoint latest takes step 3"),
+        (remove_final, None, r"has not finished, there is no final/: --checkpoint 3 is its newest whole checkpoint"),
         (change_recipe, "2", r"another version of rlflow \(trainer.grad_accum: .*\): use that version; .*/final needs"),
         (truncate, "2", r"state-00000-of-00001.safetensors: differs .* name another checkpoint"),
         (damage_final, None, r"config.json: differs from the manifest.*--resume"),
@@ -274,6 +274,20 @@ def test_the_final_of_a_run_of_another_version_is_used_without_its_recipe(run: P
     source, told = find(run)
     assert (source.directory, source.recipe, source.run) == (run / "final", None, run)
     assert "is used without its run's settings" in told[0] and "trainer.grad_accum" in told[0]
+
+
+def test_a_killed_run_offers_its_newest_whole_checkpoint_or_says_that_none_is(run: Path):
+    shutil.rmtree(run / "final")
+    (run / "checkpoints/step_000003/manifest.json").unlink()
+    assert "--checkpoint 2 is its newest whole checkpoint" in refusal(run)
+    assert refusal(run, checkpoint="3").startswith(f"{run}/checkpoints/step_000003/manifest.json: missing")
+    for step in (1, 2):
+        (run / f"checkpoints/step_{step:06d}/manifest.json").unlink()
+    for checkpoint_asked in (None, "latest"):
+        said = refusal(run, checkpoint=checkpoint_asked)
+        assert "no checkpoint is whole" in said
+        assert "--resume" in said
+        assert "Errno" not in said
 
 
 def test_latest_is_the_newest_checkpoint_that_is_whole(run: Path):
