@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from rlflow.driver.past_runs import other_versions
     from rlflow.inspection.filters import filter_records, sort_records
     from rlflow.inspection.selection import distinct, few_a_prompt, find_stage, load_records, steps_asked_for
     from rlflow.progress import ProgressBar
@@ -76,6 +77,9 @@ def execute(arguments: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     is_replay = arguments.replay or arguments.rewards or arguments.recipe is not None
     stage = find_stage(arguments.run)
+    if not is_replay:
+        for line in other_versions([stage]):
+            print(line, file=sys.stderr)
     steps = steps_asked_for(list(rollout_files(stage)), arguments.step, arguments.steps)
     with ProgressBar("reading rollouts", "steps") as bar:
         records = load_records(stage, steps, tokens=bool(arguments.tokens or is_replay), tell=bar.update)

@@ -40,9 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    from rlflow.driver.past_runs import other_versions
     from rlflow.progress import ProgressBar
     from rlflow.tracking.report import ReportError, write_curve_svg, write_report
 
+    for line in other_versions([arguments.directory, *arguments.compare]):
+        print(line, file=sys.stderr)
     try:
         if arguments.curve is not None:
             write_curve_svg(arguments.directory, arguments.keys, arguments.curve)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def read_run(run: Path) -> Recipe:
             first = error.errors()[0]
             cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     raise DataError(f"{run / RECIPE} is of another version of rlflow ({cause})")
+
+
+def other_versions(runs: Iterable[Path]) -> Iterator[str]:
+    """One line about each stage of ``runs`` whose recipe is of another version of rlflow, or damaged."""
+    for stage in dict.fromkeys(stage for run in runs for stage in stages_of(run)):
+        try:
+            read_run(stage)
+        except DataError as error:
+            yield f"{stage} is used without its run's settings: {error}"
 
 
 def name_of(run: Path, recipe: Recipe) -> str:

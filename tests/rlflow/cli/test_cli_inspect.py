@@ -126,3 +126,16 @@ def test_on_a_terminal_unlikely_tokens_are_coloured(tmp_path: Path) -> None:
     show_rollout(console, record, is_whole=True, tokens=["un", "likely"])
     # Logprobs -1 and -2 of a scale that ends at -5.
     assert "48;2;255;205;166m" in screen.getvalue() and "48;2;255;175;132m" in screen.getvalue()
+
+
+def test_report_and_inspect_say_in_one_line_that_a_recipe_is_of_another_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / "inputs.json").write_text("{}")
+    (run / "recipe.yaml").write_text("run: {name: old}\nmodel: {path: m}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "reward/mean": 0.5}\n')
+    for command in ("inspect", "report"):
+        assert main([command, str(run)]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{run}/recipe.yaml is of another version of rlflow" in line
