@@ -17,6 +17,8 @@ from rlflow.data.vocabulary import ids_without_token
 from rlflow.model_source import ModelSource
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.recipe.adapter_files import is_adapter, read_config, same_model
+from rlflow.recipe.hub_files import hub_config
+from rlflow.recipe.local_paths import is_hub_id
 from rlflow.serving.sampling import Sampling, defaults_of
 from rlflow.serving.text import hidden_ids
 from rlflow.tracking.card_snippets import is_reward_model
@@ -111,6 +113,8 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     if path is None:
         raise DataError(f"{source.path} does not say which model it is an adapter of: correct its adapter_config.json")
     try:
+        if not Path(path).exists() and is_hub_id(path):
+            hub_config(path, None)  # a hub that is not there is found by one request, not by the library's many
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         said = str(error).partition("\n")[0]

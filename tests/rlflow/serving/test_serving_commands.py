@@ -307,3 +307,14 @@ def test_an_address_of_ipv6_is_listened_at() -> None:
         pytest.skip("no IPv6 here")
     with open_socket("::1", 0) as listening:
         assert listening.family == socket.AF_INET6
+
+
+def test_a_hub_out_of_reach_is_one_line_after_one_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the library retries"))
+    assert main(["infer", "nobody/nothing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nobody/nothing: there is no model that can be read: cannot reach http://127.0.0.1:9" in line
