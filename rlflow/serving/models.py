@@ -117,9 +117,9 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
             hub_config(path, None)  # a hub that is not there is found by one request, not by the library's many
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        said = str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0].rstrip(". ")
         raise DataError(
-            f"{path}: there is no model that can be read: {said} Name a directory that holds one"
+            f"{path}: there is no model that can be read: {said}. Name a directory that holds one"
         ) from error
     text = config.get_text_config()
     context = _context(text, settings.max_model_len, path)
