@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rlflow.types import Prompt
 
 SUMMARY = "chat with a run, a checkpoint or a model, or have it answer a data set"
+_EXISTS = "{output} exists already: --resume goes on with it, or name another --output"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,17 +89,50 @@ def execute(arguments: argparse.Namespace) -> int:
     sampling = _sampling(arguments, model, engine)
     prompts = _prompts(arguments, model, system) if arguments.data is not None else None
     job = _job(arguments, model, name, sampling, settings)
-    num_done = _num_done(arguments, prompts, job) if prompts is not None else 0
     with contextlib.ExitStack() as opened:
+        file, num_done = None, 0
+        if prompts is not None:
+            # What the output holds is read behind the lock: nobody else adds to it from here on.
+            file = opened.enter_context(_open_output(arguments.output, resume=arguments.resume))
+            num_done = _num_done(arguments, prompts, job)
         server = _reward_server(job, opened) if prompts is not None and job.rewards else None
         with loading(model, engine):
             streams = open_streams(base, engine, adapters, settings)
         opened.callback(streams.close)
-        if prompts is None:
+        if prompts is None or file is None:
             _chat(model, streams, name, sampling, system)
         else:
-            _answer_all(prompts, num_done, job, streams, server, arguments.output)
+            _answer_all(prompts, num_done, job, streams, server, file)
     return 0
+
+
+@contextlib.contextmanager
+def _open_output(output: Path, *, resume: bool) -> Iterator[TextIO]:
+    """The output, open at its end and locked (flock): no other process writes to it within.
+
+    A file that is still empty at the end is removed again.
+
+    Raises:
+        DataError: It is there already and is not to be gone on with, or another process writes to it.
+    """
+    try:
+        file = output.open("a" if resume else "x", encoding="utf-8")
+    except FileExistsError:
+        raise DataError(_EXISTS.format(output=output)) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{output} is being written by another rlflow infer: wait until that ends, or name another --output"
+            ) from None
+        except OSError:
+            print(f"{output}: its file system has no locks: let no other process write to it", file=sys.stderr)
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                output.unlink(missing_ok=True)
 
 
 def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, system: str | None) -> None:
@@ -115,7 +151,7 @@ def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, s
 
 
 def _answer_all(
-    prompts: Sequence[Prompt], num_done: int, job: Job, streams: Streams, server: RewardServer | None, output: Path
+    prompts: Sequence[Prompt], num_done: int, job: Job, streams: Streams, server: RewardServer | None, file: TextIO
 ) -> None:
     """Appends the answers that are not there yet; a line at the end says what came of the rewards."""
     from rlflow.progress import ProgressBar
@@ -123,7 +159,7 @@ def _answer_all(
     from rlflow.serving.tally import Tally
 
     tally, said = Tally(), 0
-    with ProgressBar("answers", "prompts") as bar, output.open("a", encoding="utf-8") as file:
+    with ProgressBar("answers", "prompts") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.update(num_done + done, num_done + total, tally.line)
@@ -135,7 +171,7 @@ def _answer_all(
             for error in errors[: max(0, 3 - said)]:
                 print(f"rewards: {error}", file=sys.stderr)
             said += len(errors)
-    print(f"{output}: {tally.line}")
+    print(f"{file.name}: {tally.line}")
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -158,15 +194,18 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if output is None:
         return
     if output.exists() and not arguments.resume:
-        raise DataError(f"{output} exists already: --resume goes on with it, or name another --output")
+        raise DataError(_EXISTS.format(output=output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8"):
-            pass
+        if output.exists():
+            output.open("a").close()
+        else:
+            output.open("x").close()
+            output.unlink()
+    except FileExistsError:
+        raise DataError(_EXISTS.format(output=output)) from None
     except OSError as error:
         raise DataError(f"--output {output}: {error.strerror}: name one that can be written") from error
-    if not output.stat().st_size:
-        output.unlink()
 
 
 def _system(arguments: argparse.Namespace, model: ServedModel) -> str | None:
@@ -265,7 +304,7 @@ def _reward(word: str) -> dict[str, str]:
 def _num_done(arguments: argparse.Namespace, prompts: Sequence[Prompt], job: Job) -> int:
     from rlflow.serving.batch import read_answers
 
-    if not arguments.output.exists():
+    if not arguments.output.stat().st_size:
         return 0
     done = read_answers(arguments.output, prompts, job)
     print(f"{arguments.output} has the answers to {done} of {len(prompts)} prompts", file=sys.stderr)

@@ -59,5 +59,5 @@ def listing(lines: Sequence[object], most: int = LISTED) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`` Nearest: a, b.``, or nothing when no name comes near."""
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f" Nearest: {', '.join(close)}." if close else ""

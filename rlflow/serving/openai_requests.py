@@ -104,7 +104,7 @@ def parse(body: Any, models: Mapping[str, ServedModel], *, is_chat: bool) -> Wan
     return Wanted(
         model=name,
         prompts=prompts,
-        params=[_params(given, model, sampling, prompt) for prompt in prompts],
+        params=[_params(given, model, sampling, prompt, is_chat=is_chat) for prompt in prompts],
         stop=sampling.stop,
         n=_integer(given, "n", 1, MOST_ANSWERS) or 1,
         seed=_integer(given, "seed", -(2**63), 2**64 - 1),
@@ -129,13 +129,17 @@ def model_of(name: str, models: Mapping[str, ServedModel]) -> ServedModel:
     return models[name]
 
 
-def _params(given: Mapping[str, Any], model: ServedModel, sampling: Sampling, prompt: AskedPrompt) -> SamplingParams:
+def _params(
+    given: Mapping[str, Any], model: ServedModel, sampling: Sampling, prompt: AskedPrompt, *, is_chat: bool
+) -> SamplingParams:
     name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     longest = _integer(given, name, 1, 2**31)
     try:
         room = room_behind(prompt.token_ids, model)
     except TooLongError as error:
-        raise RequestError(str(error), param="messages", code="context_length_exceeded") from error
+        raise RequestError(
+            str(error), param="messages" if is_chat else "prompt", code="context_length_exceeded"
+        ) from error
     if longest is not None and longest > room:
         raise RequestError(
             f"the model reads {model.context:,} tokens: the prompt has {len(prompt.token_ids):,}, and {name} asks for "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
@@ -214,11 +216,28 @@ def run_server(server: OpenAIServer, listening: socket.socket, tell: Callable[[]
     asyncio.run(_run(server, listening, tell))
 
 
+def runner_of(server: OpenAIServer, shutdown_timeout: float) -> web.AppRunner:
+    """What answers on sockets, without a log of requests; ``shutdown_timeout`` is in seconds."""
+    logger = logging.getLogger(__name__)
+    logger.addFilter(_say_bad_request_in_a_line)
+    options: dict[str, Any] = {"access_log": None, "logger": logger}
+    return web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=shutdown_timeout, **options)
+
+
+def _say_bad_request_in_a_line(record: logging.LogRecord) -> bool:
+    """A filter: what is no HTTP is the client's fault, and a traceback of the parser's tells nobody anything."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.msg, record.args = f"{record.getMessage()}: {error.message.splitlines()[0]}", ()
+        record.exc_info = None
+    return True
+
+
 async def _run(server: OpenAIServer, listening: socket.socket, tell: Callable[[], None]) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(server.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+    runner = runner_of(server, shutdown_timeout=5.0)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

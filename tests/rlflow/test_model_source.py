@@ -257,6 +257,7 @@ def forget_best(run: Path) -> Path:
         (lambda run: run.parent, None, None),
         (lambda run: run / "recipe.yaml", None, r"is a file: name a run"),
         (lambda run: run.with_name("word"), None, r"there is no .*/word: .*Nearest: words"),
+        (lambda run: run.with_name("swap"), None, r"there is no .*/swap: (?!.*Nearest)"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_with_a_remedy(

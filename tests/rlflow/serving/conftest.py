@@ -21,7 +21,7 @@ from rlflow.model_source import ModelSource
 from rlflow.recipe.adapter_files import base_of, read_config
 from rlflow.serving.addresses import open_socket
 from rlflow.serving.models import ServedModel, Settings, models_by_name, open_streams, read_model
-from rlflow.serving.openai_server import OpenAIServer
+from rlflow.serving.openai_server import OpenAIServer, runner_of
 from rlflow.serving.streams import Streams
 
 CONTEXT = 160
@@ -117,7 +117,7 @@ def oracle_of(policy_dir: Path, adapter: Path | None = None) -> Oracle:
 def running(server: OpenAIServer) -> Iterator[str]:
     """A server that answers in a thread; its address."""
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(server.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    runner = runner_of(server, shutdown_timeout=1.0)
     with open_socket("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -148,6 +149,19 @@ def test_what_cannot_be_answered_is_a_bad_request(client: Any, options: dict[str
     assert raised.value.type == "invalid_request_error"
     if "160" in said:
         assert raised.value.code == "context_length_exceeded"
+
+
+def test_a_completion_without_room_names_the_prompt(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="reads 160") as raised:
+        client.completions.create(model="tiny", prompt="1" * CONTEXT)
+    assert raised.value.param == "prompt"
+
+
+def test_what_is_no_http_is_a_bad_request_and_a_line_in_the_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nno header\r\n\r\n")
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.0 400")
+    assert len(caplog.text.splitlines()) == 1 and "Error handling request" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_not_found(client: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import shutil
@@ -287,6 +288,24 @@ def test_a_command_line_answers_a_data_set_with_rewards(
     output.write_text("".join(half[:2]))
     assert main([*words, "--resume"]) == 0
     assert output.read_text() == "".join(half)
+
+
+def test_an_output_that_another_process_writes_is_one_line_and_stays_as_it_is(
+    policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    words = ["infer", str(policy_dir), "--data", str(data), "--output", str(output), "--max-new-tokens", "2"]
+    with output.open("x") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        capsys.readouterr()
+        assert main([*words, "--resume"]) == 2
+        assert main(words) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 2 and "is being written by another" in error[0] and "exists already" in error[1]
+        assert output.samefile(f"/proc/self/fd/{other.fileno()}") and not output.stat().st_size
+    assert main([*words, "--resume"]) == 0
+    assert len(output.read_text().splitlines()) == 1
 
 
 def test_a_command_line_answers_with_an_adapter_that_is_not_merged(
