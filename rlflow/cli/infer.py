@@ -21,7 +21,7 @@ from rlflow.cli.serving_arguments import (
     read_named_model,
     settings_of,
 )
-from rlflow.data.errors import DataError, listing
+from rlflow.data.errors import DataError, RowError, listing
 from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
 
 if TYPE_CHECKING:
@@ -209,8 +209,18 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _system(arguments: argparse.Namespace, model: ServedModel) -> str | None:
+    """
+    Raises:
+        DataError: The template takes no system message.
+    """
     recipe = model.source.recipe
-    return arguments.system if arguments.system is not None or recipe is None else recipe.data.system
+    if not arguments.system:
+        return arguments.system if arguments.system is not None or recipe is None else recipe.data.system
+    try:
+        model.chat.render_prompt([{"role": role, "content": arguments.system} for role in ("system", "user")])
+    except RowError as error:
+        raise DataError(f"--system: {error}. Leave it out, or give a --chat-template that takes one") from error
+    return arguments.system
 
 
 def _sampling(arguments: argparse.Namespace, model: ServedModel, engine: str) -> Sampling:

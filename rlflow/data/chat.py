@@ -256,7 +256,7 @@ class Chat:
         if not self._template:
             raise DataError(
                 "the tokenizer has no chat template. Set model.chat_template, or `format: text` in the data source "
-                "when the rows are plain text."
+                "when the rows are plain text (rlflow infer, serve and eval: give --chat-template FILE)."
             )
         try:
             text = self.tokenizer.apply_chat_template(

@@ -271,6 +271,19 @@ def test_arguments_that_cannot_be_meant_are_one_line(
     assert said in error and error.count("\n") == 1
 
 
+def test_a_template_that_takes_no_system_message_is_named_with_the_option(
+    policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template, data = tmp_path / "strict.jinja", tmp_path / "rows.jsonl"
+    refusal = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}"
+    template.write_text(refusal + "{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    data.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    words = ["infer", str(policy_dir), "--data", str(data), "--output", str(tmp_path / "answers.jsonl")]
+    assert main([*words, "--system", "Add.", "--chat-template", str(template)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--system: ") and "System role not supported" in error and "--chat-template" in error
+
+
 def test_a_command_line_answers_a_data_set_with_rewards(
     policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
