@@ -124,7 +124,8 @@ class ModelServer:
             if not line:
                 break
             text = line.decode(errors="replace").rstrip()
-            self.said.append(text)
+            if self.state != "ended":  # why it was ended stays its last word
+                self.said.append(text)
             if (match := _ADDRESS.search(text)) and not listening.done():
                 listening.set_result(match[0])
         code = await process.wait()
@@ -233,8 +234,8 @@ class Chats:
         while server.state != "ended":
             left = server.used + self._idle_s - time.monotonic()
             if left <= 0 and server.state == "ready" and not server.answering:
-                await server.end()
                 server.said.append(f"ended: nobody asked it anything for {self._idle_s:.0f} s")
+                await server.end()
                 return
             await asyncio.sleep(max(left, 0.05 if self._idle_s < 1 else 1.0))
 
