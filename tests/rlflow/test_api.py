@@ -99,7 +99,7 @@ def test_a_recipe_from_a_program_is_that_of_the_file_that_says_the_same(tmp_path
 
 
 def test_what_is_wrong_with_a_recipe_from_a_program_is_said_by_key(tmp_path: Path):
-    wrong = {**STAGES, "trainer": {"learning_rat": 1e-3}, "tracking": [print]}
+    wrong = {**STAGES, "trainer": {"learning_rat": 1e-3}, "tracking": [len]}
     with pytest.raises(rlflow.RecipeError) as refused:
         rlflow.load_recipe(wrong)
     assert str(refused.value).startswith("recipe: tracking.0: is a builtin_function_or_method: give text, ")
