@@ -33,7 +33,7 @@ class ValueTrainer(Trainer):
         denominators: Denominators,
         temperature: float,
     ) -> Objective:
-        from rlflow.algorithms.objectives import value_objective
+        from rlflow.algorithms.policy_objectives import value_objective
 
         assert isinstance(algorithm, OnlineBlock)
 

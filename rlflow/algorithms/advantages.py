@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlflow.algorithms.own_advantages import own_advantages
-from rlflow.recipe.algorithm_blocks import Advantage, BaselineBlock, GAEBlock, OwnAdvantageBlock
+from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock, GAEBlock, OwnAdvantageBlock
 
 
 def compute_advantages(rewards: np.ndarray, block: BaselineBlock) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlflow.plugins import PluginError, call_by_name
-from rlflow.recipe.algorithm_blocks import OwnAdvantageBlock
+from rlflow.recipe.advantage_blocks import OwnAdvantageBlock
 
 
 def own_advantages(

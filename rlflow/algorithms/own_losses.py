@@ -6,7 +6,8 @@ import torch
 
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.plugins import PluginError, call_by_name
-from rlflow.recipe.algorithm_blocks import OwnLossBlock, OwnPairBlock
+from rlflow.recipe.policy_loss_blocks import OwnLossBlock
+from rlflow.recipe.preference_blocks import OwnPairBlock
 
 
 def own_policy_loss(

@@ -10,18 +10,19 @@ from rlflow.cli.common import parser_of
 from rlflow.planning import settings
 from rlflow.recipe import (
     ALGORITHMS,
+    TASKS,
     AlgorithmBlock,
-    KTOBlock,
+    Block,
     OnlineBlock,
     PairBlock,
     Problem,
     RecipeError,
-    RewardModelBlock,
     SFTBlock,
     algorithm_of,
 )
-from rlflow.recipe.algorithm_blocks import BaselineBlock, OwnLossBlock, SAPOBlock
+from rlflow.recipe.advantage_blocks import BaselineBlock
 from rlflow.recipe.block import kinds_in
+from rlflow.recipe.policy_loss_blocks import PolicyLossBlock
 from rlflow.recipe.problems import did_you_mean
 from rlflow.recipe.reference import options
 from rlflow.recipe.yaml_source import dump_value
@@ -31,11 +32,6 @@ WIDTH = 120
 
 ONLINE_COLUMNS = ("", "advantage", "ratio, clip", "loss, reduction", "KL", "needs")
 OFFLINE_COLUMNS = ("", "loss", "reduction", "numbers", "needs")
-FAMILIES = {
-    "online": "online: learn from rollouts and their rewards (ref: a reference, critic: a value model)",
-    "sft": "sft: learn from demonstrations",
-    "preference": "preference: learn from judged answers",
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,12 +47,15 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def table() -> str:
-    """The columns of every algorithm, family by family, and what each is."""
+    """The columns of every algorithm, task by task, and what each is."""
     lines = []
-    for family, title in FAMILIES.items():
-        blocks = [algorithm_of(name) for name, found in ALGORITHMS.items() if found.family == family]
-        columns, cells = (ONLINE_COLUMNS, _online) if family == "online" else (OFFLINE_COLUMNS, _offline)
-        lines += [title, *_aligned([columns, *map(cells, blocks)]), ""]
+    for task, purpose in TASKS.items():
+        blocks = [algorithm_of(name) for name, found in ALGORITHMS.items() if found.task == task]
+        online = [_online(block) for block in blocks if isinstance(block, OnlineBlock)]
+        offline = [_offline(block) for block in blocks if not isinstance(block, OnlineBlock)]
+        tables = [(ONLINE_COLUMNS, online), (OFFLINE_COLUMNS, offline)]
+        lines += [f"{task}: {purpose}"] if blocks else []
+        lines += [line for columns, cells in tables if cells for line in (*_aligned([columns, *cells]), "")]
     width = max(map(len, ALGORITHMS)) + 2
     for name, found in ALGORITHMS.items():
         lines += _wrapped(f"{name:<{width}}{found.summary} ({found.source})", " " * width)
@@ -73,7 +72,7 @@ def row(name: str) -> str:
         raise RecipeError([Problem(name, None, "", f"is no algorithm ({did_you_mean(name, list(ALGORITHMS))})")])
     found, block = ALGORITHMS[name], algorithm_of(name)
     own = {setting.key for setting in settings(block)}
-    lines = [f"{name}: {found.summary} ({found.source})", f"family: {found.family}", ""]
+    lines = [f"{name}: {found.summary} ({found.source})", f"task: {found.task}", ""]
     for option in options(block):
         if option.key != "name":
             lines.append(f"{'*' if option.key in own else ' '} {option.key}: {dump_value(option.value)}")
@@ -98,28 +97,30 @@ def _online(block: OnlineBlock) -> tuple[str, ...]:
     baseline = advantage.estimator
     if isinstance(advantage, BaselineBlock) and advantage.scale != "none":
         baseline = f"{baseline}/{advantage.scale}"
-    if isinstance(loss, SAPOBlock):
-        bounds = f"tau {_number(loss.tau_positive)}/{_number(loss.tau_negative)}"
-    elif isinstance(loss, OwnLossBlock):
-        bounds = ""
-    else:
-        bounds = f"{_number(loss.clip_low)}/{_number(loss.clip_high)}"
     return (
         block.name,
         f"{baseline}, whitened" if advantage.whiten else baseline,
-        f"{loss.ratio} {bounds}",
+        f"{loss.ratio} {_own_numbers(loss)}",
         f"{loss.kind}, {loss.reduction}",
         f"{kl.estimator} {kl.placement} {_number(kl.coef)}" if kl.coef else "",
         ", ".join(_needs(block)),
     )
 
 
-def _offline(block: PairBlock | KTOBlock | RewardModelBlock | SFTBlock) -> tuple[str, ...]:
-    preference = () if isinstance(block, SFTBlock) else block.preference
+def _own_numbers(loss: PolicyLossBlock) -> str:
+    """What only the loss's kind has: those whose names begin with the same word are next to each other behind it."""
+    own = [(key, value) for key, value in loss if key not in PolicyLossBlock.model_fields and _is_number(value)]
+    words = dict.fromkeys(key.partition("_")[0] for key, _ in own)
+    together = {word: "/".join(_number(value) for key, value in own if key.startswith(word)) for word in words}
+    return ", ".join(numbers if word == "clip" else f"{word} {numbers}" for word, numbers in together.items())
+
+
+def _offline(block: AlgorithmBlock) -> tuple[str, ...]:
+    options = [option for name, part in block if isinstance(part, Block) and name != "loss" for option in part]
     numbers = (
         name if value is True else f"{name} {_number(value)}"
-        for name, value in preference
-        if name not in ("loss", "reference_free") and value
+        for name, value in options
+        if name != "reference_free" and (value is True or (_is_number(value) and value))
     )
     has_likelihood = isinstance(block, SFTBlock) or (isinstance(block, PairBlock) and block.preference.sft_coef)
     return (
@@ -136,6 +137,10 @@ def _needs(block: AlgorithmBlock) -> Iterator[str]:
         yield "ref"
     if isinstance(block, OnlineBlock) and block.critic is not None:
         yield "critic"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: float) -> str:

@@ -19,7 +19,7 @@ from rlflow.data.errors import DataError
 from rlflow.driver import assemble
 from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock, RewardServerBlock
-from rlflow.recipe.algorithm_blocks import BaselineBlock, GAEBlock
+from rlflow.recipe.advantage_blocks import BaselineBlock, GAEBlock
 from rlflow.rewards import RewardError
 from rlflow.tracking.rollouts import RolloutRecord
 from rlflow.types import Episode, Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams, ScoreBatch

@@ -15,7 +15,7 @@ from rlflow.recipe.environment_blocks import EnvironmentBlock
 from rlflow.recipe.evaluation_blocks import EvaluationBlock
 from rlflow.recipe.loading import dump_recipe, load_recipe
 from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
-from rlflow.recipe.presets import ALGORITHMS, AlgorithmRow
+from rlflow.recipe.presets import ALGORITHMS, TASKS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock
@@ -25,6 +25,7 @@ from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlo
 
 __all__ = [
     "ALGORITHMS",
+    "TASKS",
     "AdapterBlock",
     "AlgorithmBlock",
     "AlgorithmRow",

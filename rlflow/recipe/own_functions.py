@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlflow.recipe.advantage_blocks import OwnAdvantageBlock
 from rlflow.recipe.algorithm import OnlineBlock, PairBlock
-from rlflow.recipe.algorithm_blocks import OwnAdvantageBlock, OwnLossBlock, OwnPairBlock
+from rlflow.recipe.policy_loss_blocks import OwnLossBlock
+from rlflow.recipe.preference_blocks import OwnPairBlock
 from rlflow.recipe.schema import Recipe
 from rlflow.recipe.trainer_blocks import OwnOptimizerBlock
 

@@ -7,12 +7,14 @@ from typing import get_args
 
 import pytest
 
-from rlflow.algorithms import objectives
+from rlflow.algorithms import preference_objectives
 from rlflow.algorithms.advantages import BASELINES, SCALES
 from rlflow.algorithms.corrections import CORRECTIONS, LEVELS
 from rlflow.algorithms.kl import KL_ESTIMATORS
-from rlflow.algorithms.objectives import OBJECTIVES, POLICY_LOSSES, PREFERENCE_LOSSES, objective_of
+from rlflow.algorithms.objectives import OBJECTIVES, objective_of
 from rlflow.algorithms.policy_losses import RATIOS
+from rlflow.algorithms.policy_objectives import POLICY_LOSSES
+from rlflow.algorithms.preference_objectives import PREFERENCE_LOSSES
 from rlflow.algorithms.reductions import REDUCTIONS
 from rlflow.recipe import ALGORITHMS, PairBlock, algorithm_of
 from rlflow.recipe.block import kinds_in
@@ -45,7 +47,7 @@ def test_every_word_of_the_schema_is_bound_to_a_function_and_no_function_is_with
 def test_the_losses_that_take_a_number_are_those_that_are_given_it(option: str):
     (table,) = (
         node.value
-        for node in ast.parse(inspect.getsource(objectives)).body
+        for node in ast.parse(inspect.getsource(preference_objectives)).body
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PREFERENCE_LOSSES"
     )
     assert isinstance(table, ast.Dict)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.objectives import policy_objective
+from rlflow.algorithms.policy_objectives import policy_objective
 from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 

@@ -6,11 +6,8 @@ import torch
 from toy_policy import logprobs_of, new_policy, preference_block, run, samples_for, weigh
 
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.objectives import (
-    PREFERENCE_LOSSES,
-    policy_objective,
-    value_objective,
-)
+from rlflow.algorithms.policy_objectives import policy_objective, value_objective
+from rlflow.algorithms.preference_objectives import PREFERENCE_LOSSES
 from rlflow.batching import pack
 from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.objectives import (
-    kto_objective,
-    policy_objective,
-    preference_objective,
-    reward_model_objective,
-    sft_objective,
-    value_objective,
-)
+from rlflow.algorithms.objectives import sft_objective
+from rlflow.algorithms.policy_objectives import policy_objective, value_objective
+from rlflow.algorithms.preference_objectives import kto_objective, preference_objective, reward_model_objective
 from rlflow.algorithms.reductions import count_denominators, loss_weights
 from rlflow.recipe import algorithm_of
 from rlflow.types import Denominators

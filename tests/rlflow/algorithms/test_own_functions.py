@@ -11,7 +11,8 @@ import torch
 
 from rlflow.algorithms.advantages import token_advantages
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.objectives import policy_objective, preference_objective
+from rlflow.algorithms.policy_objectives import policy_objective
+from rlflow.algorithms.preference_objectives import preference_objective
 from rlflow.plugins import PluginError
 from rlflow.recipe import algorithm_of
 from rlflow.types import Denominators

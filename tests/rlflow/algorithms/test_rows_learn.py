@@ -8,7 +8,8 @@ from toy_policy import VOCABULARY, logprobs_of, new_policy, preference_block, ru
 from rlflow.algorithms.advantages import token_advantages
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.kl_reward import kl_penalty
-from rlflow.algorithms.objectives import PREFERENCE_LOSSES, value_objective
+from rlflow.algorithms.policy_objectives import value_objective
+from rlflow.algorithms.preference_objectives import PREFERENCE_LOSSES
 from rlflow.batching import pack
 from rlflow.recipe import ALGORITHMS, AlgorithmBlock, algorithm_of
 from rlflow.types import Sample

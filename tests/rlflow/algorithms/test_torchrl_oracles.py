@@ -16,9 +16,9 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate, 
 from trl_models import assert_same_loss_and_gradient, tensor_batch
 
 from rlflow.algorithms.advantages import gae, token_advantages, whiten
-from rlflow.algorithms.objectives import policy_objective, value_objective
+from rlflow.algorithms.policy_objectives import policy_objective, value_objective
 from rlflow.recipe import algorithm_of
-from rlflow.recipe.algorithm_blocks import GAEBlock, ReturnBlock
+from rlflow.recipe.advantage_blocks import GAEBlock, ReturnBlock
 from rlflow.types import Denominators
 
 GAMMAS_AND_LAMBDAS = [(1.0, 0.95), (1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.5, 0.7)]

@@ -13,10 +13,10 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_models import CPU, assert_same_loss_and_gradient, causal_model, logprobs, tensor_batch, tokenizer
 
 from rlflow.algorithms.advantages import combine_rewards, compute_advantages
-from rlflow.algorithms.objectives import policy_objective
+from rlflow.algorithms.policy_objectives import policy_objective
 from rlflow.algorithms.reductions import count_denominators, loss_weights
 from rlflow.recipe import algorithm_of
-from rlflow.recipe.algorithm_blocks import BaselineBlock
+from rlflow.recipe.advantage_blocks import BaselineBlock
 
 MAX_NEW_TOKENS = 8
 PROMPT_LENGTHS, LENGTHS = [3, 1, 2, 3, 3, 2], [4, 8, 1, 6, 3, 5]

@@ -23,12 +23,8 @@ from trl_models import (
 )
 
 from rlflow.algorithms import preference_losses
-from rlflow.algorithms.objectives import (
-    kto_objective,
-    preference_objective,
-    reward_model_objective,
-    sft_objective,
-)
+from rlflow.algorithms.objectives import sft_objective
+from rlflow.algorithms.preference_objectives import kto_objective, preference_objective, reward_model_objective
 from rlflow.algorithms.preference_targets import aot_margins, aot_partners, kto_kl
 from rlflow.algorithms.reductions import preference_weights
 from rlflow.recipe import algorithm_of

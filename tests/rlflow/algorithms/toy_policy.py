@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.objectives import Objective, objective_of
+from rlflow.algorithms.objective_parts import Objective
+from rlflow.algorithms.objectives import objective_of
 from rlflow.algorithms.reductions import count_denominators, loss_weights, preference_weights
 from rlflow.batching import pack
 from rlflow.metrics import over_ranks, values_of

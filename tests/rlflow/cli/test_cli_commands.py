@@ -16,7 +16,7 @@ from rlflow import cli
 from rlflow.cli.main import COMMANDS, load_command, main, summary_of
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
-from rlflow.recipe import ALGORITHMS, RecipeError
+from rlflow.recipe import ALGORITHMS, TASKS, RecipeError
 
 RECIPE = """\
 algorithm: {name: sft}
@@ -229,6 +229,19 @@ def test_algorithms_shows_the_columns_of_every_row(capsys: pytest.CaptureFixture
     assert "sapo group_mean/group_std token tau 1/1.05 sapo, sequence" in lines
     assert "cpo sigmoid token beta 0.1, sft_coef 1" in lines
     assert "kto kto beta 0.1, desirable_weight 1, undesirable_weight 1 ref" in lines
+
+
+def test_algorithms_lists_every_row_under_its_task(capsys: pytest.CaptureFixture):
+    assert main(["algorithms"]) == 0
+    sections = capsys.readouterr().out.split("\n\n")
+    listed = {
+        section.partition(":")[0]: [line.split()[0] for line in section.splitlines()[1:] if line[0] != " "]
+        for section in sections[:-1]
+    }
+    assert listed == {
+        task: names for task in TASKS if (names := [name for name, row in ALGORITHMS.items() if row.task == task])
+    }
+    assert listed["preferences"] == ["dpo", "cpo", "simpo", "orpo", "kto"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

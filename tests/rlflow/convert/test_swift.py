@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlflow.convert import convert
-from rlflow.recipe.algorithm_blocks import CISPOBlock, SAPOBlock
+from rlflow.recipe.policy_loss_blocks import CISPOBlock, SAPOBlock
 
 GRPO = (
     "NPROC_PER_NODE=8 CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 swift rlhf --rlhf_type grpo --model Qwen/Qwen3-8B "

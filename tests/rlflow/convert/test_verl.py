@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlflow.recipe.algorithm_blocks import ClipBlock, SAPOBlock
+from rlflow.recipe.policy_loss_blocks import ClipBlock, SAPOBlock
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 PPO = (

@@ -1,0 +1,161 @@
+"""What a recipe's algorithm has: a class for each objective, since rows of one objective have the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, field_validator
+
+from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock
+from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, Correction, CriticBlock, GroupBlock, KLBlock
+from rlflow.recipe.block import Block, Conflict, PositiveInt
+from rlflow.recipe.policy_loss_blocks import ClipBlock, LossBlock, PolicyLoss, Reduction
+from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBlock, SigmoidBlock
+from rlflow.recipe.presets import ALGORITHMS, Learning
+from rlflow.recipe.problems import did_you_mean
+
+
+class AlgorithmBlock(Block):
+    """What every algorithm has."""
+
+    name: str
+    """A row of the table: `rlflow algorithms` lists them."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_in_the_table(cls, name: str) -> str:
+        if name not in ALGORITHMS:
+            remedy = did_you_mean(name, list(ALGORITHMS))
+            raise ValueError(f"{name} is no algorithm ({remedy} `rlflow algorithms` lists them)")
+        return name
+
+    @property
+    def learning(self) -> Learning:
+        """What it learns from, and how: the row's columns."""
+        return ALGORITHMS[self.name].learning
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model scores what is trained."""
+        return False
+
+    @property
+    def reduction(self) -> Reduction:
+        """What the token weights of a batch add up to."""
+        return "token"
+
+    @property
+    def num_mini_batches(self) -> int:
+        """What a step's samples are split into, for an optimizer update each."""
+        return 1
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates a step."""
+        return self.num_mini_batches
+
+
+class OnlineBlock(AlgorithmBlock):
+    group_size: PositiveInt = 1
+    """Completions a prompt."""
+    advantage: Advantage = Field(BaselineBlock(), discriminator="estimator")
+    """Rewards to advantages."""
+    loss: PolicyLoss = Field(ClipBlock(), discriminator="kind")
+    """The policy loss."""
+    kl: KLBlock = KLBlock(coef=0.0)
+    """Distance to the reference."""
+    correction: Correction = Field(BoundedWeightBlock(), discriminator="mode")
+    """Off-policy correction between engine and trainer."""
+    groups: GroupBlock = GroupBlock()
+    """What is done with groups and batches before the loss."""
+    critic: CriticBlock | None = None
+    """PPO's value model; there is one with advantage.estimator gae alone."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl.coef > 0
+
+    @property
+    def reduction(self) -> Reduction:
+        return self.loss.reduction
+
+    @property
+    def num_mini_batches(self) -> int:
+        return self.groups.updates_per_step
+
+    @property
+    def num_updates(self) -> int:
+        return self.num_mini_batches * self.groups.epochs_per_step
+
+    def conflicts(self) -> Iterator[Conflict]:
+        estimator = self.advantage.estimator
+        if (self.critic is None) == (estimator == "gae"):
+            reason = f"belongs to advantage.estimator gae, not {estimator}: remove it, or set it to null"
+            if self.critic is None:
+                reason = "is what advantage.estimator gae takes its values from: give one"
+            yield Conflict(("critic", "advantage.estimator"), reason)
+        if self.group_size > 1:
+            return
+        if estimator in ("group_mean", "leave_one_out"):
+            reason = (
+                f"with 1 completion a prompt {estimator} leaves no advantage: set group_size to 2 or more, or "
+                "advantage.estimator: batch_mean"
+            )
+            yield Conflict(("group_size", "advantage.estimator"), reason)
+        elif isinstance(self.advantage, BaselineBlock) and self.advantage.scale == "group_std":
+            reason = "1 completion has no standard deviation: set group_size to 2 or more, or advantage.scale: none"
+            yield Conflict(("group_size", "advantage.scale"), reason)
+        if self.groups.reward_scaling == "normalize_each":
+            reason = "1 completion normalised is 0: set group_size to 2 or more, or groups.reward_scaling: sum"
+            yield Conflict(("groups.reward_scaling", "group_size"), reason)
+        if self.groups.require_signal:
+            reason = "no group of 1 completion has rewards that differ: set group_size to 2 or more"
+            yield Conflict(("groups.require_signal", "group_size"), reason)
+
+
+class SFTBlock(AlgorithmBlock):
+    loss: LossBlock = LossBlock()
+    """Cross-entropy."""
+
+    @property
+    def reduction(self) -> Reduction:
+        return self.loss.reduction
+
+
+class PairBlock(AlgorithmBlock):
+    loss: LossBlock = LossBlock()
+    """The likelihood of the chosen answers, where preference.sft_coef weighs it."""
+    preference: PairLoss = Field(SigmoidBlock(), discriminator="loss")
+    """The loss of a pair."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.preference.reference_free
+
+    @property
+    def reduction(self) -> Reduction:
+        return self.loss.reduction
+
+    def conflicts(self) -> Iterator[Conflict]:
+        switched_off = "sft_coef" in self.preference.model_fields_set
+        if self.loss != LossBlock() and not (self.preference.sft_coef or switched_off):
+            reason = "has no effect without preference.sft_coef: remove it, or set it to token"
+            yield Conflict(("loss.reduction", "preference.sft_coef"), reason)
+
+
+class KTOBlock(AlgorithmBlock):
+    preference: KTOLossBlock = KTOLossBlock()
+    """The loss of a judged answer."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+
+class RewardModelBlock(AlgorithmBlock):
+    preference: RewardLossBlock = RewardLossBlock()
+    """The loss of a pair."""
+
+
+class UnknownBlock(AlgorithmBlock, extra="ignore"):
+    """An algorithm without a name that the table has, which is what is to be said of it."""

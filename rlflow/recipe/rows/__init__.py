@@ -1,0 +1,1 @@
+"""The rows of the algorithm table, a file a task, and what a row is."""
