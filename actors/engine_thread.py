@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlflow.actors.engine_groups import EngineCounts, FinishedGroup, RunningAtUpdate, RunningGroup, WaitingUpdate
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
+from rlflow.tracking.spans import WAIT
 from rlflow.types import Completion, GroupRequest, SampleRequest
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class EngineThread:
             prepare()
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._orders or self._is_writing or self._is_closed)
+                    self._await_work()
                     if self._is_closed:
                         break
                     orders = list(self._orders)
@@ -206,6 +207,12 @@ class EngineThread:
         # The engine's failure is what every later call of the worker says.
         except BaseException as error:
             self._fail(error)
+
+    def _await_work(self) -> None:
+        if not (self._orders or self._is_writing or self._is_closed):
+            started = time.time()
+            self._changed.wait_for(lambda: self._orders or self._is_closed)
+            self._note(WAIT, started, time.time())
 
     @property
     def _is_writing(self) -> bool:
@@ -330,7 +337,7 @@ class EngineThread:
         self._begin([*again, *held])
 
     def _note(self, what: str, started: float, ended: float) -> None:
-        """Steps that follow each other at once are one span."""
+        """Those of one kind that follow each other at once are one span."""
         spans = self.counts.spans
         if spans and spans[-1][0] == what and started - spans[-1][2] < 0.005:
             started = spans.pop()[1]

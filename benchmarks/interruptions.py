@@ -10,8 +10,9 @@ Death: the only worker is killed while it generates the second step's rollouts, 
 * start-up: until that has answered for the first time (its process, imports, the model);
 * weights, prompts: until its engine steps.
 
-New weights: with max_staleness 1 they come while the worker generates. The pause is what lies between the last step
-before them and the first with them, beside the load itself; of all updates that came so, the median and the most.
+New weights: with max_staleness 2 they come while the worker generates. The pause is what lies between the last step
+before them and the first with them, beside the load itself; of all updates that came so, the median and the most. Those
+that came while the worker waited for something to generate are left out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def measure_death(tokens: int, directory: Path) -> tuple[float, float, float]:
 
 def measure_pauses(tokens: int, directory: Path) -> list[float]:
     """Seconds between two steps of the engine that new weights came between, less those of the load."""
-    changes = {"run.max_staleness": 1, "stages.grpo.run.steps": 12}
+    changes = {"run.max_staleness": 2, "stages.grpo.run.steps": 12}
     rlflow.run(QUICKSTART, overrides={**overrides(tokens, directory), **changes})
     spans = sorted(spans_of(directory), key=lambda span: span.began)
     pauses = []

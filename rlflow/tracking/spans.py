@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from rlflow.checkpoint import naming_the_disk
 
+WAIT = "wait"
+"""The span of an actor that has nothing to do."""
+
 
 class Span(NamedTuple):
     """Something that took time. Seconds since 1970."""
@@ -46,7 +49,8 @@ def busy_metrics(spans: Sequence[Span], began: float, ended: float) -> dict[str,
     of_actor: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for span in spans:
         if span.actor != "driver":
-            of_actor[span.actor].append((max(span.began, began), min(span.ended, ended)))
+            ended_busy = span.began if span.name == WAIT else span.ended
+            of_actor[span.actor].append((max(span.began, began), min(ended_busy, ended)))
     of_role: dict[str, list[float]] = defaultdict(list)
     for actor, times in of_actor.items():
         of_role[actor.partition("[")[0]].append(_covered(times) / max(1e-9, ended - began))

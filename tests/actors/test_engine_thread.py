@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,6 +57,21 @@ def group(id: int, *lengths: int, min_version: int = 0) -> GroupRequest:
 
 def versions(finished) -> list[list[int]]:
     return [completion.versions.tolist() for completion in finished.completions]
+
+
+def test_what_the_thread_did_and_waited_for_is_told_in_order(engine, thread):
+    thread.take_spans()
+    thread.submit([group(0, 2)])
+    engine.steps(1)
+    assert engine.began.acquire(timeout=10)
+    loaded = thread.load_weights(lambda: [], 1)
+    engine.may_step.release()
+    loaded.result(10)
+    assert thread.take_finished(1, 10)
+    thread.do(lambda: None).result(10)
+    spans = thread.take_spans()
+    assert [name for name, _, _ in spans] == ["wait", "generate", "load_weights", "wait"]
+    assert all(ended <= began for (_, _, ended), (_, began, _) in pairwise(spans))
 
 
 def test_a_group_comes_back_as_soon_as_its_longest_is_done(engine, thread):
