@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from rlflow.recipe.algorithm import BLOCKS, AlgorithmBlock, UnknownBlock, rows_of
 from rlflow.recipe.block import LATER, Block, blocks_in, kinds_in
+from rlflow.recipe.docstrings import meaning
 from rlflow.recipe.foreign.names import foreign_row
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, nearest
@@ -186,7 +187,7 @@ def _explain(path: KeyPath, error: ErrorDetails, data: Any) -> str:
 def _meaning(path: KeyPath) -> str:
     """What a key is that is missing."""
     owners = [block for block in blocks_at()[_named(path[:-1])] if path[-1] in block.model_fields]
-    return " ".join((owners[0].model_fields[str(path[-1])].description or "").split())
+    return meaning(owners[0], str(path[-1]))
 
 
 def _named(path: KeyPath) -> str:

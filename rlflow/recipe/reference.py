@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from rlflow.recipe.algorithm import UnknownBlock
 from rlflow.recipe.block import LARGEST, Block, blocks_in
+from rlflow.recipe.docstrings import meaning
 from rlflow.recipe.explain import blocks_at
 
 INTRODUCTION = """# Recipe reference
@@ -50,7 +51,13 @@ class Option:
     value: Any
     default: Any
     """Of the schema, whatever the row has."""
-    doc: str
+    block: type[Block]
+    """That it belongs to."""
+
+    @property
+    def doc(self) -> str:
+        """What it means."""
+        return meaning(self.block, self.key.rpartition(".")[2])
 
 
 def options(block: Block, prefix: str = "") -> Iterator[Option]:
@@ -60,12 +67,7 @@ def options(block: Block, prefix: str = "") -> Iterator[Option]:
         if isinstance(value, Block):
             yield from options(value, f"{prefix}{name}.")
         else:
-            yield Option(f"{prefix}{name}", value, info.default, doc_of(info))
-
-
-def doc_of(info: FieldInfo) -> str:
-    """A field's docstring on one line."""
-    return " ".join((info.description or "").split())
+            yield Option(f"{prefix}{name}", value, info.default, type(block))
 
 
 def markdown() -> str:
@@ -98,7 +100,7 @@ def _rows(path: str, block: type[Block]) -> Iterator[str]:
     hints = typing.get_type_hints(block, include_extras=True)
     for name, info in block.model_fields.items():
         if (path, name) != ("", "stage"):
-            yield f"| `{name}` | {_words(hints[name])} | {_default(info)} | {doc_of(info)} |"
+            yield f"| `{name}` | {_words(hints[name])} | {_default(info)} | {meaning(block, name)} |"
 
 
 def _table(rows: list[str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlflow.recipe import algorithm_of
+from rlflow.recipe.docstrings import meaning
 from rlflow.recipe.explain import ELSEWHERE, blocks_at
-from rlflow.recipe.reference import doc_of, markdown, options
+from rlflow.recipe.reference import markdown, options
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipe.md"
 
@@ -20,8 +21,8 @@ def test_every_key_says_what_it_means():
         f"{path}.{name}"
         for path, blocks in blocks_at().items()
         for block in blocks
-        for name, info in block.model_fields.items()
-        if not doc_of(info)
+        for name in block.model_fields
+        if not meaning(block, name)
     ]
     assert silent == []
 
