@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import check, check_in_use
+from rlflow.garbage import without_collection
 from rlflow.machine import this_machine
 from rlflow.plan_text import render
 from rlflow.planning import GIB, make_plans
@@ -28,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@without_collection()
 def execute(arguments: argparse.Namespace) -> int:
     machine = this_machine()
     if arguments.gpu_memory:
