@@ -41,6 +41,11 @@ class Prompt:
     begins with it."""
     tools: Sequence[Any] = ()
     """Functions that it describes to the policy, as the chat template was given them."""
+    images: tuple[bytes, ...] = ()
+    """Its pictures, encoded (rlflow.data.images), in the order of their places in ``token_ids``."""
+    engine_token_ids: np.ndarray | None = None
+    """int32: ``token_ids`` with one placeholder a picture, as an engine is given them that repeats it itself; None
+    without pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,10 @@ class GroupRequest:
     """Of rollouts in an environment: what ``token_ids`` are of. None where a completion is a rollout."""
     limits: Limits | None = None
     """Of rollouts in an environment, too."""
+    images: tuple[bytes, ...] = ()
+    """The prompt's pictures."""
+    engine_token_ids: np.ndarray | None = None
+    """The prompt's; None without pictures."""
 
     @property
     def max_sampled_tokens(self) -> int:
@@ -111,6 +120,10 @@ class SampleRequest:
     seed: int
     """Unsigned, 63 bits: with the weights and the parameters it decides the completion."""
     params: SamplingParams
+    images: tuple[bytes, ...] = ()
+    """The pictures in ``token_ids``, encoded."""
+    engine_token_ids: np.ndarray | None = None
+    """int32: ``token_ids`` with one placeholder a picture; None without pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +325,8 @@ class Sample:
     """aot_unpaired: the score of the other side's answer of its rank."""
     batch_kl: float | None = None
     """kto: the KL of the batch."""
+    images: tuple[bytes, ...] = ()
+    """The pictures in ``token_ids``, encoded, in the order of their places."""
 
 
 @dataclass(frozen=True, slots=True)

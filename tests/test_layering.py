@@ -37,6 +37,7 @@ LAYERS = (
         "rlflow.progress",
         "rlflow.remedies",
         "rlflow.rollout_checks",
+        "rlflow.torchvision_operators",
         "rlflow.tracking",
     ),
     ("rlflow.actors", "rlflow.environments", "rlflow.rewards"),

@@ -1,0 +1,183 @@
+"""What a vision-language model makes of pictures: how many tokens each is, and the arrays that its tower reads.
+
+It is the model's own transformers processor, called for one picture at a time, so that what becomes of a picture
+depends on nothing beside it. What a chat template writes has one placeholder a picture; training sees what the
+processor writes in its place, which the picture's size alone decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlflow.data.errors import DataError, RowError
+from rlflow.data.images import decode, size_of
+from rlflow.torchvision_operators import install
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_OF_THE_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+"""What a processor returns that is not of the pictures."""
+
+
+class ImageProcessor:
+    """The processor of one model. Nothing is loaded before the first picture."""
+
+    def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        self._path = path
+        self._loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._written: dict[tuple[int, int], np.ndarray] = {}
+        """Width and height -> what is written in the place of such a picture, int32."""
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' own.
+
+        Raises:
+            DataError: It cannot be loaded, or what it writes for a picture cannot be told from the text around it.
+        """
+        from transformers import AutoProcessor
+
+        install()
+        try:
+            processor = AutoProcessor.from_pretrained(self._path, **self._loading)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise DataError(
+                f"model.path: the image processor of {self._path} cannot be loaded: {error}. It needs "
+                "preprocessor_config.json or processor_config.json beside the model, and the packages that it names."
+            ) from error
+        if not hasattr(processor, "image_processor") or getattr(processor, "image_token", None) is None:
+            raise DataError(
+                f"model.path: {self._path} has a {type(processor).__name__}, which has no placeholder of a picture. "
+                "Models whose processor writes one are supported, such as Qwen3-VL, Qwen2.5-VL, Idefics3 and SmolVLM."
+            )
+        return processor
+
+    @cached_property
+    def image_token(self) -> str:
+        """The placeholder, as text."""
+        self._check()
+        return str(self.processor.image_token)
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The placeholder; also what the tower's features take the places of."""
+        return int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @cached_property
+    def is_nested(self) -> bool:
+        """Whether the model wants the arrays of ``pixels`` with one more dimension in front."""
+        return _process(self.processor, _probe_picture())["pixel_values"].ndim == 5
+
+    def num_tokens(self, image: bytes) -> int:
+        """How many tokens training sees in the place of one placeholder."""
+        return len(self._replacement(image))
+
+    def expand(self, token_ids: np.ndarray, images: Sequence[bytes]) -> np.ndarray:
+        """The ids as training sees them, int32 [T].
+
+        Args:
+            token_ids: int32, with one placeholder a picture.
+            images: Encoded pictures, in the order of the placeholders.
+
+        Raises:
+            RowError: There are more or fewer pictures than placeholders, or the processor refuses one.
+        """
+        return self._expand(token_ids, images)[0]
+
+    def sources(self, token_ids: np.ndarray, images: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token of ``expand``: which of ``token_ids`` it comes from, int64 [T], and whether it stands for a
+        part of a picture, bool [T].
+
+        Raises:
+            RowError: As ``expand``.
+        """
+        return self._expand(token_ids, images)[1:]
+
+    def token_types(self, token_ids: np.ndarray) -> np.ndarray:
+        """int64 [T]: 1 where a feature of the tower stands, else 0, as ``get_rope_index`` of the Qwen-VL models wants
+        it."""
+        return (token_ids == self.image_token_id).astype(np.int64)
+
+    def pixels(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """What the tower reads, the pictures' arrays end to end in their order.
+
+        Of the Qwen-VL models ``pixel_values`` [patches, D] and ``image_grid_thw`` [images, 3]; of Idefics3 and SmolVLM
+        ``pixel_values`` [tiles, 3, H, W] and ``pixel_attention_mask`` [tiles, H, W], with ``is_nested``.
+        """
+        if not images:
+            return {}
+        arrays = [_process(self.processor, decode(image)) for image in images]
+        strip = 1 if self.is_nested else 0
+        return {
+            name: np.concatenate([of_one[name][0] if strip else of_one[name] for of_one in arrays])
+            for name in arrays[0]
+            if name not in _OF_THE_TEXT
+        }
+
+    def _expand(self, token_ids: np.ndarray, images: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        places = np.flatnonzero(token_ids == self.image_token_id)
+        if len(places) != len(images):
+            raise RowError(
+                f"its text has {len(places)} place{'' if len(places) == 1 else 's'} for a picture ({self.image_token}), "
+                f"and it has {len(images)} picture{'' if len(images) == 1 else 's'}"
+            )
+        written = [self._replacement(image) for image in images]
+        repeats = np.ones(len(token_ids), dtype=np.int64)
+        repeats[places] = [len(ids) for ids in written]
+        sources = np.repeat(np.arange(len(token_ids)), repeats)
+        is_image = np.isin(sources, places)
+        expanded = token_ids[sources].astype(np.int32)
+        if written:
+            expanded[is_image] = np.concatenate(written)
+        return expanded, sources, is_image
+
+    def _replacement(self, image: bytes) -> np.ndarray:
+        """What the processor writes in the place of the placeholder, int32."""
+        size = size_of(image)
+        if size not in self._written:
+            from PIL import Image
+
+            processor = self.processor
+            try:
+                arrays = _process(processor, Image.new("RGB", size))
+            except (ValueError, ZeroDivisionError) as error:
+                raise RowError(f"the image processor refuses {size[0]} x {size[1]} pixels: {error}") from error
+            self._written[size] = arrays["input_ids"][0].astype(np.int32)
+        return self._written[size]
+
+    def _check(self) -> None:
+        """Looks whether a picture between letters is what it is alone between the letters' tokens.
+
+        Raises:
+            DataError: It is not.
+        """
+        processor, picture = self.processor, _probe_picture()
+        letters = [processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ab"]
+        alone = _process(processor, picture)["input_ids"][0]
+        within = _process(processor, picture, f"a{processor.image_token}b")["input_ids"][0]
+        if not np.array_equal(within, np.concatenate([letters[0], alone, letters[1]])):
+            raise DataError(
+                f"model.path: what the {type(processor).__name__} of {self._path} writes for a picture depends on the "
+                "text around it, so that prompts and answers cannot be tokenised apart: this model is not supported."
+            )
+
+
+def _process(processor: Any, image: Image, text: str | None = None) -> Mapping[str, np.ndarray]:
+    """The processor's arrays for one picture in a text, which is the placeholder alone where none is given."""
+    return processor(
+        text=[processor.image_token if text is None else text],
+        images=[image],
+        add_special_tokens=False,
+        return_tensors="np",
+    )
+
+
+def _probe_picture() -> Image:
+    from PIL import Image
+
+    return Image.new("RGB", (60, 40), (200, 100, 50))
