@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class Series:
     """The value at the last step that has the metric; NaN where that was no finite number."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StageHistory:
     """What one stage left."""
 
@@ -48,15 +50,31 @@ class StageHistory:
         """When each step ended, in seconds since 1970; 0 where a line does not say."""
         return [row.get("time", 0.0) for row in self.steps]
 
+    @cached_property
+    def points(self) -> dict[str, list[tuple[float, float]]]:
+        """(step, value) of every metric, in the order in which it first appeared."""
+        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for row in self.steps:
+            step = row["step"]
+            for key, value in row.items():
+                found[key].append((step, value))
+        return {key: points for key, points in found.items() if key not in ("step", "time")}
+
     @property
     def keys(self) -> list[str]:
         """Every metric, in the order in which it first appeared."""
-        return list(dict.fromkeys(key for row in self.steps for key in row if key not in ("step", "time")))
+        return list(self.points)
 
-    def series(self, key: str, name: str | None = None) -> Series:
-        points = [(row["step"], row[key]) for row in self.steps if key in row]
-        finite = tuple((step, value) for step, value in points if math.isfinite(value))
-        return Series(name or key, finite, last=points[-1][1] if points else math.nan)
+    def series(self, key: str) -> Series:
+        """One metric, without a point where no step has it."""
+        return self._series.get(key, Series(key, ()))
+
+    @cached_property
+    def _series(self) -> dict[str, Series]:
+        return {
+            key: Series(key, tuple(point for point in points if math.isfinite(point[1])), last=points[-1][1])
+            for key, points in self.points.items()
+        }
 
     def last(self, key: str) -> float:
         """The newest finite value; NaN when there is none."""
@@ -69,8 +87,7 @@ class StageHistory:
         A value is NaN where it was no finite number.
         """
         rows = []
-        for key in self.keys:
-            points = [(row["step"], row[key]) for row in self.steps if key in row]
+        for key, points in self.points.items():
             if key.startswith("eval/") and any(value != 0 for _, value in points):
                 rows.append((key.removeprefix("eval/"), *points[0], *points[-1]))
         return rows

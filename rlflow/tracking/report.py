@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def write_curve_svg(run_directory: Path, keys: Sequence[str], path: Path) -> Non
         if not having:
             known = ", ".join(sorted({name for stage in stages for name in stage.keys}))
             raise HistoryError(f"{run_directory}: no step has {key!r}; there are {known}")
-        series += [stage.series(key, key if len(stages) == 1 else f"{stage.name}: {key}") for stage in having]
+        for stage in having:
+            series.append(replace(stage.series(key), name=key if len(stages) == 1 else f"{stage.name}: {key}"))
     try:
         path.write_text(charts.standalone(series), encoding="utf-8")
     except OSError as error:
