@@ -22,8 +22,8 @@ from rlflow.actors.reward_trainer import RewardTrainer
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
-from rlflow.planning import Role, roles, rollout_engine
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
+from rlflow.roles import Role, roles, rollout_engine
 
 CLOSE_TIMEOUT_S = 3.0
 """A reward server that is busy for longer is killed with its call."""
@@ -168,7 +168,7 @@ def constructor_of(
     role: Role, recipe: Recipe, model: ModelBlock, directory: Path, max_model_len: int, rank: int
 ) -> tuple[type, dict[str, Any]]:
     """The plain class of a role and the arguments of one of its actors."""
-    threads, seed = max(1, int(role.cpus)), recipe.run.seed
+    threads, seed = role.threads, recipe.run.seed
     match role.name:
         case "trainer":
             arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
@@ -222,4 +222,4 @@ def _other_model(path: str, model: ModelBlock) -> ModelBlock:
 
 def _trainer_arguments(model: ModelBlock, block: TrainerBlock, role: Role, rank: int, seed: int) -> dict[str, Any]:
     world = {"rank": rank, "world_size": role.workers}
-    return {"model": model, "trainer": block, "num_threads": max(1, int(role.cpus)), "seed": seed, **world}
+    return {"model": model, "trainer": block, "num_threads": role.threads, "seed": seed, **world}

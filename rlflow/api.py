@@ -8,9 +8,8 @@ from typing import Any
 
 from rlflow.cli.preflight import check, check_in_use, load_runnable
 from rlflow.cli.run import run as run_stages
-from rlflow.machine import this_machine
+from rlflow.machine import named_cluster, this_machine
 from rlflow.planning import Plan, make_plans
-from rlflow.ray_cluster import named_cluster
 from rlflow.recipe.loading import RecipeSource, load_located
 from rlflow.results import Result, result_of
 

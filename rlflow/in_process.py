@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, start_actors
 from rlflow.actors.actor_group import ActorFailure
-from rlflow.planning import Role, roles
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.roles import Role, roles
 
 _TORCH = threading.Lock()
 """Who seeds or draws from torch's global generator, or imports a library, does so alone: the same numbers each time."""

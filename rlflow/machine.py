@@ -33,6 +33,30 @@ def this_machine() -> Machine:
     return Machine(os.cpu_count() or 1, total, count, min(sizes, default=0))
 
 
+def named_cluster() -> str | None:
+    """The address in RAY_ADDRESS; None where Ray is to be started here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def usable_cores() -> int:
+    """The cores that this process may compute on: OMP_NUM_THREADS where it is set, otherwise those that it is allowed,
+    or as many as its container has the time of."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(given) > 0:
+        return int(given)
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, int(min(allowed, cpu_quota() or allowed)))
+
+
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Cores whose time a cgroup gives; None for all."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
 def _gpu_memories() -> list[int]:
     """Bytes of each GPU, as nvidia-smi says; none where it is missing or says nothing."""
     command = shutil.which("nvidia-smi")

@@ -33,16 +33,16 @@ from rlflow.actor_groups import CALLS_AT_ONCE, TRAINERS, Actors, Construct, end_
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.driver.errors import RunError
-from rlflow.planning import Role, roles
+from rlflow.machine import named_cluster
 from rlflow.ray_cluster import (
     ask_for_a_token,
     few_services,
-    named_cluster,
     on_loopback,
     warnings_kept,
     why_not,
 )
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.roles import Role, roles
 from rlflow.shared_files import require_shared, shared_files
 from rlflow.tracking.logs import DIRECTORY as LOGS
 from rlflow.tracking.logs import last_words, log_path, send_output_to

@@ -20,22 +20,13 @@ from rlflow.recipe.architectures import why_one_at_a_time
 from rlflow.recipe.reference import options
 from rlflow.recipe.token_shares import longest_with_one_rotation
 from rlflow.remedies import enough, remedies, shown
+from rlflow.roles import Role, roles, rollout_engine
 
 GIB = 2**30
 _MOST_REMEDIES = 5
 """Changes that are said of what does not fit."""
 Size = Callable[[Recipe, "ModelShape | str", Sequence["PlannedRole"]], int]
 """Bytes of a recipe, or of a part of it, from its model's shape and its roles."""
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """How many actors of one class, and what Ray reserves for each."""
-
-    name: str
-    workers: int
-    cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,28 +104,6 @@ class Plan:
         from rlflow.plan_text import render
 
         return render(self)
-
-
-def rollout_engine(recipe: Recipe) -> str:
-    """`auto` is vllm where rollout workers have a GPU."""
-    if recipe.rollout.engine != "auto":
-        return recipe.rollout.engine
-    return "vllm" if recipe.rollout.gpus_per_worker else "torch"
-
-
-def roles(recipe: Recipe) -> list[Role]:
-    """Who is placed for a stage."""
-    rollout, trainer, reference = recipe.rollout, recipe.trainer, recipe.reference
-    found = [Role("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker)]
-    if recipe.needs_rollouts:
-        found.append(Role("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
-        server = recipe.reward_server
-        found.append(Role("rewards", server.workers, server.cpus_per_worker, server.gpus_per_worker))
-    if (critic := recipe.critic) is not None:
-        found.append(Role("critic", critic.workers, critic.cpus_per_worker, critic.gpus_per_worker))
-    if recipe.places_reference:
-        found.append(Role("reference", reference.workers, reference.cpus_per_worker, reference.gpus_per_worker))
-    return found
 
 
 def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:

@@ -27,12 +27,6 @@ _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 the metrics exporter included, listen on 127.0.0.1 alone."""
 
 
-def named_cluster() -> str | None:
-    """The address in RAY_ADDRESS; None where Ray is to be started here."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return None if address in ("", "local") else address
-
-
 def require_answer(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
     """Asks whether a Ray head is there. ``auto`` is looked up by Ray, at once.
 

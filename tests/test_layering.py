@@ -36,6 +36,7 @@ LAYERS = (
         "rlflow.positions",
         "rlflow.progress",
         "rlflow.remedies",
+        "rlflow.roles",
         "rlflow.rollout_checks",
         "rlflow.torchvision_operators",
         "rlflow.tracking",

@@ -9,10 +9,10 @@ from dataclasses import replace
 from rlflow.cli.common import add_recipe_arguments, parser_of
 from rlflow.cli.preflight import check, check_in_use
 from rlflow.garbage import without_collection
-from rlflow.machine import this_machine
+from rlflow.machine import named_cluster, this_machine
 from rlflow.plan_text import render
 from rlflow.planning import GIB, make_plans
-from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.ray_cluster import require_answer
 from rlflow.recipe.loading import load_located
 
 SUMMARY = "say what a recipe will do and need, without starting anything"

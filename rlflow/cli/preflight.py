@@ -31,9 +31,8 @@ from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.environments.loading import ADAPTERS
-from rlflow.machine import this_machine
-from rlflow.planning import roles
-from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.machine import named_cluster, this_machine
+from rlflow.ray_cluster import require_answer
 from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
@@ -43,6 +42,7 @@ from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean, nearest
 from rlflow.rewards import REWARDS
 from rlflow.rewards.reward_model import score_head_problem
+from rlflow.roles import roles
 from rlflow.tracking import missing_packages
 
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}

@@ -15,8 +15,8 @@ from rlflow.data.errors import DataError
 from rlflow.driver.clock import process_age_s
 from rlflow.driver.errors import RunError, StoppedUnsaved, StopRequested
 from rlflow.garbage import without_collection
+from rlflow.machine import named_cluster
 from rlflow.plugins import PluginError
-from rlflow.ray_cluster import named_cluster
 from rlflow.recipe import Recipe
 from rlflow.serving.next_commands import next_lines
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlflow.doctor.finding import Finding, fail, ok, warn
 from rlflow.doctor.packages import installed, torch_cuda
-from rlflow.machine import this_machine
+from rlflow.machine import cpu_quota, this_machine
 
 GIB = 1 << 30
 LEAST_MEMORY = 4 * GIB
@@ -25,7 +25,7 @@ _QUERY_S = 2.0
 
 def check_cores() -> Iterator[Finding]:
     cores, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    quota = cpu_quota(Path("/sys/fs/cgroup/cpu.max"))
+    quota = cpu_quota()
     useful = min(allowed, quota or allowed)
     detail = f"{cores}{'' if allowed == cores else f', of which this process may use {allowed}'}"
     if quota is not None and quota < allowed:
@@ -40,15 +40,6 @@ def check_cores() -> Iterator[Finding]:
         yield ok("cores", f"{detail}; {_half_precision()}")
     if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads) > allowed:
         yield warn("threads", f"OMP_NUM_THREADS is {threads}, and there are {allowed} cores", "unset it")
-
-
-def cpu_quota(path: Path) -> float | None:
-    """Cores whose time a cgroup gives; None for all."""
-    try:
-        quota, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def _half_precision() -> str:

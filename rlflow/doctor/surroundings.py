@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rlflow.doctor.finding import Finding, fail, ok, warn
 from rlflow.driver.errors import RunError
-from rlflow.ray_cluster import named_cluster, require_answer
+from rlflow.machine import named_cluster
+from rlflow.ray_cluster import require_answer
 
 PORTS = {
     6390: "`ray start --head`: --port",

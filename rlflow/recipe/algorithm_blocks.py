@@ -131,7 +131,8 @@ class CriticBlock(Block):
     """Steps in which only the critic learns."""
     workers: PositiveInt = 1
     """Ranks."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """Ray CPUs, and compute threads, of each rank."""
+    cpus_per_worker: PositiveFloat | None = None
+    """Ray CPUs, and compute threads, of each rank. Left out: 1 Ray CPU, and as many threads as there are cores that
+    nobody else computes on meanwhile, where the run starts Ray itself and the rank has no GPU."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Ray GPUs of each rank."""

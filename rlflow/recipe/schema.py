@@ -51,8 +51,9 @@ class RolloutBlock(Block):
     """0 keeps every token."""
     max_num_seqs: PositiveInt = 256
     """Completions an engine generates at a time."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """Ray CPUs, and compute threads, of each worker."""
+    cpus_per_worker: PositiveFloat | None = None
+    """Ray CPUs, and compute threads, of each worker. Left out: 1 Ray CPU, and as many threads as there are cores that
+    nobody else computes on meanwhile, where the run starts Ray itself and the worker has no GPU."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Ray GPUs of each worker."""
     tensor_parallel_size: PositiveInt = 1
@@ -85,8 +86,8 @@ class ReferenceBlock(Block):
     are scored on the fly."""
     workers: PositiveInt = 1
     """ReferenceModel actors."""
-    cpus_per_worker: NonNegativeFloat = 1.0
-    """Ray CPUs, and compute threads, of each."""
+    cpus_per_worker: NonNegativeFloat | None = None
+    """Ray CPUs, and compute threads, of each. Left out: as of the trainer."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Ray GPUs of each."""
 

@@ -23,8 +23,8 @@ from readme_commands import head_command
 from rlflow import __version__
 from rlflow.cli.submit import EXCLUDES
 from rlflow.doctor.surroundings import PORTS
-from rlflow.planning import roles
 from rlflow.recipe import load_recipe
+from rlflow.roles import roles
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads(Path(__file__).with_name("schemas").joinpath("kuberay_rayjob.json").read_text())

@@ -17,9 +17,9 @@ from rlflow.actor_groups import Actors, constructor_of, start_actors
 from rlflow.actors.actor_group import ActorFailure, ActorGroup
 from rlflow.in_process import LocalTransport
 from rlflow.placement import ActorLogs, RayTransport, environment, options_of
-from rlflow.planning import Role, roles
 from rlflow.ray_cluster import warnings_kept
 from rlflow.recipe import load_recipe
+from rlflow.roles import Role, roles
 from rlflow.tracking.logs import last_words
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from rlflow.cli.main import main
 from rlflow.driver.errors import RunError
-from rlflow.ray_cluster import few_services, named_cluster, require_answer, why_not
+from rlflow.machine import named_cluster
+from rlflow.ray_cluster import few_services, require_answer, why_not
 
 RECIPE = """\
 algorithm: {name: sft}

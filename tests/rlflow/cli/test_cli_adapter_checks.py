@@ -9,8 +9,9 @@ import pytest
 
 from rlflow.cli.preflight import load_checked
 from rlflow.plan_text import render
-from rlflow.planning import make_plans, roles
+from rlflow.planning import make_plans
 from rlflow.recipe import RecipeError
+from rlflow.roles import roles
 
 RECIPE = """\
 algorithm: {{name: dpo}}

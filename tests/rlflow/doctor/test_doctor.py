@@ -100,7 +100,7 @@ def test_the_time_that_a_container_gives_is_read(tmp_path, text, cores):
 def test_fewer_cores_than_ray_counts_are_named(monkeypatch):
     monkeypatch.setattr(hardware.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(hardware, "cpu_quota", lambda path: 4.0)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 4.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "128")
     findings = found(hardware.check_cores)
     assert findings["cores"].detail == "64; the container may use the time of 4, and Ray counts 64"
