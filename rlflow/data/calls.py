@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlflow.data.errors import RowError
 from rlflow.types import Message
 
 PROBE = {"zqx": "xqz"}
+THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 def to_calls(value: Any, place: str) -> list[dict[str, Any]]:
@@ -28,6 +30,29 @@ def to_calls(value: Any, place: str) -> list[dict[str, Any]]:
             raise RowError(f"`{place}` is a function call that is not valid JSON: {error}") from None
     calls = value if isinstance(value, list) else [value]
     return [_to_call(call, place) for call in calls]
+
+
+def to_tools(value: Any) -> list[dict[str, Any]]:
+    """Descriptions of functions in OpenAI's form, from one or a list of them, each an object or its JSON text.
+
+    Raises:
+        RowError: They are no such descriptions.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        tools = value if isinstance(value, list) else [value]
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, RecursionError):
+        tools = [None]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("`tools` is not a list of function descriptions")
+    return [described(tool) for tool in tools]
+
+
+def behind_thought(text: str) -> tuple[str, str]:
+    """What is thought before a call, its tags included, and the call: LLaMA-Factory's data has both as one text."""
+    found = THOUGHT.match(text)
+    return (found[0], text[found.end() :]) if found else ("", text)
 
 
 def with_arguments(messages: Sequence[Message], change: Callable[[dict[str, Any]], Any]) -> list[Message]:
@@ -99,11 +124,13 @@ def _to_call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"`{place}` is a function call without a name")
     rest = {key: value for key, value in call.items() if value is not None} if function is not call else {}
-    return {"type": "function", **rest, "function": {**function, "arguments": _arguments(function, place)}}
+    named = {key: value for key, value in function.items() if key != "parameters"}
+    return {"type": "function", **rest, "function": {**named, "arguments": _arguments(function, place)}}
 
 
 def _arguments(function: dict[str, Any], place: str) -> dict[str, Any]:
-    arguments = function.get("arguments")
+    # Llama's calls have `parameters`.
+    arguments = function.get("arguments", function.get("parameters"))
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, str):

@@ -22,6 +22,7 @@ from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.shown import left_out, with_thought
 from rlflow.data.template import clock_at, names_read, template_text
+from rlflow.data.thoughts import keys_read, under_read_keys
 from rlflow.data.turns import MARKER, Render, Turn, find_turns
 from rlflow.types import Message
 
@@ -44,6 +45,7 @@ class Chat:
         self.tokenizer = tokenizer
         self._settings: dict[str, Any] = {} if day is None else {"strftime_now": clock_at(day)}
         self._template = template_text(tokenizer.chat_template)
+        self._thought_keys = keys_read(self._template)
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_token = re.compile(names or r"(?!)")
@@ -113,7 +115,7 @@ class Chat:
         last = len(messages) - 1
         answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
         trained = answers if turns is None else set(turns)
-        places = find_turns(text, messages, turns or (), render, self._generation_prompt)
+        places = self._find_turns(text, messages, turns or (), render)
         if written and last in trained & places.keys():
             text, places[last] = self._behind_its_prompt(text, messages, places[last], render)
         ends = {}
@@ -128,15 +130,16 @@ class Chat:
         starts = tuple(sorted(turn.start for turn in places.values()))
         if turns is None:
             return Rendered(text, ((0, len(text)),), starts, tuple(notes))
-        spans = []
+        spans, as_prompted = [], True
         for index in sorted(trained):
             start, end = places[index].start, ends[index]
             if written and not places[index].follows_prompt:
+                as_prompted = False
                 notes.append(f"what the policy will have before messages[{index}] is rendered otherwise than here")
             if ignore_empty_think and (empty := EMPTY_THINK.match(text, start, end)):
                 start = empty.end()
             spans.append((start, end))
-        return Rendered(text, tuple(spans), starts, tuple(notes))
+        return Rendered(text, tuple(spans), starts, tuple(notes), as_prompted)
 
     def render_text(self, text: str, *, complete: bool) -> Rendered:
         """Plain text behind the bos token, where the tokenizer has that habit; ``complete`` ends it with eos. A row
@@ -221,8 +224,13 @@ class Chat:
         return text[:end] + self._stop, end + len(self._stop)
 
     def _starts(self, text: str, messages: Sequence[Message], render: Render) -> tuple[int, ...]:
-        turns = find_turns(text, messages, (), render, self._generation_prompt)
+        turns = self._find_turns(text, messages, (), render)
         return tuple(sorted(turn.start for turn in turns.values()))
+
+    def _find_turns(
+        self, text: str, messages: Sequence[Message], wanted: Collection[int], render: Render
+    ) -> dict[int, Turn]:
+        return find_turns(text, messages, wanted, render, self._generation_prompt, self._special_token)
 
     def renderer(self, tools: list[Any] | None, *, generation_prompt: bool = False) -> Render:
         """What renders conversations with these tools, and asks the policy to go on where nothing else is said."""
@@ -260,7 +268,7 @@ class Chat:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages),
+                under_read_keys(messages, self._thought_keys),
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,

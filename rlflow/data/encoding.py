@@ -35,6 +35,8 @@ class Rendered:
     """Where each assistant turn begins, in characters, ascending: no token reaches over one of them."""
     notes: tuple[str, ...] = ()
     """What the chat template leaves out although the row may be used."""
+    is_as_prompted: bool = True
+    """Whether before every turn that is trained stands what the policy has before it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -47,9 +47,9 @@ def load_examples(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
         DataError: a source or too many of its rows cannot be used, or rows are overlong and must not be.
     """
     chat = Chat(tokenizer, data.template_date)
-    rows = load_records(data.train, seed, lambda record: render_example(record, data, chat))
-    encoded = encode_rows(rows, lambda rendered: [rendered], data, chat)
-    return Rows([example for _, (example,) in encoded], encoded.skipped, encoded.notes)
+    rows = load_records(data.train, seed, lambda record: render_examples(record, data, chat))
+    encoded = encode_rows(rows, lambda rendered: rendered, data, chat)
+    return Rows([example for _, examples in encoded for example in examples], encoded.skipped, encoded.notes)
 
 
 def encode_rows(
@@ -80,19 +80,64 @@ def encode_rows(
     return kept
 
 
-def render_example(record: Record, data: DataBlock, chat: Chat) -> Rendered:
-    """A record as text, with the parts that ``data.loss_on`` trains."""
+def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendered]:
+    """A record as text, with the parts that ``data.loss_on`` trains; several texts where the chat template rewrites
+    what was said before, as of a rollout: each turn is trained in the text that the policy has before it."""
     if record.text is not None:
-        return chat.render_text(record.text, complete=True)
+        return [chat.render_text(record.text, complete=True)]
     answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError("it has no assistant answer to learn")
     if data.loss_on == "all":
-        return chat.render_conversation(with_system(record.messages, data.system), None, record.tools)
+        return [chat.render_conversation(with_system(record.messages, data.system), None, record.tools)]
     # What comes behind the last answer has no influence on it.
     messages = with_system(record.messages[: answers[-1] + 1], data.system)
     turns = trained_turns(messages, last_only=data.loss_on == "last_assistant")
-    return chat.render_conversation(messages, turns, record.tools, ignore_empty_think=data.ignore_empty_think)
+
+    def render(some: Sequence[int]) -> Rendered:
+        """The conversation up to the last of some turns, these trained."""
+        until = messages if some[-1] == turns[-1] else messages[: some[-1] + 1]
+        return chat.render_conversation(until, some, record.tools, ignore_empty_think=data.ignore_empty_think)
+
+    return _as_the_policy_reads(turns, render)
+
+
+def _as_the_policy_reads(turns: Sequence[int], render: Callable[[Sequence[int]], Rendered]) -> list[Rendered]:
+    """The fewest texts in which every turn follows what the policy has before it.
+
+    Raises:
+        RowError: A turn cannot be trained alone.
+    """
+    try:
+        whole = render(turns)
+    except RowError:
+        if len(turns) == 1:
+            raise
+    else:
+        if whole.is_as_prompted or len(turns) == 1:
+            return [whole]
+    texts: list[Rendered] = []
+    first = 0
+    while first < len(turns):
+        last, text = first + 1, render(turns[first : first + 1])
+        while last < len(turns) and (longer := _longer(turns[first : last + 1], render)) is not None:
+            last, text = last + 1, longer
+        texts.append(replace(text, notes=tuple(note for note in text.notes if not _is_of(turns, note))))
+        first = last
+    return texts
+
+
+def _longer(turns: Sequence[int], render: Callable[[Sequence[int]], Rendered]) -> Rendered | None:
+    try:
+        text = render(turns)
+    except RowError:
+        return None
+    return text if text.is_as_prompted else None
+
+
+def _is_of(turns: Sequence[int], note: str) -> bool:
+    """Whether a note is of a turn that is trained in another text."""
+    return any(f"messages[{turn}]" in note for turn in turns)
 
 
 def trained_turns(messages: Sequence[Message], *, last_only: bool) -> list[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlflow.data.calls import described
+from rlflow.data.calls import to_tools
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.messages import (
     from_json_text,
@@ -75,7 +74,7 @@ def to_record(row: Row, name: str) -> Record:
         if columns.get(media):
             raise RowError(f"`{media}` is not empty; only text is supported")
     system = _take_text(columns, "system") if _has(columns, "system") else None
-    tools = _take_tools(columns) if _has(columns, "tools") else None
+    tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
     record = FORMATS[name](columns)
     rejected = None if record.rejected is None else with_system(record.rejected, system)
     return replace(record, messages=with_system(record.messages, system), rejected=rejected, tools=tools)
@@ -220,17 +219,6 @@ def _rejected_beside_messages(columns: dict[str, Any], chosen: list[Message]) ->
     if chosen[-1]["role"] != "assistant":
         raise RowError("`messages` does not end with the assistant's chosen answer")
     return [*chosen[:-1], *_answer(_take(columns, "rejected_response"), "rejected_response")]
-
-
-def _take_tools(columns: dict[str, Any]) -> list[Any]:
-    tools = from_json_text(_take(columns, "tools"), "tools")
-    try:
-        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-    except (TypeError, ValueError, RecursionError):
-        tools = None
-    if tools is None or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("`tools` is not a list of function descriptions")
-    return [described(tool) for tool in tools]
 
 
 def _has(columns: dict[str, Any], name: str) -> bool:

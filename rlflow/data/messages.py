@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from rlflow.data.calls import to_calls
+from rlflow.data.calls import behind_thought, to_calls
 from rlflow.data.errors import RowError
 from rlflow.data.sources import kind
 from rlflow.types import Message
@@ -19,7 +19,10 @@ ROLES = {
     "gpt": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
+    "developer": "system",
     "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
     "observation": "tool",
     "tool_response": "tool",
 }
@@ -62,7 +65,7 @@ def to_message(item: Any, place: str) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"`{place}` is {kind(item)}, not a message")
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    calls = item.get("tool_calls")
+    calls = item.get("tool_calls") or item.get("function_call")
     if role_key not in item or (content_key not in item and not calls):
         raise RowError(f"`{place}` lacks `{role_key if role_key not in item else content_key}`")
     role = item[role_key]
@@ -72,9 +75,12 @@ def to_message(item: Any, place: str) -> Message:
     message: Message = {"role": ROLES[role], "content": ""}
     message |= {key: item[key] for key in KEPT_KEYS if isinstance(item.get(key), str)}
     if role in CALLS:
+        message["content"], content = behind_thought(content) if isinstance(content, str) else ("", content)
         message["tool_calls"] = to_calls(content, place)
     elif isinstance(content, list) and message["role"] == "assistant":
         message |= _answer_of_parts(content, place_of_content)
+    elif message["role"] == "tool" and _is_data(content):
+        message["content"] = json.dumps(content, ensure_ascii=False)
     else:
         message["content"] = _content(content, place_of_content)
     if calls:
@@ -93,7 +99,8 @@ def _with_call(message: Message, call: Message, place: str) -> Message:
     if message.get("loss", call.get("loss")) != call.get("loss", message.get("loss")):
         raise RowError(f"`{place}` is a call of the turn before it, and one of them is trained and the other is not")
     calls = [*message.get("tool_calls", ()), *call["tool_calls"]]
-    return {**message, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
+    content = message["content"] + call["content"]
+    return {**message, "content": content, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
 
 
 def pairs_to_messages(value: Any, column: str, user: str | int, assistant: str | int) -> list[Message]:
@@ -143,6 +150,13 @@ def _content(value: Any, place: str) -> str:
     if not isinstance(value, list):
         raise RowError(f"`{place}` is {kind(value)}, not text")
     return "".join(_part(part, f"{place}[{index}]") for index, part in enumerate(value))
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a tool's result is an object, or a list of what is no part of a content."""
+    if isinstance(value, list):
+        return not all(isinstance(part, dict) and "type" in part for part in value)
+    return isinstance(value, dict)
 
 
 def _answer_of_parts(parts: list[Any], place: str) -> Message:

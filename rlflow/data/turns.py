@@ -7,9 +7,11 @@ rewrites turns (Qwen3 takes the thoughts of earlier ones out) is asked about one
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from rlflow.data.calls import with_arguments
 from rlflow.data.errors import RowError
 from rlflow.types import Message
 
@@ -35,7 +37,12 @@ class Turn(NamedTuple):
 
 
 def find_turns(
-    text: str, messages: Sequence[Message], wanted: Collection[int], render: Render, generation_prompt: str
+    text: str,
+    messages: Sequence[Message],
+    wanted: Collection[int],
+    render: Render,
+    generation_prompt: str,
+    special_token: re.Pattern[str],
 ) -> dict[int, Turn]:
     """The place of every assistant turn that has one, and of all that are ``wanted``.
 
@@ -45,6 +52,7 @@ def find_turns(
         wanted: Indices of turns that must be found.
         render: Renders other messages.
         generation_prompt: What the template puts behind a question for the policy to go on from.
+        special_token: Matches any of the tokenizer's.
 
     Raises:
         RowError: The template renders a wanted turn so that it cannot be found.
@@ -54,6 +62,8 @@ def find_turns(
     turns: dict[int, Turn] = {}
     for index in answers:
         found = _find_content(text, messages, index, render) if contents is None else contents[index]
+        if found is None and "tool_calls" in messages[index]:
+            found = _find_call(text, messages, index, render, special_token)
         if found is None:
             continue
         content, end = found
@@ -107,6 +117,21 @@ def _find_content(text: str, messages: Sequence[Message], index: int, render: Re
     if not found or not text.endswith(behind) or (next_said is not None and end > next_said):
         return None
     return len(before) if text.startswith(before) else None, end
+
+
+def _find_call(
+    text: str, messages: Sequence[Message], index: int, render: Render, special_token: re.Pattern[str]
+) -> tuple[None, int] | None:
+    """Where a turn's last call ends, if that is what the turn ends with: gpt-oss' are messages of their own, which
+    become others where the turn says something else."""
+    (marked,) = with_arguments([messages[index]], lambda _: {MARKER: 1})
+    try:
+        behind = render([*messages[:index], marked, *messages[index + 1 :]]).rpartition(MARKER)[2]
+    except RowError:
+        return None
+    behind = re.sub(r'\A\\?"\s*:\s*1\s*\}', "", behind)
+    found = text.endswith(behind) and special_token.match(behind)
+    return (None, len(text) - len(behind)) if found else None
 
 
 def _start_of_result(messages: Sequence[Message], index: int, render: Render) -> int | None:
