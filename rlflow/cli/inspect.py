@@ -61,6 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="FILE", type=Path, help="replay with the rewards of this recipe")
     parser.add_argument("--export", metavar="FILE.jsonl", type=Path, help="write them as conversations that SFT reads")
+    parser.add_argument(
+        "--pairs", metavar="FILE.jsonl", type=Path, help="write each group's best and worst as a pair that DPO reads"
+    )
     return parser
 
 
@@ -68,9 +71,9 @@ def execute(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlflow.driver.past_runs import other_versions
-    from rlflow.inspection.filters import filter_records, sort_records
     from rlflow.inspection.selection import distinct, few_a_prompt, find_stage, load_records, steps_asked_for
     from rlflow.progress import ProgressBar
+    from rlflow.tracking.filters import filter_records, sort_records
     from rlflow.tracking.history import rollout_files
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -85,6 +88,7 @@ def execute(arguments: argparse.Namespace) -> int:
         records = load_records(stage, steps, tokens=bool(arguments.tokens or is_replay), tell=bar.update)
     chosen = filter_records(records, arguments.where) if arguments.where else records
     chosen = sort_records(chosen, arguments.sort, is_falling=arguments.descending) if arguments.sort else chosen
+    written = arguments.export or arguments.pairs
     chosen = distinct(chosen) if arguments.export is not None else chosen
     chosen = few_a_prompt(chosen, arguments.per_prompt) if arguments.per_prompt else chosen
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
@@ -93,9 +97,11 @@ def execute(arguments: argparse.Namespace) -> int:
     limited = chosen[: arguments.limit] if arguments.limit else chosen
     if arguments.export is not None:
         _export(limited, arguments.export, console)
+    if arguments.pairs is not None:
+        _export_pairs(limited, arguments.pairs, console)
     if is_replay:
         _replay(limited, records, stage, arguments, console)
-    elif arguments.export is None:
+    elif written is None:
         _show(limited, stage, arguments, console)
     return 0
 
@@ -111,7 +117,15 @@ def _export(records: Sequence[RolloutRecord], path: Path, console: Console) -> N
     from rlflow.inspection.exporting import export_chat
 
     export_chat(records, path)
-    console.print(f"{path}: {len(records)} conversations", soft_wrap=True)
+    cut = sum(record.finish_reason == "length" for record in records)
+    note = f", of which {cut} were cut: their last turn is not to be trained" if cut else ""
+    console.print(f"{path}: {len(records)} conversations{note}", soft_wrap=True)
+
+
+def _export_pairs(records: Sequence[RolloutRecord], path: Path, console: Console) -> None:
+    from rlflow.inspection.exporting import export_pairs
+
+    console.print(f"{path}: {export_pairs(records, path)} pairs", soft_wrap=True)
 
 
 def _show(records: Sequence[RolloutRecord], stage: Path, arguments: argparse.Namespace, console: Console) -> None:

@@ -41,7 +41,7 @@ def to_tools(value: Any) -> list[dict[str, Any]]:
     try:
         value = json.loads(value) if isinstance(value, str) else value
         tools = value if isinstance(value, list) else [value]
-        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        tools: list[Any] = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError):
         tools = [None]
     if not all(isinstance(tool, dict) for tool in tools):

@@ -62,6 +62,10 @@ class Chat:
         self.encode_trained = self._encoder.encode_trained
         self.encode_with_offsets = self._encoder.encode_with_offsets
 
+    @property
+    def has_template(self) -> bool:
+        return bool(self._template)
+
     def render_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """The text up to where the policy starts to write.
 

@@ -37,6 +37,8 @@ class Rendered:
     """What the chat template leaves out although the row may be used."""
     is_as_prompted: bool = True
     """Whether before every turn that is trained stands what the policy has before it."""
+    tokens: tuple[np.ndarray, np.ndarray] | None = None
+    """Token ids int32 [T] and which are trained bool [T], where they are known and no text is to be tokenised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Encoder:
         A token is trained when all of it lies in a span. Position 0 never is: nothing predicts it.
         """
         return [
-            (encoded.token_ids, self._loss_mask(item.spans, encoded))
+            item.tokens or (encoded.token_ids, self._loss_mask(item.spans, encoded))
             for item, encoded in zip(rendered, self.encode_with_offsets(rendered), strict=True)
         ]
 

@@ -12,6 +12,7 @@ from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
+from rlflow.data.logged import LoggedTokens
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import Loaded, load_records
 from rlflow.recipe.data_blocks import DataBlock
@@ -82,7 +83,10 @@ def encode_rows(
 
 def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendered]:
     """A record as text, with the parts that ``data.loss_on`` trains; several texts where the chat template rewrites
-    what was said before, as of a rollout: each turn is trained in the text that the policy has before it."""
+    what was said before, as of a rollout: each turn is trained in the text that the policy has before it. A rollout
+    that was logged has its tokens already, where they are those of this tokenizer and template."""
+    if record.logged is not None and (sequences := _logged(record, record.logged, data, chat)):
+        return sequences
     if record.text is not None:
         return [chat.render_text(record.text, complete=True)]
     answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
@@ -100,6 +104,19 @@ def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendere
         return chat.render_conversation(until, some, record.tools, ignore_empty_think=data.ignore_empty_think)
 
     return _as_the_policy_reads(turns, render)
+
+
+def _logged(record: Record, logged: LoggedTokens, data: DataBlock, chat: Chat) -> list[Rendered]:
+    """The sequences of a rollout; none where its prompt has other tokens now, or other tokens are to be trained."""
+    if data.loss_on != "all_assistant" or data.ignore_empty_think:
+        return []
+    prompt = with_system(record.messages[: logged.num_prompt_messages], data.system)
+    rendered = [chat.render_text(message["content"], complete=False) for message in prompt if len(prompt) == 1]
+    if chat.has_template:
+        rendered.append(chat.render_prompt(prompt, record.tools))
+    if not any(np.array_equal(token_ids, logged.prompt) for token_ids in chat.encode(rendered)):
+        return []
+    return [Rendered("", tokens=sequence) for sequence in logged.sequences]
 
 
 def _as_the_policy_reads(turns: Sequence[int], render: Callable[[Sequence[int]], Rendered]) -> list[Rendered]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlflow.data.calls import to_tools
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.logged import TOKENS, LoggedTokens
 from rlflow.data.messages import (
     from_json_text,
     pairs_to_messages,
@@ -39,6 +40,8 @@ class Record:
     """Plain text, which no chat template touches."""
     tools: list[Any] | None = None
     """Functions the assistant may call, for the chat template."""
+    logged: LoggedTokens | None = None
+    """The tokens of a rollout that was logged."""
 
 
 def format_of(table: Table, *, judged: bool = False) -> str:
@@ -70,6 +73,7 @@ def to_record(row: Row, name: str) -> Record:
         RowError: a column is missing, of the wrong type, or empty.
     """
     columns = dict(row.columns)
+    logged = columns.pop(TOKENS, None)
     for media in MULTIMODAL:
         if columns.get(media):
             raise RowError(f"`{media}` is not empty; only text is supported")
@@ -77,7 +81,7 @@ def to_record(row: Row, name: str) -> Record:
     tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
     record = FORMATS[name](columns)
     rejected = None if record.rejected is None else with_system(record.rejected, system)
-    return replace(record, messages=with_system(record.messages, system), rejected=rejected, tools=tools)
+    return replace(record, messages=with_system(record.messages, system), rejected=rejected, tools=tools, logged=logged)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:

@@ -12,6 +12,7 @@ from typing import Any
 from rlflow.data.errors import DataError, nearest
 from rlflow.data.files import TEXT_READERS, Unreadable, data_suffix, elements
 from rlflow.data.generated import CHECKS, GENERATORS
+from rlflow.data.logged import logged_files
 from rlflow.recipe.data_blocks import SourceBlock
 
 PEEKED_CHARACTERS = 1 << 20
@@ -32,6 +33,10 @@ def problems(source: SourceBlock) -> Found:
         yield from _in_args(source.generator, source.args)
         return
     path = Path(source.path or "").expanduser()
+    if logged_files(path):
+        return
+    if source.where is not None and path.exists():
+        yield "where", f"{path} holds no rollouts of a run: remove it, or name a run's rollouts/"
     if path.is_dir():
         yield from _in_directory(path, source)
     elif path.is_file():

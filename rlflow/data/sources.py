@@ -14,6 +14,7 @@ from typing import Any
 from rlflow.data.errors import BadRow, DataError, nearest
 from rlflow.data.files import Unreadable, data_suffix, missing_file, read_file
 from rlflow.data.generated import GENERATORS
+from rlflow.data.logged import logged_files, read_logged
 from rlflow.recipe.data_blocks import SourceBlock
 
 KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
@@ -54,7 +55,7 @@ def read_table(source: SourceBlock) -> Table:
         DataError: there is no such source, it has no rows, or a column that ``columns`` names is nowhere in it.
     """
     place, stem, values = _open(source)
-    is_arrow = source.path is not None and (data_suffix(source.path) or ".parquet") == ".parquet"
+    is_arrow = _is_arrow(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
     for number, value in values:
@@ -76,6 +77,12 @@ def kind(value: Any) -> str:
     return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
 
+def _is_arrow(source: SourceBlock) -> bool:
+    """Whether its objects have the keys of all rows' objects."""
+    path = source.path
+    return path is not None and not logged_files(Path(path).expanduser()) and data_suffix(path) in (None, ".parquet")
+
+
 def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
     if source.generator is not None and source.path is None:
         name = source.generator.rpartition(":")[2]
@@ -83,6 +90,10 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
     if source.path is None or source.generator is not None:
         raise DataError("a data source has either `path` or `generator`.")
     path = Path(source.path).expanduser()
+    if files := logged_files(path):
+        return str(path), path.name.split(".")[0], read_logged(files, source.where)
+    if source.where is not None:
+        raise DataError(f"{path}: holds no rollouts of a run, and `where` is of those alone. Name a run's rollouts/.")
     if path.is_file():
         return str(path), path.name.split(".")[0], read_file(path)
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):

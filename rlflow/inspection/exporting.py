@@ -1,15 +1,17 @@
-"""Stored rollouts as rows to train on: rejection sampling."""
+"""Stored rollouts as rows to train on: rejection sampling, and pairs of better and worse."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
+from rlflow.data.logged import conversation_of
 from rlflow.tracking.rollouts import RolloutRecord
 
 
@@ -20,20 +22,46 @@ def export_chat(records: Sequence[RolloutRecord], path: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    lines = []
+    rows = []
     for record in records:
-        row = {"messages": _messages(record), "prompt_id": record.prompt_id, "step": record.step}
+        row: dict[str, Any] = {"messages": conversation_of(record), "prompt_id": record.prompt_id, "step": record.step}
         row |= {"tools": record.tools} if record.tools else {}
-        lines.append(json.dumps(row | {"reward": None if math.isnan(record.reward) else record.reward}))
+        rows.append(row | {"reward": None if math.isnan(record.reward) else record.reward})
+    _write(rows, path)
+
+
+def export_pairs(records: Sequence[RolloutRecord], path: Path) -> int:
+    """Writes the best and the worst rollout of every group as a preference pair that DPO reads, where their rewards
+    differ. Those that were cut or not scored are in none. Returns how many there are.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    groups: defaultdict[tuple[Any, ...], list[RolloutRecord]] = defaultdict(list)
+    for record in records:
+        if record.finish_reason != "length" and not math.isnan(record.reward):
+            groups[record.step, record.prompt_id, record.epoch].append(record)
+    rows = []
+    for group in groups.values():
+        worst, best = (pick(group, key=lambda record: record.reward) for pick in (min, max))
+        if best.reward > worst.reward:
+            rows.append(
+                {
+                    "chosen_messages": conversation_of(best),
+                    "rejected_messages": conversation_of(worst),
+                    **({"tools": best.tools} if best.tools else {}),
+                    **{"prompt_id": best.prompt_id, "step": best.step},
+                    **{"chosen_reward": best.reward, "rejected_reward": worst.reward},
+                }
+            )
+    _write(rows, path)
+    return len(rows)
+
+
+def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): name another file") from error
-
-
-def _messages(record: RolloutRecord) -> list[dict[str, Any]]:
-    if record.episode is not None:
-        return [*(record.episode.prompt or record.messages), *record.episode.messages]
-    return [*record.messages, {"role": "assistant", "content": record.opened + record.completion}]

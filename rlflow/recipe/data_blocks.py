@@ -13,7 +13,7 @@ from rlflow.recipe.block import Block, Conflict, NonNegativeInt, PositiveInt, ex
 
 class SourceBlock(Block):
     path: str | None = None
-    """A local file (JSON, JSONL, CSV, Parquet; .gz too), or a hub dataset id."""
+    """A local file (JSON, JSONL, CSV, Parquet; .gz too), a run's `rollouts` directory, or a hub dataset id."""
     generator: str | None = None
     """Rows made by a function: a name of rlflow.data.generated, or `file.py:function`."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -26,6 +26,8 @@ class SourceBlock(Block):
     """Use this many rows, drawn with the run's seed; repeats when the set is smaller."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> the file's column, e.g. {prompt: question, solution: answer}."""
+    where: str | None = None
+    """Of a run's rollouts, which are rows, e.g. `reward > 0.9`: a condition as `rlflow inspect --where` has it."""
     format: Literal["auto", "messages", "sharegpt", "instruction", "prompt", "preference", "kto", "text"] = "auto"
     """How a row becomes messages."""
     max_bad_rows: NonNegativeInt = 0
@@ -40,6 +42,8 @@ class SourceBlock(Block):
             yield Conflict(("split", "generator"), "is a dataset's, and rows come from a generator: set it in args")
         if self.generator is not None and self.subset is not None:
             yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
+        if self.generator is not None and self.where is not None:
+            yield Conflict(("where", "generator"), "is for a run's rollouts, and rows come from a generator: remove it")
         if self.generator is not None and ":" in self.generator:
             yield from malformed_function("generator", self.generator)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlflow.inspection.filters import FilterError, filter_records, sort_records
+from rlflow.tracking.filters import FilterError, filter_records, sort_records
 from rlflow.tracking.rollouts import RolloutRecord
 
 

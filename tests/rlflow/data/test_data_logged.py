@@ -1,0 +1,139 @@
+"""A run's rollouts train as they are: the tokens that the policy had, those that it wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlflow.cli.main import main
+from rlflow.data.errors import DataError
+from rlflow.data.examples import load_examples
+from rlflow.data.peek import problems
+from rlflow.data.preferences import load_pairs
+from rlflow.inspection.exporting import export_chat
+from rlflow.recipe import DataBlock, SourceBlock
+from rlflow.tracking.rollouts import read_rollouts, rollouts_path, write_rollouts
+from rlflow.types import Episode, Group, Prompt, Rollout
+from tests.flat_rollouts import flat
+from tests.rlflow.data.conversations import FAMILIES, TOOL, Conversation, sequences_of, tokenizer_of
+
+THOUGHT = "<think>\nhm\n</think>\n\n"
+
+
+def played(family: str) -> Conversation:
+    """Two questions, the second after a call and its result, thoughts in every turn."""
+    conversation = Conversation(family)
+    conversation.turn({"role": "assistant", "content": f"{THOUGHT}It is 1."}, {"role": "user", "content": "Sure?"})
+    call = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
+    said = {"role": "assistant", "content": THOUGHT, "tool_calls": [call]}
+    conversation.turn(said, {"role": "tool", "name": "add", "tool_call_id": "c1", "content": "3"})
+    conversation.turn({"role": "assistant", "content": f"{THOUGHT}It is 3."}, {"role": "user", "content": "Fine."})
+    return conversation
+
+
+def rollout_of(conversation: Conversation, reward: float) -> Rollout:
+    token_ids, is_sampled, logprobs, versions, starts = conversation.transcript.stream()
+    episode = Episode(tuple(conversation.messages[1:-1]), starts=starts, num_turns=3, reward=reward)
+    return Rollout(token_ids, is_sampled, logprobs, versions, "stop", "", {"environment": reward}, reward, "", episode)
+
+
+def write(directory: Path, step: int, prompt: Prompt, *rollouts: Rollout) -> Path:
+    path = rollouts_path(directory, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = len(rollouts)
+    write_rollouts(path, [Group(prompt, 0, rollouts)], [np.zeros(size)], ["trained"] * size)
+    return path.parent
+
+
+def prompt_of(conversation: Conversation) -> Prompt:
+    question = conversation.messages[:1]
+    return Prompt("p:1", conversation.prompts[0], question, {"solution": "3"}, tools=(TOOL,))
+
+
+def data_of(path: Path, **source) -> DataBlock:
+    return DataBlock(train=SourceBlock(path=str(path), **source), max_tokens=4096)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama3.1", "glm-4.5"])
+def test_an_episode_that_was_logged_is_trained_as_its_own_tokens(family, tmp_path):
+    conversation = played(family)
+    rollouts = write(tmp_path / "run", 1, prompt_of(conversation), rollout_of(conversation, 1.0))
+    examples = load_examples(data_of(rollouts), conversation.tokenizer, 0)
+    sampled = [(tokens, mask) for tokens, mask in sequences_of(conversation.transcript) if any(mask)]
+    assert len(examples) == len(sampled)
+    for example, (tokens, mask) in zip(examples, sampled, strict=True):
+        size = len(example.token_ids)
+        assert example.token_ids.tolist() == tokens[:size] and not any(mask[size:])
+        assert example.loss_mask.tolist() == mask[:size]
+
+
+@pytest.mark.parametrize("name", [".", "rollouts", "rollouts/step_000002.parquet"])
+def test_rollouts_are_named_by_their_run_their_directory_or_their_file_and_chosen_by_a_condition(name, tmp_path):
+    conversation = played("qwen2.5")
+    prompt = prompt_of(conversation)
+    write(tmp_path, 1, prompt, rollout_of(conversation, 0.0), rollout_of(conversation, math.nan))
+    write(tmp_path, 2, prompt, rollout_of(conversation, 1.0))
+    data = data_of(tmp_path / name, where="reward > 0.5 and step == 2")
+    (example,) = load_examples(data, conversation.tokenizer, 0)
+    assert example.id.endswith(":1" if name.endswith("parquet") else ":3")
+    whole = load_examples(data_of(tmp_path / name), conversation.tokenizer, 0)
+    assert len(whole) == (1 if name.endswith("parquet") else 2)
+
+
+def test_for_another_template_the_conversation_is_rendered_again(tmp_path):
+    conversation = played("qwen2.5")
+    rollouts = write(tmp_path, 1, prompt_of(conversation), rollout_of(conversation, 1.0))
+    # Qwen2.5's writes a system message of its own.
+    other = tokenizer_of(*FAMILIES["qwen3-2507"])
+    (example,) = load_examples(data_of(rollouts), other, 0)
+    assert "You are Qwen" not in other.decode(example.token_ids)
+    assert other.decode(example.token_ids[example.loss_mask]).split("<|im_end|>")[::2] == [
+        f"{THOUGHT}It is 1.",
+        f"{THOUGHT}It is 3.",
+    ]
+    last = data_of(rollouts).model_copy(update={"loss_on": "last_assistant"})
+    (example,) = load_examples(last, conversation.tokenizer, 0)
+    assert conversation.tokenizer.decode(example.token_ids[example.loss_mask]) == f"{THOUGHT}It is 3.<|im_end|>"
+
+
+def test_a_completion_that_was_cut_gets_no_stop_that_the_policy_did_not_write(tmp_path):
+    tokenizer = tokenizer_of(*FAMILIES["qwen2.5"])
+    question = [{"role": "user", "content": "1 + 2?"}]
+    rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    token_ids, cut = (np.array(tokenizer(text)["input_ids"], np.int32) for text in (rendered, "It is"))
+    rollout = replace(flat(token_ids, cut, 1.0, finish_reason="length"), text="It is")
+    rollouts = write(tmp_path, 1, Prompt("p:1", token_ids, question, {}), rollout)
+    (example,) = load_examples(data_of(rollouts), tokenizer, 0)
+    assert tokenizer.decode(example.token_ids[example.loss_mask]) == "It is"
+    exported = tmp_path / "best.jsonl"
+    export_chat(read_rollouts(rollouts / "step_000001.parquet"), exported)
+    assert json.loads(exported.read_text())["messages"][-1] == {"role": "assistant", "content": "It is", "loss": False}
+
+
+def test_a_condition_on_what_holds_no_rollouts_is_refused_before_and_while_rows_are_read(write_jsonl, tokenizer):
+    source = SourceBlock(path=str(write_jsonl([{"text": "a"}])), where="reward > 0")
+    assert [key for key, _ in problems(source)] == ["where"]
+    with pytest.raises(DataError, match="holds no rollouts of a run"):
+        load_examples(DataBlock(train=source), tokenizer, 0)
+
+
+def test_the_best_and_the_worst_episode_of_a_group_are_a_pair_for_dpo(tmp_path, capsys):
+    best, other = played("qwen2.5"), Conversation("qwen2.5")
+    other.turn({"role": "assistant", "content": "It is 9."}, {"role": "user", "content": "Bye."})
+    worst = replace(rollout_of(best, 0.25), episode=Episode(tuple(other.messages[1:-1])))
+    cut = replace(worst, reward=0.0, finish_reason="length")
+    write(tmp_path / "run", 1, prompt_of(best), worst, rollout_of(best, 1.0), rollout_of(best, 0.5), cut)
+    pairs = tmp_path / "pairs.jsonl"
+    assert main(["inspect", str(tmp_path / "run"), "--pairs", str(pairs)]) == 0
+    assert capsys.readouterr().out.endswith("pairs.jsonl: 1 pairs\n")
+    (pair,) = load_pairs(data_of(pairs), best.tokenizer, 0)
+    chosen, rejected = (
+        best.tokenizer.decode(side.token_ids[side.loss_mask]).split("<|im_end|>")[:-1]
+        for side in (pair.chosen, pair.rejected)
+    )
+    assert rejected == ["It is 9."] and len(chosen) == 3 and chosen[2] == f"{THOUGHT}It is 3."
