@@ -61,4 +61,5 @@ def plan(
     located = load_located(recipe, overrides)
     check(located)
     readings = check_in_use(located, read=lambda _: read_data)
-    return make_plans([stage.recipe for stage in located], this_machine(), [reading.num_rows for reading in readings])
+    counts = [reading.num_rows for reading in readings], [reading.images for reading in readings]
+    return make_plans([stage.recipe for stage in located], this_machine(), *counts)

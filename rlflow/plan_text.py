@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlflow.data.image_counts import ImageCounts
 from rlflow.planning import GIB, Plan, gib
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
 from rlflow.recipe.yaml_source import dump_value
@@ -19,7 +20,7 @@ def render(plan: Plan) -> str:
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
         "model": _model_lines(plan),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
-        **({"data": [f"{plan.num_rows:,} rows"]} if plan.num_rows is not None else {}),
+        **({"data": [_data_line(plan.num_rows, plan.images)]} if plan.num_rows is not None else {}),
         **({} if recipe.environment is None else {"turns": [_turns_line(recipe, recipe.environment)]}),
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
@@ -54,6 +55,10 @@ def _model_line(plan: Plan) -> str:
     what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
     trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
     return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
+
+
+def _data_line(num_rows: int, images: ImageCounts) -> str:
+    return f"{num_rows:,} rows with {images}" if images.images else f"{num_rows:,} rows"
 
 
 def _step_lines(plan: Plan) -> list[str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from rlflow import actor_memory, memory
+from rlflow.data.image_counts import ImageCounts
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, Recipe, algorithm_of
@@ -80,6 +81,8 @@ class Plan:
     machine: Machine
     num_rows: int | None = None
     """Of training; None where they were not read."""
+    images: ImageCounts = field(default_factory=ImageCounts)
+    """Of training."""
     one_at_a_time: str | None = None
     """Why sequences are not packed; None where they are."""
     one_rotation: int | None = None
@@ -121,20 +124,24 @@ def settings(algorithm: AlgorithmBlock) -> Iterator[Setting]:
 
 
 def make_plans(
-    recipes: Sequence[Recipe], machine: Machine | None = None, num_rows: Sequence[int | None] = ()
+    recipes: Sequence[Recipe],
+    machine: Machine | None = None,
+    num_rows: Sequence[int | None] = (),
+    images: Sequence[ImageCounts] = (),
 ) -> list[Plan]:
     """What each stage will do.
 
     Args:
         machine: Where; this one when it is left out.
         num_rows: Rows of each stage's training data, as far as they were read.
+        images: Their pictures.
     """
     machine = machine or this_machine()
     shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
     configs: dict[tuple[str | None, str | None], Mapping[str, Any]] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
-    for recipe, rows in zip_longest(recipes, num_rows):
+    for recipe, rows, pictures in zip_longest(recipes, num_rows, images):
         # The model that an earlier stage will write has the shape of the one it starts from, and so has an adapter.
         model = (recipe.model.path, recipe.model.revision)
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
@@ -156,6 +163,7 @@ def make_plans(
                 roles=_planned(recipe, shape),
                 machine=machine,
                 num_rows=rows,
+                images=pictures or ImageCounts(),
                 one_at_a_time=why_one_at_a_time(config),
                 one_rotation=longest_with_one_rotation(config),
             )

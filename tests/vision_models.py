@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def write_processor(directory: Path, family: str) -> Any:
         )
         processor = kind(images, tokenizer, video(**sizes), chat_template=QWEN_TEMPLATE)
     processor.save_pretrained(directory)
+    config = {"model_type": family, "image_token_id": processor.image_token_id, "vision_config": {}}
+    (directory / "config.json").write_text(json.dumps(config))
     return processor
 
 

@@ -37,7 +37,8 @@ def execute(arguments: argparse.Namespace) -> int:
     stages = load_located(arguments.recipe, arguments.overrides)
     check(stages)
     readings = check_in_use(stages, read=lambda _: not arguments.no_data)
-    plans = make_plans([stage.recipe for stage in stages], machine, [reading.num_rows for reading in readings])
+    counts = [reading.num_rows for reading in readings], [reading.images for reading in readings]
+    plans = make_plans([stage.recipe for stage in stages], machine, *counts)
     print("\n\n".join(render(plan) for plan in plans))
     if (address := named_cluster()) is not None:
         require_answer(address)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlflow.cli.character_rows import rows_that_fit
@@ -13,6 +14,9 @@ from rlflow.cli.plugin_checks import sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import LOADERS
 from rlflow.data.errors import DataError, Rows
+from rlflow.data.image_counts import ImageCounts, count_images
+from rlflow.data.image_processor import ImageProcessor, load_image_processor
+from rlflow.data.new_model import sees, write_new_model
 from rlflow.data.prompts import load_prompts
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, SourceBlock
@@ -30,6 +34,8 @@ class Reading:
     """(dotted key, what is wrong and what to do)."""
     num_rows: int | None = None
     """Of training; None where they were not read."""
+    images: ImageCounts = field(default_factory=ImageCounts)
+    """Of training."""
     row: Mapping[str, Any] | None = None
     """The columns of a prompt, as rewards get them."""
 
@@ -45,12 +51,24 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
         return reading  # on a hub that cannot be reached, which a run will say
     if (known := _known_to_fit(recipe, _start(recipe.model, to_come))) is not None:
         return known
-    try:
-        tokenizer = load_tokenizer(_start(recipe.model, to_come))
-    except DataError as error:
-        reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
-        return reading
-    for key, load in _loaders(recipe, tokenizer).items():
+    start = _start(recipe.model, to_come)
+    with TemporaryDirectory() as scratch:
+        try:
+            if sees(start):
+                write_new_model(start, Path(scratch))
+                start = start.model_copy(update={"path": scratch})
+            tokenizer = load_tokenizer(start)
+        except DataError as error:
+            reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
+            return reading
+        vision = None if start.path is None else load_image_processor(start)
+        _read_rows(recipe, tokenizer, vision, reading)
+    return reading
+
+
+def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, reading: Reading) -> None:
+    """Adds what the rows bring to ``reading``."""
+    for key, load in _loaders(recipe, tokenizer, vision).items():
         try:
             rows = load()
         except DataError as error:
@@ -58,9 +76,9 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
             continue
         if key == "data.train":
             reading.num_rows = len(rows)
+            reading.images = count_images((image for row in rows for image in row.images), vision)
         if reading.row is None and rows and isinstance(rows[0], Prompt):
             reading.row = {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
-    return reading
 
 
 def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
@@ -97,16 +115,16 @@ def _start(model: ModelBlock, to_come: Mapping[str, Recipe]) -> ModelBlock:
     return start.model_copy(update={"chat_template": template})
 
 
-def _loaders(recipe: Recipe, tokenizer: Any) -> Mapping[str, Callable[[], Rows[Any]]]:
+def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> Mapping[str, Callable[[], Rows[Any]]]:
     """What reads the rows of each key."""
     data, seed = recipe.data, recipe.run.seed
 
     def prompts(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
-        return load_prompts(source, data, tokenizer, seed)
+        return load_prompts(source, data, tokenizer, seed, vision=vision)
 
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         load = LOADERS[recipe.algorithm.learning.data_row]
-        return load(data.model_copy(update={"train": source}), tokenizer, seed)
+        return load(data.model_copy(update={"train": source}), tokenizer, seed, vision)
 
     loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}
     for key, block in recipe.evaluations.items():

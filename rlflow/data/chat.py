@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlflow.data.calls import function_name, is_python, renamed, with_other_names, with_text_arguments
 from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.messages import parts_of
 from rlflow.data.shown import left_out, with_thought
 from rlflow.data.template import clock_at, names_read, template_text
 from rlflow.data.thoughts import keys_read, under_read_keys
@@ -28,6 +29,8 @@ from rlflow.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from rlflow.data.image_processor import ImageProcessor
 
 EMPTY_THINK = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 """Some generation prompts hold the opening tag already."""
@@ -40,12 +43,21 @@ NEXT: tuple[Message, ...] = (QUESTION, {"role": "tool", "content": "1"})
 class Chat:
     """A tokenizer with its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, day: date | None = None) -> None:
-        """``day``: what the template writes where it writes the date; the day of the call when absent."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, day: date | None = None, vision: ImageProcessor | None = None
+    ) -> None:
+        """
+        Args:
+            tokenizer: With its template.
+            day: What the template writes where it writes the date; the day of the call when absent.
+            vision: Of a model that takes pictures.
+        """
         self.tokenizer = tokenizer
+        self.vision = vision
         self._settings: dict[str, Any] = {} if day is None else {"strftime_now": clock_at(day)}
         self._template = template_text(tokenizer.chat_template)
         self._thought_keys = keys_read(self._template)
+        self._wants_parts = bool(self._template) and self._hides_text()
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_token = re.compile(names or r"(?!)")
@@ -272,7 +284,7 @@ class Chat:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                under_read_keys(messages, self._thought_keys),
+                under_read_keys([self._for_template(message) for message in messages], self._thought_keys),
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -283,6 +295,21 @@ class Chat:
             raise RowError(f"the chat template refuses it: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _for_template(self, message: Message) -> Message:
+        """The message with its pictures, or where the template reads nothing else its text, as content parts."""
+        number = message.get("images", 0)
+        if not number and not self._wants_parts:
+            return message
+        return {**message, "content": parts_of(message["content"], shows_images=number > 0)}
+
+    def _hides_text(self) -> bool:
+        """Whether the template shows nothing of a content that is text: Idefics3's goes over a list of parts."""
+        self._wants_parts = False
+        try:
+            return MARKER not in self.renderer(None)([{**QUESTION, "content": MARKER}])
+        except (RowError, DataError):
+            return False
 
     def _require_calls_and_tools(
         self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool = False

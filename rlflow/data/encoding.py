@@ -39,6 +39,8 @@ class Rendered:
     """Whether before every turn that is trained stands what the policy has before it."""
     tokens: tuple[np.ndarray, np.ndarray] | None = None
     """Token ids int32 [T] and which are trained bool [T], where they are known and no text is to be tokenised."""
+    images: tuple[bytes, ...] = ()
+    """Encoded pictures, in the order of their placeholders in the text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,11 @@ def listing(lines: Sequence[object], most: int = LISTED) -> str:
     return "".join(shown)
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 picture``, ``2 pictures``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`` Nearest: a, b.``, or nothing when no name comes near."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)

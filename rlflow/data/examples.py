@@ -12,6 +12,8 @@ from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import cuts_image, expand_trained, with_images
 from rlflow.data.logged import LoggedTokens
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import Loaded, load_records
@@ -33,9 +35,13 @@ class Example:
     """int32 [T]."""
     loss_mask: np.ndarray
     """bool [T]; position 0 is never trained."""
+    images: tuple[bytes, ...] = ()
+    """Its encoded pictures, in the order of their places in ``token_ids``."""
 
 
-def load_examples(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Example]:
+def load_examples(
+    data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int, vision: ImageProcessor | None = None
+) -> Rows[Example]:
     """The examples of ``data.train``, in the order of its sources.
 
     ``data.loss_on`` says which tokens of a conversation are trained; of plain text all are. A message's own ``loss``
@@ -47,14 +53,17 @@ def load_examples(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int
     Raises:
         DataError: a source or too many of its rows cannot be used, or rows are overlong and must not be.
     """
-    chat = Chat(tokenizer, data.template_date)
-    rows = load_records(data.train, seed, lambda record: render_examples(record, data, chat))
+    chat = Chat(tokenizer, data.template_date, vision)
+    rows = load_records(data.train, seed, lambda record: render_examples(record, data, chat), vision=vision)
     encoded = encode_rows(rows, lambda rendered: rendered, data, chat)
     return Rows([example for _, examples in encoded for example in examples], encoded.skipped, encoded.notes)
 
 
 def encode_rows(
-    rows: Rows[Loaded[T]], texts: Callable[[T], Sequence[Rendered]], data: DataBlock, chat: Chat
+    rows: Rows[Loaded[T]],
+    texts: Callable[[T], Sequence[Rendered]],
+    data: DataBlock,
+    chat: Chat,
 ) -> Rows[tuple[Loaded[T], list[Example]]]:
     """Each row with its ``texts`` as examples of at most ``data.max_tokens``; a row is as long as its longest text.
 
@@ -66,11 +75,16 @@ def encode_rows(
     encoded = iter(chat.encode_trained([text for row in rows for text in texts(row.value)]))
     kept: Rows[tuple[Loaded[T], list[Example]]] = Rows(skipped=rows.skipped)
     for row in rows:
-        pieces = [next(encoded) for _ in texts(row.value)]
-        num_tokens = max(len(token_ids) for token_ids, _ in pieces)
+        pieces = [(text.images, *expand_trained(*next(encoded), text.images, chat.vision)) for text in texts(row.value)]
+        num_tokens = max(len(token_ids) for _, token_ids, _ in pieces)
         if num_tokens > limit and overlong.leaves_out(row, num_tokens):
             continue
-        examples = [Example(row.id, token_ids[:limit], loss_mask[:limit]) for token_ids, loss_mask in pieces]
+        if any(cuts_image(token_ids, limit, chat.vision) for images, token_ids, _ in pieces if images):
+            kept.skipped.append(row.bad(f"its pictures end behind {limit:,} tokens, and a picture is not cut"))
+            continue
+        examples = [
+            Example(row.id, token_ids[:limit], loss_mask[:limit], images) for images, token_ids, loss_mask in pieces
+        ]
         if all(example.loss_mask.any() for example in examples):
             kept.append((row, examples))
             notes = dict.fromkeys(note for text in texts(row.value) for note in text.notes)
@@ -88,12 +102,14 @@ def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendere
     if record.logged is not None and (sequences := _logged(record, record.logged, data, chat)):
         return sequences
     if record.text is not None:
-        return [chat.render_text(record.text, complete=True)]
+        return [with_images(chat.render_text(record.text, complete=True), (), (), chat)]
     answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError("it has no assistant answer to learn")
     if data.loss_on == "all":
-        return [chat.render_conversation(with_system(record.messages, data.system), None, record.tools)]
+        messages = with_system(record.messages, data.system)
+        whole = chat.render_conversation(messages, None, record.tools)
+        return [with_images(whole, messages, record.images, chat)]
     # What comes behind the last answer has no influence on it.
     messages = with_system(record.messages[: answers[-1] + 1], data.system)
     turns = trained_turns(messages, last_only=data.loss_on == "last_assistant")
@@ -101,14 +117,16 @@ def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendere
     def render(some: Sequence[int]) -> Rendered:
         """The conversation up to the last of some turns, these trained."""
         until = messages if some[-1] == turns[-1] else messages[: some[-1] + 1]
-        return chat.render_conversation(until, some, record.tools, ignore_empty_think=data.ignore_empty_think)
+        text = chat.render_conversation(until, some, record.tools, ignore_empty_think=data.ignore_empty_think)
+        return with_images(text, until, record.images, chat)
 
     return _as_the_policy_reads(turns, render)
 
 
 def _logged(record: Record, logged: LoggedTokens, data: DataBlock, chat: Chat) -> list[Rendered]:
-    """The sequences of a rollout; none where its prompt has other tokens now, or other tokens are to be trained."""
-    if data.loss_on != "all_assistant" or data.ignore_empty_think:
+    """The sequences of a rollout; none where its prompt has other tokens now, or pictures, or other tokens are to be
+    trained."""
+    if data.loss_on != "all_assistant" or data.ignore_empty_think or record.images:
         return []
     prompt = with_system(record.messages[: logged.num_prompt_messages], data.system)
     rendered = [chat.render_text(message["content"], complete=False) for message in prompt if len(prompt) == 1]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rlflow.data.calls import to_tools
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import IMAGE_COLUMNS, REJECTED_IMAGES, place_images, take_images
 from rlflow.data.logged import TOKENS, LoggedTokens
 from rlflow.data.messages import (
     from_json_text,
@@ -20,7 +23,7 @@ from rlflow.data.messages import (
 from rlflow.data.sources import Row, Table, kind
 from rlflow.types import Message
 
-MULTIMODAL = ("images", "videos", "audios", "image", "video", "audio")
+UNSUPPORTED = ("videos", "audios", "video", "audio")
 ANSWERS = ("output", "response", "completion")
 
 
@@ -42,6 +45,10 @@ class Record:
     """Functions the assistant may call, for the chat template."""
     logged: LoggedTokens | None = None
     """The tokens of a rollout that was logged."""
+    images: tuple[bytes, ...] = ()
+    """Encoded pictures of ``messages``, in the order of their places."""
+    rejected_images: tuple[bytes, ...] = ()
+    """Of ``rejected``."""
 
 
 def format_of(table: Table, *, judged: bool = False) -> str:
@@ -66,22 +73,37 @@ def format_of(table: Table, *, judged: bool = False) -> str:
     )
 
 
-def to_record(row: Row, name: str) -> Record:
+def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directory: Path = Path()) -> Record:
     """One row of the format called ``name``.
 
+    Args:
+        row: As it was read.
+        name: Of the format.
+        vision: Of a model that takes pictures.
+        directory: What paths of pictures are relative to.
+
     Raises:
-        RowError: a column is missing, of the wrong type, or empty.
+        RowError: a column is missing, of the wrong type, or empty; or a picture cannot be used.
     """
     columns = dict(row.columns)
     logged = columns.pop(TOKENS, None)
-    for media in MULTIMODAL:
+    for media in UNSUPPORTED:
         if columns.get(media):
-            raise RowError(f"`{media}` is not empty; only text is supported")
+            raise RowError(f"`{media}` is not empty; only text and pictures are supported")
+    given = take_images(columns, IMAGE_COLUMNS)
+    given_rejected = take_images(columns, [REJECTED_IMAGES]) or given
     system = _take_text(columns, "system") if _has(columns, "system") else None
     tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
     record = FORMATS[name](columns)
-    rejected = None if record.rejected is None else with_system(record.rejected, system)
-    return replace(record, messages=with_system(record.messages, system), rejected=rejected, tools=tools, logged=logged)
+    if record.text is not None and given:
+        raise RowError(f"`{given[0].place}` is a picture, and plain text has no place for one: give messages")
+    messages, images = place_images(with_system(record.messages, system), given, vision, directory)
+    rejected, rejected_images = None, ()
+    if record.rejected is not None:
+        losing = with_system(record.rejected, system)
+        rejected, rejected_images = place_images(losing, given_rejected, vision, directory)
+    seen = {"images": images, "rejected_images": rejected_images}
+    return replace(record, messages=messages, rejected=rejected, tools=tools, logged=logged, **seen)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlflow.data.errors import DataError, RowError
-from rlflow.data.images import decode, size_of
+from rlflow.data.errors import DataError, RowError, counted
+from rlflow.data.images import LONGEST_PATH, decode, load_image, size_of
 from rlflow.torchvision_operators import install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from rlflow.recipe import ModelBlock
 
 _OF_THE_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 """What a processor returns that is not of the pictures."""
@@ -27,11 +30,28 @@ _OF_THE_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_
 class ImageProcessor:
     """The processor of one model. Nothing is loaded before the first picture."""
 
-    def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        max_pixels: int | None = None,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """
+        Args:
+            path: Of the model.
+            max_pixels: Width times height; ``load`` scales larger pictures down.
+            revision: Of a hub id.
+            trust_remote_code: Whether code that comes with the model may run.
+        """
         self._path = path
+        self._max_pixels = max_pixels
         self._loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._written: dict[tuple[int, int], np.ndarray] = {}
         """Width and height -> what is written in the place of such a picture, int32."""
+        self._files: dict[tuple[Path, str], bytes] = {}
+        """Pictures of paths: several rows may show the same one."""
 
     @cached_property
     def processor(self) -> Any:
@@ -64,14 +84,45 @@ class ImageProcessor:
         return str(self.processor.image_token)
 
     @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        """Of the model; empty where it has none."""
+        from transformers import PreTrainedConfig
+
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(self._path, **self._loading)
+        except OSError:
+            return {}
+        return config
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model has a tower for pictures, by its config."""
+        return "vision_config" in self._config
+
+    @cached_property
     def image_token_id(self) -> int:
-        """The placeholder; also what the tower's features take the places of."""
+        """The placeholder; also what the tower's features take the places of. Text alone needs no processor."""
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(self._config.get(name), int):
+                return self._config[name]
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))
 
     @cached_property
     def is_nested(self) -> bool:
         """Whether the model wants the arrays of ``pixels`` with one more dimension in front."""
         return _process(self.processor, _probe_picture())["pixel_values"].ndim == 5
+
+    def load(self, value: Any, directory: Path) -> bytes:
+        """A row's picture, encoded: ``load_image`` with the model's ``max_pixels``.
+
+        Raises:
+            RowError: It cannot be used.
+        """
+        if not isinstance(value, str) or len(value) > LONGEST_PATH:
+            return load_image(value, directory, self._max_pixels)
+        if (directory, value) not in self._files:
+            self._files[directory, value] = load_image(value, directory, self._max_pixels)
+        return self._files[directory, value]
 
     def num_tokens(self, image: bytes) -> int:
         """How many tokens training sees in the place of one placeholder."""
@@ -123,8 +174,8 @@ class ImageProcessor:
         places = np.flatnonzero(token_ids == self.image_token_id)
         if len(places) != len(images):
             raise RowError(
-                f"its text has {len(places)} place{'' if len(places) == 1 else 's'} for a picture ({self.image_token}), "
-                f"and it has {len(images)} picture{'' if len(images) == 1 else 's'}"
+                f"its text has {counted(len(places), 'place')} for a picture ({self.image_token}), and it has "
+                f"{counted(len(images), 'picture')}"
             )
         written = [self._replacement(image) for image in images]
         repeats = np.ones(len(token_ids), dtype=np.int64)
@@ -165,6 +216,19 @@ class ImageProcessor:
                 f"model.path: what the {type(processor).__name__} of {self._path} writes for a picture depends on the "
                 "text around it, so that prompts and answers cannot be tokenised apart: this model is not supported."
             )
+
+
+def load_image_processor(model: ModelBlock) -> ImageProcessor | None:
+    """That of a model that takes pictures; None of one that takes text alone.
+
+    Args:
+        model: With a path.
+    """
+    assert model.path is not None
+    vision = ImageProcessor(
+        model.path, model.max_pixels, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return vision if vision.takes_images else None
 
 
 def _process(processor: Any, image: Image, text: str | None = None) -> Mapping[str, np.ndarray]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _DATA_URI = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-_LONGEST_PATH = 4096
+LONGEST_PATH = 4096
 """Longer text is a picture itself."""
 _KEPT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """What is passed on as it was found -> its media type."""
@@ -88,7 +88,9 @@ def _read(value: Any, directory: Path) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Mapping):
-        given = [value[key] for key in ("bytes", "path", "url", "image_url", "image") if value.get(key) is not None]
+        given = [
+            value[key] for key in ("bytes", "path", "url", "image_url", "image", "data") if value.get(key) is not None
+        ]
         if not given:
             raise RowError(f"it has neither `bytes` nor `path` (it has {', '.join(map(str, value)) or 'nothing'})")
         return _read(given[0], directory)
@@ -98,7 +100,7 @@ def _read(value: Any, directory: Path) -> bytes:
         return _from_base64(value[uri.end() :])
     if _ADDRESS.match(value) and not value.startswith("file://"):
         raise RowError(f"{value[:80]} is an address, and a run fetches nothing: download it and name the file")
-    if len(value) > _LONGEST_PATH:
+    if len(value) > LONGEST_PATH:
         return _from_base64(value)
     return _read_file(value.removeprefix("file://"), directory)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlflow.data.calls import behind_thought, to_calls
 from rlflow.data.errors import RowError
@@ -34,9 +34,23 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where a message may keep its thoughts, for the chat template."""
 KEPT_KEYS = ("tool_call_id", "name", *REASONING_KEYS)
 """What a message may carry for the chat template, as text, beside ``tool_calls``."""
+IMAGE_TAG = "<image>"
+"""Stands where a picture stands."""
+IMAGE_TYPES = ("image", "image_url", "input_image")
+"""Types of content parts: Hugging Face's, and OpenAI's two."""
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
+"""Where such a part may hold its picture; one that holds none shows the next of the row's column."""
 WEIGHT_KEYS = ("loss", "weight", "loss_weight", "loss_scale")
 """What says whether a message is trained: true or false, or 1 or 0. It becomes ``loss``."""
 WEIGHTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+class GivenImage(NamedTuple):
+    """A picture as the row has it."""
+
+    place: str
+    """What messages call it."""
+    value: Any
 
 
 def to_messages(value: Any, column: str) -> list[Message]:
@@ -82,7 +96,7 @@ def to_message(item: Any, place: str) -> Message:
     elif message["role"] == "tool" and _is_data(content):
         message["content"] = json.dumps(content, ensure_ascii=False)
     else:
-        message["content"] = _content(content, place_of_content)
+        message |= _content(content, place_of_content)
     if calls:
         message["tool_calls"] = to_calls(calls, f"{place}.tool_calls")
     for key in WEIGHT_KEYS:
@@ -101,6 +115,16 @@ def _with_call(message: Message, call: Message, place: str) -> Message:
     calls = [*message.get("tool_calls", ()), *call["tool_calls"]]
     content = message["content"] + call["content"]
     return {**message, "content": content, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
+
+
+def parts_of(content: str, *, shows_images: bool) -> list[dict[str, str]]:
+    """A content as parts of text and, where its tags stand for pictures, of pictures."""
+    pieces = content.split(IMAGE_TAG) if shows_images else [content]
+    parts: list[dict[str, str]] = []
+    for index, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": piece}] if piece or len(pieces) == 1 else []
+    return parts
 
 
 def pairs_to_messages(value: Any, column: str, user: str | int, assistant: str | int) -> list[Message]:
@@ -142,14 +166,27 @@ def from_json_text(value: Any, column: str) -> Any:
         raise RowError(f"`{column}` is not valid JSON: {error}") from None
 
 
-def _content(value: Any, place: str) -> str:
+def _content(value: Any, place: str) -> Message:
+    """The text, and under ``images`` what content parts have to show in it, where some have."""
     if value is None:
-        return ""
+        return {"content": ""}
     if isinstance(value, str):
-        return value
+        return {"content": value}
     if not isinstance(value, list):
         raise RowError(f"`{place}` is {kind(value)}, not text")
-    return "".join(_part(part, f"{place}[{index}]") for index, part in enumerate(value))
+    texts: list[str] = []
+    images: list[GivenImage | None] = []
+    for index, part in enumerate(value):
+        place_of_part = f"{place}[{index}]"
+        if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
+            texts.append(IMAGE_TAG)
+            held = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+            images.append(GivenImage(place_of_part, held[0]) if held else None)
+        else:
+            texts.append(_part(part, place_of_part))
+            images += [None] * texts[-1].count(IMAGE_TAG)
+    shows_images = any(isinstance(part, dict) and part.get("type") in IMAGE_TYPES for part in value)
+    return {"content": "".join(texts)} | ({"images": images} if shows_images else {})
 
 
 def _is_data(value: Any) -> bool:
@@ -184,7 +221,7 @@ def _part(part: Any, place: str, kind_of_part: str = "text") -> str:
     if not isinstance(part, dict) or "type" not in part:
         raise RowError(f"`{place}` is {kind(part)}, not a content part")
     if part["type"] != kind_of_part:
-        raise RowError(f"`{place}` is of type {part['type']!r}; only text is supported")
+        raise RowError(f"`{place}` is of type {part['type']!r}; only text and a user's pictures are supported")
     texts = [part[key] for key in ("text", "value") if key in part and isinstance(part[key], str)]
     if not texts:
         raise RowError(f"`{place}` holds no text")

@@ -14,6 +14,8 @@ from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, Rows, listing
 from rlflow.data.examples import Example, encode_rows
 from rlflow.data.formats import Record, with_system
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import with_images
 from rlflow.data.records import load_records
 from rlflow.recipe.data_blocks import DataBlock
 from rlflow.types import Message
@@ -32,6 +34,11 @@ class Pair:
     margin: float
     """By how much the chosen one should win: the column ``margin``, or 0."""
 
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """Of both sides."""
+        return (*self.chosen.images, *self.rejected.images)
+
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
@@ -41,9 +48,18 @@ class Labelled:
     example: Example
     label: bool
 
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        return self.example.images
+
 
 def load_pairs(
-    data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int, *, for_reward_model: bool = False
+    data: DataBlock,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    vision: ImageProcessor | None = None,
+    *,
+    for_reward_model: bool = False,
 ) -> Rows[Pair]:
     """The preference pairs of ``data.train``.
 
@@ -54,6 +70,7 @@ def load_pairs(
         data: the recipe's.
         tokenizer: the policy's, or the reward model's.
         seed: the run's.
+        vision: of a model that takes pictures.
         for_reward_model: the answers are read, not written, and may have a ``margin``.
 
     Raises:
@@ -61,12 +78,14 @@ def load_pairs(
             used (no rejected answer, the same as the chosen one, or one to another prompt), rows are overlong and
             must not be, or no pair is left.
     """
-    chat = Chat(tokenizer, data.template_date)
-    rows = load_records(data.train, seed, lambda record: _render_pair(record, data, chat, for_reward_model))
+    chat = Chat(tokenizer, data.template_date, vision)
+    rows = load_records(
+        data.train, seed, lambda record: _render_pair(record, data, chat, for_reward_model), vision=vision
+    )
     encoded = encode_rows(rows, lambda value: value[:2], data, chat)
     pairs: Rows[Pair] = Rows(skipped=encoded.skipped, notes=encoded.notes)
     for row, (chosen, rejected) in encoded:
-        if np.array_equal(chosen.token_ids, rejected.token_ids):
+        if np.array_equal(chosen.token_ids, rejected.token_ids) and chosen.images == rejected.images:
             reason = f"the chosen and the rejected answer are identical in their {len(chosen.token_ids):,} tokens"
             pairs.skipped.append(row.bad(reason))
         else:
@@ -76,14 +95,18 @@ def load_pairs(
     return pairs
 
 
-def load_labelled(data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows[Labelled]:
+def load_labelled(
+    data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int, vision: ImageProcessor | None = None
+) -> Rows[Labelled]:
     """The labelled answers of ``data.train``; the last assistant turn is the one that is judged.
 
     Raises:
         DataError: as ``load_pairs``, or all labels are the same: KTO needs both kinds.
     """
-    chat = Chat(tokenizer, data.template_date)
-    rows = load_records(data.train, seed, lambda record: _render_labelled(record, data, chat), judged=True)
+    chat = Chat(tokenizer, data.template_date, vision)
+    rows = load_records(
+        data.train, seed, lambda record: _render_labelled(record, data, chat), judged=True, vision=vision
+    )
     encoded = encode_rows(rows, lambda value: value[:1], data, chat)
     labelled = Rows(
         [Labelled(row.id, example, label=row.value[1]) for row, (example,) in encoded], encoded.skipped, encoded.notes
@@ -103,7 +126,7 @@ def _render_pair(
     if record.rejected is None:
         raise RowError("it has no rejected answer")
     chosen, rejected = record.messages, record.rejected
-    if list(chosen) == list(rejected):
+    if list(chosen) == list(rejected) and record.images == record.rejected_images:
         raise RowError("the chosen and the rejected answer are identical")
     shared = _num_shared(chosen, rejected)
     if not any(message["role"] == "user" for message in chosen[:shared]):
@@ -114,8 +137,12 @@ def _render_pair(
             "the rows have a column `margin`, which only the loss of a reward_model looks at. Give it another name in "
             "the source's `columns`, e.g. columns: {unused: margin}."
         )
+    if shared == len(chosen) == len(rejected):
+        # Their pictures alone are others.
+        shared -= 1
     first, second = (
-        _render_answers(side, shared, record, data, chat, written=not for_reward_model) for side in (chosen, rejected)
+        _render_answers(side, images, shared, record, data, chat, written=not for_reward_model)
+        for side, images in ((chosen, record.images), (rejected, record.rejected_images))
     )
     return first, second, margin
 
@@ -123,11 +150,20 @@ def _render_pair(
 def _render_labelled(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, bool]:
     if record.label is None:
         raise RowError("it has no `label`")
-    return _render_answers(record.messages, len(record.messages) - 1, record, data, chat, written=True), record.label
+    first = len(record.messages) - 1
+    rendered = _render_answers(record.messages, record.images, first, record, data, chat, written=True)
+    return rendered, record.label
 
 
 def _render_answers(
-    messages: Sequence[Message], num_prompt: int, record: Record, data: DataBlock, chat: Chat, *, written: bool
+    messages: Sequence[Message],
+    images: Sequence[bytes],
+    num_prompt: int,
+    record: Record,
+    data: DataBlock,
+    chat: Chat,
+    *,
+    written: bool,
 ) -> Rendered:
     """The conversation, with the assistant turns from ``messages[num_prompt]`` on trained, unless their ``loss`` is
     false."""
@@ -139,7 +175,8 @@ def _render_answers(
     turns = [index for index in answers if whole[index].get("loss", True)]
     if not turns:
         raise RowError("`loss` is false in every assistant message")
-    return chat.render_conversation(whole, turns, record.tools, written=written)
+    rendered = chat.render_conversation(whole, turns, record.tools, written=written)
+    return with_images(rendered, whole, images, chat)
 
 
 def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

@@ -13,6 +13,8 @@ from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError, Rows
 from rlflow.data.formats import Record, with_system
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import with_images
 from rlflow.data.overlong import Overlong
 from rlflow.data.records import load_records
 from rlflow.data.shorten import shorten_prompt, shorten_text
@@ -44,6 +46,7 @@ def load_prompts(
     seed: int,
     reject: Callable[[Mapping[str, Any]], str | None] = lambda columns: None,
     tools: Sequence[Any] = (),
+    vision: ImageProcessor | None = None,
 ) -> Rows[Prompt]:
     """The prompts of the sources, in their order.
 
@@ -57,6 +60,7 @@ def load_prompts(
         seed: the run's.
         reject: says of a row's columns why the rewards cannot use them, or None.
         tools: of an environment, described to the policy in every prompt before the row's own.
+        vision: of a model that takes pictures; they count as the tokens that training sees in their places.
 
     Returns:
         The prompts; ``skipped`` names the rows that were left out, bad or overlong.
@@ -64,20 +68,24 @@ def load_prompts(
     Raises:
         DataError: a source or too many of its rows cannot be used, or prompts are overlong and must not be.
     """
-    chat = Chat(tokenizer, data.template_date)
+    chat = Chat(tokenizer, data.template_date, vision)
 
     def build(record: Record) -> _Question:
         if problem := reject(record.columns):
             raise RowError(problem)
         return _render(record, data, chat, tools)
 
-    rows = load_records(sources, seed, build)
+    rows = load_records(sources, seed, build, vision=vision)
     overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
     prompts: Rows[Prompt] = Rows(skipped=rows.skipped)
-    for row, token_ids in zip(rows, chat.encode([row.value.rendered for row in rows]), strict=True):
-        messages = row.value.messages
+    for row, engine_token_ids in zip(rows, chat.encode([row.value.rendered for row in rows]), strict=True):
+        messages, images = row.value.messages, row.value.rendered.images
+        token_ids = engine_token_ids if vision is None or not images else vision.expand(engine_token_ids, images)
         if len(token_ids) > data.max_prompt_tokens:
             if overlong.leaves_out(row, len(token_ids)):
+                continue
+            if images:
+                prompts.skipped.append(row.bad(f"{len(token_ids):,} tokens, and a prompt with pictures is not cut"))
                 continue
             try:
                 token_ids, messages = _shorten(row.value, token_ids, data.max_prompt_tokens, chat)
@@ -85,7 +93,9 @@ def load_prompts(
                 prompts.skipped.append(row.bad(f"cannot be cut to {data.max_prompt_tokens:,} tokens: {error}"))
                 continue
         opened = opened_tag(row.value.rendered.text)
-        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened, tuple(row.value.tools or ())))
+        given = engine_token_ids if images else None
+        described = tuple(row.value.tools or ())
+        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened, described, images, given))
         prompts.notes.extend(row.bad(note) for note in row.value.rendered.notes)
     overlong.settle(prompts)
     return prompts
@@ -103,7 +113,8 @@ def opened_tag(text: str) -> str:
 def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -> _Question:
     if record.text is not None:
         messages = [{"role": "user", "content": record.text}]
-        return _Question(chat.render_text(record.text, complete=False), messages, record.columns, is_text=True)
+        rendered = with_images(chat.render_text(record.text, complete=False), messages, (), chat)
+        return _Question(rendered, messages, record.columns, is_text=True)
     messages, columns = list(record.messages), record.columns
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()
@@ -112,7 +123,8 @@ def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -
         raise RowError("no user message is left when the answer is taken off")
     messages = with_system(messages, data.system)
     described = [*tools, *(record.tools or ())] or None
-    return _Question(chat.render_prompt(messages, described), messages, columns, described)
+    rendered = with_images(chat.render_prompt(messages, described), messages, record.images, chat)
+    return _Question(rendered, messages, columns, described)
 
 
 def _shorten(

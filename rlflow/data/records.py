@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from rlflow.data.errors import BadRow, DataError, RowError, Rows, listing
 from rlflow.data.formats import Record, format_of, to_record
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.sampler import permutation
 from rlflow.data.sources import Table, read_table
 from rlflow.recipe.data_blocks import SourceBlock
@@ -37,7 +38,12 @@ class Loaded(Generic[T]):
 
 
 def load_records(
-    sources: SourceBlock | Sequence[SourceBlock], seed: int, build: Callable[[Record], T], *, judged: bool = False
+    sources: SourceBlock | Sequence[SourceBlock],
+    seed: int,
+    build: Callable[[Record], T],
+    *,
+    judged: bool = False,
+    vision: ImageProcessor | None = None,
 ) -> Rows[Loaded[T]]:
     """Reads the sources one after the other and makes each row what ``build`` returns for it.
 
@@ -46,6 +52,7 @@ def load_records(
         seed: the run's; it decides which rows ``SourceBlock.rows`` draws.
         build: raises RowError for a row it cannot use.
         judged: a column ``label`` says whether the answer is desirable.
+        vision: of a model that takes pictures.
 
     Raises:
         DataError: a source cannot be read, has more bad rows than it may, or nothing else.
@@ -56,7 +63,7 @@ def load_records(
         table = read_table(source)
         stems[table.stem] += 1
         name = table.stem if stems[table.stem] == 1 else f"{table.stem}-{stems[table.stem]}"
-        rows = _build_rows(table, name, source, build, judged)
+        rows = _build_rows(table, name, source, build, judged, vision)
         loaded.extend(_draw(rows, name, source.rows, seed))
         loaded.skipped.extend(rows.skipped)
     if len({row.id for row in loaded}) < len(loaded):
@@ -65,14 +72,19 @@ def load_records(
 
 
 def _build_rows(
-    table: Table, name: str, source: SourceBlock, build: Callable[[Record], T], judged: bool
+    table: Table,
+    name: str,
+    source: SourceBlock,
+    build: Callable[[Record], T],
+    judged: bool,
+    vision: ImageProcessor | None,
 ) -> Rows[Loaded[T]]:
     rows: Rows[Loaded[T]] = Rows(skipped=table.bad)
     if table.rows:
         form = format_of(table, judged=judged) if source.format == "auto" else source.format
         for row in table.rows:
             try:
-                value = build(to_record(row, form))
+                value = build(to_record(row, form, vision, table.directory))
             except RowError as error:
                 rows.skipped.append(BadRow(table.place, row.number, str(error)))
             else:

@@ -46,6 +46,8 @@ class Table:
     """What row ids begin with."""
     rows: list[Row]
     bad: list[BadRow]
+    directory: Path = Path()
+    """What paths in its rows are relative to: its file's, or the working directory."""
 
 
 def read_table(source: SourceBlock) -> Table:
@@ -69,7 +71,9 @@ def read_table(source: SourceBlock) -> Table:
     rows = _rename(rows, bad, source.columns, place)
     if is_arrow:
         rows = [replace(row, columns=_without_filled_nulls(row.columns)) for row in rows]
-    return Table(place, stem, _without_repeated_ids(rows, bad, place), sorted(bad, key=lambda row: row.row))
+    directory = Path() if source.path is None else _directory_of(Path(source.path).expanduser())
+    kept = _without_repeated_ids(rows, bad, place)
+    return Table(place, stem, kept, sorted(bad, key=lambda row: row.row), directory)
 
 
 def kind(value: Any) -> str:
@@ -99,6 +103,11 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):
         raise missing_file(path)
     return source.path, path.name, enumerate(_load_dataset(source.path, source), 1)
+
+
+def _directory_of(path: Path) -> Path:
+    """A file's folder, a folder itself; the working directory for what is on a hub."""
+    return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
 def _load_dataset(path: str, source: SourceBlock) -> Iterable[Any]:

@@ -167,7 +167,9 @@ def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
         if (directory / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(directory)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+            tokenizer.chat_template = _processor_template(directory) or tokenizer.chat_template
+            return tokenizer
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -187,6 +189,14 @@ def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
             "rlflow needs its character offsets. Convert it with transformers and save it to a directory."
         )
     return tokenizer
+
+
+def _processor_template(directory: Path) -> str | None:
+    """The template of a model's processor, where it is a file of its own that no tokenizer reads: one of pictures."""
+    path = directory / "chat_template.json"
+    if (directory / "chat_template.jinja").is_file() or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
 
 
 def _template(value: str) -> str:

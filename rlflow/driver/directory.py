@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from rlflow.checkpoint import CheckpointError, verify_model
 from rlflow.data.errors import DataError
-from rlflow.data.tokenizer import build_character_tokenizer
+from rlflow.data.new_model import write_new_model
 from rlflow.driver.resuming import Inputs, changes_since, models_of, read_recipe, write_recipe
 from rlflow.driver.run_lock import LOCK
 from rlflow.memory import UnknownShape, read_shape
@@ -96,20 +95,9 @@ def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
     model = recipe.model
     if model.architecture is None:
         return model
-    assert model.characters is not None
     path = directory / "initial_model"
     path.mkdir(exist_ok=True)
-    tokenizer = build_character_tokenizer(model.characters)
-    tokenizer.save_pretrained(path)
-    config = {
-        "tie_word_embeddings": True,
-        **model.architecture,
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "dtype": model.dtype,
-    }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_new_model(model, path)
     return model.model_copy(update={"path": str(path)})
 
 

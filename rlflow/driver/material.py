@@ -9,6 +9,7 @@ from typing import Any
 
 from rlflow.actors.environment_pool import describe
 from rlflow.data.errors import DataError, Rows, listing
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.prompts import load_prompts
 from rlflow.driver.references import reject_references
 from rlflow.driver.units import load_units
@@ -30,20 +31,27 @@ class Material:
     """Of each evaluation, by its key."""
 
 
-def load_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, dict[str, Rows]]:
-    """The stage's training rows (prompts or units), and the held-out rows of each of its evaluations."""
+def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = None) -> tuple[Rows, dict[str, Rows]]:
+    """The stage's training rows (prompts or units), and the held-out rows of each of its evaluations.
+
+    Args:
+        recipe: Of the stage.
+        tokenizer: Of its model.
+        vision: Of a model that takes pictures.
+    """
     data, seed = recipe.data, recipe.run.seed
     tools = _tools_of(recipe)
     if recipe.family == "online":
-        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards), tools)
+        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards), tools, vision)
     else:
-        rows = load_units(recipe, data, tokenizer)
+        rows = load_units(recipe, data, tokenizer, vision)
     held_out: dict[str, Rows] = {}
     for key, block in recipe.evaluations.items():
         if (reward := recipe.reward_of(block)) is not None:
-            held_out[key] = load_prompts(block.data, data, tokenizer, seed, reject_references([reward]), tools)
+            rejected = reject_references([reward])
+            held_out[key] = load_prompts(block.data, data, tokenizer, seed, rejected, tools, vision)
         else:
-            held_out[key] = load_units(recipe, data.model_copy(update={"train": block.data}), tokenizer)
+            held_out[key] = load_units(recipe, data.model_copy(update={"train": block.data}), tokenizer, vision)
     return rows, held_out
 
 

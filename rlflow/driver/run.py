@@ -22,6 +22,7 @@ from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.trainer import Trainer
 from rlflow.checkpoint import saved_steps
 from rlflow.data.errors import DataError, Rows
+from rlflow.data.image_processor import load_image_processor
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import token_table
@@ -215,7 +216,7 @@ def run_stage(
             with clock("startup_tokenizer"):
                 tokenizer = load_tokenizer(model)
             with clock("startup_data"):
-                rows, held_out = load_rows(recipe, tokenizer)
+                rows, held_out = load_rows(recipe, tokenizer, load_image_processor(model))
             with clock("startup_ray"):
                 actors = placing.result(timeout=recipe.run.startup_timeout_s)
                 stop.install()

@@ -20,20 +20,21 @@ from rlflow.algorithms.batch_targets import Unit
 from rlflow.data.answers import LOADERS
 from rlflow.data.errors import Rows
 from rlflow.data.examples import Example
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.preferences import Labelled, Pair
 from rlflow.driver.learner import Learner
 from rlflow.recipe import DataBlock, Recipe
 from rlflow.types import Sample
 
 
-def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any) -> Rows[Unit]:
+def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any, vision: ImageProcessor | None = None) -> Rows[Unit]:
     """The rows of ``data.train`` as the recipe's algorithm wants them; ``skipped`` names those that were left out.
 
     Raises:
         DataError: The rows cannot be used; which, and why.
     """
     data_row = recipe.algorithm.learning.data_row
-    rows = LOADERS[data_row](data, tokenizer, recipe.run.seed)
+    rows = LOADERS[data_row](data, tokenizer, recipe.run.seed, vision)
     return Rows(_UNITS[data_row](rows, data.max_tokens), rows.skipped, rows.notes)
 
 
@@ -81,6 +82,7 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
             f"{row.id} with {other.id}",
             np.concatenate([prompt, answer])[:max_tokens],
             np.concatenate([np.zeros(len(prompt), dtype=bool), trained])[:max_tokens],
+            row.example.images,
         )
         units.append((_sample(row.example, label=1.0 if row.label else -1.0), _sample(mismatched)))
     return units
@@ -106,4 +108,5 @@ def _sample(example: Example, *, label: float = 0.0) -> Sample:
         loss_mask=example.loss_mask,
         loss_weights=np.zeros(len(example.token_ids), dtype=np.float32),
         label=label,
+        images=example.images,
     )

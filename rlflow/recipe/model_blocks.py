@@ -87,6 +87,9 @@ class ModelBlock(Block):
     from then on in `final/`."""
     trust_remote_code: bool = False
     """Run code that the repositories of the policy, `reference.path` and `algorithm.critic.path` bring."""
+    max_pixels: PositiveInt | None = None
+    """Width times height of a picture in the data; a larger one is scaled down, in its shape, where it is read. What
+    the model's own image processor does with its size comes on top."""
     adapter: AdapterBlock | None = None
     """Train an adapter and leave the model as it is."""
     router: RouterBlock = RouterBlock()

@@ -121,7 +121,7 @@ def test_thoughts_texts_and_calls_may_be_parts_of_a_content():
     assert [(c["function"]["name"], c["function"]["arguments"]) for c in calls] == [("f", {"a": 1}), ("g", {})]
     with pytest.raises(RowError, match=r"messages\[1\].content\[1\]`: reasoning comes behind text"):
         to_message({"role": "assistant", "content": [parts[1], parts[0]]}, "messages[1]")
-    with pytest.raises(RowError, match="of type 'reasoning'; only text is supported"):
+    with pytest.raises(RowError, match="of type 'reasoning'; only text and a user's pictures are supported"):
         to_message({"role": "user", "content": parts}, "messages[0]")
 
 

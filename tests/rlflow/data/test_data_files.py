@@ -110,7 +110,10 @@ def test_blank_lines_at_the_end_of_jsonl_are_no_rows(tmp_path, read):
         (b'{"prompt": "a", "b\\u0000": 1}', "`b\\0` holds a NUL character"),
         (b'{"prompt": "a", "\\ud800": 1}', "`\\ud800` holds a lone surrogate (U+D800)"),
         (b'{"prompt": "a\xff"}', "invalid UTF-8 (byte 0xff)"),
-        (b'{"prompt": "a", "images": ["cat.png"]}', "`images` is not empty; only text is supported"),
+        (
+            b'{"prompt": "a", "images": ["cat.png"]}',
+            "`images[0]` is a picture, and the model takes text alone: train a vision-language model, or leave it out",
+        ),
         (b'{"prompt": "a" "b"}', "not valid JSON: Expecting ',' delimiter: line 1 column 16 (char 15)"),
     ],
 )
