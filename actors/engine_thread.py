@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlflow.actors.engine_groups import EngineCounts, FinishedGroup, RunningAtUpdate, RunningGroup, WaitingUpdate
@@ -272,8 +273,8 @@ class EngineThread:
             if request.prompt is not None:
                 continue
             samples += [
-                SampleRequest(id, request.token_ids, seed, request.params)
-                for id, seed in zip(ids, request.seeds, strict=True)
+                SampleRequest(id, request.token_ids, seed, request.params_of(index))
+                for index, (id, seed) in enumerate(zip(ids, request.seeds, strict=True))
             ]
         if samples:
             self.engine.add(samples)
@@ -283,8 +284,9 @@ class EngineThread:
             if group.request.prompt is not None:
                 assert self.episodes is not None, "an episode where there is no environment"
                 self._away.update(group.samples)
-                for id, seed in zip(group.samples, group.request.seeds, strict=True):
-                    self.episodes.begin(id, group.request, seed)
+                request = group.request
+                for index, (id, seed) in enumerate(zip(group.samples, request.seeds, strict=True)):
+                    self.episodes.begin(id, replace(request, params=request.params_of(index)), seed)
         begun = {request.id for request in ready}
         self._held += [request for request in requests if request.id not in begun]
 

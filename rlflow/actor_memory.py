@@ -84,7 +84,7 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
     sequences = rollout.max_num_seqs
     prompts = sequences
     if recipe.family == "online":
-        group = recipe.online.group_size
+        group = recipe.online.rollouts_per_prompt
         share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * group
         sequences = min(sequences, share)
         prompts = math.ceil(sequences / group)

@@ -10,7 +10,7 @@ group, ``N`` tokens of a packed micro-batch, ``S`` sequences of a packed micro-b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -102,6 +102,13 @@ class GroupRequest:
     """The prompt's pictures."""
     engine_token_ids: np.ndarray | None = None
     """The prompt's; None without pictures."""
+    num_greedy: int = 0
+    """Of the last of its rollouts: they are drawn greedily."""
+
+    def params_of(self, index: int) -> SamplingParams:
+        """How its rollout ``index`` is drawn."""
+        is_greedy = index >= len(self.seeds) - self.num_greedy
+        return replace(self.params, temperature=0.0) if is_greedy else self.params
 
     @property
     def max_sampled_tokens(self) -> int:
@@ -249,6 +256,8 @@ class Rollout:
     """Which reward functions failed on it, and why; empty when none did."""
     episode: Episode | None = None
     """Of a rollout in an environment."""
+    is_baseline: bool = False
+    """It was drawn greedily for the baseline of its group: its reward counts there, and it is not trained."""
 
     @property
     def sequences(self) -> list[slice]:
@@ -310,6 +319,8 @@ class Sample:
     """float32 [T]: the critic's, before the update (PPO)."""
     returns: np.ndarray | None = None
     """float32 [T] (PPO)."""
+    selected: np.ndarray | None = None
+    """float32 [T]: 1 at the tokens that the loss treats apart (clip_cov, kl_cov)."""
     group: int = 0
     """Which prompt, pair or row of its batch it is of: reductions over groups count these."""
     rollout: int | None = None
@@ -359,6 +370,7 @@ class MicroBatch:
     ref_logprobs: np.ndarray | None = None
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
+    selected: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

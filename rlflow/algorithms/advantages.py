@@ -10,23 +10,28 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlflow.algorithms.own_advantages import own_advantages
+from rlflow.plugins import PluginError
 from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock, GAEBlock, OwnAdvantageBlock
 
 
-def compute_advantages(rewards: np.ndarray, block: BaselineBlock) -> np.ndarray:
-    """One advantage a rollout: (reward - baseline) / (standard deviation + eps).
+def compute_advantages(rewards: np.ndarray, block: BaselineBlock, weights: np.ndarray | None = None) -> np.ndarray:
+    """One advantage a rollout: (reward - baseline) / (standard deviation, or what else ``scale`` says, + eps).
 
     Args:
         rewards: float [P, G], NaN where unscored; of groups that have fewer than G rollouts, also where there is none.
+        weights: float [P, G], of the rewards in a baseline that is a weighted mean; equal when absent.
 
     Returns:
-        float64 [P, G], 0 where unscored.
+        float64 [P, G], 0 where unscored, and where there is no baseline.
+
+    Raises:
+        PluginError: ``scale: group_mean`` and a reward below 0.
     """
     rewards = rewards.astype(np.float64)
-    difference = rewards - BASELINES[block.estimator](rewards)
+    difference = rewards - BASELINES[block.estimator](rewards, np.ones_like(rewards) if weights is None else weights)
     if block.scale != "none":
         difference = difference / (SCALES[block.scale](rewards, block.ddof) + block.eps)
-    return np.where(np.isnan(rewards), 0.0, difference)
+    return np.where(np.isnan(difference), 0.0, difference)
 
 
 def token_advantages(
@@ -35,6 +40,9 @@ def token_advantages(
     penalties: Sequence[np.ndarray],
     block: Advantage,
     values: Sequence[np.ndarray] | None = None,
+    *,
+    lengths: np.ndarray | None = None,
+    is_baseline: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
 
@@ -49,15 +57,17 @@ def token_advantages(
             reward.
             Empty for a rollout that is scored and not trained: its reward counts in its group's baseline.
         values: [L] a rollout: the critic's value before each loss token. Needed by gae.
+        lengths: int [S], tokens that the policy wrote, trained or not; L when absent.
+        is_baseline: bool [S]: the greedy rollouts, of which each group has one; none when absent. Needed by greedy.
 
     Returns:
         Advantages and returns (what values should have been), float64 [L] a rollout each; 0 where unscored.
     """
     scored = ~np.isnan(rewards)
     if isinstance(block, OwnAdvantageBlock):
-        totals, lengths = rewards - np.array([float(np.sum(p)) for p in penalties]), np.array(list(map(len, penalties)))
-        advantages = own_advantages(block, totals, group_of, lengths)
-        returns = [np.full(n, t) for n, t in zip(lengths, np.nan_to_num(totals), strict=True)]
+        totals, sizes = rewards - np.array([float(np.sum(p)) for p in penalties]), np.array(list(map(len, penalties)))
+        advantages = own_advantages(block, totals, group_of, sizes)
+        returns = [np.full(n, t) for n, t in zip(sizes, np.nan_to_num(totals), strict=True)]
     elif not isinstance(block, BaselineBlock):
         is_gae = isinstance(block, GAEBlock)
         if is_gae and values is None:
@@ -69,14 +79,31 @@ def token_advantages(
         places = _places(group_of)
         grid = np.full((places[0][-1] + 1, places[1].max() + 1), np.nan)
         grid[places] = totals
-        per_rollout = compute_advantages(grid, block)[places]
+        weights = np.zeros_like(grid)
+        weights[places] = _baseline_weights(block, penalties, lengths, is_baseline)
+        per_rollout = compute_advantages(grid, block, weights)[places]
         advantages = [np.full(len(p), a) for p, a in zip(penalties, per_rollout, strict=True)]
         returns = [np.full(len(p), t) for p, t in zip(penalties, np.nan_to_num(totals), strict=True)]
     if block.whiten:
         chosen = np.flatnonzero(scored)
         for row, whitened in zip(chosen, whiten([advantages[row] for row in chosen], block.ddof), strict=True):
             advantages[row] = whitened
+    if block.clip is not None:
+        advantages = [advantage.clip(-block.clip, block.clip) for advantage in advantages]
     return advantages, returns
+
+
+def _baseline_weights(
+    block: BaselineBlock,
+    penalties: Sequence[np.ndarray],
+    lengths: np.ndarray | None,
+    is_baseline: np.ndarray | None,
+) -> np.ndarray:
+    """float [S], of rollouts in a baseline that is a weighted mean: their lengths, or 1 for the greedy one alone."""
+    if block.num_greedy:
+        assert is_baseline is not None, "a greedy baseline needs greedy rollouts"
+        return is_baseline.astype(np.float64)
+    return np.array(list(map(len, penalties)), dtype=np.float64) if lengths is None else lengths.astype(np.float64)
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
@@ -151,12 +178,12 @@ def combine_rewards(
     """
     rewards = rewards.astype(np.float64)
     if scaling == "normalize_each":
-        rewards = np.stack([(r - _group_mean(r)) / (_group_std(r, ddof) + eps) for r in rewards])
+        rewards = np.stack([(r - _mean(r, axis=1)) / (_group_std(r, ddof) + eps) for r in rewards])
     given = ~np.isnan(rewards)
     total = np.where(given, rewards * np.reshape(weights, (-1, 1, 1)), 0.0).sum(axis=0)
     total = np.where(failed.any(axis=0) | ~given.any(axis=0), np.nan, total)
     if scaling == "normalize_sum":
-        total = (total - _batch_mean(total)) / (_batch_std(total, ddof) + eps)
+        total = (total - _mean(total, axis=None)) / (_batch_std(total, ddof) + eps)
     return total
 
 
@@ -188,19 +215,32 @@ def _std(rewards: np.ndarray, axis: int | None, ddof: int) -> np.ndarray:
     return np.sqrt(squares / np.maximum(count - ddof, 1)) * (count > ddof)
 
 
-def _group_mean(rewards: np.ndarray) -> np.ndarray:
+def _group_mean(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """GRPO (arXiv 2402.03300, section 4.1.2), Dr. GRPO (arXiv 2503.20783)."""
     return _mean(rewards, axis=1)
 
 
-def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+def _weighted_mean(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sum of w r / sum of w over the group's scored rewards; NaN where their weights are all 0.
+
+    With lengths as weights it is OPO's optimal baseline (arXiv 2505.23585), with 1 for the greedy rollout and 0 for the
+    others ReMax's (arXiv 2310.10505).
+    """
+    weights = np.where(np.isnan(rewards), 0.0, weights)
+    total = weights.sum(axis=1, keepdims=True)
+    return np.where(total > 0, (weights * np.nan_to_num(rewards)).sum(axis=1, keepdims=True), np.nan) / np.where(
+        total > 0, total, 1.0
+    )
+
+
+def _leave_one_out(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean of the group's other scored rewards (RLOO, arXiv 2402.14740); a lone one is its own baseline."""
     others = np.maximum((~np.isnan(rewards)).sum(axis=1, keepdims=True) - 1, 0)
     total = np.nansum(rewards, axis=1, keepdims=True)
     return np.where(others > 0, (total - rewards) / np.maximum(others, 1), rewards)
 
 
-def _batch_mean(rewards: np.ndarray) -> np.ndarray:
+def _batch_mean(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """REINFORCE with the batch's mean as baseline."""
     return _mean(rewards, axis=None)
 
@@ -213,16 +253,29 @@ def _batch_std(rewards: np.ndarray, ddof: int) -> np.ndarray:
     return _std(rewards, None, ddof)
 
 
-BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+def _positive_group_mean(rewards: np.ndarray, ddof: int) -> np.ndarray:
+    """MaxRL (arXiv 2602.02710): the share of a group's rollouts that succeed, where rewards are 0 and 1."""
+    if (rewards < 0).any():
+        raise PluginError(
+            f"advantage.scale group_mean divides by the mean reward of a group, and one of its rewards is "
+            f"{np.nanmin(rewards):g}: give rewards of at least 0, or take another advantage.scale"
+        )
+    return _mean(rewards, axis=1)
+
+
+BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "group_mean": _group_mean,
     "leave_one_out": _leave_one_out,
     "batch_mean": _batch_mean,
+    "length_weighted_mean": _weighted_mean,
+    "greedy": _weighted_mean,
 }
-"""``advantage.estimator`` -> what is subtracted: [P, G] to something that broadcasts to it."""
+"""``advantage.estimator`` -> what is subtracted: rewards and weights [P, G] to something that broadcasts to it."""
 
 SCALES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "group_std": _group_std,
     "batch_std": _batch_std,
+    "group_mean": _positive_group_mean,
 }
 """``advantage.scale`` -> what the difference is divided by."""
 

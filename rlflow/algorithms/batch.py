@@ -23,6 +23,7 @@ _PER_TOKEN = frozenset(
         "ref_logprobs",
         "old_values",
         "returns",
+        "selected",
     }
 )
 
@@ -54,6 +55,7 @@ class TensorBatch:
     ref_logprobs: torch.Tensor | None = None
     old_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
 
     @classmethod
     def from_numpy(cls, micro_batch: MicroBatch, device: torch.device | str) -> TensorBatch:

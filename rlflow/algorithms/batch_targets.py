@@ -4,6 +4,7 @@ rows ------> units ---------------------------------> samples with their targets
 example      (example,)                               as they are
 pair         (chosen, rejected)                       aot, aot_unpaired: numbers by rank; other losses: as they are
 labelled     (answer, another's answer to its prompt) the answers alone, each with the batch's KL
+judged       (answer,)                               as they are, with 0 in the place of the KL
 """
 
 from __future__ import annotations
@@ -63,10 +64,16 @@ def _mismatched_kl(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of
     return [replace(answer, batch_kl=kl) for answer, _ in units]
 
 
+def _zero(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
+    """APO-zero: an answer is compared with 0 in the place of a KL."""
+    return [replace(sample, batch_kl=0.0) for unit in units for sample in unit]
+
+
 BATCH_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {
     "none": _as_they_are,
     "pair_loss": _of_pair_loss,
     "mismatched_kl": _mismatched_kl,
+    "zero_kl": _zero,
 }
 """An algorithm's ``batch_targets`` -> function."""
 PAIR_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {

@@ -28,6 +28,12 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return torch.expm1(log_r) - log_r
 
 
+def absolute(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """|log r|: no estimate of the KL; a distance whose gradient has the same size wherever the two differ, and is 0
+    where they are equal (verl's ``abs``)."""
+    return (logprobs - ref_logprobs).abs()
+
+
 def unbiased(kl: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
     """Weights an estimate with pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2, arXiv 2512.02556).
 
@@ -41,5 +47,10 @@ def unbiased(kl: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.exp(log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)) * kl
 
 
-KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "abs": absolute,
+}
 """``kl.estimator`` -> function of logprobs [N] and ref_logprobs [N]."""

@@ -16,7 +16,7 @@ def kl_penalty(estimator: str, logprobs: np.ndarray, ref_logprobs: np.ndarray) -
     """Schulman's estimators of KL(policy || reference) at each sampled token; the numpy twin of ``kl.KL_ESTIMATORS``.
 
     Args:
-        estimator: k1, k2 or k3.
+        estimator: k1, k2, k3 or abs.
         logprobs: float [C], of the policy that sampled.
         ref_logprobs: float [C].
 
@@ -28,6 +28,8 @@ def kl_penalty(estimator: str, logprobs: np.ndarray, ref_logprobs: np.ndarray) -
         return log_ratio
     if estimator == "k2":
         return 0.5 * log_ratio**2
+    if estimator == "abs":
+        return np.abs(log_ratio)
     assert estimator == "k3", estimator
     log_ratio = np.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return np.expm1(-log_ratio) + log_ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,109 @@ from rlflow.algorithms.value_losses import value_loss
 from rlflow.metrics import Metric
 from rlflow.recipe import OnlineBlock
 from rlflow.recipe.algorithm_blocks import BoundedWeightBlock
-from rlflow.recipe.policy_loss_blocks import CISPOBlock, ClipBlock, OwnLossBlock, PolicyLossBlock
+from rlflow.recipe.policy_loss_blocks import (
+    CISPOBlock,
+    ClipBlock,
+    ClipCovBlock,
+    DPPOBlock,
+    GMPOBlock,
+    KLCovBlock,
+    OwnLossBlock,
+    PolicyLossBlock,
+    SAPOBlock,
+)
 from rlflow.types import Denominators
 
-POLICY_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]] = {
-    "clip": lambda ratio, _, adv, b: policy_losses.clip_loss(ratio, adv, b.clip_low, b.clip_high, b.dual_clip),
-    "cispo": lambda ratio, logprobs, adv, b: policy_losses.cispo_loss(ratio, logprobs, adv, b.clip_low, b.clip_high),
-    "sapo": lambda ratio, _, adv, b: policy_losses.sapo_loss(ratio, adv, b.tau_positive, b.tau_negative),
+
+@dataclass(frozen=True, slots=True)
+class PolicyTokens:
+    """What a policy loss is made of: N loss tokens of S sequences."""
+
+    ratio: torch.Tensor
+    """[N], with gradient, as ``loss.ratio`` says."""
+    log_ratio: torch.Tensor
+    """[N], with gradient: of the token."""
+    logprobs: torch.Tensor
+    """[N], with gradient."""
+    advantages: torch.Tensor
+    """[N]."""
+    sequence_ids: torch.Tensor
+    """int64 [N]."""
+    num_sequences: int
+    selected: torch.Tensor | None
+    """float [N]: 1 at the tokens that the loss treats apart."""
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """bool [N]: those that the loss treats apart."""
+        assert self.selected is not None, "the loss treats some tokens apart: the samples must say which"
+        return self.selected > 0
+
+
+Fractions = dict[str, torch.Tensor]
+"""Name of a metric -> bool [N]: the tokens that it is the share of."""
+
+
+def _clip(t: PolicyTokens, b: ClipBlock) -> tuple[torch.Tensor, Fractions]:
+    held = _held(t.ratio, 1.0 - b.clip_low, 1.0 + b.clip_high, t.advantages)
+    if b.dual_clip is not None:
+        held["clip/dual_fraction"] = (t.ratio > b.dual_clip) & (t.advantages < 0)
+    return policy_losses.clip_loss(t.ratio, t.advantages, b.clip_low, b.clip_high, b.dual_clip), held
+
+
+def _cispo(t: PolicyTokens, b: CISPOBlock) -> tuple[torch.Tensor, Fractions]:
+    loss = policy_losses.cispo_loss(t.ratio, t.logprobs, t.advantages, b.clip_low, b.clip_high)
+    return loss, {"clip/low_fraction": t.ratio < 1.0 - b.clip_low, "clip/high_fraction": t.ratio > 1.0 + b.clip_high}
+
+
+def _sapo(t: PolicyTokens, b: SAPOBlock) -> tuple[torch.Tensor, Fractions]:
+    return policy_losses.sapo_loss(t.ratio, t.advantages, b.tau_positive, b.tau_negative), {}
+
+
+def _gmpo(t: PolicyTokens, b: GMPOBlock) -> tuple[torch.Tensor, Fractions]:
+    loss = policy_losses.gmpo_loss(t.log_ratio, t.advantages, t.sequence_ids, t.num_sequences, b.clip_low, b.clip_high)
+    return loss, _held(t.log_ratio, -b.clip_low, b.clip_high, t.advantages)
+
+
+def _dppo(t: PolicyTokens, b: DPPOBlock) -> tuple[torch.Tensor, Fractions]:
+    old = t.logprobs.detach() - t.log_ratio.detach()
+    outside = policy_losses.leaves_trust_region(b.divergence, t.logprobs, old, t.advantages, b.bound_low, b.bound_high)
+    loss = policy_losses.dppo_loss(t.ratio, t.logprobs, t.advantages, outside, b.max_weight)
+    return loss, {
+        "clip/low_fraction": outside & (t.advantages <= 0),
+        "clip/high_fraction": outside & (t.advantages > 0),
+    }
+
+
+def _clip_cov(t: PolicyTokens, b: ClipCovBlock) -> tuple[torch.Tensor, Fractions]:
+    loss = policy_losses.clip_cov_loss(t.ratio, t.advantages, t.chosen, b.clip_low, b.clip_high)
+    held = _held(t.ratio, 1.0 - b.clip_low, 1.0 + b.clip_high, t.advantages)
+    return loss, {**held, "clip/selected_fraction": t.chosen}
+
+
+def _kl_cov(t: PolicyTokens, b: KLCovBlock) -> tuple[torch.Tensor, Fractions]:
+    loss = policy_losses.kl_cov_loss(t.ratio, t.log_ratio, t.advantages, t.chosen, b.coef)
+    return loss, {"clip/selected_fraction": t.chosen}
+
+
+def _held(values: torch.Tensor, low: float, high: float, advantages: torch.Tensor) -> Fractions:
+    """Where a pessimistic bound holds: only where it lowers the objective."""
+    return {
+        "clip/low_fraction": (values < low) & (advantages < 0),
+        "clip/high_fraction": (values > high) & (advantages > 0),
+    }
+
+
+POLICY_LOSSES: dict[str, Callable[[PolicyTokens, Any], tuple[torch.Tensor, Fractions]]] = {
+    "clip": _clip,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "gmpo": _gmpo,
+    "dppo": _dppo,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
 }
-"""``loss.kind`` -> function of ratio, logprobs, advantages [N] and the numbers of the kind's block."""
+"""``loss.kind`` -> function of the tokens and the kind's block, to a loss [N] and what its clip does to which."""
 
 
 def policy_objective(
@@ -51,13 +146,7 @@ def policy_objective(
     proximal = logprobs.detach() if tokens.proximal_logprobs is None else tokens.proximal_logprobs
     denominator = proximal if correction.old_policy == "trainer" else engine
     assert denominator is not None, "old_policy: engine needs the engine's logprobs"
-    log_ratio = logprobs - denominator
-    ratio = policy_losses.RATIOS[block.ratio](log_ratio, tokens.sequence_ids, tokens.num_sequences)
-    if isinstance(block, OwnLossBlock):
-        policy_loss = own_policy_loss(block, tokens, ratio=ratio, logprobs=logprobs, old_logprobs=denominator)
-    else:
-        policy_loss = POLICY_LOSSES[block.kind](ratio, logprobs, tokens.advantages, block)
-    metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), tokens.advantages, block, denominators)
+    policy_loss, metrics = _policy_loss(tokens, logprobs, denominator, block, denominators)
     if engine is not None:
         metrics |= _mismatch_metrics(proximal, engine, denominators)
     if isinstance(correction, BoundedWeightBlock):
@@ -69,7 +158,7 @@ def policy_objective(
         outside = corrections.is_out_of_bounds(weights, correction.low, correction.high)
         policy_loss = policy_loss * factors
         metrics["correction/weight_mean"] = token_mean(factors, denominators)
-        metrics["correction/bounded_fraction"] = token_mean(outside.to(ratio.dtype), denominators)
+        metrics["correction/bounded_fraction"] = token_mean(outside.to(weights.dtype), denominators)
 
     loss = (tokens.loss_weights * policy_loss).sum()
     metrics["loss/policy"] = Metric(loss.detach())
@@ -77,7 +166,7 @@ def policy_objective(
         estimate = KL_ESTIMATORS[kl.estimator](logprobs, tokens.ref_logprobs)
         metrics["kl/ref"] = token_mean(estimate, denominators)
         if kl.placement == "loss" and kl.coef:
-            weighted = unbiased(estimate, log_ratio) if kl.unbiased_gradient else estimate
+            weighted = unbiased(estimate, logprobs - denominator) if kl.unbiased_gradient else estimate
             loss = loss + kl.coef * (tokens.loss_weights * weighted).sum()
     if entropies is not None:
         entropies = entropies[batch.loss_mask]
@@ -86,6 +175,35 @@ def policy_objective(
             loss = loss - block.entropy_coef * (tokens.loss_weights * entropies).sum()
     metrics["loss/total"] = Metric(loss.detach())
     return loss, metrics
+
+
+def _policy_loss(
+    tokens: TensorBatch,
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    block: PolicyLossBlock,
+    denominators: Denominators,
+) -> tuple[torch.Tensor, Metrics]:
+    """The loss of every loss token [N] before any correction, how far its ratio is from 1, and whom the clip holds.
+
+    Args:
+        old_logprobs: [N], of the ratio's denominator.
+    """
+    assert tokens.advantages is not None
+    log_ratio = logprobs - old_logprobs
+    ratio = policy_losses.RATIOS[block.ratio](log_ratio, tokens.sequence_ids, tokens.num_sequences)
+    moved = log_ratio.detach()
+    metrics = {
+        "ratio/mean": token_mean(ratio, denominators),
+        "ratio/value_max": largest(ratio.detach()),
+        "kl/old": token_mean(k3(torch.zeros_like(moved), moved), denominators),
+    }
+    if isinstance(block, OwnLossBlock):
+        return own_policy_loss(block, tokens, ratio=ratio, logprobs=logprobs, old_logprobs=old_logprobs), metrics
+    ids, number = tokens.sequence_ids, tokens.num_sequences
+    of_policy = PolicyTokens(ratio, log_ratio, logprobs, tokens.advantages, ids, number, tokens.selected)
+    loss, fractions = POLICY_LOSSES[block.kind](of_policy, block)
+    return loss, metrics | {name: token_mean(x.to(ratio.dtype), denominators) for name, x in fractions.items()}
 
 
 def value_objective(
@@ -114,33 +232,6 @@ def value_objective(
         "value/squared_error": token_mean((values - tokens.returns) ** 2, denominators),
         "value/clip_fraction": token_mean(outside.to(values.dtype), denominators),
     }
-
-
-def _ratio_metrics(
-    ratio: torch.Tensor,
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    block: PolicyLossBlock,
-    denominators: Denominators,
-) -> Metrics:
-    """How far the policy is from the ratio's denominator, and how often the clip holds it."""
-    metrics = {
-        "ratio/mean": token_mean(ratio, denominators),
-        "ratio/value_max": largest(ratio),
-        "kl/old": token_mean(k3(torch.zeros_like(log_ratio), log_ratio), denominators),
-    }
-    if not isinstance(block, ClipBlock | CISPOBlock):
-        return metrics
-    low, high = ratio < 1.0 - block.clip_low, ratio > 1.0 + block.clip_high
-    if isinstance(block, ClipBlock):
-        # The pessimistic bound holds only where it lowers the objective.
-        low, high = low & (advantages < 0), high & (advantages > 0)
-    metrics["clip/low_fraction"] = token_mean(low.to(ratio.dtype), denominators)
-    metrics["clip/high_fraction"] = token_mean(high.to(ratio.dtype), denominators)
-    if isinstance(block, ClipBlock) and block.dual_clip is not None:
-        dual = (ratio > block.dual_clip) & (advantages < 0)
-        metrics["clip/dual_fraction"] = token_mean(dual.to(ratio.dtype), denominators)
-    return metrics
 
 
 def _mismatch_metrics(trainer: torch.Tensor, engine: torch.Tensor, denominators: Denominators) -> Metrics:

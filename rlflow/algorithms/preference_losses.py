@@ -7,9 +7,32 @@ tokens, or without the reference, as the recipe says. beta times a score is the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+LARGEST_EXPONENT = 80.0
+"""exp of more has no float32."""
+
+
+def forward_kl(log_ratios: torch.Tensor) -> torch.Tensor:
+    """f'(t) = 1 - 1 / t at t = pi / pi_ref, of the forward KL, f(t) = -log t (f-DPO, arXiv 2309.16240, table 1; that of
+    the KL itself is log t, but for a constant)."""
+    return -torch.expm1((-log_ratios).clamp(max=LARGEST_EXPONENT))
+
+
+def jensen_shannon(log_ratios: torch.Tensor) -> torch.Tensor:
+    """f'(t) = log(2 t / (t + 1)) at t = pi / pi_ref (f-DPO, arXiv 2309.16240, table 1)."""
+    return math.log(2.0) + F.logsigmoid(log_ratios)
+
+
+DIVERGENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "reverse_kl": lambda log_ratios: log_ratios,
+    "forward_kl": forward_kl,
+    "js": jensen_shannon,
+}
+"""``preference.divergence`` -> score [S] of an answer from its summed log-ratio."""
 
 
 def sigmoid(

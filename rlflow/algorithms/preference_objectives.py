@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from rlflow.algorithms import preference_losses
-from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
+from rlflow.algorithms.batch import TensorBatch, segment_sum
 from rlflow.algorithms.objective_parts import Metrics, mean
 from rlflow.algorithms.own_losses import own_pair_loss
 from rlflow.metrics import Metric
 from rlflow.recipe import KTOBlock, PairBlock, RewardModelBlock
+from rlflow.recipe.preference_blocks import DivergenceBlock
 from rlflow.types import Denominators
 
 PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, TensorBatch, Any], torch.Tensor]] = {
@@ -51,8 +52,12 @@ def preference_objective(
     """
     block = algorithm.preference
     tokens, logprobs = batch.loss_tokens(), logprobs[batch.loss_mask]
-    reduce = segment_mean if block.length_normalized else segment_sum
-    scores = reduce(_log_ratios(logprobs, tokens, block.reference_free), tokens.sequence_ids, tokens.num_sequences)
+    log_ratios = _log_ratios(logprobs, tokens, block.reference_free)
+    scores = segment_sum(log_ratios, tokens.sequence_ids, tokens.num_sequences)
+    if isinstance(block, DivergenceBlock):
+        scores = preference_losses.DIVERGENCES[block.divergence](scores)
+    if block.length_normalized:
+        scores = scores / torch.bincount(tokens.sequence_ids, minlength=tokens.num_sequences).clamp(min=1)
     chosen, rejected = _sides(scores, batch)
     assert len(chosen) == len(rejected), "pairs must stay together in a micro-batch"
     losses = PREFERENCE_LOSSES[block.loss](chosen, rejected, batch, block)

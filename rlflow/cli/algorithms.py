@@ -108,11 +108,13 @@ def _online(block: OnlineBlock) -> tuple[str, ...]:
 
 
 def _own_numbers(loss: PolicyLossBlock) -> str:
-    """What only the loss's kind has: those whose names begin with the same word are next to each other behind it."""
+    """The first number that only the loss's kind has, and those whose names begin with the same word."""
     own = [(key, value) for key, value in loss if key not in PolicyLossBlock.model_fields and _is_number(value)]
-    words = dict.fromkeys(key.partition("_")[0] for key, _ in own)
-    together = {word: "/".join(_number(value) for key, value in own if key.startswith(word)) for word in words}
-    return ", ".join(numbers if word == "clip" else f"{word} {numbers}" for word, numbers in together.items())
+    if not own:
+        return ""
+    word = own[0][0].partition("_")[0]
+    numbers = "/".join(_number(value) for key, value in own if key.startswith(word))
+    return numbers if word == "clip" else f"{word} {numbers}"
 
 
 def _offline(block: AlgorithmBlock) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ LOADERS: dict[str, Callable[[DataBlock, Any, int, ImageProcessor | None], Rows[A
     "pair": load_pairs,
     "margin_pair": partial(load_pairs, for_reward_model=True),
     "labelled": load_labelled,
+    "judged": load_labelled,
 }
 """An algorithm's ``data_row`` -> function of the data block, the tokenizer, the run's seed, and the image
 processor of a model that takes pictures."""

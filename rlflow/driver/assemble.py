@@ -45,19 +45,30 @@ class Batch:
     @property
     def first_samples(self) -> np.ndarray:
         """int64 [R + 1]: rollout r has the samples ``[first_samples[r]:first_samples[r + 1]]``."""
-        return np.cumsum([0, *(len(rollout.sequences) for rollout in self.rollouts)])
+        return np.cumsum([0, *(len(_trained_sequences(rollout)) for rollout in self.rollouts)])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R]: tokens that the policy wrote."""
+        return np.array([int(rollout.is_sampled.sum()) for rollout in self.rollouts])
 
     @property
     def num_sampled_tokens(self) -> np.ndarray:
         """int [S]: the loss tokens of every sample; of one that is left out whole, all that the policy wrote."""
-        written = [int(rollout.is_sampled[part].sum()) for rollout in self.rollouts for part in rollout.sequences]
+        written = [
+            int(rollout.is_sampled[part].sum()) for rollout in self.rollouts for part in _trained_sequences(rollout)
+        ]
         trained = [int(sample.loss_mask.sum()) for sample in self.samples]
         return np.where(trained, trained, written)
 
     @property
     def states(self) -> list[str]:
-        """Of every rollout: trained, or masked (unscored or truncated)."""
-        return ["trained" if any(s.loss_mask.any() for s in own) else "masked" for own in self.by_rollout(self.samples)]
+        """Of every rollout: trained, masked (unscored or truncated), or the baseline of its group."""
+        trained = [any(sample.loss_mask.any() for sample in own) for own in self.by_rollout(self.samples)]
+        return [
+            "baseline" if rollout.is_baseline else "trained" if is_trained else "masked"
+            for rollout, is_trained in zip(self.rollouts, trained, strict=True)
+        ]
 
     def by_rollout(self, of_samples: Sequence[T]) -> list[Sequence[T]]:
         """What belongs to the samples [S], in R parts."""
@@ -75,7 +86,7 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
     now = "sum" if scaling == "normalize_sum" else scaling
     advantage = algorithm.advantage
     combined = combine_rewards(by_function[:, None], failed[:, None], weights, now, advantage.ddof, advantage.eps)[0]
-    rollouts = []
+    rollouts, first_greedy = [], len(job.request.seeds) - job.request.num_greedy
     for g, row in enumerate(scored.generated.rows):
         tokens = slice(batch.offsets[row], batch.offsets[row + 1])
         rollouts.append(
@@ -90,6 +101,7 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
                 reward=float(combined[g]),
                 error=scored.causes[g],
                 episode=batch.episodes[row] if batch.episodes else None,
+                is_baseline=g >= first_greedy,
             )
         )
     return Group(job.prompt, job.epoch, tuple(rollouts))
@@ -121,7 +133,7 @@ def assemble(
     for row, (index, rollout) in enumerate(zip(group_of, rollouts, strict=True)):
         truncated = block.mask_truncated and rollout.finish_reason != "stop"
         is_left_out = truncated or np.isnan(rollout.reward)
-        for part in rollout.sequences:
+        for part in _trained_sequences(rollout):
             is_sampled = rollout.is_sampled[part]
             samples.append(
                 Sample(
@@ -142,10 +154,18 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBl
     Samples that have a critic's values get what these should have been, too. Other tokens have neither: what a mask
     leaves out, at an end or in the middle, takes no part in any recursion, mean or standard deviation.
     """
-    penalties = [np.concatenate(own) for own in batch.by_rollout([_penalty(sample, algorithm) for sample in samples])]
+    penalties = [_joined(own) for own in batch.by_rollout([_penalty(sample, algorithm) for sample in samples])]
     of_samples = [s.old_values[s.loss_mask] for s in samples if s.old_values is not None]
-    values = [np.concatenate(own) for own in batch.by_rollout(of_samples)] if of_samples else None
-    of_rollouts = token_advantages(batch.rewards, batch.group_of, penalties, algorithm.advantage, values)
+    values = [_joined(own) for own in batch.by_rollout(of_samples)] if of_samples else None
+    of_rollouts = token_advantages(
+        batch.rewards,
+        batch.group_of,
+        penalties,
+        algorithm.advantage,
+        values,
+        lengths=batch.lengths,
+        is_baseline=np.array([rollout.is_baseline for rollout in batch.rollouts]),
+    )
     # The loss tokens of a rollout's sequences follow one another.
     ends = np.cumsum([int(sample.loss_mask.sum()) for sample in samples])[:-1]
     advantages, returns = (np.split(np.concatenate(each), ends) for each in of_rollouts)
@@ -172,7 +192,7 @@ def _penalty(sample: Sample, algorithm: OnlineBlock) -> np.ndarray:
 def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:
     """float64 [G] for each group, of any size: the mean advantage of each rollout's tokens, for people to read."""
     of_samples = [np.zeros(0) if s.advantages is None else s.advantages[s.loss_mask] for s in samples]
-    of_rollouts = [np.concatenate(own) for own in batch.by_rollout(of_samples)]
+    of_rollouts = [_joined(own) for own in batch.by_rollout(of_samples)]
     means = np.array([float(advantages.mean()) if len(advantages) else 0.0 for advantages in of_rollouts])
     return np.split(means, np.cumsum([len(group.rollouts) for group in batch.groups])[:-1])
 
@@ -192,7 +212,8 @@ def episodes(batch: Batch, advantages: Sequence[np.ndarray], step: int) -> Episo
 
 def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
     """What the step's rollouts look like. ``policy_version``: of the weights about to be trained."""
-    rollouts = batch.rollouts
+    rollouts = [rollout for rollout in batch.rollouts if not rollout.is_baseline]
+    baselines = [rollout.reward for rollout in batch.rollouts if rollout.is_baseline]
     lengths = np.array([int(rollout.is_sampled.sum()) for rollout in rollouts])
     rewards = np.array([rollout.reward for rollout in rollouts])
     scored = rewards[~np.isnan(rewards)]
@@ -212,6 +233,8 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
         "partial/fraction": float((num_versions > 1).mean()),
         "partial/max_versions": float(num_versions.max()),
     }
+    if baselines and not np.isnan(baselines).all():
+        metrics["reward/greedy_mean"] = float(np.nanmean(baselines))
     for name in rollouts[0].rewards:
         values = np.array([rollout.rewards[name] for rollout in rollouts])
         given = values[~np.isnan(values)]
@@ -242,6 +265,16 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         **{f"environment/ended_by_{reason}": reasons.count(reason) / len(reasons) for reason in ENDINGS},
         **{f"environment/{name}": count / len(episodes) for name, count in sorted(counts.items())},
     }
+
+
+def _trained_sequences(rollout: Rollout) -> list[slice]:
+    """Where the sequences are among a rollout's tokens that become samples; a baseline has none."""
+    return [] if rollout.is_baseline else rollout.sequences
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """End to end; empty for none."""
+    return np.concatenate(arrays) if len(arrays) else np.zeros(0)
 
 
 def _on_loss_tokens(sample: Sample, values: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
+from rlflow.algorithms.selections import with_selection
 from rlflow.algorithms.weighing import rollouts_of, weigh
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import RunError
@@ -130,6 +131,8 @@ class Learner:
                 weighed, denominators = weigh(
                     samples[part], self.algorithm, self._max_tokens, None if counts is None else counts[part]
                 )
+                if isinstance(self.algorithm, OnlineBlock):
+                    weighed = with_selection(weighed, self.algorithm.loss, (self.recipe.run.seed, step, update))
                 if update == 0:
                     weighed = [replace(sample, proximal_logprobs=None) for sample in weighed]
                 all_metrics.append(self._update_once(weighed, denominators, step, update))

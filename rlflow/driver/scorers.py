@@ -43,7 +43,7 @@ def _needs_proximal(recipe: Recipe) -> bool:
         return False
     if algorithm.correction.old_policy == "trainer" and algorithm.num_updates > 1:
         return True
-    return recipe.cut_by is not None and algorithm.kl.needs_policy_logprobs
+    return recipe.cut_by is not None and algorithm.needs_policy_logprobs
 
 
 SCORERS = (

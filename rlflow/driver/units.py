@@ -1,9 +1,10 @@
 """What an offline step draws: an example, a pair of answers, or a judged answer, as samples.
 
-    sft, pretrain    example      (example,)
-    dpo and kin      pair         (chosen, rejected)
-    reward_model     pair         (chosen, rejected), with their margin
-    kto              judged       (answer, another's answer to its prompt)
+    sft, pretrain      example  (example,)
+    dpo and kin        pair     (chosen, rejected)
+    reward_model       pair     (chosen, rejected), with their margin
+    kto                judged   (answer, another's answer to its prompt)
+    apo_zero_unpaired  judged   (answer,)
 
 rlflow.algorithms.batch_targets has what becomes of them.
 """
@@ -88,11 +89,17 @@ def judged_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
     return units
 
 
+def answer_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
+    """Each answer alone, with its label."""
+    return [(_sample(row.example, label=1.0 if row.label else -1.0),) for row in rows]
+
+
 _UNITS: dict[str, Callable[[Sequence[Any], int], list[Unit]]] = {
     "example": example_units,
     "pair": pair_units,
     "margin_pair": margin_units,
     "labelled": judged_units,
+    "judged": answer_units,
 }
 """An algorithm's ``data_row`` -> function of the rows and the longest sequence."""
 

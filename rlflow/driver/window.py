@@ -183,8 +183,8 @@ class Window:
     def _job(self, groups: StepGroups, place: int, min_version: int) -> Job:
         epoch, row = groups.drawn[place]
         prompt, seed = self.prompts[row], self.recipe.run.seed
-        size = self.recipe.online.group_size
-        seeds = tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(size))
+        algorithm = self.recipe.online
+        seeds = tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(algorithm.rollouts_per_prompt))
         return Job(
             request=GroupRequest(
                 self.pool.next_id(),
@@ -194,6 +194,7 @@ class Window:
                 min_version,
                 prompt if self.limits is not None else None,
                 self.limits,
+                num_greedy=algorithm.advantage.num_greedy,
             ),
             prompt=prompt,
             epoch=epoch,

@@ -217,7 +217,9 @@ def _generated(prompt: Prompt, group: Sequence[RolloutRecord]) -> Generated:
         texts=tuple(record.completion for record in group),
         episodes=_episodes(group),
     )
-    request = GroupRequest(0, prompt.token_ids, tuple(range(len(group))), SamplingParams(max_new_tokens=1))
+    num_greedy = sum(record.state == "baseline" for record in group)
+    params = SamplingParams(max_new_tokens=1)
+    request = GroupRequest(0, prompt.token_ids, tuple(range(len(group))), params, num_greedy=num_greedy)
     job = Job(request, prompt, group[0].epoch, (), deliver=lambda scored: None)
     return Generated(job, batch, 0)
 

@@ -23,8 +23,8 @@ from rlflow.recipe.block import (
 class KLBlock(Block):
     coef: NonNegativeFloat
     """Weight of the KL to the reference; 0 needs no reference."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimators: log-ratio, half its square, or the unbiased positive one."""
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """Schulman's estimators: log-ratio, half its square, or the unbiased positive one; or the log-ratio's size."""
     placement: Literal["loss", "reward"] = "loss"
     """Added to the loss, or subtracted from the reward of each token."""
     unbiased_gradient: bool = False
@@ -41,8 +41,8 @@ class KLBlock(Block):
         return self.coef > 0 and (self.placement == "reward" or self.target is not None)
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.unbiased_gradient and self.estimator == "k2":
-            reason = "weights k1 or k3 (k2's gradient needs no weight): remove it"
+        if self.unbiased_gradient and self.estimator not in ("k1", "k3"):
+            reason = f"weights k1 or k3, not {self.estimator}: remove it"
             yield Conflict(("unbiased_gradient", "estimator"), reason)
         if self.unbiased_gradient and self.placement == "reward":
             yield Conflict(("unbiased_gradient", "placement"), "is of the KL in the loss: set placement: loss")

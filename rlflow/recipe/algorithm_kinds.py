@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock
 from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, Correction, CriticBlock, GroupBlock, KLBlock
 from rlflow.recipe.block import Block, Conflict, PositiveInt
-from rlflow.recipe.policy_loss_blocks import ClipBlock, LossBlock, PolicyLoss, Reduction
+from rlflow.recipe.policy_loss_blocks import ClipBlock, CovarianceBlock, KLCovBlock, LossBlock, PolicyLoss, Reduction
 from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBlock, SigmoidBlock
 from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import did_you_mean
@@ -72,6 +72,16 @@ class OnlineBlock(AlgorithmBlock):
     """PPO's value model; there is one with advantage.estimator gae alone."""
 
     @property
+    def rollouts_per_prompt(self) -> int:
+        """Completions a prompt that are generated and scored, those that are not trained among them."""
+        return self.group_size + self.advantage.num_greedy
+
+    @property
+    def needs_policy_logprobs(self) -> bool:
+        """Whether the policy's logprobs of before the update are needed: by a KL, or by a choice of tokens."""
+        return self.kl.needs_policy_logprobs or isinstance(self.loss, CovarianceBlock)
+
+    @property
     def needs_reference(self) -> bool:
         return self.kl.coef > 0
 
@@ -94,9 +104,14 @@ class OnlineBlock(AlgorithmBlock):
             if self.critic is None:
                 reason = "is what advantage.estimator gae takes its values from: give one"
             yield Conflict(("critic", "advantage.estimator"), reason)
+        if isinstance(self.loss, KLCovBlock) and self.num_updates == 1:
+            reason = "penalises how far later updates of a step move: set groups.updates_per_step to 2 or more"
+            yield Conflict(("loss.kind", "groups.updates_per_step"), reason)
+        if isinstance(self.advantage, BaselineBlock) and self.advantage.scale == "group_mean":
+            yield from self._negative_rewards()
         if self.group_size > 1:
             return
-        if estimator in ("group_mean", "leave_one_out"):
+        if estimator in ("group_mean", "leave_one_out", "length_weighted_mean"):
             reason = (
                 f"with 1 completion a prompt {estimator} leaves no advantage: set group_size to 2 or more, or "
                 "advantage.estimator: batch_mean"
@@ -111,6 +126,16 @@ class OnlineBlock(AlgorithmBlock):
         if self.groups.require_signal:
             reason = "no group of 1 completion has rewards that differ: set group_size to 2 or more"
             yield Conflict(("groups.require_signal", "group_size"), reason)
+
+    def _negative_rewards(self) -> Iterator[Conflict]:
+        """What takes from the rewards, whose group's mean the advantage is divided by."""
+        reason = "can make rewards negative, and advantage.scale group_mean divides by their mean"
+        if self.kl.coef and self.kl.placement == "reward":
+            yield Conflict(("kl.placement", "advantage.scale"), f"reward {reason}: set kl.placement: loss")
+        if self.groups.overlong_buffer:
+            yield Conflict(("groups.overlong_buffer", "advantage.scale"), f"{reason}: remove it")
+        if self.groups.reward_scaling != "sum":
+            yield Conflict(("groups.reward_scaling", "advantage.scale"), f"{reason}: set it to sum")
 
 
 class SFTBlock(AlgorithmBlock):

@@ -32,7 +32,22 @@ class PairLossBlock(Block):
     """Divide an answer's log-ratio by its number of tokens (SimPO, ORPO; TRL's ipo)."""
 
 
-class SigmoidBlock(PairLossBlock):
+Divergence = Literal["reverse_kl", "forward_kl", "js"]
+
+
+class DivergenceBlock(PairLossBlock):
+    """What losses have that compare the two answers' scores, so that other divergences can take the KL's place."""
+
+    divergence: Divergence = "reverse_kl"
+    """From the reference: DPO's KL, the forward KL, or Jensen and Shannon's divergence (f-DPO, arXiv 2309.16240)."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.reference_free and self.divergence != "reverse_kl":
+            reason = f"{self.divergence} is from a reference, and there is none: remove it, or reference_free"
+            yield Conflict(("divergence", "reference_free"), reason)
+
+
+class SigmoidBlock(DivergenceBlock):
     loss: Literal["sigmoid"] = "sigmoid"
     """DPO's."""
     label_smoothing: Smoothing = 0.0
@@ -41,23 +56,35 @@ class SigmoidBlock(PairLossBlock):
     """Target margin (SimPO)."""
 
 
-class SmoothedBlock(PairLossBlock):
-    loss: Literal["robust", "aot", "aot_unpaired"]
-    """See docs/algorithms.md."""
+class RobustBlock(DivergenceBlock):
+    loss: Literal["robust"]
+    """DPO's, unbiased when some labels are flipped."""
     label_smoothing: Smoothing = 0.0
     """Probability that a label is flipped."""
 
 
-class EXOBlock(PairLossBlock):
+class RankedBlock(PairLossBlock):
+    loss: Literal["aot", "aot_unpaired"]
+    """Against what has the same rank in the batch."""
+    label_smoothing: Smoothing = 0.0
+    """Probability that a label is flipped."""
+
+
+class EXOBlock(DivergenceBlock):
     loss: Literal["exo_pair"]
     """See docs/algorithms.md."""
     label_smoothing: Annotated[float, Field(strict=True, gt=0, lt=0.5)] = 1e-3
     """Its epsilon."""
 
 
+class MarginBlock(DivergenceBlock):
+    loss: Literal["hinge", "ipo", "discopop"]
+    """Of the margin between the two answers, see docs/algorithms.md."""
+
+
 class PlainPairBlock(PairLossBlock):
-    loss: Literal["hinge", "ipo", "nca_pair", "bco_pair", "sppo", "apo_zero", "apo_down", "discopop"]
-    """See docs/algorithms.md."""
+    loss: Literal["nca_pair", "bco_pair", "sppo", "apo_zero", "apo_down"]
+    """Of each answer's own score, see docs/algorithms.md."""
 
 
 class ORPOBlock(PairLossBlock):
@@ -81,7 +108,7 @@ class OwnPairBlock(PairLossBlock):
         yield from malformed_function("plugin", self.plugin)
 
 
-PairLoss = SigmoidBlock | SmoothedBlock | EXOBlock | PlainPairBlock | ORPOBlock | OwnPairBlock
+PairLoss = SigmoidBlock | RobustBlock | RankedBlock | EXOBlock | MarginBlock | PlainPairBlock | ORPOBlock | OwnPairBlock
 
 
 class KTOLossBlock(Block):

@@ -21,8 +21,9 @@ from rlflow.tracking.history import step_of
 from rlflow.tracking.row_columns import keep_columns
 from rlflow.types import Episode, Group, Prompt, Rollout, RolloutEnd
 
-RolloutState = Literal["trained", "masked", "filtered"]
-"""trained; in the batch without loss (unscored, truncated); or in a group that was replaced."""
+RolloutState = Literal["trained", "masked", "baseline", "filtered"]
+"""trained; in the batch without loss (unscored, truncated); greedy, for its group's baseline; or in a group that was
+replaced."""
 
 REWARD_PREFIX = "reward/"
 _NEEDED_COLUMNS = (

@@ -8,6 +8,7 @@ FROM_PAIRS = Learning(
     "preference", "preference", "pair", batch_targets="pair_loss", weights="chosen", has_entropies=False
 )
 FROM_LABELS = Learning("preference", "kto", "labelled", batch_targets="mismatched_kl", has_entropies=False)
+FROM_LABELS_ALONE = Learning("preference", "kto", "judged", batch_targets="zero_kl", has_entropies=False)
 
 ROWS: dict[str, AlgorithmRow] = {
     "dpo": AlgorithmRow(
@@ -60,6 +61,13 @@ ROWS: dict[str, AlgorithmRow] = {
         FROM_LABELS,
         "desirable and undesirable answers, unpaired, against the batch's KL",
         "arXiv 2402.01306",
+        {"preference": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}},
+    ),
+    "apo_zero_unpaired": AlgorithmRow(
+        "preferences",
+        FROM_LABELS_ALONE,
+        "desirable and undesirable answers, unpaired, against the reference alone: KTO's loss without a KL",
+        "arXiv 2408.06266, eq. 7",
         {"preference": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}},
     ),
 }

@@ -30,14 +30,15 @@ class Learning:
     """online: rollouts and rewards; sft: demonstrations; preference: judged answers."""
     objective: Literal["policy", "sft", "preference", "kto", "reward_model"]
     """What the trainer minimises: a key of rlflow.algorithms.objectives.OBJECTIVES."""
-    data_row: Literal["prompt", "example", "pair", "margin_pair", "labelled"]
+    data_row: Literal["prompt", "example", "pair", "margin_pair", "labelled", "judged"]
     """What a row of data is: a prompt, an example, two answers of which one is better (with a margin by which it should
-    win), or an answer with a label."""
+    win), or an answer with a label (which is
+    compared with answers to other prompts, or not)."""
     head: Literal["token", "scalar"] = "token"
     """What the trained model puts out: logits of every token, or one score."""
-    batch_targets: Literal["none", "pair_loss", "mismatched_kl"] = "none"
+    batch_targets: Literal["none", "pair_loss", "mismatched_kl", "zero_kl"] = "none"
     """What the loss needs to know of the whole batch, from a forward pass before the update: what ``preference.loss``
-    asks for, or KTO's KL. A key of rlflow.algorithms.batch_targets.BATCH_TARGETS."""
+    asks for, or KTO's KL, or 0 in its place. A key of rlflow.algorithms.batch_targets.BATCH_TARGETS."""
     weights: Literal["all", "chosen"] = "all"
     """Whose tokens ``loss.reduction`` weighs: those of all samples, or of the chosen answers, whose likelihood a
     preference loss may add. A key of rlflow.algorithms.weighing.WEIGHTS."""

@@ -259,6 +259,8 @@ def test_kl_estimators_in_the_reward_by_hand(array):
     np.testing.assert_allclose(kl_penalty("k1", logprobs, ref_logprobs), [0.6931471805599453], **tolerance)
     np.testing.assert_allclose(kl_penalty("k2", logprobs, ref_logprobs), [0.2402265069591007], **tolerance)
     np.testing.assert_allclose(kl_penalty("k3", logprobs, ref_logprobs), [0.1931471805599453], **tolerance)
+    np.testing.assert_allclose(kl_penalty("abs", logprobs, ref_logprobs), [0.6931471805599453], **tolerance)
+    np.testing.assert_allclose(kl_penalty("abs", ref_logprobs, logprobs), [0.6931471805599453], **tolerance)
 
 
 def test_k3_in_the_reward_is_finite_far_from_the_reference_as_it_is_in_the_loss():

@@ -51,6 +51,12 @@ def test_ktos_kl_is_0_where_nothing_is_left_to_measure_it_on():
     assert with_targets(units, algorithm_of("kto"), lambda samples: [])[0].batch_kl == 0.0
 
 
+def test_answers_that_are_compared_with_no_kl_ask_for_no_forward_pass():
+    units = [(sample(3, 1.0, -9.0),), (sample(1, -1.0, -9.0),)]
+    answers = with_targets(units, algorithm_of("apo_zero_unpaired"), lambda samples: pytest.fail("asked"))
+    assert [(one.batch_kl, one.label) for one in answers] == [(0.0, 1.0), (0.0, -1.0)]
+
+
 @pytest.mark.parametrize(("name", "groups"), [("sft", [0, 1]), ("dpo", [0, 0, 1, 1]), ("reward_model", [0, 0, 1, 1])])
 def test_a_sample_names_its_row_and_losses_on_single_rows_ask_for_no_forward_pass(name: str, groups: list[int]):
     units = [tuple(sample(2) for _ in range(len(groups) // 2)) for _ in range(2)]

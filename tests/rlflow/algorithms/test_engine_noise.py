@@ -31,6 +31,7 @@ def sequences(number: int = 200) -> tuple[torch.Tensor, TensorBatch, Denominator
         labels=torch.zeros(number),
         advantages=torch.repeat_interleave(torch.tensor(random.choice([-1.0, 1.0], size=number)), lengths),
         old_logprobs=trainer + NOISE * torch.tensor(random.normal(size=size)),
+        selected=torch.zeros(size),
     )
     return trainer, batch, Denominators(size, number, number)
 

@@ -37,6 +37,24 @@ def test_cispo_with_a_fixed_weight():
     assert torch.autograd.gradcheck(lambda x: policy_losses.cispo_loss(ratio, x, ADVANTAGES, 1.0, 4.0), (point(1),))
 
 
+def test_gmpo_away_from_its_bounds():
+    assert torch.autograd.gradcheck(
+        lambda x: policy_losses.gmpo_loss(x - OLD, ADVANTAGES, SEQUENCE_IDS, 2, 0.3, 0.4), (point(0),)
+    )
+
+
+def test_the_kl_of_selected_tokens():
+    selected = torch.tensor([True, False, True, False, True])
+    assert torch.autograd.gradcheck(
+        lambda x: policy_losses.kl_cov_loss((x - OLD).exp(), x - OLD, ADVANTAGES, selected, 0.7), (point(1),)
+    )
+
+
+@pytest.mark.parametrize("divergence", list(preference_losses.DIVERGENCES))
+def test_divergences(divergence):
+    assert torch.autograd.gradcheck(preference_losses.DIVERGENCES[divergence], (point(2),))
+
+
 @pytest.mark.parametrize("estimator", [k1, k2, k3])
 def test_kl_estimators(estimator):
     assert torch.autograd.gradcheck(lambda x: estimator(x, OLD), (point(2),))

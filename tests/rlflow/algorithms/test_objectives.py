@@ -89,8 +89,11 @@ def test_a_batch_of_filler_has_loss_and_gradient_zero(name):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_first_update_on_policy_has_ratio_one_and_the_plain_policy_gradient(name):
-    policy, block = new_policy(), algorithm_of(name, kl={"coef": 0.0}, correction={"mode": "none"})
-    samples, denominators = weigh([replace(s, proximal_logprobs=None) for s in samples_for(name)], block)
+    correction = {"mode": "none", "old_policy": "trainer"}
+    policy, block = new_policy(), algorithm_of(name, kl={"coef": 0.0}, correction=correction)
+    nothing = {"proximal_logprobs": None}
+    plain = [replace(s, **nothing, selected=np.zeros_like(s.selected)) for s in samples_for(name)]
+    samples, denominators = weigh(plain, block)
     _, gradient, metrics = run(policy, samples, denominators, block)
     assert metrics["ratio/mean"] == pytest.approx(1.0)
     assert metrics["ratio/value_max"] == 1.0
@@ -101,7 +104,7 @@ def test_the_first_update_on_policy_has_ratio_one_and_the_plain_policy_gradient(
         batch = pack([sample], max_tokens=10_000, num_ranks=1)[0][0]
         logprobs, _ = logprobs_of(policy, batch)
         coefficients = np.nan_to_num(sample.loss_weights * sample.advantages) * actions
-        if block.loss.ratio in ("sequence", "sequence_product"):
+        if block.loss.ratio in ("sequence", "sequence_product") or name == "gmpo":
             coefficients[sample.loss_mask] = coefficients[sample.loss_mask].mean()
         mask = torch.tensor(sample.loss_mask)
         surrogate = -(torch.tensor(coefficients)[mask] * logprobs[mask]).sum()

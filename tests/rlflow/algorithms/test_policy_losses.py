@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlflow.algorithms import corrections
-from rlflow.algorithms.kl import k1, k2, k3, unbiased
+from rlflow.algorithms.kl import absolute, k1, k2, k3, unbiased
 from rlflow.algorithms.policy_losses import (
     cispo_loss,
     clip_loss,
@@ -119,8 +119,9 @@ def test_sapo_starts_with_the_gradient_of_the_plain_ratio(vector):
 
 
 def test_kl_estimators_and_their_gradients_by_hand(vector):
-    # pi = 1/2, ref = 1/4: log-ratio ln 2. d k1 = 1, d k2 = ln 2, d k3 = 1 - ref/pi = 1/2.
-    for estimator, value, gradient in ((k1, LN2, 1.0), (k2, LN2**2 / 2, LN2), (k3, LN2 - 0.5, 0.5)):
+    # pi = 1/2, ref = 1/4: log-ratio ln 2. d k1 = 1, d k2 = ln 2, d k3 = 1 - ref/pi = 1/2, d abs = 1.
+    by_hand = ((k1, LN2, 1.0), (k2, LN2**2 / 2, LN2), (k3, LN2 - 0.5, 0.5), (absolute, LN2, 1.0))
+    for estimator, value, gradient in by_hand:
         logprobs = vector([math.log(0.5)], grad=True)
         estimate = estimator(logprobs, vector([math.log(0.25)]))
         equal(estimate, [value])
@@ -129,9 +130,17 @@ def test_kl_estimators_and_their_gradients_by_hand(vector):
 
 
 def test_kl_estimators_are_zero_at_the_reference_and_finite_far_from_it(vector):
-    for estimator in (k1, k2, k3):
+    for estimator in (k1, k2, k3, absolute):
         equal(estimator(vector([-1.5]), vector([-1.5])), [0.0])
         assert torch.isfinite(estimator(vector([-300.0, -0.1]), vector([-0.1, -300.0]))).all()
+
+
+def test_the_size_of_the_log_ratio_has_a_gradient_of_one_size_on_either_side_and_none_between(vector):
+    logprobs = vector([-1.0, -2.0, -3.0], grad=True)
+    distance = absolute(logprobs, vector([-2.0, -2.0, -2.0]))
+    equal(distance, [1.0, 0.0, 1.0])
+    distance.sum().backward()
+    equal(logprobs.grad, [1.0, 0.0, -1.0])
 
 
 @pytest.mark.parametrize("estimator", [k1, k3])

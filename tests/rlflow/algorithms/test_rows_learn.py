@@ -10,6 +10,7 @@ from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.kl_reward import kl_penalty
 from rlflow.algorithms.policy_objectives import value_objective
 from rlflow.algorithms.preference_objectives import PREFERENCE_LOSSES
+from rlflow.algorithms.selections import with_selection
 from rlflow.batching import pack
 from rlflow.recipe import ALGORITHMS, AlgorithmBlock, algorithm_of
 from rlflow.types import Sample
@@ -43,13 +44,16 @@ def samples_of(policy, reference, values, rows, block: AlgorithmBlock) -> tuple[
     coef = block.kl.coef if block.kl.placement == "reward" else 0.0
     penalties = [coef * kl_penalty(block.kl.estimator, a[1:], b[1:]) for a, b in zip(old, ref, strict=True)]
     old_values = [values.detach().numpy()[row[:-1]] for row in rows]
+    # Any rollout that is not trained itself is as good a baseline as the greedy one.
+    is_baseline = np.tile(np.arange(GROUP) < block.advantage.num_greedy, PROMPTS)
+    groups = np.repeat(np.arange(PROMPTS), GROUP)
     advantages, returns = token_advantages(
-        rewards, np.repeat(np.arange(PROMPTS), GROUP), penalties, block.advantage, old_values
+        rewards, groups, penalties, block.advantage, old_values, is_baseline=is_baseline
     )
     samples = [
         Sample(
             token_ids=row,
-            loss_mask=np.arange(len(row)) > 0,
+            loss_mask=(np.arange(len(row)) > 0) & ~is_baseline[i],
             loss_weights=np.zeros(len(row), dtype=np.float32),
             advantages=np.append(0.0, advantages[i]).astype(np.float32),
             old_logprobs=old[i],
@@ -87,6 +91,7 @@ def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
         for half in (0, 1, 0, 1):
             part = samples[half * len(samples) // 2 :][: len(samples) // 2]
             weighed, denominators = weigh(part, block, GROUP)
+            weighed = with_selection(weighed, block.loss, (0, half))
             _, _, metrics = run(policy, weighed, denominators, block)
             ratios.append(metrics["ratio/value_max"])
             optimizer.step()
@@ -108,7 +113,7 @@ def margin(policy: torch.Tensor, samples: list[Sample]) -> float:
 PAIRWISE = [f"dpo:{loss}" for loss in PREFERENCE_LOSSES if loss not in ("discopop", "function")]
 
 
-@pytest.mark.parametrize("name", ["cpo", "simpo", "orpo", "kto", *PAIRWISE])
+@pytest.mark.parametrize("name", ["cpo", "simpo", "orpo", "kto", "apo_zero_unpaired", *PAIRWISE])
 def test_chosen_answers_gain_on_rejected_ones(name):
     row, _, loss = name.partition(":")
     fields = preference_block(loss) if loss else {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 from trl_models import CPU, assert_same_loss_and_gradient, causal_model, logprobs, tensor_batch, tokenizer
 
 from rlflow.algorithms.advantages import combine_rewards, compute_advantages
@@ -220,6 +221,17 @@ def test_sapo_agrees_with_trl(grpo, inputs, level):
     configure(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **levels)
     actual, _ = our_loss(trainer.model, inputs, uncorrected("sapo", loss={"ratio": level}))
     assert_same_loss_and_gradient(actual, trainer.compute_loss(trainer.model, inputs), trainer.model)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_gmpo_agrees_with_trl(grpo, inputs, beta):
+    trainer, configure = grpo
+    configure(epsilon_low=0.3, epsilon_high=0.4, beta=beta)
+    loss = {"clip_low": 0.3, "clip_high": 0.4}
+    actual, metrics = our_loss(trainer.model, inputs, uncorrected("gmpo", loss=loss, kl={"coef": beta}))
+    assert metrics["clip/low_fraction"].value > 0 and metrics["clip/high_fraction"].value > 0
+    expected = GMPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 
 def test_the_entropy_bonus_agrees_with_trl_under_a_token_mean(grpo, inputs):

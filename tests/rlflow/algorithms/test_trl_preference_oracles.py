@@ -121,6 +121,30 @@ def test_dpo_losses_agree_with_trl(dpo, theirs, ours, label_smoothing, beta):
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("forward_kl", "forward_kl"), ("js_divergence", "js")])
+@pytest.mark.parametrize(
+    ("loss", "fields", "label_smoothing"),
+    [
+        ("sigmoid", {}, 0.0),
+        ("sigmoid_norm", {"length_normalized": True}, 0.0),
+        ("hinge", {}, 0.0),
+        ("ipo", {"length_normalized": True}, 0.0),
+        ("exo_pair", {"label_smoothing": 1e-3}, 1e-3),
+        ("robust", {"label_smoothing": 0.1}, 0.1),
+        ("discopop", {}, 0.0),
+    ],
+)
+def test_dpo_with_another_divergence_agrees_with_trl(dpo, monkeypatch, theirs, ours, loss, fields, label_smoothing):
+    trainer, batch = dpo
+    monkeypatch.setattr(trainer, "f_divergence_type", theirs)
+    trainer.loss_types, trainer.loss_weights = [loss], [1.0]
+    trainer.beta, trainer.label_smoothing = 0.7, label_smoothing
+    expected = trainer.compute_loss(trainer.model, batch)
+    name = loss.removesuffix("_norm")
+    actual = our_dpo_loss(trainer, batch, loss=name, beta=0.7, divergence=ours, **fields)
+    assert_same_loss_and_gradient(actual, expected, trainer.model)
+
+
 def test_dpo_with_a_likelihood_term_agrees_with_trl(dpo):
     trainer, batch = dpo
     trainer.loss_types, trainer.loss_weights = ["sigmoid", "sft"], [1.0, 0.3]
@@ -172,6 +196,40 @@ def test_kto_agrees_with_trl(tmp_path, weights):
     actual, metrics = kto_objective(ours, None, tensors, block, Denominators(0, len(rows), len(rows)))
     assert kl > 0, "the test needs a reference point that matters"
     assert float(metrics["kto/kl"].value) == pytest.approx(kl)
+    assert_same_loss_and_gradient(actual, expected, trainer.model)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.75)])
+def test_apo_zero_of_answers_without_a_partner_agrees_with_trl(tmp_path, weights):
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair, side in zip(PAIRS, ("chosen", "rejected", "chosen", "chosen"), strict=True)
+    ]
+    numbers = {"beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    args = KTOConfig(
+        output_dir=str(tmp_path),
+        loss_type="apo_zero_unpaired",
+        per_device_train_batch_size=len(rows),
+        **numbers,
+        **CPU,
+    )
+    trainer = KTOTrainer(
+        model=causal_model(1),
+        ref_model=causal_model(0),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    batch = first_batch(trainer)
+    expected = trainer.compute_loss(trainer.model, batch)
+    ours, _ = logprobs(trainer.model, batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad():
+        ref, _ = logprobs(trainer.ref_model, batch["input_ids"], batch["attention_mask"])
+    labels = torch.where(torch.as_tensor(batch["label"]).bool(), 1.0, -1.0)
+    zeros = torch.zeros(len(rows))
+    tensors = tensor_batch(batch["completion_mask"], labels=labels, batch_kls=zeros, ref_logprobs=ref)
+    block = algorithm_of("apo_zero_unpaired", preference=numbers)
+    actual, _ = kto_objective(ours, None, tensors, block, Denominators(0, len(rows), len(rows)))
     assert_same_loss_and_gradient(actual, expected, trainer.model)
 
 

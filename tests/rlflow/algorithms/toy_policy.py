@@ -69,6 +69,7 @@ def samples_for(name: str, count: int = 12, seed: int = 0) -> list[Sample]:
                 ref_logprobs=noise(0.5, -2.0),
                 old_values=noise(1.0, 0.0),
                 returns=noise(1.0, 0.0),
+                selected=np.where(mask, random.random(total) < 0.3, np.nan).astype(np.float32),
                 label=1.0 if index % 2 == 0 else -1.0,
                 reward_margin=(number := float(random.random())),
                 rank_margin=number,

@@ -241,7 +241,7 @@ def test_algorithms_lists_every_row_under_its_task(capsys: pytest.CaptureFixture
     assert listed == {
         task: names for task in TASKS if (names := [name for name, row in ALGORITHMS.items() if row.task == task])
     }
-    assert listed["preferences"] == ["dpo", "cpo", "simpo", "orpo", "kto"]
+    assert listed["preferences"] == ["dpo", "cpo", "simpo", "orpo", "kto", "apo_zero_unpaired"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -261,7 +261,7 @@ def test_a_row_shows_the_options_that_it_uses_and_says_what_brings_in_others(cap
     assert main(["algorithms", "dpo"]) == 0
     text = capsys.readouterr().out
     assert "  preference.beta: 0.1\n" in text
-    assert "  preference.loss exo_pair: preference.label_smoothing\n" in text
+    assert "  preference.loss exo_pair: preference.divergence, preference.label_smoothing\n" in text
     for foreign in ("kl.coef", "group_size", "preference.center_coef", "critic"):
         assert foreign not in text
     assert main(["algorithms", "grpo"]) == 0

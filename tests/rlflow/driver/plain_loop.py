@@ -31,6 +31,7 @@ class Rollout:
     """[L], of the engine that sampled."""
     reward: float
     is_truncated: bool
+    is_baseline: bool = False
     trained: bool = True
     kl: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[L], what the KL takes off each token's reward."""
@@ -40,6 +41,8 @@ class Rollout:
     reference: Tensor = field(default_factory=lambda: torch.zeros(0))
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: Tensor = field(default_factory=lambda: torch.zeros(0))
+    marked: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[L], bool: the tokens whose covariance counts."""
 
 
 def clip(low: float, high: float, dual: float | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -57,6 +60,46 @@ def cispo(w: Tensor, logprobs: Tensor, a: Tensor) -> Tensor:
 def sapo(w: Tensor, logprobs: Tensor, a: Tensor) -> Tensor:
     tau = torch.where(a > 0, 1.0, 1.05)
     return -4 / tau * torch.sigmoid(tau * (w - 1)) * a
+
+
+def gmpo(w: Tensor, logprobs: Tensor, a: Tensor) -> Tensor:
+    u = w.log()
+    held = torch.where(a > 0, torch.min(u, u.clamp(-0.4, 0.4)), torch.max(u, u.clamp(-0.4, 0.4)))
+    return -a * held.mean().exp()
+
+
+def dppo(w: Tensor, logprobs: Tensor, a: Tensor) -> Tensor:
+    p, w = logprobs.exp().detach(), w.detach()
+    moved = p - p / w
+    kept = torch.where(a > 0, moved <= 0.15, moved >= -0.15)
+    return -(kept * w.clamp(max=20.0)) * a * logprobs
+
+
+def without_marked(w: Tensor, logprobs: Tensor, a: Tensor, marked: Tensor) -> Tensor:
+    return torch.where(marked, 0.0, clip(0.2, 0.2)(w, logprobs, a))
+
+
+def with_kl_at_marked(w: Tensor, logprobs: Tensor, a: Tensor, marked: Tensor) -> Tensor:
+    return -w * a + torch.where(marked, w.log().abs(), 0.0)
+
+
+def covariances(part: list[Rollout]) -> Tensor:
+    logprobs, a = (torch.cat([getattr(r, name) for r in part]).double() for name in ("before", "advantages"))
+    return (logprobs - logprobs.mean()) * (a - a.mean())
+
+
+def mark_between(part: list[Rollout]) -> Tensor:
+    """All of them: the recipe's share is everything that lies between its bounds."""
+    c = covariances(part)
+    return (c > 0.2) & (c < 1.0)
+
+
+def mark_largest(part: list[Rollout]) -> Tensor:
+    """A quarter of them; of equals the first."""
+    c = covariances(part)
+    marked = torch.zeros(len(c), dtype=torch.bool)
+    marked[c.argsort(descending=True, stable=True)[: len(c) // 4]] = True
+    return marked
 
 
 RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,6 +137,28 @@ def leave_one_out(groups: list[list[Rollout]]) -> None:
             r.advantages = torch.full((len(r.completion),), totals[i] - sum(others) / len(others))
 
 
+def by_mean(groups: list[list[Rollout]]) -> None:
+    for group in groups:
+        mean = sum(r.reward for r in group) / len(group)
+        for r in group:
+            r.advantages = torch.full((len(r.completion),), (r.reward - mean) / (mean + 1e-4))
+
+
+def by_length(groups: list[list[Rollout]]) -> None:
+    for group in groups:
+        tokens = sum(len(r.completion) for r in group)
+        mean = sum(len(r.completion) * r.reward for r in group) / tokens
+        for r in group:
+            r.advantages = torch.full((len(r.completion),), r.reward - mean)
+
+
+def by_greedy(groups: list[list[Rollout]]) -> None:
+    for *sampled, greedy in groups:
+        assert greedy.is_baseline and not any(r.is_baseline for r in sampled)
+        for r in sampled:
+            r.advantages = torch.full((len(r.completion),), r.reward - greedy.reward)
+
+
 def what_follows(groups: list[list[Rollout]]) -> None:
     for r in (r for group in groups for r in group):
         r.advantages = torch.stack([r.reward - r.kl[t:].sum() for t in range(len(r.completion))])
@@ -122,7 +187,7 @@ def whitened(advantages: Callable[[list[list[Rollout]]], None]) -> Callable[[lis
 @dataclass
 class Row:
     advantages: Callable[[list[list[Rollout]]], None]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     reduction: str
     ratio: str = "token"
     kl: tuple[str, float] = ("k3", 0.0)
@@ -130,6 +195,12 @@ class Row:
     max_new_tokens: int = 6
     everything: bool = False
     """The options of the recipe that has them all."""
+    mark: Callable[[list[Rollout]], Tensor] | None = None
+    """Which tokens of an update the loss treats apart; it takes them as a fourth argument then."""
+    from_engine: bool = False
+    """The ratio's denominator is the engine's."""
+    num_greedy: int = 0
+    """Of each group, at its end."""
 
 
 ROWS = {
@@ -144,6 +215,13 @@ ROWS = {
     "reinforce++_baseline": Row(whitened(group_mean), clip(0.2, 0.2), "token", kl=("k2", 1e-3)),
     "cispo": Row(group_std, cispo, "token"),
     "sapo": Row(group_std, sapo, "sequence"),
+    "gmpo": Row(group_std, gmpo, "sequence"),
+    "dppo": Row(group_mean, dppo, "fixed", from_engine=True),
+    "maxrl": Row(by_mean, clip(0.2, 0.2), "token"),
+    "opo": Row(by_length, clip(0.2, 0.2), "token"),
+    "remax": Row(by_greedy, clip(0.2, 0.2), "token", num_greedy=1),
+    "clip_cov": Row(group_std, without_marked, "token", mark=mark_between),
+    "kl_cov": Row(group_std, with_kl_at_marked, "token", mark=mark_largest),
 }
 
 
@@ -186,10 +264,11 @@ class Loop:
                     r.values = self.critic(r)
         self._rewards_and_advantages(rollouts)
         losses = []
+        rollouts = [r for r in rollouts if not r.is_baseline]
         half = len(rollouts) // UPDATES
         for update in range(UPDATES * EPOCHS):
             part = rollouts[update % UPDATES * half :][:half]
-            losses.append(self._update(part))
+            losses.append(self._update(part, is_first=update == 0))
             if self.critic is not None:
                 self._update_critic(part)
         return losses
@@ -208,7 +287,8 @@ class Loop:
             r.kl = torch.zeros(len(r.completion))
             if row.kl_in_reward:
                 r.kl = coef * KL[estimator](r.before - r.reference)
-        row.advantages([rollouts[i : i + GROUP] for i in range(0, len(rollouts), GROUP)])
+        size = GROUP + row.num_greedy
+        row.advantages([rollouts[i : i + size] for i in range(0, len(rollouts), size)])
 
     def _weight(self, r: Rollout, part: list[Rollout]) -> float:
         """Of each of its tokens in the loss. Where everything is on some are left out, and count."""
@@ -219,15 +299,21 @@ class Loop:
                 return 1 / (len(part) * len(r.completion))
         return 1 / (len(part) * self.row.max_new_tokens)
 
-    def _update(self, part: list[Rollout]) -> float:
+    def _update(self, part: list[Rollout], *, is_first: bool) -> float:
         row, (estimator, coef) = self.row, self.row.kl
         total = torch.zeros(())
+        if row.mark is not None:
+            for r, marked in zip(part, row.mark(part).split([len(r.completion) for r in part]), strict=True):
+                r.marked = marked
         for r in (r for r in part if r.trained):
             now, entropy = logprobs(self.policy, r)
-            u = now - r.before
-            mismatch = r.before - r.engine
+            # Nothing has moved before the first update, to the bit: the sign of a rounding is no gradient.
+            before = now.detach() if is_first else r.before
+            u = now - (r.engine if row.from_engine else before)
+            mismatch = torch.zeros(len(u)) if row.from_engine else r.before - r.engine
             weight = (mismatch.sum() if row.everything else mismatch).exp().clamp(max=2.0)
-            loss = row.loss(RATIOS[row.ratio](u), now, r.advantages) * weight
+            marked = () if row.mark is None else (r.marked,)
+            loss = row.loss(RATIOS[row.ratio](u), now, r.advantages, *marked) * weight
             if not row.kl_in_reward:
                 kl = KL[estimator](now - r.reference)
                 loss = loss + coef * (kl * u.exp() if row.everything else kl)
@@ -274,6 +360,7 @@ def read(path: Path) -> list[Rollout]:
             torch.tensor(row["logprobs"]),
             row["reward"],
             row["finish_reason"] != "stop",
+            row["state"] == "baseline",
         )
         for row in pq.read_table(path).to_pylist()
     ]

@@ -10,7 +10,7 @@ from rlflow.data.errors import DataError
 from rlflow.data.examples import Example
 from rlflow.data.preferences import Labelled
 from rlflow.data.tokenizer import build_character_tokenizer
-from rlflow.driver.units import judged_units, load_units
+from rlflow.driver.units import answer_units, judged_units, load_units
 from rlflow.recipe import Recipe, algorithm_of
 from rlflow.types import Sample
 
@@ -45,6 +45,12 @@ def test_a_mismatched_pair_is_cut_to_the_longest_sequence():
     mismatched = judged_units(rows, 4)[0][1]
     assert mismatched.token_ids.tolist() == [1, 1, 1, 20]
     assert mismatched.loss_mask.tolist() == [False, False, False, True]
+
+
+def test_an_answer_that_is_compared_with_no_other_is_a_unit_alone():
+    units = answer_units([judged([1], [10, 11]), judged([2], [20], False)], 64)
+    assert [[one.token_ids.tolist() for one in unit] for unit in units] == [[[1, 10, 11]], [[2, 20]]]
+    assert [unit[0].label for unit in units] == [1.0, -1.0]
 
 
 def answer(logprob: float, reference: float, length: int, label: float) -> tuple[Sample, float]:
