@@ -16,14 +16,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlflow.actors.model_files import write_trained
-from rlflow.actors.reward_trainer import pad_classifier
+from rlflow.actors.sequence_files import pad_model, write_readers
 from rlflow.actors.train_engines import sharded_state
-from rlflow.actors.train_engines.scalar_model import read_classifier
+from rlflow.actors.train_engines.sequence_model import read_sequence_model
 from rlflow.actors.train_engines.sharded_state import Shard
 from rlflow.actors.train_engines.token_model import read_language_model
 from rlflow.checkpoint import naming_the_disk
-from rlflow.data.tokenizer import save_tokenizer
-from rlflow.recipe import ModelBlock
+from rlflow.recipe import AlgorithmBlock, ModelBlock
 
 _PARTS = 20
 """Into how many the reading is cut, to tell how far it is."""
@@ -33,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 def export_saved(
-    checkpoint: Path, directory: Path, block: ModelBlock, *, is_classifier: bool, seed: int, progress: Progress
+    checkpoint: Path, directory: Path, block: ModelBlock, *, algorithm: AlgorithmBlock, seed: int, progress: Progress
 ) -> None:
     """Writes what `Trainer.export` of the same recipe wrote at the checkpoint's step, to the bit.
 
@@ -41,7 +40,7 @@ def export_saved(
         checkpoint: With the state of any number of ranks of any engine.
         block: The recipe's, with a path that exists: what training started from says how names, dtype and the
             generation config are written.
-        is_classifier: It is a reward model.
+        algorithm: It decides the head.
 
     Raises:
         ValueError: The checkpoint is of another model, or what training started from cannot be read.
@@ -56,15 +55,16 @@ def export_saved(
         named = adapters.adapter_parameters(model)
         weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
     else:
-        model = read_classifier(block, seed=seed) if is_classifier else read_language_model(block, seed=seed)
-        if is_classifier:
-            tokenizer = pad_classifier(model, block)
+        is_policy = algorithm.learning.head == "token"
+        model = read_language_model(block, seed=seed) if is_policy else read_sequence_model(block, algorithm, seed=seed)
+        if not is_policy:
+            tokenizer = pad_model(model, block)
         weights = _places_for(model)
     _read(checkpoint, weights, progress)
     with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
         write_trained(model, block, directory, weights)
         if tokenizer is not None:
-            save_tokenizer(tokenizer, directory)
+            write_readers(directory, tokenizer, block, algorithm)
 
 
 def _quiet_libraries() -> None:

@@ -1,6 +1,6 @@
 """Trainer: one rank of a model's training. It knows verbs, not algorithms: the recipe's row binds the objective.
 
-PolicyTrainer, ValueTrainer and RewardTrainer differ in the module they load and in what it computes of a batch.
+PolicyTrainer, ValueTrainer and SequenceTrainer differ in the module they load and in what it computes of a batch.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from rlflow.actors.actor_group import ActorFailure, ActorGroup, Pending, Transpo
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.reward_server import RewardServer
-from rlflow.actors.reward_trainer import RewardTrainer
 from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.sequence_trainer import SequenceTrainer
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
@@ -44,7 +44,7 @@ class Actors:
     """The actor groups of one stage."""
 
     trainer: ActorGroup[Trainer]
-    """Of the policy, or of the reward model that the stage trains."""
+    """Of the policy, or of the reward model, classifier, reranker or embedding model that the stage trains."""
     rollout: ActorGroup[RolloutWorker] | None
     rewards: ActorGroup[RewardServer] | None
     critic: ActorGroup[ValueTrainer] | None
@@ -172,8 +172,8 @@ def constructor_of(
     match role.name:
         case "trainer":
             arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
-            if recipe.algorithm.learning.head == "scalar":
-                return RewardTrainer, arguments
+            if recipe.algorithm.learning.head != "token":
+                return SequenceTrainer, {**arguments, "algorithm": recipe.algorithm}
             return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
         case "critic":
             path = None if recipe.critic is None else recipe.critic.path

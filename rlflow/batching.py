@@ -21,12 +21,15 @@ from rlflow.types import MicroBatch, Sample
 
 _NUMBERS = {
     "label": "labels",
+    "group": "groups",
+    "targets": "targets",
+    "text": "texts",
     "reward_margin": "reward_margins",
     "rank_margin": "rank_margins",
     "rank_partner": "rank_partners",
     "batch_kl": "batch_kls",
 }
-"""A sample's number -> the micro-batch's field; but for the label, only some algorithms have it."""
+"""A sample's number, or row of numbers -> the micro-batch's field; not all algorithms have all."""
 _OPTIONAL = tuple(
     f.name
     for f in fields(MicroBatch)
@@ -213,7 +216,9 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
 def _filler(samples: Sequence[Sample]) -> Sample:
     """Two tokens without a loss, with the fields that the samples have."""
     zeros = np.zeros(2, dtype=np.float32)
-    fields_of = {**dict.fromkeys(_OPTIONAL, zeros), **dict.fromkeys(_NUMBERS, 0.0)}
+    fields_of = {**dict.fromkeys(_OPTIONAL, zeros), **dict.fromkeys(_NUMBERS, 0)}
+    if samples and samples[0].targets is not None:
+        fields_of["targets"] = np.zeros_like(samples[0].targets)
     present: dict[str, Any] = {
         name: value for name, value in fields_of.items() if samples and getattr(samples[0], name) is not None
     }

@@ -327,7 +327,11 @@ class Sample:
     """Which rollout of its batch it is of, where one may be several sequences, which stand next to each other and are
     counted as one; None where each is one."""
     label: float = 0.0
-    """Preference data: +1 chosen or desirable, -1 rejected or undesirable."""
+    """Preference data: +1 chosen or desirable, -1 rejected or undesirable. Of sequences: see rlflow.data.sequences."""
+    targets: np.ndarray | None = None
+    """Classification: float32 [K]."""
+    text: int | None = None
+    """Embedding, reranking: the first sample of its batch that has the same tokens."""
     reward_margin: float | None = None
     """Reward modelling: by how much the chosen answer of its pair should win."""
     rank_margin: float | None = None
@@ -358,6 +362,12 @@ class MicroBatch:
     """int32 [S]: which sample of the batch each sequence is; -1 for filler that keeps ranks in step."""
     labels: np.ndarray
     """float32 [S]."""
+    groups: np.ndarray | None = None
+    """float32 [S]: which row of the batch each sequence is of."""
+    targets: np.ndarray | None = None
+    """float32 [S, K]."""
+    texts: np.ndarray | None = None
+    """float32 [S]: sequences of the same number have the same tokens."""
     reward_margins: np.ndarray | None = None
     """float32 [S], as the three that follow."""
     rank_margins: np.ndarray | None = None

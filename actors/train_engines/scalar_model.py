@@ -1,9 +1,11 @@
-"""A decoder with one number a token: PPO's critic, and reward models. On disk it is a transformers classifier."""
+"""A decoder with a head that says a number, or several, of chosen tokens: PPO's critic, and what scores, classifies or
+embeds whole sequences. The critic and reward models are transformers classifiers on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines.decoder_passes import packed, passes_of
+from rlflow.actors.train_engines.heads import SCORE, Head, ScoreHead, one_number
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
@@ -20,25 +23,35 @@ from rlflow.actors.train_engines.token_model import recompute_layers
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
-_HEAD = "score"
-"""Transformers' name of a classifier's last layer."""
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What the head of a classifier puts out."""
+
+    count: int = 1
+    names: tuple[str, ...] = ()
+    """Of the classes, in the order of their ids."""
+    problem: Problem | None = None
+    """Transformers' ``problem_type``."""
 
 
 class ScalarModel(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head = ScoreHead()) -> None:  # noqa: B008 (it has no state)
         super().__init__()
-        self.model = model
+        self.model, self.head = model, head
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
         self.passes = passes_of(model.config.get_text_config().to_dict())
 
     def forward(self, batch: MicroBatch, device: torch.device, wanted: Literal["values", "scores"]) -> torch.Tensor:
-        """One number from the hidden state of chosen tokens, float32.
+        """What the head says of the hidden states of chosen tokens, float32.
 
         Args:
             wanted: ``values``: [N], at each loss token the number of the token before it, which is what the critic
-                expects before that token is known; 0 elsewhere. ``scores``: [S], the number of each sequence's last
-                token, which is the reward of the whole.
+                expects before that token is known; 0 elsewhere. ``scores``: [S], or [S, D] of several numbers, of
+                each sequence's last token: the reward, the logits or the embedding of the whole.
         """
         layout = layout_of(batch.cu_seqlens, device, self.ranks)
         token_ids, position_ids = (torch.from_numpy(x).to(device) for x in (batch.token_ids, batch.position_ids))
@@ -48,8 +61,10 @@ class ScalarModel(nn.Module):
         rows, size = (torch.arange(len(at), device=device), len(at)) if scores else (at + 1, len(token_ids))
         held = layout.held(at)
         # Batches without a loss token must still reach every parameter, or ranks fall out of step.
-        zeros = torch.zeros(size, dtype=torch.float32, device=device) + 0.0 * hidden.sum(dtype=torch.float32)
-        return layout.summed(zeros.index_put((rows[held],), self._head(hidden[at[held] - layout.first])))
+        said = self.head(self.model, hidden[at[held] - layout.first])
+        zeros = torch.zeros((size, *said.shape[1:]), dtype=torch.float32, device=device)
+        zeros = zeros + 0.0 * hidden.sum(dtype=torch.float32)
+        return layout.summed(zeros.index_put((rows[held],), said))
 
     def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
@@ -62,18 +77,13 @@ class ScalarModel(nn.Module):
     def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A number for each token of sequences packed together."""
         tokens, positions, layout = packed(sequences)
-        numbers = self._head(self.hidden_states(tokens, positions, layout))
+        numbers = one_number(self.head(self.model, self.hidden_states(tokens, positions, layout)))
         return list(numbers.split([len(sequence) for sequence in sequences]))
 
     def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """A number for each token of one sequence by transformers' forward pass, the last by that of the classifier."""
-        numbers = self._head(self.decoder(input_ids=token_ids[None]).last_hidden_state[0])
-        return torch.cat([numbers[:-1], self.model(input_ids=token_ids[None]).logits[0].float()])
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, H] -> [M]."""
-        score = self.model.get_submodule(_HEAD)
-        return score(hidden).squeeze(-1).float()
+        """A number for each token of one sequence by transformers' forward pass, the last by the whole model's."""
+        said = self.head(self.model, self.decoder(input_ids=token_ids[None]).last_hidden_state[0])
+        return one_number(torch.cat([said[:-1], self.head.of_last(self.model, token_ids)]))
 
 
 def load_scalar_model(
@@ -87,19 +97,19 @@ def load_scalar_model(
     model = read_classifier(block, seed=seed)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     scalar_model = ScalarModel(model)
-    with _random_head(_head_of(model)):
+    with random_head(model):
         choose_passes(scalar_model, device)
     if checkpointing:
         recompute_layers(model)
     return scalar_model
 
 
-def read_classifier(block: ModelBlock, *, seed: int) -> PreTrainedModel:
+def read_classifier(block: ModelBlock, *, seed: int, outputs: Outputs = Outputs()) -> PreTrainedModel:
     """The classifier that load_scalar_model trains, as transformers has it.
 
     Raises:
-        ValueError: The checkpoint lacks weights or has a head of several labels, or transformers has no classifier of
-            its architecture.
+        ValueError: The checkpoint lacks weights or has a head of another number of labels, or transformers has no
+            classifier of its architecture.
     """
     assert block.path is not None
     options: dict[str, Any] = {
@@ -108,14 +118,20 @@ def read_classifier(block: ModelBlock, *, seed: int) -> PreTrainedModel:
     }
     config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(f"{block.path}: its head has {config.num_labels} labels; a critic or reward model has one")
-    config.num_labels = 1
+    if is_classifier and config.num_labels != outputs.count:
+        wanted = outputs.count if outputs.problem else "a critic, a reward model or a reranker has one"
+        raise ValueError(f"{block.path}: its head has {config.num_labels} labels; {wanted}")
+    config.num_labels = outputs.count
+    if outputs.names:
+        config.id2label = dict(enumerate(outputs.names))
+        config.label2id = {name: id_ for id_, name in enumerate(outputs.names)}
+    if outputs.problem is not None:
+        config.problem_type = outputs.problem
     if block.architecture is not None:
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config, **options)
     else:
-        new = None if is_classifier else _HEAD
+        new = None if is_classifier else SCORE
         options |= {"config": config, "revision": block.revision}
         model = load_whole(AutoModelForSequenceClassification, block.path, new=new, **options)
     head = _head_of(model)
@@ -129,15 +145,16 @@ def _head_of(model: PreTrainedModel) -> nn.Linear:
     Raises:
         ValueError: It is none that a critic or a reward model can have.
     """
-    head = model.get_submodule(_HEAD)
+    head = model.get_submodule(SCORE)
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: its head is no linear layer called {_HEAD}; not supported")
+        raise ValueError(f"{type(model).__name__}: its head is no linear layer called {SCORE}; not supported")
     return head
 
 
 @contextmanager
-def _random_head(head: nn.Linear) -> Iterator[None]:
-    """Within, a head whose numbers of two hidden states are as far apart as these are: one of zeros hides all."""
+def random_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the head's numbers of two hidden states are as far apart as these are: one of zeros hides all."""
+    head = _head_of(model)
     weight = head.weight.detach().clone()
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / weight.shape[1] ** 0.5
     head.weight.data.copy_(drawn)

@@ -44,6 +44,12 @@ class TensorBatch:
     """int64 [N], ascending: which sequence each token is of."""
     labels: torch.Tensor
     """float [S]; 0 for filler."""
+    groups: torch.Tensor | None = None
+    """float [S]."""
+    targets: torch.Tensor | None = None
+    """float [S, K]."""
+    texts: torch.Tensor | None = None
+    """float [S]."""
     reward_margins: torch.Tensor | None = None
     """float [S], as the three that follow."""
     rank_margins: torch.Tensor | None = None

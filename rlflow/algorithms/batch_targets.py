@@ -5,6 +5,7 @@ example      (example,)                               as they are
 pair         (chosen, rejected)                       aot, aot_unpaired: numbers by rank; other losses: as they are
 labelled     (answer, another's answer to its prompt) the answers alone, each with the batch's KL
 judged       (answer,)                               as they are, with 0 in the place of the KL
+related      (anchor, documents)                      as they are, each with the number of its text
 """
 
 from __future__ import annotations
@@ -69,11 +70,22 @@ def _zero(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: Logprob
     return [replace(sample, batch_kl=0.0) for unit in units for sample in unit]
 
 
+def _numbered_texts(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
+    """Which samples have the same tokens: a document of one row is no negative of another whose positive it is."""
+    samples = _as_they_are(units, algorithm, logprobs_of)
+    first: dict[bytes, int] = {}
+    return [
+        replace(sample, text=first.setdefault(sample.token_ids.tobytes(), index))
+        for index, sample in enumerate(samples)
+    ]
+
+
 BATCH_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {
     "none": _as_they_are,
     "pair_loss": _of_pair_loss,
     "mismatched_kl": _mismatched_kl,
     "zero_kl": _zero,
+    "texts": _numbered_texts,
 }
 """An algorithm's ``batch_targets`` -> function."""
 PAIR_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {

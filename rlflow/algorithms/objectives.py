@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 
 from rlflow.algorithms.batch import TensorBatch
+from rlflow.algorithms.classification import classification_objective
+from rlflow.algorithms.embedding import embedding_objective
 from rlflow.algorithms.objective_parts import Metrics, Objective, token_mean
 from rlflow.algorithms.policy_objectives import policy_objective
 from rlflow.algorithms.preference_objectives import kto_objective, preference_objective, reward_model_objective
+from rlflow.algorithms.reranking import reranking_objective
 from rlflow.metrics import Metric
 from rlflow.recipe import AlgorithmBlock
 from rlflow.recipe.presets import ALGORITHMS
@@ -41,6 +44,10 @@ OBJECTIVES: dict[str, Objective] = {
     "preference": preference_objective,
     "kto": kto_objective,
     "reward_model": reward_model_objective,
+    "classification": classification_objective,
+    "embedding": embedding_objective,
+    "reranking": reranking_objective,
+    "yes_no": reranking_objective,
 }
 """A row's ``objective`` -> function. value_objective is the critic's, beside the policy's."""
 

@@ -149,7 +149,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from to_come_as_model(key, path, to_come[path])
         elif path is not None:
             yield from _in_model(key, path)
-            if key != "algorithm.critic.path" and recipe.algorithm.learning.head == "token":
+            if key != "algorithm.critic.path" and recipe.algorithm.learning.head in ("token", "yes_no"):
                 yield from _in_head(key, Path(path))
     yield from in_masked(recipe)
     if recipe.model.architecture is not None:
@@ -291,8 +291,11 @@ def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Re
     path = args["path"]
     if path in to_come:
         algorithm = to_come[path].algorithm
-        if algorithm.learning.head != "scalar":
-            yield f"{key}.path", f"{path} will be a policy ({algorithm.name}): name the final/ of a reward_model stage"
+        if algorithm.learning.objective != "reward_model":
+            yield (
+                f"{key}.path",
+                f"{path} will be no reward model ({algorithm.name}): name the final/ of a reward_model stage",
+            )
         else:
             yield from to_come_as_model(f"{key}.path", path, to_come[path])
     elif problems := list(_in_model(f"{key}.path", path)):

@@ -12,7 +12,8 @@ from typing import Any
 from rlflow.cli.character_rows import rows_that_fit
 from rlflow.cli.plugin_checks import sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
-from rlflow.data.answers import LOADERS
+from rlflow.data.answers import loader_of
+from rlflow.data.class_labels import with_labels
 from rlflow.data.errors import DataError, Rows
 from rlflow.data.image_counts import ImageCounts, count_images
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
@@ -68,6 +69,11 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
 
 def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, reading: Reading) -> None:
     """Adds what the rows bring to ``reading``."""
+    try:
+        recipe = with_labels(recipe)
+    except DataError as error:
+        reading.problems.append(("data.train", str(error)))
+        return
     for key, load in _loaders(recipe, tokenizer, vision).items():
         try:
             rows = load()
@@ -123,8 +129,7 @@ def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> M
         return load_prompts(source, data, tokenizer, seed, vision=vision)
 
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
-        load = LOADERS[recipe.algorithm.learning.data_row]
-        return load(data.model_copy(update={"train": source}), tokenizer, seed, vision)
+        return loader_of(recipe.algorithm)(data.model_copy(update={"train": source}), tokenizer, seed, vision)
 
     loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}
     for key, block in recipe.evaluations.items():

@@ -44,6 +44,7 @@ def load_records(
     *,
     judged: bool = False,
     vision: ImageProcessor | None = None,
+    as_columns: bool = False,
 ) -> Rows[Loaded[T]]:
     """Reads the sources one after the other and makes each row what ``build`` returns for it.
 
@@ -53,6 +54,7 @@ def load_records(
         build: raises RowError for a row it cannot use.
         judged: a column ``label`` says whether the answer is desirable.
         vision: of a model that takes pictures.
+        as_columns: records are the rows as they are, all of them columns, whatever a source's ``format``.
 
     Raises:
         DataError: a source cannot be read, has more bad rows than it may, or nothing else.
@@ -63,7 +65,7 @@ def load_records(
         table = read_table(source)
         stems[table.stem] += 1
         name = table.stem if stems[table.stem] == 1 else f"{table.stem}-{stems[table.stem]}"
-        rows = _build_rows(table, name, source, build, judged, vision)
+        rows = _build_rows(table, name, source, build, judged, vision, as_columns)
         loaded.extend(_draw(rows, name, source.rows, seed))
         loaded.skipped.extend(rows.skipped)
     if len({row.id for row in loaded}) < len(loaded):
@@ -78,13 +80,16 @@ def _build_rows(
     build: Callable[[Record], T],
     judged: bool,
     vision: ImageProcessor | None,
+    as_columns: bool,
 ) -> Rows[Loaded[T]]:
     rows: Rows[Loaded[T]] = Rows(skipped=table.bad)
     if table.rows:
-        form = format_of(table, judged=judged) if source.format == "auto" else source.format
+        guessed = source.format == "auto" and not as_columns
+        form = format_of(table, judged=judged) if guessed else source.format
         for row in table.rows:
             try:
-                value = build(to_record(row, form, vision, table.directory))
+                record = Record(dict(row.columns)) if as_columns else to_record(row, form, vision, table.directory)
+                value = build(record)
             except RowError as error:
                 rows.skipped.append(BadRow(table.place, row.number, str(error)))
             else:

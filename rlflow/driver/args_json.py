@@ -12,12 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlflow.recipe import AdapterBlock, Recipe
+from rlflow.recipe import AdapterBlock, AlgorithmBlock, ClassificationBlock, Recipe
 from rlflow.tracking.redact import redact
 
 ARGS = "args.json"
 _TRUNCATION = {"error": "raise", "drop": "delete", "truncate": "right"}
 """ms-swift's ``truncation_strategy``, of ``data.overlong``."""
+_TASKS = {
+    "reward_model": "seq_cls",
+    "classification": "seq_cls",
+    "embedding": "embedding",
+    "reranking": "reranker",
+    "yes_no": "generative_reranker",
+}
+"""ms-swift's ``task_type``, of a row's ``objective``; of others causal_lm."""
 
 
 def write_args(directory: Path, recipe: Recipe, run_directory: Path) -> None:
@@ -50,14 +58,13 @@ def read_args(directory: Path) -> Mapping[str, Any]:
 def _arguments(recipe: Recipe, start: str) -> dict[str, Any]:
     model, data, rollout, trainer = recipe.model, recipe.data, recipe.rollout, recipe.trainer
     learning = recipe.algorithm.learning
-    is_classifier, is_online = learning.head == "scalar", learning.family == "online"
-    name = recipe.algorithm.name
+    name, is_online = recipe.algorithm.name, learning.family == "online"
     values: dict[str, Any] = {
         "model": start,
         "model_revision": model.revision,
         "torch_dtype": model.dtype,
-        "task_type": "seq_cls" if is_classifier else "causal_lm",
-        "num_labels": 1 if is_classifier else None,
+        "task_type": _TASKS.get(learning.objective, "causal_lm"),
+        "num_labels": _num_labels(recipe.algorithm),
         "rlhf_type": None if learning.family == "sft" else {"reward_model": "rm"}.get(name, name),
         "template": None,
         "system": data.system,
@@ -78,6 +85,12 @@ def _arguments(recipe: Recipe, start: str) -> dict[str, Any]:
         "tuner_type": "full",
     }
     return values if model.adapter is None else values | _of_adapter(model.adapter, model.dtype)
+
+
+def _num_labels(algorithm: AlgorithmBlock) -> int | None:
+    if isinstance(algorithm, ClassificationBlock):
+        return algorithm.classification.num_outputs
+    return 1 if algorithm.learning.head == "scalar" else None
 
 
 def _of_adapter(adapter: AdapterBlock, dtype: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlflow.algorithms.batch_targets import Unit, with_targets
+from rlflow.algorithms.sequence_metrics import held_out_metrics
 from rlflow.driver.learner import Learner
 from rlflow.driver.units import score_units
 from rlflow.metrics import values_of
@@ -45,9 +46,14 @@ class LossEvaluator:
         self.units = score_units(self.learner, self.units)
 
     def run(self) -> Evaluation:
-        """The metrics of training, e.g. ``eval/heldout/loss/total``, and the loss, less being better."""
+        """The metrics of training, e.g. ``eval/heldout/loss/total``, those that need all outputs of a model of
+        sequences, e.g. ``eval/heldout/retrieval/ndcg@10``, and the loss, less being better."""
         self.prepare()
         learner = self.learner
-        found = learner.evaluate(with_targets(self.units, learner.algorithm, learner.logprobs))
-        metrics = {f"{self.prefix}/{name}": value for name, value in values_of(found.metrics).items()}
+        samples = with_targets(self.units, learner.algorithm, learner.logprobs)
+        found = learner.evaluate(samples)
+        measured = values_of(found.metrics)
+        if learner.algorithm.learning.held_out:
+            measured |= held_out_metrics(samples, learner.outputs(samples), learner.algorithm)
+        metrics = {f"{self.prefix}/{name}": value for name, value in measured.items()}
         return Evaluation(metrics, -found.loss)

@@ -50,12 +50,11 @@ def write_export(
     """
     from rlflow.actors.saved_model import export_saved
 
-    is_classifier = recipe.algorithm.learning.head == "scalar"
     step = checkpoint.read_driver_state(saved)["step"]
 
     def export(directory: Path) -> None:
         seed = recipe.run.seed
-        export_saved(saved, directory, model, is_classifier=is_classifier, seed=seed, progress=progress)
+        export_saved(saved, directory, model, algorithm=recipe.algorithm, seed=seed, progress=progress)
 
     def write(directory: Path) -> None:
         _write_model_directory(directory, run_directory, recipe, load_tokenizer(model), model, export, step)

@@ -25,6 +25,7 @@ import numpy as np
 from rlflow.actors.actor_group import ActorGroup, Reference
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
+from rlflow.actors.sequence_trainer import SequenceTrainer
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
@@ -192,6 +193,10 @@ class Learner:
         )
         of_ranks = started.get()
         return Measured(sum(of_rank.loss for of_rank in of_ranks), over_ranks(of_rank.metrics for of_rank in of_ranks))
+
+    def outputs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """What the head of a model of sequences says of each sample: float32, a number or [D]."""
+        return self._models["trainer"].per_sequence(SequenceTrainer.outputs, samples)
 
     def weights(self, version: int) -> Reference:
         """A reference to the snapshot of the policy's weights, which will be version ``version``, once it is there.

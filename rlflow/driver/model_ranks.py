@@ -60,6 +60,22 @@ class ModelRanks(Generic[T]):
         started = self._start(method, samples, 1, args)
         return unpack(samples, started._batches, started.get())
 
+    def per_sequence(
+        self, method: Callable[..., np.ndarray], samples: Sequence[Sample], *args: Any
+    ) -> list[np.ndarray]:
+        """What a forward pass says of each sample as a whole, in their order: float32, a number or [D].
+
+        Args:
+            method: Of the ranks: the micro-batches' sequences end to end, [S] or [S, D].
+        """
+        started = self._start(method, samples, 1, args)
+        said: list[Any] = [None] * len(samples)
+        for batch, of_rank in zip(started._batches, started.get(), strict=True):
+            for index, value in zip(batch.packed.sample_indices.tolist(), of_rank, strict=True):
+                if index >= 0:
+                    said[index] = value
+        return said
+
     def _start(
         self, method: Callable[..., R], samples: Sequence[Sample], unit_size: int, args: tuple[Any, ...]
     ) -> Started[R]:

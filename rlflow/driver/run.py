@@ -21,6 +21,7 @@ import ray
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.trainer import Trainer
 from rlflow.checkpoint import saved_steps
+from rlflow.data.class_labels import with_labels
 from rlflow.data.errors import DataError, Rows
 from rlflow.data.image_processor import load_image_processor
 from rlflow.data.template_date import pin_template_dates
@@ -96,7 +97,7 @@ def run_recipes(
     for recipe in recipes:
         if problem := directory_problem(Path(recipe.run.output_dir), resume=resume):
             raise DataError(f"run.output_dir: {problem}")
-    recipes = pin_template_dates(recipes, resume=resume)
+    recipes = [with_labels(recipe) for recipe in pin_template_dates(recipes, resume=resume)]
     for recipe in recipes:
         check_sources(recipe)
         for key, problem in missing_packages(recipe):

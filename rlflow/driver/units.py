@@ -5,6 +5,7 @@
     reward_model       pair     (chosen, rejected), with their margin
     kto                judged   (answer, another's answer to its prompt)
     apo_zero_unpaired  judged   (answer,)
+    classification, embedding, reranker   the sequences of a row
 
 rlflow.algorithms.batch_targets has what becomes of them.
 """
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from rlflow.algorithms.batch_targets import Unit
-from rlflow.data.answers import LOADERS
+from rlflow.data.answers import loader_of
 from rlflow.data.errors import Rows
 from rlflow.data.examples import Example
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.preferences import Labelled, Pair
+from rlflow.data.sequences import SequenceRow
 from rlflow.driver.learner import Learner
 from rlflow.recipe import DataBlock, Recipe
 from rlflow.types import Sample
@@ -34,9 +36,9 @@ def load_units(recipe: Recipe, data: DataBlock, tokenizer: Any, vision: ImagePro
     Raises:
         DataError: The rows cannot be used; which, and why.
     """
-    data_row = recipe.algorithm.learning.data_row
-    rows = LOADERS[data_row](data, tokenizer, recipe.run.seed, vision)
-    return Rows(_UNITS[data_row](rows, data.max_tokens), rows.skipped, rows.notes)
+    learning = recipe.algorithm.learning
+    rows = loader_of(recipe.algorithm)(data, tokenizer, recipe.run.seed, vision)
+    return Rows(_UNITS[learning.data_row](rows, data.max_tokens), rows.skipped, rows.notes)
 
 
 def score_units(learner: Learner, units: Sequence[Unit]) -> list[Unit]:
@@ -94,12 +96,32 @@ def answer_units(rows: Sequence[Labelled], max_tokens: int) -> list[Unit]:
     return [(_sample(row.example, label=1.0 if row.label else -1.0),) for row in rows]
 
 
+def sequence_units(rows: Sequence[SequenceRow], max_tokens: int) -> list[Unit]:
+    """The sequences of each row, of which one number or several are said at their last token."""
+    return [
+        tuple(
+            Sample(
+                token_ids=token_ids,
+                loss_mask=np.arange(len(token_ids)) == len(token_ids) - 1,
+                loss_weights=np.zeros(len(token_ids), dtype=np.float32),
+                label=label,
+                targets=row.targets,
+            )
+            for token_ids, label in zip(row.token_ids, row.labels, strict=True)
+        )
+        for row in rows
+    ]
+
+
 _UNITS: dict[str, Callable[[Sequence[Any], int], list[Unit]]] = {
     "example": example_units,
     "pair": pair_units,
     "margin_pair": margin_units,
     "labelled": judged_units,
     "judged": answer_units,
+    "classified": sequence_units,
+    "related": sequence_units,
+    "ranked": sequence_units,
 }
 """An algorithm's ``data_row`` -> function of the rows and the longest sequence."""
 

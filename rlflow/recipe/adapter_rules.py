@@ -18,8 +18,8 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         return
     if recipe.model.architecture is not None:
         yield Conflict(("model.adapter", "model.architecture"), "has nothing to adapt in a new model: remove it")
-    if recipe.algorithm.learning.head == "scalar":
-        reason = "is of a policy; a reward model is trained whole: remove adapter"
+    if recipe.algorithm.learning.head != "token":
+        reason = f"is of a policy; {name} trains a model whole: remove adapter"
         yield Conflict(("model.adapter", "algorithm.name"), reason)
     if adapter.dropout and recipe.family != "sft":
         reason = f"{name} compares logprobs, and with dropout those of a policy differ from its own: set 0"

@@ -13,9 +13,13 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from rlflow.recipe.algorithm_kinds import (
     AlgorithmBlock,
+    ClassificationBlock,
+    EmbeddingBlock,
+    GenerativeRerankerBlock,
     KTOBlock,
     OnlineBlock,
     PairBlock,
+    RerankerBlock,
     RewardModelBlock,
     SFTBlock,
     UnknownBlock,
@@ -36,6 +40,10 @@ Algorithm = Annotated[
     | Annotated[PairBlock, Tag("<preference>")]
     | Annotated[KTOBlock, Tag("<kto>")]
     | Annotated[RewardModelBlock, Tag("<reward_model>")]
+    | Annotated[ClassificationBlock, Tag("<classification>")]
+    | Annotated[EmbeddingBlock, Tag("<embedding>")]
+    | Annotated[RerankerBlock, Tag("<reranking>")]
+    | Annotated[GenerativeRerankerBlock, Tag("<yes_no>")]
     | Annotated[UnknownBlock, Tag("<unknown>")],
     Discriminator(_objective),
 ]
@@ -46,6 +54,10 @@ BLOCKS: dict[str, type[AlgorithmBlock]] = {
     "preference": PairBlock,
     "kto": KTOBlock,
     "reward_model": RewardModelBlock,
+    "classification": ClassificationBlock,
+    "embedding": EmbeddingBlock,
+    "reranking": RerankerBlock,
+    "yes_no": GenerativeRerankerBlock,
 }
 """A row's ``objective`` -> what an algorithm of such a row has."""
 

@@ -13,6 +13,15 @@ from rlflow.recipe.policy_loss_blocks import ClipBlock, CovarianceBlock, KLCovBl
 from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBlock, SigmoidBlock
 from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import did_you_mean
+from rlflow.recipe.sequence_blocks import (
+    ClassesBlock,
+    EmbeddingLoss,
+    InfoNCEBlock,
+    PlainRankingBlock,
+    Problem,
+    RankingLoss,
+    YesNoBlock,
+)
 
 
 class AlgorithmBlock(Block):
@@ -37,6 +46,11 @@ class AlgorithmBlock(Block):
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen model scores what is trained."""
+        return False
+
+    @property
+    def couples_sequences(self) -> bool:
+        """Whether the loss compares sequences of the whole step, wherever they are computed."""
         return False
 
     @property
@@ -180,6 +194,34 @@ class KTOBlock(AlgorithmBlock):
 class RewardModelBlock(AlgorithmBlock):
     preference: RewardLossBlock = RewardLossBlock()
     """The loss of a pair."""
+
+
+class ClassificationBlock(AlgorithmBlock):
+    classification: Problem = Field(ClassesBlock(), discriminator="problem")
+    """What is said of a text."""
+
+
+class EmbeddingBlock(AlgorithmBlock):
+    embedding: EmbeddingLoss = Field(InfoNCEBlock(), discriminator="loss")
+    """What texts near each other are."""
+
+    @property
+    def couples_sequences(self) -> bool:
+        return True
+
+
+class RerankerBlock(AlgorithmBlock):
+    reranking: RankingLoss = Field(PlainRankingBlock(), discriminator="loss")
+    """What a query's documents are compared by."""
+
+    @property
+    def couples_sequences(self) -> bool:
+        return self.reranking.loss != "pointwise"
+
+
+class GenerativeRerankerBlock(RerankerBlock):
+    answers: YesNoBlock = YesNoBlock()
+    """What the model is asked, and what its answer may be."""
 
 
 class UnknownBlock(AlgorithmBlock, extra="ignore"):

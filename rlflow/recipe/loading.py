@@ -257,7 +257,7 @@ def _leaves_scores(data: dict[str, Any]) -> bool:
     """Whether the stage leaves a model that scores, and is no policy."""
     algorithm = _block(data, "algorithm")
     name = algorithm.get("name")
-    return isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].learning.head == "scalar"
+    return isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].learning.head != "token"
 
 
 def _left_by(data: dict[str, Any]) -> dict[str, Any]:

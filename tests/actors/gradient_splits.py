@@ -41,6 +41,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft, experts": {},
     "grpo, experts": {},
     "reward_model, experts": {},
+    "classification": {"classification": {"problem": "regression"}},
+    "embedding": {"embedding": {"temperature": 0.2, "matryoshka_dims": [8]}},
+    "reranker": {"reranking": {"loss": "listwise"}},
+    "embedding, experts": {},
 }
 """Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers."""
 ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
@@ -93,6 +97,8 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
     generator = np.random.default_rng(7)
     algorithm = algorithm_for(name)
     family, paired = algorithm.learning.family, algorithm.learning.unit_size == 2
+    if algorithm.learning.held_out:
+        return sequences_of(algorithm, 3 if kind == "lone" else NUM_SAMPLES[kind], generator)
     samples = []
     for i in range(2 if paired and kind == "lone" else NUM_SAMPLES[kind]):
         length = int(generator.integers(4, 24))
@@ -127,6 +133,29 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
     return weighed, denominators, algorithm.learning.unit_size
 
 
+def sequences_of(
+    algorithm: AlgorithmBlock, count: int, generator: np.random.Generator
+) -> tuple[list[Sample], Denominators, int]:
+    """Rows of three sequences of unequal lengths, the second the better or the positive one; the last has fewer."""
+    samples = []
+    for i in range(count):
+        length = int(generator.integers(4, 24))
+        samples.append(
+            Sample(
+                token_ids=generator.integers(2, VOCABULARY, length).astype(np.int32),
+                loss_mask=np.arange(length) == length - 1,
+                loss_weights=np.zeros(length, dtype=np.float32),
+                label=(0.0, 1.0, -1.0)[i % 3],
+                targets=np.array([i % 3], dtype=np.float32),
+                text=i,
+                group=i // 3,
+            )
+        )
+    # An anchor alone, or a document alone, is no row.
+    samples = samples[: len(samples) - (len(samples) % 3 == 1)]
+    return *weigh(samples, algorithm, 32), 1
+
+
 @torch.no_grad()
 def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
     """float32 [T], the first 0."""
@@ -138,13 +167,14 @@ def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
 def trainer_of(kind: str, model: Path, router: RouterBlock, rank: int, world_size: int, share: int) -> Any:
     """share: Ranks that share each micro-batch's tokens."""
     from rlflow.actors.policy_trainer import PolicyTrainer
-    from rlflow.actors.reward_trainer import RewardTrainer
+    from rlflow.actors.sequence_trainer import SequenceTrainer
     from rlflow.actors.value_trainer import ValueTrainer
 
-    cls = {"reward_model": RewardTrainer, "critic": ValueTrainer}.get(kind, PolicyTrainer)
+    cls = {"policy": PolicyTrainer, "critic": ValueTrainer}.get(kind, SequenceTrainer)
     block = TrainerBlock(workers=world_size, sequence_parallel=share, max_grad_norm=1e9)
     start = ModelBlock(path=str(model), router=router)
-    return cls(start, block, rank=rank, world_size=world_size, num_threads=1, seed=0)
+    of_head = {"algorithm": algorithm_for(kind)} if cls is SequenceTrainer else {}
+    return cls(start, block, rank=rank, world_size=world_size, num_threads=1, seed=0, **of_head)
 
 
 def gradients(trainer: Any, case: Case, model: Any) -> dict[str, torch.Tensor]:
@@ -179,13 +209,13 @@ def main(rank: int, world_size: int, address: str, dense: Path, mixture: Path, o
     trainers: dict[tuple[str, Path, int], Any] = {}
     for case in (case for name in OBJECTIVES for case in cases_of(name) if case.world_size == world_size):
         row, _, experts = case.name.partition(", ")
-        kind = row if row in ("reward_model", "critic") else "policy"
+        kind = row if row == "critic" or algorithm_for(case.name).learning.head != "token" else "policy"
         model, router = (mixture, ROUTER) if experts else (dense, RouterBlock())
         key = (kind, model, case.share)
         if key not in trainers:
             trainer = trainer_of(kind, model, router, rank, world_size, case.share)
             trainer.setup(address if world_size > 1 and not trainers else None)
-            if kind != "policy":
+            if kind not in ("policy", "embedding"):
                 # A head of zeros gives the layers below it no gradient at all.
                 with torch.no_grad():
                     trainer.module.model.score.weight.fill_(0.05)

@@ -14,9 +14,9 @@ import pytest
 from saving_ranks import ENGINES, save_and_export, train
 
 from rlflow.actors.policy_trainer import PolicyTrainer
-from rlflow.actors.reward_trainer import RewardTrainer
 from rlflow.actors.saved_model import export_saved
-from rlflow.recipe import AdapterBlock, ModelBlock, TrainerBlock
+from rlflow.actors.sequence_trainer import SequenceTrainer
+from rlflow.recipe import AdapterBlock, ModelBlock, TrainerBlock, algorithm_of
 
 SETTINGS = {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 7]}
 
@@ -32,7 +32,7 @@ def exported(checkpoint: Path, directory: Path, block: ModelBlock, *, is_classif
         checkpoint,
         directory,
         block,
-        is_classifier=is_classifier,
+        algorithm=algorithm_of("reward_model" if is_classifier else "sft"),
         seed=0,
         progress=lambda *numbers: told.append(numbers),
     )
@@ -53,9 +53,10 @@ def start(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 def saved_by_one_rank(directory: Path, trainer_class: Any, block: ModelBlock) -> tuple[Path, dict[str, bytes]]:
     """A checkpoint of a model that is not the one it started from, and what its trainer exports."""
-    trainer = trainer_class(block, TrainerBlock(), rank=0, world_size=1, num_threads=1, seed=0)
+    of_head = {"algorithm": algorithm_of("reward_model")} if trainer_class is SequenceTrainer else {}
+    trainer = trainer_class(block, TrainerBlock(), rank=0, world_size=1, num_threads=1, seed=0, **of_head)
     trainer.setup(None)
-    train(trainer, is_classifier=trainer_class is RewardTrainer)
+    train(trainer, is_classifier=trainer_class is SequenceTrainer)
     save_and_export(trainer, directory)
     return directory / "saved", contents_of(directory / "final")
 
@@ -93,7 +94,7 @@ def test_a_reward_model_has_its_head_and_its_own_padding_token(start: Path, tmp_
     settings = json.loads((start / "tokenizer_config.json").read_text())
     (start / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<eos>"}))
     block = ModelBlock(path=str(start))
-    saved, expected = saved_by_one_rank(tmp_path, RewardTrainer, block)
+    saved, expected = saved_by_one_rank(tmp_path, SequenceTrainer, block)
     found = exported(saved, tmp_path / "export", block, is_classifier=True)
     assert found == expected
     assert "ForSequenceClassification" in found["config.json"].decode()

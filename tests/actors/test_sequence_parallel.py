@@ -21,11 +21,11 @@ from token_shares import SETTINGS
 from transformers import LlamaConfig
 
 from rlflow.actors.policy_trainer import PolicyTrainer
-from rlflow.actors.reward_trainer import RewardTrainer
+from rlflow.actors.sequence_trainer import SequenceTrainer
 from rlflow.actors.train_engines import sequence_parallel
 from rlflow.actors.train_engines.packed_attention import PackedLayout
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, SplitLayout
-from rlflow.recipe import ModelBlock, TrainerBlock
+from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -95,12 +95,13 @@ class TestOnSeveralRanks:
         assert "other layers than attention mix tokens: set trainer.sequence_parallel: 1" in said
 
 
-@pytest.mark.parametrize("cls", [PolicyTrainer, RewardTrainer])
+@pytest.mark.parametrize("cls", [PolicyTrainer, SequenceTrainer])
 def test_heads_that_do_not_divide_are_refused_before_anything_is_exchanged(models, cls):
     block = TrainerBlock(workers=2, sequence_parallel=2)
     model = ModelBlock(path=str(models / "three"))
-    trainer = cls(model, block, rank=0, world_size=2, num_threads=1, seed=0)
-    if cls is RewardTrainer:
+    of_head = {"algorithm": algorithm_of("reward_model")} if cls is SequenceTrainer else {}
+    trainer = cls(model, block, rank=0, world_size=2, num_threads=1, seed=0, **of_head)
+    if cls is SequenceTrainer:
         config = models / "three" / "config.json"
         config.write_text(config.read_text().replace('"pad_token_id": null', '"pad_token_id": 0'))
     with pytest.raises(ValueError, match="3 attention heads and 3 key-value heads do not divide over 2 ranks: set"):

@@ -9,6 +9,10 @@ Task = Literal[
     "online", "distillation", "sft", "preferences", "reward_model", "classification", "embedding", "reranking"
 ]
 
+Objective = Literal[
+    "policy", "sft", "preference", "kto", "reward_model", "classification", "embedding", "reranking", "yes_no"
+]
+
 TASKS: dict[Task, str] = {
     "online": "learn from rollouts and their rewards (ref: a reference, critic: a value model)",
     "distillation": "learn from a teacher",
@@ -28,22 +32,29 @@ class Learning:
 
     family: Literal["online", "sft", "preference"]
     """online: rollouts and rewards; sft: demonstrations; preference: judged answers."""
-    objective: Literal["policy", "sft", "preference", "kto", "reward_model"]
+    objective: Objective
     """What the trainer minimises: a key of rlflow.algorithms.objectives.OBJECTIVES."""
-    data_row: Literal["prompt", "example", "pair", "margin_pair", "labelled", "judged"]
+    data_row: Literal[
+        "prompt", "example", "pair", "margin_pair", "labelled", "judged", "classified", "related", "ranked"
+    ]
     """What a row of data is: a prompt, an example, two answers of which one is better (with a margin by which it should
-    win), or an answer with a label (which is
-    compared with answers to other prompts, or not)."""
-    head: Literal["token", "scalar"] = "token"
-    """What the trained model puts out: logits of every token, or one score."""
-    batch_targets: Literal["none", "pair_loss", "mismatched_kl", "zero_kl"] = "none"
-    """What the loss needs to know of the whole batch, from a forward pass before the update: what ``preference.loss``
-    asks for, or KTO's KL, or 0 in its place. A key of rlflow.algorithms.batch_targets.BATCH_TARGETS."""
+    win), or an answer with a label (which is compared with answers to other prompts, or not); a text with its class,
+    texts that are related or not, a query with its documents."""
+    head: Literal["token", "scalar", "classes", "embedding", "yes_no"] = "token"
+    """What the trained model puts out: logits of every token; or of a whole sequence one score, a number for each
+    class, an embedding, or how much likelier `yes` is than `no` as its next token."""
+    batch_targets: Literal["none", "pair_loss", "mismatched_kl", "zero_kl", "texts"] = "none"
+    """What the loss needs to know of the whole batch before the update: what ``preference.loss`` asks for, or KTO's KL,
+    from a forward pass, or 0 in its place, or which texts are the same. A key of
+    rlflow.algorithms.batch_targets.BATCH_TARGETS."""
     weights: Literal["all", "chosen"] = "all"
     """Whose tokens ``loss.reduction`` weighs: those of all samples, or of the chosen answers, whose likelihood a
     preference loss may add. A key of rlflow.algorithms.weighing.WEIGHTS."""
     has_entropies: bool = True
     """Whether the entropy of the policy is among the metrics."""
+    held_out: Literal["", "classification", "embedding", "reranking"] = ""
+    """What is measured on held-out rows from the model's outputs, beside the loss: a key of
+    rlflow.algorithms.sequence_metrics.HELD_OUT."""
 
     @property
     def unit_size(self) -> int:
@@ -68,7 +79,7 @@ class AlgorithmRow:
         return self.learning.family
 
     @property
-    def objective(self) -> Literal["policy", "sft", "preference", "kto", "reward_model"]:
+    def objective(self) -> Objective:
         return self.learning.objective
 
     def value(self, key: str, otherwise: Any) -> Any:

@@ -13,6 +13,8 @@ from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 
 ONLINE = [name for name, row in ALGORITHMS.items() if row.family == "online"]
+OF_TOKENS = [name for name, row in ALGORITHMS.items() if not row.learning.held_out]
+"""Those of whole sequences: tests/actors/test_gradient_cache.py."""
 FIELDS = ("advantages", "old_logprobs", "proximal_logprobs", "ref_logprobs")
 SPLITS = [(40, 1), (1, 1), (10_000, 2), (40, 3), (1, 3), (10_000, 17)]
 ALL_OPTIONS = {
@@ -29,7 +31,7 @@ def assert_same(actual, expected):
     assert metrics == pytest.approx(metrics_0, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_no_split_into_micro_batches_or_ranks_changes_loss_gradient_or_metrics(name):
     policy, block = new_policy(), algorithm_of(name)
     samples, denominators = weigh(samples_for(name), block)
@@ -74,7 +76,7 @@ def test_no_split_matters_for_the_critic():
         assert_same(split, whole)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_a_batch_of_filler_has_loss_and_gradient_zero(name):
     policy, block = new_policy(), algorithm_of(name)
     sample = samples_for(name, count=2)

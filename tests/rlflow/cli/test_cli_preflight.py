@@ -144,7 +144,9 @@ def test_a_reward_model_that_an_earlier_stage_will_write_may_be_missing_and_a_po
     recipe_file.write_text(text.replace("FIRST", "reward_model"))
     assert len(load_checked(recipe_file)) == 2
     recipe_file.write_text(text.replace("FIRST", "sft"))
-    assert "out/sft/final will be a policy (sft): name the final/ of a reward_model stage" in problem_of(recipe_file)
+    assert "out/sft/final will be no reward model (sft): name the final/ of a reward_model stage" in problem_of(
+        recipe_file
+    )
 
 
 SHARED = ["trainer.workers=4", "trainer.sequence_parallel=4"]

@@ -358,7 +358,7 @@ def test_a_reward_model_gets_no_adapter(tmp_path: Path):
         "data: {train: {path: a/b}}\nrun: {steps: 1}\n"
     )
     with pytest.raises(
-        RecipeError, match=r"2: model\.adapter: is of a policy; a reward model is trained whole: remove"
+        RecipeError, match=r"2: model\.adapter: is of a policy; reward_model trains a model whole: remove"
     ):
         load_recipe(path)
 
