@@ -362,14 +362,12 @@ class MicroBatch:
     """int32 [S]: which sample of the batch each sequence is; -1 for filler that keeps ranks in step."""
     labels: np.ndarray
     """float32 [S]."""
-    groups: np.ndarray | None = None
-    """float32 [S]: which row of the batch each sequence is of."""
     targets: np.ndarray | None = None
     """float32 [S, K]."""
+    groups: np.ndarray | None = None
+    """float32 [S], as the five that follow."""
     texts: np.ndarray | None = None
-    """float32 [S]: sequences of the same number have the same tokens."""
     reward_margins: np.ndarray | None = None
-    """float32 [S], as the three that follow."""
     rank_margins: np.ndarray | None = None
     rank_partners: np.ndarray | None = None
     batch_kls: np.ndarray | None = None
