@@ -20,7 +20,7 @@ from rlflow.actors.reward_server import RESTART_S, WASTED_CALLS, RewardServer
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import RewardBlock
-from rlflow.types import ScoreBatch
+from rlflow.rewards.score_batch import ScoreBatch
 
 MAX_RESTARTS = 3
 

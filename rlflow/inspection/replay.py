@@ -21,8 +21,9 @@ from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock, RewardServerBlock
 from rlflow.recipe.advantage_blocks import BaselineBlock, GAEBlock
 from rlflow.rewards import RewardError
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.rollouts import RolloutRecord
-from rlflow.types import Episode, Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams, ScoreBatch
+from rlflow.types import Episode, Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams
 
 TOLERANCE = 1e-5
 """Relative; stored numbers are float32."""
