@@ -23,12 +23,14 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlflow.actors.pretrained import load_whole
+from rlflow.actors.vision import language_model_class, part_finder, sees
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
+from rlflow.recipe.model_blocks import Part
 
 TRAINED, START = "default", "start"
 """PEFT's names of the adapter that is trained and of the one it started from."""
@@ -53,7 +55,8 @@ def load_adapted(
     if adapter.quantize == "nf4":
         check_four_bits()
         options["quantization_config"] = four_bits(dtype)
-    model = load_whole(AutoModelForCausalLM, block.path, revision=block.revision, dtype=dtype, **options)
+    config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
+    model = load_whole(language_model_class(config), block.path, revision=block.revision, dtype=dtype, **options)
     if adapter.quantize == "nf4":
         keep_four_bits_as_stored(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -73,6 +76,8 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
     config = _config_of(adapter) if directory is None else PeftConfig.from_pretrained(str(directory))
     assert isinstance(config, LoraConfig)
     _check_targets(model, config)
+    if directory is None and sees(model.config):
+        config.target_modules = _within_parts(model, config, block.train)
     config.base_model_name_or_path, config.revision = block.path, block.revision
     config.lora_dropout, config.inference_mode = adapter.dropout, False
     torch.manual_seed(seed)
@@ -212,6 +217,28 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D)]
     if problems := list(unmatched_targets(sorted(config.target_modules), linear)):
         raise ValueError(f"model.adapter.target_modules: {'; '.join(problems)}")
+
+
+def _within_parts(model: PreTrainedModel, config: LoraConfig, parts: Iterable[Part]) -> list[str]:
+    """Whole names of the linear layers that a config means, of these parts of a vision-language model.
+
+    Raises:
+        ValueError: There are none.
+    """
+    part_of, wanted, targets = part_finder(model), set(parts), config.target_modules
+    ends = None if targets is None or isinstance(targets, str) else tuple(targets)
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and part_of(name) in wanted
+    ]
+    found = [name for name in names if ends is None or any(name == end or name.endswith(f".{end}") for end in ends)]
+    if not found:
+        raise ValueError(
+            f"model.adapter.target_modules: none is in {', '.join(sorted(wanted))}, which model.train names"
+        )
+    return found
 
 
 def _check_layers(model: PreTrainedModel) -> None:

@@ -273,7 +273,14 @@ class EngineThread:
             if request.prompt is not None:
                 continue
             samples += [
-                SampleRequest(id, request.token_ids, seed, request.params_of(index))
+                SampleRequest(
+                    id,
+                    request.token_ids,
+                    seed,
+                    request.params_of(index),
+                    request.images,
+                    request.engine_token_ids,
+                )
                 for index, (id, seed) in enumerate(zip(ids, request.seeds, strict=True))
             ]
         if samples:

@@ -276,14 +276,15 @@ def _use_threads(num_threads: int) -> None:
 
 
 def _no_tokens(model: ModelBlock, tokenizer: Any) -> np.ndarray:
-    """Ids of the vocabulary that are no token of the tokenizer."""
+    """Ids of the vocabulary that no completion has: what is no token of the tokenizer, and placeholders of pictures."""
     from transformers import AutoConfig
 
-    from rlflow.data.vocabulary import ids_without_token
+    from rlflow.data.vocabulary import ids_without_token, placeholder_ids
 
     assert model.path is not None
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return ids_without_token(tokenizer, config.get_text_config().vocab_size)
+    unwritten = ids_without_token(tokenizer, config.get_text_config().vocab_size)
+    return np.union1d(unwritten, placeholder_ids(config)).astype(np.int64)
 
 
 def _http_engine(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from rlflow.actors.model_files import write_trained
 from rlflow.actors.sequence_files import pad_model, write_readers
@@ -21,6 +21,7 @@ from rlflow.actors.train_engines import sharded_state
 from rlflow.actors.train_engines.sequence_model import read_sequence_model
 from rlflow.actors.train_engines.sharded_state import Shard
 from rlflow.actors.train_engines.token_model import read_language_model
+from rlflow.actors.vision import language_model_class
 from rlflow.checkpoint import naming_the_disk
 from rlflow.recipe import AlgorithmBlock, ModelBlock
 
@@ -91,7 +92,7 @@ def _adapted_without_values(block: ModelBlock, seed: int) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": block.revision, "trust_remote_code": block.trust_remote_code}
     config = AutoConfig.from_pretrained(block.path, **options)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+        model = language_model_class(config).from_config(config, trust_remote_code=block.trust_remote_code)
         adapters.inject(model, block, seed=seed)
     model.generation_config = _generation_config(block.path, block.revision)
     return model

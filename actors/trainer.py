@@ -93,6 +93,7 @@ class Trainer:
         import torch
 
         from rlflow.actors.host_memory import keep_freed_memory
+        from rlflow.actors.learning_rates import learning_rate_shares
         from rlflow.actors.train_engines.engine import init_process_group, make_engine
         from rlflow.actors.train_engines.routers import find_routers
         from rlflow.actors.train_engines.sequence_parallel import share_tokens
@@ -111,14 +112,14 @@ class Trainer:
         else:
             self.routers = find_routers(self.module, self.block.router, self.device)
         if self.world_size > 1:
+            if self.module.tower is not None:
+                self.module.tower.run_always()
             self.module.passes.ranks = torch.distributed.group.WORLD
         self.is_small = self._step_bytes() <= _SMALL_STEP
         if self.is_small:
             keep_freed_memory()
-        ratio = None if self.block.adapter is None else self.block.adapter.lora_plus_ratio
-        self.engine = make_engine(
-            self.module, self.trainer, rank=self.rank, world_size=self.world_size, lora_plus_ratio=ratio
-        )
+        shares = learning_rate_shares(self.module.model, self.block, self.trainer.learning_rate)
+        self.engine = make_engine(self.module, self.trainer, rank=self.rank, world_size=self.world_size, shares=shares)
         return time.perf_counter() - started
 
     def attention_cost(self) -> float:

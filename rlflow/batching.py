@@ -75,6 +75,7 @@ class RankBatch(Sequence[MicroBatch]):
         present = {name: getattr(self.packed, name) for name in parts}
         return MicroBatch(
             cu_seqlens=borders - borders[0],
+            images=self.packed.images[sequences],
             **{name: values[parts[name]] for name, values in present.items() if values is not None},
         )
 
@@ -197,6 +198,7 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
         position_ids=positions,
         cu_seqlens=cu_seqlens,
         sample_indices=np.array(indices, dtype=np.int32),
+        images=tuple(sample.images for sample in chosen) if any(sample.images for sample in samples) else (),
         **{
             name: np.array([getattr(sample, field) for sample in chosen], dtype=np.float32)
             for field, name in _NUMBERS.items()

@@ -364,6 +364,8 @@ class MicroBatch:
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
     selected: np.ndarray | None = None
+    images: tuple[tuple[bytes, ...], ...] = ()
+    """Of each sequence its pictures, encoded; none where no sequence of the batch has any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from rlflow.actors.checkpoint_names import to_checkpoint
 
 def weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
     """The parameters a trainer of this model sends: a checkpoint's names, tied ones once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from rlflow.actors.vision import language_model_class
 
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = language_model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return {name: parameter.shape for name, parameter in to_checkpoint(model, model.named_parameters())}
 
 

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from rlflow.actors.checkpoint_names import to_model
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
 from rlflow.actors.rollout_engines.torch_generation import Generation
-from rlflow.actors.rollout_engines.torch_reading import Reader, UnpaddedReading
+from rlflow.actors.rollout_engines.torch_reading import Images, Reader, UnpaddedReading
 from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
 from rlflow.actors.train_engines.probe import narrow_windows, use_own_attention
+from rlflow.actors.train_engines.tower import Tower, require_tower
+from rlflow.actors.vision import language_model_class, sees, set_text_attention, text_attention
+from rlflow.data.errors import DataError
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.vocabulary import placeholder_ids
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, SampleRequest, SamplingParams
 
@@ -84,22 +89,25 @@ class TorchEngine:
         else:
             config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
             with no_init_weights():
-                self.model = AutoModelForCausalLM.from_config(
+                self.model = language_model_class(config).from_config(
                     config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
                 )
             self.model.tie_weights()
             self.model.to(self.device).eval()
             self.synced = dict(self.model.named_parameters())
         use_own_attention(self.model)
-        self.own_attention = self.model.config._attn_implementation
+        self.own_attention = text_attention(self.model)
+        self.tower: Tower | None = None
+        if sees(self.model.config):
+            self.tower = Tower(self.model, ImageProcessor(model_dir, trust_remote_code=trust_remote_code))
         self.way = SLOTS
-        self.generation = Generation(self.model, self.way.reader, max_num_seqs, version=-1)
+        self.generation = Generation(self.model, self._reader(self.way), max_num_seqs, version=-1)
         if model is not None:
             with torch.inference_mode():
                 self._choose_way()
             # Another engine may be made of the same model: `step` sets the attention that its own way needs.
             self._attend_by(None)
-            self.generation = Generation(self.model, self.way.reader, max_num_seqs, version=0)
+            self.generation = Generation(self.model, self._reader(self.way), max_num_seqs, version=0)
 
     @torch.inference_mode()
     def load_weights(
@@ -120,7 +128,7 @@ class TorchEngine:
         if not self.is_settled or self.way is OWN_CACHE:
             self._choose_way()
         if cache == "recompute" or self.way is not before:
-            return self.generation.read_again(self.way.reader)
+            return self.generation.read_again(self._reader(self.way))
         return 0
 
     def _copy_in(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -153,6 +161,8 @@ class TorchEngine:
                 raise ValueError(f"request {request.id} cannot be generated: {sizes}")
             if request.id in taken:
                 raise ValueError(f"request {request.id} is there already")
+            if request.images:
+                require_tower(self.tower)
             taken.add(request.id)
         self.generation.waiting.extend(requests)
 
@@ -199,9 +209,11 @@ class TorchEngine:
             if not self._logits(_texts(self.model)[1]).isfinite().all():
                 return
             for way in ways:
-                if way is ways[-1] or all(self._is_right(way, heat) for heat in _HEATS):
+                if way is ways[-1] or all(self._is_right(way, _probe(_texts(self.model), heat)) for heat in _HEATS):
                     self.way = way
                     break
+            if self.tower is not None and not self.is_settled:
+                self.tower.problem = self._picture_problem(self.tower)
         self._attend_by(self.way.attention)
         self.is_settled = True
         if self.way is not before and self.way not in (GROUPED_SLOTS, SLOTS):
@@ -215,9 +227,29 @@ class TorchEngine:
         grouped = [GROUPED_SLOTS] if can_group and self.own_attention == "sdpa" else []
         return [*grouped, SLOTS, OWN_CACHE, NO_CACHE]
 
-    def _is_right(self, way: Way, temperature: float) -> bool:
-        requests = _probe(_texts(self.model), temperature)
-        generation = Generation(self.model, way.reader, max_num_seqs=3, version=0)
+    def _reader(self, way: Way) -> Reader:
+        return partial(way.reader, tower=self.tower) if way in (GROUPED_SLOTS, SLOTS) else way.reader
+
+    def _picture_problem(self, tower: Tower) -> str:
+        """Why the model cannot generate from pictures; empty where it can."""
+        if self.way not in (GROUPED_SLOTS, SLOTS):
+            return f"it generates from {self.way.name}: set rollout.engine: vllm"
+        try:
+            text, images = tower.example(_texts(self.model)[1])
+        except DataError as error:
+            return str(error)
+        before, self.left_out = self.left_out, torch.tensor(placeholder_ids(self.model.config), device=self.device)
+        try:
+            for heat in _HEATS:
+                requests = [replace(request, images=images) for request in _probe([text, text[:-1]], heat)]
+                if not self._is_right(self.way, requests):
+                    return "logprobs of what it generates are not those of transformers: set rollout.engine: vllm"
+        finally:
+            self.left_out = before
+        return ""
+
+    def _is_right(self, way: Way, requests: Sequence[SampleRequest]) -> bool:
+        generation = Generation(self.model, self._reader(way), max_num_seqs=3, version=0)
         generation.waiting.extend(requests)
         completions: dict[int, Completion] = {}
         self._attend_by(way.attention)
@@ -240,22 +272,26 @@ class TorchEngine:
     def _differences(self, request: SampleRequest, completion: Completion) -> torch.Tensor:
         """Of its logprobs to those of transformers' forward pass, [C]."""
         text = np.concatenate([request.token_ids, completion.token_ids])
-        logits = self._logits(text)[len(request.token_ids) - 1 : -1].float() / request.params.temperature
+        logits = self._logits(text, request.images)[len(request.token_ids) - 1 : -1].float()
+        logits = logits / request.params.temperature
         if self.left_out is not None:
             logits = logits.index_fill(-1, self.left_out, -torch.inf)
         written = torch.from_numpy(completion.token_ids).long().to(self.device)
         plain = torch.log_softmax(logits, dim=-1).gather(1, written[:, None]).squeeze(1)
         return (plain.cpu() - torch.from_numpy(completion.logprobs)).abs()
 
-    def _logits(self, tokens: np.ndarray) -> torch.Tensor:
+    def _logits(self, tokens: np.ndarray, images: Images = ()) -> torch.Tensor:
         """Of a text alone, [L, V], of all ids."""
         ids = torch.from_numpy(tokens).long().to(self.device)
-        return self.model(input_ids=ids[None]).logits[0]
+        pictures: dict[str, torch.Tensor] = {}
+        if images:
+            pictures = require_tower(self.tower).read(tokens, np.array([0, len(tokens)]), [images], self.device).inputs
+        return self.model(input_ids=ids[None], **pictures).logits[0]
 
     def _attend_by(self, attention: str | None) -> None:
         name = attention or self.own_attention
-        if self.model.config._attn_implementation != name:
-            self.model.set_attn_implementation(name)
+        if text_attention(self.model) != name:
+            set_text_attention(self.model, name)
 
 
 def _texts(model: Any) -> list[np.ndarray]:

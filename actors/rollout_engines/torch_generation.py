@@ -139,7 +139,7 @@ class Generation:
         self.reader, self.reading = reader, reader(self.model)
         texts = [row.text for row in self.rows]
         if texts:
-            self.reading.add(texts)
+            self.reading.add(texts, [row.request.images for row in self.rows])
         return sum(len(text) - 1 for text in texts)
 
     def _admit(self) -> None:
@@ -150,7 +150,7 @@ class Generation:
         self.rows += [Row(request, self.num_begun + i, self.version) for i, request in enumerate(requests)]
         self.num_begun += len(requests)
         self.groups = None
-        self.reading.add([request.token_ids for request in requests])
+        self.reading.add([request.token_ids for request in requests], [request.images for request in requests])
 
     def _end(self, ended: dict[int, FinishReason]) -> list[Completion]:
         """Takes rows out."""

@@ -18,8 +18,16 @@ import torch
 class Reading(Protocol):
     """Rows [R] that are being written: each is a text, of which the last token may have been read or not."""
 
-    def add(self, texts: Sequence[np.ndarray]) -> None:
-        """Appends rows. Texts are int [L], L >= 1."""
+    def add(self, texts: Sequence[np.ndarray], images: Sequence[Images] = ()) -> None:
+        """Appends rows.
+
+        Args:
+            texts: int [L], L >= 1, with the processor's expansion of pictures.
+            images: Of each text; none where no text has any.
+
+        Raises:
+            ValueError: There are pictures, and this way of reading takes none.
+        """
         ...
 
     def logits(self) -> torch.Tensor:
@@ -39,8 +47,10 @@ class Reading(Protocol):
         ...
 
 
-Reader = Callable[[Any], Reading]
-"""Of a model: a reading without rows."""
+Images = tuple[bytes, ...]
+"""Of a text, encoded, in the order of their places."""
+Reader = Callable[..., Reading]
+"""Of a model, and for slots of its ``tower``: a reading without rows."""
 
 
 class UnpaddedReading:
@@ -54,7 +64,12 @@ class UnpaddedReading:
         self.places = np.empty(0, dtype=np.int64)
         """int64 [R]: where each row is among those of all parts, one part after the other."""
 
-    def add(self, texts: Sequence[np.ndarray]) -> None:
+    def add(self, texts: Sequence[np.ndarray], images: Sequence[Images] = ()) -> None:
+        if any(images):
+            raise ValueError(
+                f"{type(self.model).__name__} is generated from without a cache of slots, which pictures need: set "
+                "rollout.engine: vllm"
+            )
         lengths = np.array([len(text) for text in texts])
         places, start = np.empty(len(texts), dtype=np.int64), sum(len(part.ids) for part in self.parts)
         for length in dict.fromkeys(lengths.tolist()):

@@ -10,7 +10,7 @@ kept so when some end, and attention of a block of short ones sees only as far a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from rlflow.actors.rollout_engines.torch_reading import last_logits_only
+from rlflow.actors.rollout_engines.torch_reading import Images, last_logits_only
+from rlflow.actors.train_engines.tower import Tower, require_tower
 
 GROUPED = "rlflow_grouped"
 """What transformers calls ``grouped_attention``."""
@@ -32,6 +33,9 @@ _MORE_COLUMNS = 64
 _BLOCKS = 4
 _FEW_KEYS = 8192
 """Of all rows together, padding included: so few are seen faster at once than in blocks."""
+
+Text = tuple[bytes, Images]
+"""Token ids, int64, and pictures."""
 
 
 class Span:
@@ -121,8 +125,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotReading:
     """Rows of any lengths side by side. Of each row all tokens but the last are in the cache."""
 
-    def __init__(self, model: Any, *, in_blocks: bool = False) -> None:
-        """Args: in_blocks: The model's attention is ``grouped_attention``."""
+    def __init__(self, model: Any, *, in_blocks: bool = False, tower: Tower | None = None) -> None:
+        """
+        Args:
+            in_blocks: The model's attention is ``grouped_attention``.
+            tower: Of a model that reads pictures.
+        """
+        self.tower = tower
         self.model, self.options, self.in_blocks = model, last_logits_only(model), in_blocks
         self.device = model.device
         self.span = Span()
@@ -131,18 +140,25 @@ class SlotReading:
         """int64 [R]: the token of each row that is to be read."""
         self.lengths = np.empty(0, dtype=np.int64)
         """int64 [R]: tokens of each row in the cache."""
-        self.texts: list[bytes | None] = []
+        self.deltas = np.empty(0, dtype=np.int64)
+        """int64 [R]: by how much the rotary position of a row's next token exceeds its place in the text: a picture
+        has more tokens than it takes positions."""
+        self.texts: list[Text | None] = []
         """What each row began with; None where that was read with older weights."""
 
-    def add(self, texts: Sequence[np.ndarray]) -> None:
+    def add(self, texts: Sequence[np.ndarray], images: Sequence[Images] = ()) -> None:
         """Reads each text once, if no row began with the same."""
+        images = images or [()] * len(texts)
+        if any(images):
+            require_tower(self.tower)
         sources = {text: row for row, text in enumerate(self.texts) if text is not None}
         new_lengths = np.array([len(text) - 1 for text in texts], dtype=np.int64)
         self._make_room(len(texts), int(new_lengths.max()))
         first = self.span.num_rows
-        wanted: dict[bytes, list[int]] = {}
-        for slot, text in enumerate(texts, start=first):
-            key = text.astype(np.int64).tobytes()
+        wanted: dict[Text, list[int]] = {}
+        deltas = np.zeros(len(texts), dtype=np.int64)
+        for slot, (text, own) in enumerate(zip(texts, images, strict=True), start=first):
+            key = (text.astype(np.int64).tobytes(), own)
             self.texts.append(key)
             if len(text) > 1:
                 wanted.setdefault(key, []).append(slot)
@@ -150,11 +166,14 @@ class SlotReading:
         for text, slots in wanted.items():
             if text in sources:
                 self._copy(sources[text], slots, len(texts[slots[0] - first]) - 1)
+                deltas[np.array(slots) - first] = self.deltas[sources[text]]
             else:
                 unread[text] = slots
-        self._read([(texts[slots[0] - first][:-1], slots) for slots in unread.values()])
+        for slots, delta in self._read([(texts[s[0] - first][:-1], s, text[1]) for text, s in unread.items()]):
+            deltas[np.array(slots) - first] = delta
         self.last = torch.cat([self.last, self._on_device(np.array([text[-1] for text in texts], dtype=np.int64))])
         self.lengths = np.concatenate([self.lengths, new_lengths])
+        self.deltas = np.concatenate([self.deltas, deltas])
         self.span.num_rows += len(texts)
         self._settle_start()
 
@@ -170,7 +189,7 @@ class SlotReading:
         output = self.model(
             input_ids=self.last[:, None],
             attention_mask=mask,
-            position_ids=lengths[:, None],
+            position_ids=self._positions(lengths),
             past_key_values=self.cache,
             use_cache=True,
             **options,
@@ -190,6 +209,7 @@ class SlotReading:
             for layer in self._layers:
                 layer.move(slots, sources)
         self.last, self.lengths = self.last[self._on_device(left)], self.lengths[left]
+        self.deltas = self.deltas[left]
         self.texts = [self.texts[row] for row in left.tolist()]
         self.span.num_rows = len(left)
         if not len(left):
@@ -201,8 +221,19 @@ class SlotReading:
     def outdate(self) -> None:
         self.texts = [None] * len(self.texts)
 
-    def _read(self, wanted: list[tuple[np.ndarray, list[int]]]) -> None:
-        """Texts [L], and the slots that each goes into; those of about one length together."""
+    def _positions(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Of the next token of each row: int [R, 1], or [4, R, 1] where a row has a picture."""
+        if not self.deltas.any():
+            return lengths[:, None]
+        rotary = lengths + self._on_device(self.deltas)
+        return torch.stack([lengths, rotary, rotary, rotary])[:, :, None]
+
+    def _read(self, wanted: list[tuple[np.ndarray, list[int], Images]]) -> Iterator[tuple[list[int], int]]:
+        """Reads texts [L], each into its slots; those of about one length together.
+
+        Yields:
+            The slots of each text, and its rotary positions beyond its length.
+        """
         wanted.sort(key=lambda item: len(item[0]))
         while wanted:
             longest = len(wanted[-1][0])
@@ -211,21 +242,30 @@ class SlotReading:
             del wanted[-count:]
             ids = np.zeros((count, longest), dtype=np.int64)
             mask = np.zeros((count, longest), dtype=np.int64)
-            for row, (text, _) in enumerate(together):
+            for row, (text, _, _) in enumerate(together):
                 ids[row, longest - len(text) :] = text
                 mask[row, longest - len(text) :] = 1
-            which = np.array([row for row, (_, slots) in enumerate(together) for _ in slots])
+            which = np.array([row for row, (_, slots, _) in enumerate(together) for _ in slots])
             self.span.which = self._on_device(which)
-            self.span.slots = self._on_device(np.array([slot for _, slots in together for slot in slots]))
+            self.span.slots = self._on_device(np.array([slot for _, slots, _ in together for slot in slots]))
+            position_ids = self._on_device((mask.cumsum(1) - 1).clip(min=0))
+            pictures, deltas = {}, [0] * count
+            if any(images := [own for _, _, own in together]):
+                assert self.tower is not None
+                read = self.tower.read_rows(ids, mask.astype(bool), images, self.device)
+                pictures, deltas = read.inputs, read.deltas
+                position_ids = position_ids if read.position_ids is None else read.position_ids
             self.model(
                 input_ids=self._on_device(ids),
                 attention_mask=None if mask.all() else self._on_device(mask),
-                position_ids=self._on_device((mask.cumsum(1) - 1).clip(min=0)),
+                position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
                 **self.options,
+                **pictures,
             )
             self.span.slots = None
+            yield from ((slots, delta) for (_, slots, _), delta in zip(together, deltas, strict=True))
 
     def _block_size(self) -> int:
         num_rows = len(self.lengths)

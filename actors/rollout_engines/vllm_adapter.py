@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from rlflow.actors import adapters
 from rlflow.actors.rollout_engines.vllm_start import RANKS
+from rlflow.actors.vision import language_model_class
 from rlflow.recipe import ModelBlock
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class VllmAdapter:
             block.path, revision=block.revision, trust_remote_code=block.trust_remote_code
         )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+            self.model = language_model_class(config).from_config(config, trust_remote_code=block.trust_remote_code)
             adapters.inject(self.model, block, seed=0)
         self.shapes = {name: p.shape for name, p in adapters.adapter_parameters(self.model).items()}
         """What a trainer of this block sends."""

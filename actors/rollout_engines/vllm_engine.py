@@ -22,6 +22,7 @@ from rlflow.actors.rollout_engines import vllm_start
 from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.sent_weights import check_weights, weight_shapes
 from rlflow.actors.rollout_engines.vllm_experts import pack_experts
+from rlflow.actors.rollout_engines.vllm_pictures import forget_pictures, picture_options, prompt_of
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, FinishReason, SampleRequest
 
@@ -91,13 +92,13 @@ class VllmEngine:
         self.shapes = weight_shapes(model_dir, trust_remote_code) if self.adapter is None else self.adapter.shapes
         options: dict[str, Any] = {"dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
         options |= {"seed": seed % 2**32, "trust_remote_code": trust_remote_code}
-        if self.adapter is not None or is_whole:
-            options["load_format"] = "auto"
+        options |= {"load_format": "auto"} if self.adapter is not None or is_whole else {}
         if self.adapter is not None:
             options |= self.adapter.options
+        self.sees, of_pictures = picture_options(model_dir, trust_remote_code)
         with vllm_start.quiet(log_path):
             self.on_cpu, own = vllm_start.platform_options(gpu_memory_fraction, kv_cache_gib, tensor_parallel_size)
-            self.llm = vllm_start.start(model_dir, options | own, self.on_cpu)
+            self.llm = vllm_start.start(model_dir, options | of_pictures | own, self.on_cpu)
         self.max_model_len = max_model_len
         self.version, self._num_loads = 0 if is_whole else -1, 0
         if self.adapter is not None and is_whole:
@@ -137,6 +138,8 @@ class VllmEngine:
                     raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
         self.version = version
         self._num_loads += 1
+        if self.sees:
+            forget_pictures(self.llm)
         num_read_again, not_begun = 0, []
         for one in self._under_way.values():
             num_written = self._state(one).detokenizer.num_output_tokens()
@@ -267,12 +270,10 @@ class VllmEngine:
 
     def _hand_over(self, request: SampleRequest) -> str:
         """Adds a request to vLLM's. Returns what vLLM calls it."""
-        from vllm.inputs import tokens_input
-
         assert self.adapter is None or self.adapter.request is not None, "generate before the first adapter"
         return self.llm.llm_engine.add_request(
             str(request.id),
-            tokens_input(request.token_ids.tolist(), cache_salt=str(self._num_loads)),
+            prompt_of(self.llm, request, salt=str(self._num_loads)),
             self.sampling_of(request),
             lora_request=None if self.adapter is None else self.adapter.request,
         )

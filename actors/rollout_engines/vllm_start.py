@@ -94,6 +94,7 @@ def cpu_options(kv_cache_gib: float, tensor_parallel_size: int) -> dict[str, Any
     return {
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "enforce_eager": True,
+        "skip_mm_profiling": True,
         "enable_chunked_prefill": False,
         "block_size": 32,
     }

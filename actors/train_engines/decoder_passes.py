@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.tower import Pictures
 from rlflow.recipe.token_shares import longest_with_one_rotation
 
 
@@ -35,15 +36,29 @@ class DecoderPasses:
     """Those that must make as many passes as this one: they gather the weights of a layer for each."""
 
     def hidden_states(
-        self, decoder: nn.Module, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout
+        self,
+        decoder: nn.Module,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        layout: PackedLayout,
+        pictures: Pictures | None = None,
     ) -> torch.Tensor:
-        """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
+        """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds.
+
+        Args:
+            pictures: Of the micro-batch, where it has some and they can be packed.
+        """
         together = self.packs and (self.longest is None or layout.longest <= self.longest)
         missing = self._missing(1 if together else len(layout.sequences), token_ids.device)
         if together:
-            options = {"position_ids": layout.own(position_ids)[None], "layout": layout}
+            options: dict[str, Any] = {"position_ids": layout.own(position_ids)[None], "layout": layout}
+            if pictures is not None:
+                options |= pictures.inputs
+                if pictures.position_ids is not None:
+                    options["position_ids"] = pictures.position_ids[:, None]
             hidden = self._pass(decoder, layout.own(token_ids), options)
         else:
+            assert pictures is None, "pictures are packed or refused"
             hidden = torch.cat([self._alone(decoder, token_ids[tokens]) for tokens in layout.sequences])
         for _ in range(missing):
             hidden = hidden + 0.0 * self._alone(decoder, token_ids[:2]).sum()

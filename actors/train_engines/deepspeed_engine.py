@@ -25,6 +25,7 @@ from torch import nn
 
 from rlflow.actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
 from rlflow.actors.train_engines.optimizers import (
+    Shares,
     decay_groups,
     fresh_moments,
     set_learning_rate,
@@ -56,7 +57,7 @@ class DeepSpeedEngine:
     """See Engine."""
 
     def __init__(
-        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float = 1.0
+        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, shares: Shares | None = None
     ) -> None:
         self.module = module
         self.rank, self.world_size = rank, world_size
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
         self._gathered = deepspeed.zero.GatheredParameters
         block = trainer.optimizer
         assert isinstance(block, OptimizerBlock), "the recipe refuses other optimizers of this engine"
-        groups = decay_groups(trained_rates(module, lora_plus_ratio), block.weight_decay)
+        groups = decay_groups(trained_rates(module, shares), block.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=block.betas, eps=block.eps, fused=True)
         with contextlib.redirect_stdout(sys.stderr):
             self.deepspeed, self.zero, _, _ = deepspeed.initialize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlflow.actors.train_engines import sharded_state
 from rlflow.actors.train_engines.sharded_state import Shard
+from rlflow.actors.vision import part_finder
 from rlflow.recipe import TrainerBlock
 
 
@@ -60,12 +62,12 @@ class Engine(Protocol):
 
 
 def make_engine(
-    module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float | None = None
+    module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, shares: Mapping[str, float] | None = None
 ) -> Engine:
     """The engine that the recipe names.
 
     Args:
-        lora_plus_ratio: Learning rate of adapters' B over that of all else.
+        shares: Parameter, by its name in the module's model -> its learning rate over ``step``'s; 1 of all others.
 
     Raises:
         ValueError: What it needs is not installed.
@@ -73,12 +75,10 @@ def make_engine(
     if trainer.engine == "deepspeed":
         from rlflow.actors.train_engines.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(
-            module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0
-        )
+        return DeepSpeedEngine(module, trainer, rank=rank, world_size=world_size, shares=shares)
     from rlflow.actors.train_engines.fsdp_engine import FsdpEngine
 
-    return FsdpEngine(module, trainer, rank=rank, world_size=world_size, lora_plus_ratio=lora_plus_ratio or 1.0)
+    return FsdpEngine(module, trainer, rank=rank, world_size=world_size, shares=shares)
 
 
 def init_process_group(rank: int, world_size: int, address: str, timeout_s: float) -> None:
@@ -108,12 +108,18 @@ def _backend() -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The repeated layers: of all lists of modules, the one with most parameters.
+    """The repeated layers: of all lists of modules, but those of a vision tower, the one with most parameters.
 
     Raises:
         ValueError: There is none.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    part_of = part_finder(inner) if isinstance(inner, PreTrainedModel) else lambda name: "language"
+    lists = [
+        module
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.ModuleList) and part_of(name) == "language"
+    ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of layers to shard; set trainer.workers: 1")
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

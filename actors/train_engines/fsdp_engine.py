@@ -18,7 +18,7 @@ from rlflow.actors.train_engines.engine import (
     load_with_random_state,
     save_with_random_state,
 )
-from rlflow.actors.train_engines.optimizers import Moments, make_optimizer, trainable
+from rlflow.actors.train_engines.optimizers import Moments, Shares, make_optimizer, trainable
 from rlflow.actors.train_engines.sharded_state import Shard, shard_of
 from rlflow.recipe import FsdpBlock, TrainerBlock
 
@@ -31,7 +31,7 @@ class FsdpEngine:
     """
 
     def __init__(
-        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, lora_plus_ratio: float = 1.0
+        self, module: nn.Module, trainer: TrainerBlock, *, rank: int, world_size: int, shares: Shares | None = None
     ) -> None:
         self.module = module
         self.rank, self.world_size = rank, world_size
@@ -44,7 +44,7 @@ class FsdpEngine:
         if world_size > 1 or trainer.fsdp.offload or mixed_precision:
             ensure_process_group(rank, world_size)
             _shard(module, trainer.fsdp, world_size, mixed_precision)
-        self.optimizer = make_optimizer(module, trainer.optimizer, lora_plus_ratio)
+        self.optimizer = make_optimizer(module, trainer.optimizer, shares)
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP averages over ranks; global denominators are already in the loss, so the sum is wanted.

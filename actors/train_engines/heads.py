@@ -21,8 +21,12 @@ class Head(Protocol):
         """hidden [M, H] -> float32 [M], or [M, D] of several numbers."""
         ...
 
-    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-        """The same of the last token of one sequence [L], by transformers' own forward pass: [1] or [1, D]."""
+    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """The same of the last token of one sequence [L], by transformers' own forward pass: [1] or [1, D].
+
+        Args:
+            inputs: What of its pictures goes with the tokens.
+        """
         ...
 
 
@@ -40,8 +44,8 @@ class ScoreHead:
         outputs = score(hidden.to(score.weight.dtype)).float()
         return outputs.squeeze(-1) if self.is_scalar else outputs
 
-    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=token_ids[None]).logits.float()
+    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=token_ids[None], **inputs).logits.float()
         return logits.squeeze(-1) if self.is_scalar else logits
 
 
@@ -52,8 +56,8 @@ class EmbeddingHead:
     def __call__(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.float()
 
-    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=token_ids[None]).last_hidden_state[:, -1].float()
+    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=token_ids[None], **inputs).last_hidden_state[:, -1].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,8 @@ class YesNoHead:
             logits = cap * torch.tanh(logits / cap)
         return logits[:, self.yes] - logits[:, self.no]
 
-    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=token_ids[None]).logits[:, -1].float()
+    def of_last(self, model: PreTrainedModel, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=token_ids[None], **inputs).logits[:, -1].float()
         return logits[:, self.yes] - logits[:, self.no]
 
 

@@ -21,6 +21,8 @@ from rlflow.recipe import OptimizerBlock
 from rlflow.recipe.trainer_blocks import OwnOptimizerBlock
 
 Moments = dict[str, torch.Tensor]
+Shares = Mapping[str, float]
+"""Parameter, by its name in a module's model -> its learning rate over the trainer's."""
 
 MUON_MOMENTUM = 0.95
 
@@ -40,15 +42,18 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    module: nn.Module, block: OptimizerBlock | OwnOptimizerBlock, lora_plus_ratio: float = 1.0
+    module: nn.Module, block: OptimizerBlock | OwnOptimizerBlock, shares: Shares | None = None
 ) -> Optimizer:
     """
+    Args:
+        shares: See trained_rates.
+
     Raises:
         ValueError: bitsandbytes is not installed; the user's own function makes no optimizer.
     """
     if isinstance(block, OwnOptimizerBlock):
         return OwnOptimizer(dict(trainable(module)), block)
-    rates = trained_rates(module, lora_plus_ratio)
+    rates = trained_rates(module, shares)
     match block.kind:
         case "adamw":
             return AdamW(rates, block)
@@ -58,13 +63,13 @@ def make_optimizer(
             return Muon(module, list(rates), block)
 
 
-def trained_rates(module: nn.Module, lora_plus_ratio: float = 1.0) -> dict[torch.Tensor, float]:
-    """What is trained, with its share of the learning rate: more for adapters' B with LoRA+ (arXiv 2402.12354)."""
-    return {
-        parameter: lora_plus_ratio if ".lora_B." in name else 1.0
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+def trained_rates(module: nn.Module, shares: Shares | None = None) -> dict[torch.Tensor, float]:
+    """What of a module's model is trained, with its share of the learning rate.
+
+    Args:
+        shares: By name in the model; 1 of all that is not there.
+    """
+    return {parameter: (shares or {}).get(name, 1.0) for name, parameter in trainable(module)}
 
 
 def decay_groups(rates: Mapping[torch.Tensor, float], weight_decay: float) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from rlflow.actors.train_engines import packed_attention
 from rlflow.actors.train_engines.decoder_passes import DecoderPasses
 from rlflow.actors.train_engines.packed_attention import NotPackable
+from rlflow.actors.vision import part_finder, set_text_attention, text_attention
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -62,7 +63,7 @@ class ProbedModule(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     """What a module says of a sequence, and what of it comes from each token."""
 
     numbers: torch.Tensor
@@ -92,7 +93,7 @@ def choose_passes(module: ProbedModule, device: torch.device) -> None:
         logger.warning("%s is run one sequence at a time: %s", type(model).__name__, problem)
 
 
-def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> _Answer:
+def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> Answer:
     """Of transformers alone.
 
     Raises:
@@ -104,15 +105,15 @@ def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> _Answer:
     numbers, embeddings = run(lambda: _traced(module, lambda: module.probe_plain(tokens)))
     half = len(tokens) // 2
     first, whole = (run(lambda end=end: _gradient(numbers[:end], embeddings)) for end in (half, None))
-    if not (seen := float(first[half:].norm() / first.norm())) < _leak(module.model):
+    if not (seen := float(first[half:].norm() / first.norm())) < leak(module.model):
         raise ValueError(
             f"{type(module.model).__name__}: its numbers of a text's first half depend on the second, by {seen:.2g} of "
             "their gradient: it is no left-to-right model as it is configured. Choose another model"
         )
-    return _Answer(numbers.detach(), whole)
+    return Answer(numbers.detach(), whole)
 
 
-def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> str | None:
+def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
     """None where packed attention is right, and is now in place; otherwise the model has its own again."""
     model = module.model
     if model._is_stateful:
@@ -123,9 +124,8 @@ def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], pla
         return "its attention is not behind transformers' attention interface"
     if not _takes_options(module.decoder):
         return "its decoder takes no options for its attention"
-    own = model.config._attn_implementation
-    assert own is not None
-    model.set_attn_implementation(packed_attention.NAME)
+    own = text_attention(model)
+    set_text_attention(model, packed_attention.NAME)
     try:
         problem = _packed_problem(module, sequences, plain)
     except NotPackable as error:
@@ -136,11 +136,11 @@ def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], pla
     except Exception as error:
         problem = shorten(f"packed, it fails ({type(error).__name__}: {error})", 200)
     if problem is not None:
-        model.set_attn_implementation(own)
+        set_text_attention(model, own)
     return problem
 
 
-def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> str | None:
+def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
     lengths, start = [len(tokens) for tokens in sequences], 0
     for index, (length, alone) in enumerate(zip(lengths, plain, strict=True)):
         # Anew for each: a gradient takes the place of the logits that it is made from.
@@ -149,15 +149,15 @@ def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], pla
         gradient = _gradient(own, embeddings)
         others = gradient.clone()
         others[inside] = 0
-        if not (seen := float(others.norm() / gradient.norm())) < _leak(module.model):
+        if not (seen := float(others.norm() / gradient.norm())) < leak(module.model):
             return f"packed, its numbers of a sequence depend on the others, by {seen:.2g} of their gradient"
-        if problem := _difference(module.model, _Answer(own.detach(), gradient[inside]), alone):
+        if problem := difference(module.model, Answer(own.detach(), gradient[inside]), alone):
             return f"packed, {problem}"
         start += length
     return None
 
 
-def _check_one_at_a_time(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[_Answer]) -> None:
+def _check_one_at_a_time(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> None:
     """
     Raises:
         ValueError: Even so, numbers or gradients are not those of transformers.
@@ -165,15 +165,15 @@ def _check_one_at_a_time(module: ProbedModule, sequences: Sequence[torch.Tensor]
     run = partial(_run, module, problem="its decoder and its head, called one after the other, fail")
     for tokens, alone in zip(sequences, plain, strict=True):
         numbers, embeddings = run(lambda tokens=tokens: _traced(module, lambda: module.probe([tokens])[0]))
-        answer = _Answer(numbers.detach(), _gradient(numbers, embeddings))
-        if problem := _difference(module.model, answer, alone):
+        answer = Answer(numbers.detach(), _gradient(numbers, embeddings))
+        if problem := difference(module.model, answer, alone):
             raise ValueError(
                 f"{type(module.model).__name__}: {problem}: it makes them of its decoder's hidden states in a way that "
                 "is not known here. Choose another model"
             )
 
 
-def _difference(model: PreTrainedModel, ours: _Answer, theirs: _Answer) -> str | None:
+def difference(model: PreTrainedModel, ours: Answer, theirs: Answer) -> str | None:
     """What is wrong with ours. In 16 bits, where a mixture of experts may route single tokens otherwise, most numbers
     must agree; in float32 all."""
     exact = model.dtype == torch.float32
@@ -210,7 +210,7 @@ def _gradient(numbers: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(numbers.sum(), embeddings, retain_graph=True)[0].float().flatten(0, -2)
 
 
-def _leak(model: PreTrainedModel) -> float:
+def leak(model: PreTrainedModel) -> float:
     """The share of a gradient that is rounding: what a mask shuts out has exactly none."""
     return 1e-6 if model.dtype == torch.float32 else 1e-3
 
@@ -240,7 +240,7 @@ def use_own_attention(model: PreTrainedModel) -> None:
     """What transformers chose for a model as it loaded it, but of those that cap attention's logits (Gemma 2): their
     default, torch's scaled-dot-product attention, leaves the cap out without a word."""
     if model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None:
-        model.set_attn_implementation("eager")
+        set_text_attention(model, "eager")
 
 
 def _texts(model: PreTrainedModel, lengths: Sequence[int], seed: int, device: torch.device) -> list[torch.Tensor]:
@@ -255,10 +255,12 @@ def _texts(model: PreTrainedModel, lengths: Sequence[int], seed: int, device: to
 
 @contextmanager
 def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Within, no layer with a window or chunks sees farther than ``_WINDOW`` tokens."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    """Within, no layer of the language model with a window or chunks sees farther than ``_WINDOW`` tokens."""
+    part_of = part_finder(model)
+    modules = [module for name, module in model.named_modules() if part_of(name) == "language"]
+    configs = {id(part.config): part.config for part in modules if isinstance(part, PreTrainedModel)}
     changed = []
-    for holder in [*configs.values(), *model.modules()]:
+    for holder in [*configs.values(), *modules]:
         for name in _WINDOWS:
             size = vars(holder).get(name)
             if isinstance(size, int) and not isinstance(size, bool) and size > _WINDOW:

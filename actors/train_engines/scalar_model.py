@@ -11,15 +11,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines.decoder_passes import packed, passes_of
 from rlflow.actors.train_engines.heads import SCORE, Head, ScoreHead, one_number
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.picture_probe import prepare_tower
 from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
 from rlflow.actors.train_engines.token_model import recompute_layers
+from rlflow.actors.train_engines.tower import Pictures, Tower, read_batch, read_pictures, tower_of
+from rlflow.actors.vision import classifier_class, train_parts
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -43,6 +46,8 @@ class ScalarModel(nn.Module):
         self.model, self.head = model, head
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
+        self.tower: Tower | None = None
+        """None of a model that reads text alone."""
         self.passes = passes_of(model.config.get_text_config().to_dict())
 
     def forward(self, batch: MicroBatch, device: torch.device, wanted: Literal["values", "scores"]) -> torch.Tensor:
@@ -53,12 +58,14 @@ class ScalarModel(nn.Module):
                 expects before that token is known; 0 elsewhere. ``scores``: [S], or [S, D] of several numbers, of
                 each sequence's last token: the reward, the logits or the embedding of the whole.
         """
-        layout = layout_of(batch.cu_seqlens, device, self.ranks)
-        token_ids, position_ids = (torch.from_numpy(x).to(device) for x in (batch.token_ids, batch.position_ids))
-        hidden = self.hidden_states(token_ids, position_ids, layout)
+        read = read_batch(batch, self.tower)
+        layout = layout_of(read.cu_seqlens, device, self.ranks)
+        token_ids, position_ids = (torch.from_numpy(x).to(device) for x in (read.token_ids, read.position_ids))
+        pictures = read_pictures(self.tower, read.token_ids, read.cu_seqlens, read.images, device)
+        hidden = self.hidden_states(token_ids, position_ids, layout, pictures)
         scores = wanted == "scores"
         at = torch.from_numpy(batch.cu_seqlens[1:] if scores else np.flatnonzero(batch.loss_mask)).to(device) - 1
-        rows, size = (torch.arange(len(at), device=device), len(at)) if scores else (at + 1, len(token_ids))
+        rows, size = (torch.arange(len(at), device=device), len(at)) if scores else (at + 1, len(batch.token_ids))
         held = layout.held(at)
         # Batches without a loss token must still reach every parameter, or ranks fall out of step.
         said = self.head(self.model, hidden[at[held] - layout.first])
@@ -66,24 +73,34 @@ class ScalarModel(nn.Module):
         zeros = zeros + 0.0 * hidden.sum(dtype=torch.float32)
         return layout.summed(zeros.index_put((rows[held],), said))
 
-    def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def hidden_states(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        layout: PackedLayout,
+        pictures: Pictures | None = None,
+    ) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
-        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout)
+        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout, pictures)
 
     @property
     def decoder(self) -> nn.Module:
         return self.model.base_model
 
-    def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def probe(self, sequences: Sequence[torch.Tensor], pictures: Pictures | None = None) -> list[torch.Tensor]:
         """A number for each token of sequences packed together."""
         tokens, positions, layout = packed(sequences)
-        numbers = one_number(self.head(self.model, self.hidden_states(tokens, positions, layout)))
+        numbers = one_number(self.head(self.model, self.hidden_states(tokens, positions, layout, pictures)))
         return list(numbers.split([len(sequence) for sequence in sequences]))
 
-    def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """A number for each token of one sequence by transformers' forward pass, the last by the whole model's."""
-        said = self.head(self.model, self.decoder(input_ids=token_ids[None]).last_hidden_state[0])
-        return one_number(torch.cat([said[:-1], self.head.of_last(self.model, token_ids)]))
+    def probe_plain(self, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """A number for each token of one sequence by transformers' forward pass, the last by the whole model's.
+
+        Args:
+            inputs: What of its pictures goes with the tokens.
+        """
+        said = self.head(self.model, self.decoder(input_ids=token_ids[None], **inputs).last_hidden_state[0])
+        return one_number(torch.cat([said[:-1], self.head.of_last(self.model, token_ids, **inputs)]))
 
 
 def load_scalar_model(
@@ -95,10 +112,13 @@ def load_scalar_model(
         ValueError: See read_classifier.
     """
     model = read_classifier(block, seed=seed)
+    train_parts(model, block.train)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     scalar_model = ScalarModel(model)
+    scalar_model.tower = tower_of(model, block)
     with random_head(model):
         choose_passes(scalar_model, device)
+        prepare_tower(scalar_model, block, device)
     if checkpointing:
         recompute_layers(model)
     return scalar_model
@@ -127,13 +147,14 @@ def read_classifier(block: ModelBlock, *, seed: int, outputs: Outputs = Outputs(
         config.label2id = {name: id_ for id_, name in enumerate(outputs.names)}
     if outputs.problem is not None:
         config.problem_type = outputs.problem
+    auto_class = classifier_class(config)
     if block.architecture is not None:
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(config, **options)
+        model = auto_class.from_config(config, **options)
     else:
         new = None if is_classifier else SCORE
         options |= {"config": config, "revision": block.revision}
-        model = load_whole(AutoModelForSequenceClassification, block.path, new=new, **options)
+        model = load_whole(auto_class, block.path, new=new, **options)
     head = _head_of(model)
     if not is_classifier:
         nn.init.zeros_(head.weight)

@@ -11,9 +11,12 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines.heads import EmbeddingHead, Head, ScoreHead, YesNoHead
+from rlflow.actors.train_engines.picture_probe import prepare_tower
 from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.scalar_model import Outputs, Problem, ScalarModel, random_head, read_classifier
 from rlflow.actors.train_engines.token_model import read_language_model, recompute_layers
+from rlflow.actors.train_engines.tower import tower_of
+from rlflow.actors.vision import train_parts
 from rlflow.data.sequence_format import answer_ids
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import (
@@ -43,11 +46,14 @@ def load_sequence_model(
             embeddings are shorter than a length to which they are to be cut.
     """
     model = read_sequence_model(block, algorithm, seed=seed)
+    train_parts(model, block.train)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     head = _head_of(block, algorithm)
     module = ScalarModel(model, head)
+    module.tower = tower_of(model, block)
     with random_head(model) if isinstance(head, ScoreHead) else nullcontext():
         choose_passes(module, device)
+        prepare_tower(module, block, device)
     if checkpointing:
         recompute_layers(model)
     return module

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from rlflow.actors.train_engines.decoder_passes import DecoderPasses
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.tower import Tower
 from rlflow.recipe.token_shares import heads_problem, sharing_problem
 
 
@@ -43,6 +44,7 @@ class SplitModule(Protocol):
     model: Any
     passes: DecoderPasses
     ranks: SequenceRanks | None
+    tower: Tower | None
 
     def hidden_states(
         self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout
@@ -63,6 +65,11 @@ def share_tokens(module: SplitModule, size: int, device: torch.device, timeout_s
             f"{name}: it is run one sequence at a time, which ranks cannot share ({module.passes.reason}): set "
             "trainer.sequence_parallel: 1"
         )
+    if module.tower is not None:
+        reason = "ranks share each sequence's tokens: set trainer.sequence_parallel: 1"
+        if module.tower.is_always_run:
+            raise ValueError(f"{name}: model.train names the tower or the projector, and {reason}")
+        module.tower.problem = module.tower.problem or reason
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
     module.ranks = SequenceRanks(group, size, dist.get_rank(group))

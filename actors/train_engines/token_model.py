@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlflow.actors.pretrained import load_whole
@@ -23,10 +23,13 @@ from rlflow.actors.train_engines import liger
 from rlflow.actors.train_engines.chosen_logprobs import Entropies, chosen_logprobs
 from rlflow.actors.train_engines.decoder_passes import packed, passes_of
 from rlflow.actors.train_engines.packed_attention import PackedLayout
+from rlflow.actors.train_engines.picture_probe import prepare_tower
 from rlflow.actors.train_engines.probe import choose_passes
 from rlflow.actors.train_engines.sequence_parallel import SequenceRanks, layout_of
+from rlflow.actors.train_engines.tower import Pictures, Tower, read_batch, read_pictures, tower_of
+from rlflow.actors.vision import language_model_class, train_parts
 from rlflow.data.tokenizer import load_tokenizer
-from rlflow.data.vocabulary import ids_without_token
+from rlflow.data.vocabulary import ids_without_token, placeholder_ids
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
 
@@ -56,6 +59,8 @@ class TokenModel(nn.Module):
         self.dropout_layers = list(dropout_layers)
         self.ranks: SequenceRanks | None = None
         """Those that share a micro-batch's tokens."""
+        self.tower: Tower | None = None
+        """None of a model that reads text alone."""
         self.left_out: torch.Tensor | None = None
         """bool [V]: ids that get no probability; None where all of the vocabulary do."""
         config = model.config.get_text_config().to_dict()
@@ -71,6 +76,7 @@ class TokenModel(nn.Module):
         wanted: torch.Tensor,
         temperature: float = 1.0,
         entropies: Entropies = "values",
+        pictures: Pictures | None = None,
     ) -> TokenOutputs:
         """token_ids, position_ids int [N], wanted bool [N] (never the first token of a sequence).
 
@@ -78,7 +84,7 @@ class TokenModel(nn.Module):
         """
         for layer in self.dropout_layers:
             layer.train(torch.is_grad_enabled())
-        hidden = self.hidden_states(token_ids, position_ids, layout)
+        hidden = self.hidden_states(token_ids, position_ids, layout, pictures)
         rows = wanted.nonzero().squeeze(1)
         rows = rows[layout.held(rows - 1)]
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
@@ -90,28 +96,40 @@ class TokenModel(nn.Module):
             return TokenOutputs(logprobs, None)
         return TokenOutputs(logprobs, layout.summed(torch.zeros_like(zeros).index_put((rows,), columns[1])))
 
-    def hidden_states(self, token_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def hidden_states(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        layout: PackedLayout,
+        pictures: Pictures | None = None,
+    ) -> torch.Tensor:
         """token_ids, position_ids int [N] -> [n, H] of the tokens that this rank holds."""
-        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout)
+        return self.passes.hidden_states(self.decoder, token_ids, position_ids, layout, pictures)
 
     @property
     def decoder(self) -> nn.Module:
         """The model without its head."""
+        if self.tower is not None:
+            return self.model.base_model
         found = self.model.get_decoder()
         # Of some architectures transformers names a layer, or the model with its head.
         if not isinstance(found, PreTrainedModel) or found.get_output_embeddings() is not None:
             found = getattr(found, "model", self.model.base_model)
         return found
 
-    def probe(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def probe(self, sequences: Sequence[torch.Tensor], pictures: Pictures | None = None) -> list[torch.Tensor]:
         """Logprobs of sequences packed together, 0 at first tokens."""
         tokens, positions, layout = packed(sequences)
-        logprobs = self(tokens, positions, layout, positions > 0, entropies="none").logprobs
+        logprobs = self(tokens, positions, layout, positions > 0, entropies="none", pictures=pictures).logprobs
         return list(logprobs.split([len(sequence) for sequence in sequences]))
 
-    def probe_plain(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logprobs of one sequence by transformers' forward pass, 0 at the first token."""
-        logits = self.model(input_ids=token_ids[None]).logits[0, :-1]
+    def probe_plain(self, token_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logprobs of one sequence by transformers' forward pass, 0 at the first token.
+
+        Args:
+            inputs: What of its pictures goes with the tokens.
+        """
+        logits = self.model(input_ids=token_ids[None], **inputs).logits[0, :-1]
         logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
         return F.pad(logprobs, (1, 0))
 
@@ -130,14 +148,18 @@ class TokenModel(nn.Module):
         entropies: Entropies = "values",
     ) -> TokenOutputs:
         """Outputs at the batch's loss tokens."""
-        return self(
-            torch.from_numpy(batch.token_ids).to(device),
-            torch.from_numpy(batch.position_ids).to(device),
-            layout_of(batch.cu_seqlens, device, self.ranks),
-            torch.from_numpy(batch.loss_mask).to(device),
+        read = read_batch(batch, self.tower)
+        outputs = self(
+            torch.from_numpy(read.token_ids).to(device),
+            torch.from_numpy(read.position_ids).to(device),
+            layout_of(read.cu_seqlens, device, self.ranks),
+            torch.from_numpy(read.loss_mask).to(device),
             temperature,
             entropies,
+            read_pictures(self.tower, read.token_ids, read.cu_seqlens, read.images, device),
         )
+        own = slice(len(batch.token_ids))
+        return TokenOutputs(outputs.logprobs[own], None if outputs.entropies is None else outputs.entropies[own])
 
     def _score_all(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
@@ -240,17 +262,21 @@ def load_token_model(
         dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
     else:
         model = read_language_model(block, seed=seed)
+        train_parts(model, block.train)
     # Without dropout: logprobs of one policy must be the same every time. New models come in training mode.
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     token_model = TokenModel(model, dropout_layers)
+    token_model.tower = tower_of(model, block)
     choose_passes(token_model, device)
+    prepare_tower(token_model, block, device)
     if checkpointing:
         recompute_layers(model)
     if block.liger:
         _apply_liger(token_model, device)
     if tokens_of is not None:
         size = model.config.get_text_config().vocab_size
-        token_model.leave_out(ids_without_token(load_tokenizer(tokens_of), size))
+        unwritten = ids_without_token(load_tokenizer(tokens_of), size)
+        token_model.leave_out(np.union1d(unwritten, placeholder_ids(model.config)).astype(np.int64))
     return token_model
 
 
@@ -262,10 +288,12 @@ def read_language_model(block: ModelBlock, *, seed: int) -> PreTrainedModel:
     """
     assert block.path is not None and block.adapter is None
     options: dict[str, Any] = {"trust_remote_code": block.trust_remote_code, "dtype": getattr(torch, block.dtype)}
+    config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
+    auto_class = language_model_class(config)
     if block.architecture is None:
-        return load_whole(AutoModelForCausalLM, block.path, revision=block.revision, **options)
+        return load_whole(auto_class, block.path, revision=block.revision, **options)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(block.path), **options)
+    return auto_class.from_config(config, **options)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,6 +81,15 @@ def token_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     is_token = np.zeros(ids.max() + 1, dtype=bool)
     is_token[ids] = True
     return is_token
+
+
+def placeholder_ids(config: Any) -> list[int]:
+    """The ids of a transformers config that stand for pictures, video and sound: a model reads them, and one that wrote
+    them would ask for features that nobody has."""
+    fields: Mapping[str, Any] = config.to_dict()
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    given = {fields[name] for name in names if isinstance(fields.get(name), int)}
+    return sorted(id_ for id_ in given if 0 <= id_ < config.get_text_config().vocab_size)
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> np.ndarray:

@@ -143,6 +143,7 @@ def assemble(
                     group=index,
                     rollout=row,
                     old_logprobs=rollout.logprobs[part] if engine_logprobs else None,
+                    images=groups[index].prompt.images,
                 )
             )
     return Batch(list(groups), rewards, samples)

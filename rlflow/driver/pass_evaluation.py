@@ -97,6 +97,8 @@ class PassEvaluator:
                     min_version=self.pool.version,
                     prompt=prompt if self.limits is not None else None,
                     limits=self.limits,
+                    images=prompt.images,
+                    engine_token_ids=prompt.engine_token_ids,
                 ),
                 prompt=prompt,
                 epoch=0,

@@ -194,6 +194,8 @@ class Window:
                 min_version,
                 prompt if self.limits is not None else None,
                 self.limits,
+                images=prompt.images,
+                engine_token_ids=prompt.engine_token_ids,
                 num_greedy=algorithm.advantage.num_greedy,
             ),
             prompt=prompt,

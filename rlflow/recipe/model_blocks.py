@@ -21,6 +21,9 @@ AllOrSome = Annotated[
     Discriminator(lambda given: "<some>" if isinstance(given, list) else "<all>"),
 ]
 
+Part = Literal["language", "projector", "vision"]
+"""Of a model: the language model, the tower that reads pictures, and what stands between them."""
+
 OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora")
 """What an adapter on disk has settled already."""
 
@@ -90,6 +93,11 @@ class ModelBlock(Block):
     max_pixels: PositiveInt | None = None
     """Width times height of a picture in the data; a larger one is scaled down, in its shape, where it is read. What
     the model's own image processor does with its size comes on top."""
+    train: tuple[Part, ...] = ("language",)
+    """Parts of a vision-language model that are trained, or have an adapter; the others stay as they are: language,
+    projector (between tower and language model), vision (the tower)."""
+    learning_rates: dict[Part, PositiveFloat] = Field(default_factory=dict)
+    """Peaks of parts in the place of trainer.learning_rate, e.g. {vision: 1e-6}; they take its schedule."""
     adapter: AdapterBlock | None = None
     """Train an adapter and leave the model as it is."""
     router: RouterBlock = RouterBlock()
@@ -97,3 +105,10 @@ class ModelBlock(Block):
     liger: bool = False
     """Liger's kernels (arXiv 2410.10989) in the policy's trainer and its reference, where they have GPUs: norms, MLPs,
     rotary embeddings, and logprobs where no entropies are wanted (sft has no metric `entropy` then)."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if not self.train:
+            yield Conflict(("train",), "is empty: name what is trained: language, projector, vision")
+        for part in self.learning_rates:
+            if part not in self.train:
+                yield Conflict((f"learning_rates.{part}", "train"), f"{part} is not trained: add it to train")

@@ -119,7 +119,7 @@ def _words(hint: Any) -> str:
             argument for argument in arguments if argument is not type(None) and UnknownBlock not in blocks_in(argument)
         )
         return " or ".join(dict.fromkeys(map(_words, kinds)))
-    if origin is list:
+    if origin is list or (origin is tuple and arguments[-1] is ...):
         return f"list of {_words(arguments[0])}"
     if origin is tuple:
         return f"[{', '.join(_words(argument) for argument in arguments)}]"

@@ -153,6 +153,12 @@ def trainer_conflicts(trainer: TrainerBlock, model: ModelBlock, critic: CriticBl
     if model.liger and not trainer.gpus_per_worker:
         reason = "are kernels for GPUs: set trainer.gpus_per_worker, or liger: false"
         yield Conflict(("model.liger", "trainer.gpus_per_worker"), reason)
+    if model.learning_rates and trainer.optimizer.kind in ("muon", "function"):
+        reason = "are of AdamW: set trainer.optimizer.kind: adamw, or remove them"
+        yield Conflict(("model.learning_rates", "trainer.optimizer.kind"), reason)
+    if model.train != ("language",) and trainer.sequence_parallel > 1:
+        reason = "runs the tower, and ranks would share the tokens of its pictures: set trainer.sequence_parallel: 1"
+        yield Conflict(("model.train", "trainer.sequence_parallel"), reason)
     if model.router.is_on and trainer.sequence_parallel > 1:
         reason = "weighs whole sequences, and ranks would have slices of them: set trainer.sequence_parallel: 1"
         yield Conflict(("model.router", "trainer.sequence_parallel"), reason)

@@ -13,10 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlflow.actors import adapters
+from rlflow.actors.learning_rates import learning_rate_shares
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.train_engines.optimizers import AdamW, decay_groups, set_learning_rate, trained_rates
-from rlflow.actors.train_engines.token_model import load_token_model
+from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.recipe import AdapterBlock, ModelBlock, OptimizerBlock, TrainerBlock, algorithm_of
 from rlflow.types import Denominators, MicroBatch
 
@@ -111,7 +112,8 @@ def test_an_adapter_is_float32_on_a_base_of_16_bits(tiny_model_dir: Path):
 
 def test_lora_plus_multiplies_the_learning_rate_of_b(tiny_model_dir: Path):
     model = adapted(tiny_model_dir, kind="dora")
-    rates = trained_rates(model, 16.0)
+    block = ModelBlock(path=str(tiny_model_dir), adapter=AdapterBlock(lora_plus_ratio=16.0))
+    rates = trained_rates(TokenModel(model), learning_rate_shares(model, block, 1e-3))
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {rate for p, rate in rates.items() if ".lora_B." in names[p]} == {16.0}
     assert {rate for p, rate in rates.items() if ".lora_B." not in names[p]} == {1.0}

@@ -129,7 +129,7 @@ def test_a_prompt_is_read_once_for_as_long_as_one_of_its_samples_is_written(tmp_
     engine = engine_of(tmp_path, "llama")
     read: list[int] = []
     read_texts = SlotReading._read
-    monkeypatch.setattr(SlotReading, "_read", lambda self, texts: (read.append(len(texts)), read_texts(self, texts)))
+    monkeypatch.setattr(SlotReading, "_read", lambda self, texts: read.append(len(texts)) or read_texts(self, texts))
     prompt = np.array([5, 6, 7], dtype=np.int32)
     params = SamplingParams(max_new_tokens=8, temperature=5.0)
     lengths = (8, 2, 2, 2, 8, 8)

@@ -1,0 +1,64 @@
+"""Pictures in a vLLM engine: what goes in with a prompt, and what is forgotten with the weights that made it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlflow.data.images import decode
+from rlflow.types import SampleRequest
+
+if TYPE_CHECKING:
+    import vllm
+
+_OPTIONS: dict[str, Any] = {
+    # The processor that repeats placeholders needs the tokenizer.
+    "skip_tokenizer_init": False,
+    "limit_mm_per_prompt": {"video": 0, "audio": 0},
+    # GiB of pictures as the processor made them, which the samples of a group share.
+    "mm_processor_cache_gb": 1,
+}
+
+
+def picture_options(model_dir: str, trust_remote_code: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether the model has a vision tower, and what vLLM's EngineArgs need for that."""
+    from transformers import AutoConfig
+
+    from rlflow.actors.vision import sees
+
+    has_tower = sees(AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code))
+    return has_tower, _OPTIONS if has_tower else {}
+
+
+def prompt_of(llm: vllm.LLM, request: SampleRequest, *, salt: str) -> Any:
+    """A request's prompt as vLLM takes it.
+
+    Args:
+        salt: Of the cache of what was read: prompts of other salts share nothing.
+
+    Raises:
+        ValueError: The model reads no pictures, or vLLM writes other tokens in the place of them than training sees.
+    """
+    from vllm.inputs import TokensPrompt, tokens_input
+
+    if not request.images:
+        return tokens_input(request.token_ids.tolist(), cache_salt=salt)
+    assert request.engine_token_ids is not None, "a request with pictures has their placeholders"
+    prompt = TokensPrompt(
+        prompt_token_ids=request.engine_token_ids.tolist(),
+        multi_modal_data={"image": [decode(image) for image in request.images]},
+        cache_salt=salt,
+    )
+    made: Any
+    (made,) = llm.llm_engine.renderer.render_cmpl([prompt])
+    if made["prompt_token_ids"] != request.token_ids.tolist():
+        raise ValueError(
+            f"vLLM makes {len(made['prompt_token_ids'])} tokens of a prompt with pictures, and the model's processor "
+            f"{len(request.token_ids)}: they read it otherwise. Set rollout.engine: torch"
+        )
+    return made
+
+
+def forget_pictures(llm: vllm.LLM) -> None:
+    """Drops the features that an older tower made: vLLM keeps them by picture, whatever its weights are."""
+    llm.llm_engine.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()

@@ -1,0 +1,247 @@
+"""What a vision-language model reads of the pictures of a micro-batch: its tower's arrays, and positions of its tokens.
+
+pictures of sequence 0, of sequence 2, ...   as encoded bytes, in sequence order
+    pixel_values, image_grid_thw, ...        end to end, as the model's own processor makes them of each picture
+    position_ids [4, N]                      the token's place in its text, then time, height and width by the
+                                             model's get_rope_index, of each sequence alone; of models without [N]
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlflow.actors.vision import sees, text_attention
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.vocabulary import placeholder_ids
+from rlflow.recipe import ModelBlock
+from rlflow.types import MicroBatch
+
+_CACHE_BYTES = 1 << 28
+"""Of arrays that are kept: the rollouts of a group, and the passes over a batch, have the same pictures."""
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""What forward passes call the tokens' kinds: 1 where a picture's feature stands."""
+
+
+class Pictures(NamedTuple):
+    inputs: dict[str, torch.Tensor]
+    """Of the model's forward pass, by name."""
+    position_ids: torch.Tensor | None
+    """int64 [4, N]; None where the model has positions of one dimension alone."""
+
+
+class RowPictures(NamedTuple):
+    inputs: dict[str, torch.Tensor]
+    """Of the model's forward pass, by name."""
+    position_ids: torch.Tensor | None
+    """int64 [4, R, L]; None where the model has positions of one dimension alone."""
+    deltas: list[int]
+    """Of each row, by how much the rotary position behind its end exceeds its length."""
+
+
+class Tower:
+    """A model's vision tower, as a TokenModel or ScalarModel uses it."""
+
+    def __init__(self, model: PreTrainedModel, processor: ImageProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.own_attention = text_attention(model)
+        """Of the language model as transformers loaded it."""
+        self.problem = ""
+        """Why pictures cannot be trained on; empty where they can."""
+        self.is_always_run = False
+        """Micro-batches without pictures run it too, with a filler: its parameters are trained, or gathered from ranks
+        that may have pictures."""
+        self._parameters = inspect.signature(model.base_model.forward).parameters
+        self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
+        self._kept_bytes = 0
+
+    def run_always(self) -> None:
+        """Has the tower run in every micro-batch from now on, where pictures can be trained on at all."""
+        self.is_always_run = not self.problem
+
+    def require(self) -> None:
+        """
+        Raises:
+            ValueError: Pictures cannot be trained on.
+        """
+        if self.problem:
+            raise ValueError(f"{type(self.model).__name__}: pictures are not supported: {self.problem}")
+
+    def example(self, text: np.ndarray) -> tuple[np.ndarray, tuple[bytes, ...]]:
+        """A text, int [L], with a picture behind its second token, int32 [M], and that picture.
+
+        Raises:
+            DataError: The model has no processor that can be used.
+        """
+        image = noise(64)
+        others = text[~np.isin(text, [self.processor.image_token_id, *placeholder_ids(self.model.config)])]
+        ids = np.insert(others, 2, self.processor.image_token_id).astype(np.int32)
+        return self.processor.expand(ids, [image]), (image,)
+
+    def filler(self) -> tuple[np.ndarray, tuple[bytes, ...]]:
+        """A sequence of a small picture, int32 [L], L > 1, and that picture."""
+        image = noise(32)
+        token = self.processor.image_token_id
+        return self.processor.expand(np.array([0, token], dtype=np.int32), [image]), (image,)
+
+    def read(
+        self,
+        token_ids: np.ndarray,
+        cu_seqlens: np.ndarray,
+        images: Sequence[tuple[bytes, ...]],
+        device: torch.device,
+    ) -> Pictures:
+        """
+        Args:
+            token_ids: int32 [N], with the processor's expansion of each picture.
+            cu_seqlens: int32 [S + 1].
+            images: Of each sequence; one at least has some.
+        """
+        per_sequence = [self._pixels(of_one) for of_one in images]
+        inputs = _joined([arrays for arrays in per_sequence if arrays])
+        types = torch.from_numpy(self.processor.token_types(token_ids))
+        ids = torch.from_numpy(token_ids).long()
+        positions = None
+        if hasattr(self.model.base_model, "get_rope_index"):
+            spans = [slice(start, end) for start, end in pairwise(cu_seqlens.tolist())]
+            parts = [self._positions(ids[s], types[s], own) for s, own in zip(spans, per_sequence, strict=True)]
+            positions = torch.cat(parts, dim=1).to(device)
+        if self.processor.is_nested:
+            inputs = {name: values[None] for name, values in inputs.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        tensors |= {name: types[None] for name in _TYPES if name in self._parameters}
+        return Pictures({name: values.to(device) for name, values in tensors.items()}, positions)
+
+    def read_rows(
+        self, token_ids: np.ndarray, is_token: np.ndarray, images: Sequence[tuple[bytes, ...]], device: torch.device
+    ) -> RowPictures:
+        """As ``read``, of sequences side by side.
+
+        Args:
+            token_ids: int64 [R, L].
+            is_token: bool [R, L]; the others are padding.
+            images: Of each row; one at least has some.
+        """
+        bounds = np.concatenate([[0], np.cumsum(is_token.sum(axis=1))])
+        read = self.read(token_ids[is_token].astype(np.int32), bounds, images, device)
+        types = torch.from_numpy(self.processor.token_types(token_ids) * is_token).to(device)
+        inputs = {name: types if name in _TYPES else values for name, values in read.inputs.items()}
+        if read.position_ids is None:
+            return RowPictures(inputs, None, [0] * len(images))
+        position_ids = torch.zeros(4, *token_ids.shape, dtype=torch.long, device=device)
+        position_ids[:, torch.from_numpy(is_token).to(device)] = read.position_ids
+        ends = [int(own[1:].max()) + 1 - own.shape[1] for own in read.position_ids.split(np.diff(bounds).tolist(), 1)]
+        return RowPictures(inputs, position_ids, ends)
+
+    def _positions(self, ids: torch.Tensor, types: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+        """ids, types int64 [L] of one sequence -> int64 [4, L]."""
+        places = torch.arange(len(ids))
+        if not arrays:
+            return places.expand(4, -1)
+        get_rope_index: Any = self.model.base_model.get_rope_index
+        wanted = inspect.signature(get_rope_index).parameters
+        grids = {name: torch.from_numpy(values) for name, values in arrays.items() if name in wanted}
+        rotary, _ = get_rope_index(input_ids=ids[None], mm_token_type_ids=types[None], **grids)
+        return torch.cat([places[None], rotary[:, 0]])
+
+    def _pixels(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+        return _joined([self._of_one(image) for image in images])
+
+    def _of_one(self, image: bytes) -> dict[str, np.ndarray]:
+        """A picture's arrays, from the cache where it has them."""
+        found = self._kept.pop(image, None)
+        if found is None:
+            found = self.processor.pixels([image])
+            self._kept_bytes += _size(found)
+        self._kept[image] = found
+        while self._kept_bytes > _CACHE_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
+        return found
+
+
+def tower_of(model: PreTrainedModel, block: ModelBlock) -> Tower | None:
+    """None of a model that reads text alone."""
+    if not sees(model.config):
+        return None
+    assert block.path is not None
+    processor = ImageProcessor(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
+    return Tower(model, processor)
+
+
+class Read(NamedTuple):
+    """What a forward pass reads of a micro-batch: its own sequences, and behind them a filler with a picture where
+    the tower is always run and the micro-batch has none."""
+
+    token_ids: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    loss_mask: np.ndarray
+    images: Sequence[tuple[bytes, ...]]
+
+
+def read_batch(batch: MicroBatch, tower: Tower | None) -> Read:
+    """What a forward pass reads of a micro-batch; see Read."""
+    if tower is None or not tower.is_always_run or any(batch.images):
+        return Read(batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, batch.images)
+    ids, images = tower.filler()
+    return Read(
+        np.concatenate([batch.token_ids, ids]),
+        np.concatenate([batch.position_ids, np.arange(len(ids), dtype=np.int32)]),
+        np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + len(ids)).astype(np.int32),
+        np.concatenate([batch.loss_mask, np.zeros(len(ids), dtype=bool)]),
+        [*((),) * (len(batch.cu_seqlens) - 1), images],
+    )
+
+
+def require_tower(tower: Tower | None) -> Tower:
+    """
+    Raises:
+        ValueError: The model does not read pictures.
+    """
+    if tower is None:
+        raise ValueError("the data has pictures, and the model reads text alone: name a vision-language model")
+    tower.require()
+    return tower
+
+
+def read_pictures(
+    tower: Tower | None,
+    token_ids: np.ndarray,
+    cu_seqlens: np.ndarray,
+    images: Sequence[tuple[bytes, ...]],
+    device: torch.device,
+) -> Pictures | None:
+    """None where there are no pictures.
+
+    Raises:
+        ValueError: There are, and the model cannot be trained on them.
+    """
+    if not any(images):
+        return None
+    return require_tower(tower).read(token_ids, cu_seqlens, images, device)
+
+
+def noise(width: int, height: int = 32) -> bytes:
+    """A picture without a pixel that towers take for padding, as PNG."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([arrays[name] for arrays in parts]) for name in (parts[0] if parts else ())}
+
+
+def _size(arrays: Mapping[str, np.ndarray]) -> int:
+    return sum(values.nbytes for values in arrays.values())

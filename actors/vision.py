@@ -1,0 +1,123 @@
+"""Vision-language models as transformers has them: which configs are theirs, and which parts a model has.
+
+model.visual, model.vision_model, ...          vision: the tower
+...merger, connector, multi_modal_projector    projector: from the tower's features to the language model's
+model.language_model, lm_head, ...             language
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
+
+from rlflow.recipe.model_blocks import Part
+
+_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list", "connector", "projector", "mm_projector", "aligner")
+"""What towers call the projector within them; beside a tower, whatever is not the language model is one."""
+
+HEAD = "score"
+"""transformers' name of a classifier's last layer."""
+
+
+def sees(config: Any) -> bool:
+    """Whether a config is of a model that is loaded with its vision tower.
+
+    Where transformers also has a causal language model of the same config without the tower, that one is loaded.
+    """
+    kind = type(config)
+    if "vision_config" not in config.sub_configs or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return False
+    with_tower = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    return kind not in MODEL_FOR_CAUSAL_LM_MAPPING or MODEL_FOR_CAUSAL_LM_MAPPING[kind] is with_tower
+
+
+def language_model_class(config: Any) -> Any:
+    """transformers' class of automatic models that a language model of this config is loaded with."""
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+
+
+def classifier_class(config: Any) -> Any:
+    """transformers' class of automatic classifiers; a vision-language model that it has none of gets one of the form of
+    its others, with a linear head called HEAD."""
+    kind = type(config)
+    if sees(config) and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        base: Any = MODEL_MAPPING[kind]
+        name = f"{base.__name__.removesuffix('Model')}ForSequenceClassification"
+        family = next(parent for parent in base.__mro__[1:] if issubclass(parent, PreTrainedModel))
+        made = type(name, (GenericForSequenceClassification, family), {"__module__": __name__})
+        AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
+    return AutoModelForSequenceClassification
+
+
+def set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets the attention of a model's language part; a vision tower keeps its own."""
+    if sees(model.config):
+        model.set_attn_implementation({"text_config": name})  # pyright: ignore[reportArgumentType]
+    else:
+        model.set_attn_implementation(name)
+
+
+def text_attention(model: PreTrainedModel) -> str:
+    """The attention of a model's language part, as transformers calls it."""
+    config = model.config.get_text_config() if sees(model.config) else model.config
+    name = config._attn_implementation
+    assert name is not None
+    return name
+
+
+def part_finder(model: PreTrainedModel) -> Callable[[str], Part]:
+    """Tells of the name of a parameter or module of a model which part it is of; all of a text model is language."""
+    if not sees(model.config):
+        return lambda name: "language"
+    prefixes = {id(module): prefix for prefix, module in model.named_modules()}
+    # Where transformers finds none, it answers with the model itself.
+    language, tower = prefixes[id(model.get_decoder())], prefixes[id(model.get_encoder(modality="image"))]
+    if not language or not tower:
+        return lambda name: "language"
+    heads = [prefix for prefix, module in model.named_modules() if module is model.get_output_embeddings()]
+    return partial(_part, languages=(language, *heads, HEAD), tower=tower)
+
+
+def train_parts(model: PreTrainedModel, parts: Iterable[Part]) -> None:
+    """Freezes all parts of a model but these.
+
+    Raises:
+        ValueError: They are of a vision tower that the model has not, or it has no parameter of one of them.
+    """
+    part_of, wanted = part_finder(model), set(parts)
+    found = {name: part_of(name) for name, _ in model.named_parameters()}
+    if missing := sorted(wanted - set(found.values())):
+        raise ValueError(
+            f"model.train: {type(model).__name__} has no part called {', '.join(missing)}: it has "
+            f"{', '.join(sorted(set(found.values())))}"
+        )
+    for name, parameter in model.named_parameters():
+        if found[name] not in wanted:
+            parameter.requires_grad_(False)
+
+
+def _part(name: str, languages: Iterable[str], tower: str) -> Part:
+    if any(_within(name, prefix) for prefix in languages):
+        return "language"
+    if not _within(name, tower):
+        return "projector"
+    return "projector" if set(name.removeprefix(tower).split(".")) & set(_PROJECTORS) else "vision"
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
