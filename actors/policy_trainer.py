@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlflow.actors.trainer import Objective, Trainer
 from rlflow.recipe import AlgorithmBlock, ModelBlock, OnlineBlock, TrainerBlock
+from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.types import Denominators, MicroBatch
 
 if TYPE_CHECKING:
+    from rlflow.actors.teacher_model import TeacherHead
+    from rlflow.actors.train_engines.divergences import LoadedHead
     from rlflow.actors.train_engines.token_model import Entropies
     from rlflow.algorithms.batch import TensorBatch
 
@@ -34,6 +38,7 @@ class PolicyTrainer(Trainer):
         """
         super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
         self.learns_rollouts = learns_rollouts
+        self.teacher_head: LoadedHead | None = None
 
     def load_module(self) -> Any:
         from rlflow.actors.train_engines.token_model import load_token_model
@@ -56,8 +61,21 @@ class PolicyTrainer(Trainer):
     ) -> Objective:
         from rlflow.algorithms.objectives import objective_of
 
-        outputs = self.module.of_batch(micro_batch, self.device, temperature, self._entropies(algorithm))
+        divergence = None
+        if isinstance(algorithm, OnlineBlock) and isinstance(algorithm.distill, DivergenceDistillBlock):
+            from rlflow.actors.train_engines.divergences import BatchDivergence
+
+            divergence = BatchDivergence(algorithm.distill, batch, self.teacher_head)
+        outputs = self.module.of_batch(micro_batch, self.device, temperature, self._entropies(algorithm), divergence)
+        if divergence is not None:
+            batch = replace(batch, divergences=outputs.divergences)
         return objective_of(algorithm)(outputs.logprobs, outputs.entropies, batch, algorithm, denominators)
+
+    def take_teacher_head(self, head: TeacherHead) -> None:
+        """Takes what makes logits of a teacher's hidden states; before the first update."""
+        from rlflow.actors.train_engines.divergences import LoadedHead
+
+        self.teacher_head = LoadedHead(head, self.device)
 
     def _entropies(self, algorithm: AlgorithmBlock) -> Entropies:
         """Preference losses have no use for them; Liger's kernel, which has none, is worth more than SFT's metric."""

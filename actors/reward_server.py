@@ -26,9 +26,9 @@ from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from rlflow.rewards.episodes import episode_columns, last_said
-from rlflow.rewards.score_batch import ScoreBatch
+from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
 from rlflow.tracking.redact import remember_secrets
-from rlflow.types import GroupTexts, Prompt
+from rlflow.types import Prompt
 
 MAX_ERRORS = 8
 LARGEST = float(np.finfo(np.float32).max)

@@ -74,7 +74,7 @@ def measure(workers: int, steps: int, tokens: int, on_ray: bool) -> dict[str, fl
             samples = assemble.with_advantages(batch, batch.samples, recipe.algorithm)
             mark()
             path = Path(directory) / "step.parquet"
-            write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples), batch.states)
+            write_rollouts(path, batch.groups, assemble.rollout_advantages(batch, samples, recipe.online), batch.states)
             mark()
             if step:
                 # The first step warms up.

@@ -14,12 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlflow.actor_memory import longest_sequence
 from rlflow.actors.actor_group import ActorFailure, ActorGroup, Pending, Transport
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.sequence_trainer import SequenceTrainer
+from rlflow.actors.teacher_model import TeacherModel
+from rlflow.actors.teacher_server import TeacherServer
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
@@ -49,6 +52,8 @@ class Actors:
     rewards: ActorGroup[RewardServer] | None
     critic: ActorGroup[ValueTrainer] | None
     reference: ActorGroup[ReferenceModel] | None
+    teacher: ActorGroup[TeacherModel] | None = None
+    """Or of servers' clients, which have the same verbs."""
     release: Callable[[], None] = lambda: None
     """Gives back what the groups shared."""
     starting: list[Pending[Any]] = field(default_factory=list)
@@ -62,6 +67,7 @@ class Actors:
             rewards=groups.get("rewards"),
             critic=groups.get("critic"),
             reference=groups.get("reference"),
+            teacher=groups.get("teacher"),
             release=release,
         )
 
@@ -84,8 +90,9 @@ class Actors:
             self.starting.append(self.rollout.start_all(RolloutWorker.ready))
         if self.rewards:
             self.starting.append(self.rewards.start_all(RewardServer.ready))
-        if self.reference:
-            self.starting.append(self.reference.start_all(ReferenceModel.ready))
+        for frozen in (self.reference, self.teacher):
+            if frozen:
+                self.starting.append(frozen.start_all(ReferenceModel.ready))
 
     def wait_ready(self, timeout_s: float) -> dict[str, float]:
         """Waits until every actor has loaded what it needs. Returns seconds each role took, by its slowest actor."""
@@ -106,7 +113,7 @@ class Actors:
 
     def groups(self) -> list[ActorGroup[Any]]:
         """Those that there are."""
-        groups = [self.trainer, self.rollout, self.rewards, self.critic, self.reference]
+        groups = [self.trainer, self.rollout, self.rewards, self.critic, self.reference, self.teacher]
         return [group for group in groups if group is not None]
 
 
@@ -201,6 +208,8 @@ def constructor_of(
             server = recipe.reward_server
             children = {"children": server.children, "memory_gib": server.memory_gib, "environment": server.environment}
             return RewardServer, {"rewards": recipe.scoring, **children}
+        case "teacher":
+            return _teacher(role, recipe, model, threads)
         case _:
             path = recipe.reference.path
             frozen = model if path is None else _other_model(path, model)
@@ -213,6 +222,21 @@ def constructor_of(
                 "seed": seed,
                 "tokens_of": model if recipe.family == "online" else None,
             }
+
+
+def _teacher(role: Role, recipe: Recipe, model: ModelBlock, threads: int) -> tuple[type, dict[str, Any]]:
+    block = recipe.teacher
+    if block.url is not None:
+        return TeacherServer, {"teacher": block, "policy": model, "longest": longest_sequence(recipe)}
+    assert block.path is not None
+    frozen = _other_model(block.path, model)
+    return TeacherModel, {
+        "model": frozen if block.dtype is None else frozen.model_copy(update={"dtype": block.dtype}),
+        "gpus": role.gpus,
+        "num_threads": threads,
+        "seed": recipe.run.seed,
+        "tokens_of": model if recipe.family == "online" else None,
+    }
 
 
 def _other_model(path: str, model: ModelBlock) -> ModelBlock:

@@ -127,9 +127,10 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 def longest_sequence(recipe: Recipe) -> int:
     """Tokens of the longest sequence that is trained."""
-    if recipe.family == "online":
-        return recipe.data.max_prompt_tokens + recipe.max_completion_tokens
-    return recipe.data.max_tokens
+    if recipe.family != "online":
+        return recipe.data.max_tokens
+    of_policy = recipe.data.max_prompt_tokens + recipe.max_completion_tokens
+    return max(of_policy, recipe.data.max_tokens) if recipe.trains_answers else of_policy
 
 
 def sequences_per_step(recipe: Recipe) -> int:

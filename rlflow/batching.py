@@ -39,8 +39,8 @@ _OPTIONAL = tuple(
 _OF_SAMPLES = ("token_ids", "loss_mask", "loss_weights", *_OPTIONAL)
 _PER_TOKEN = ("position_ids", *_OF_SAMPLES)
 _PER_SEQUENCE = ("sample_indices", *_NUMBERS.values())
-_DTYPES = {"token_ids": np.int32, "loss_mask": np.bool_}
-"""float32 is the others'."""
+_DTYPES: dict[str, Any] = {"token_ids": np.int32, "loss_mask": np.bool_, "teacher_hidden": None}
+"""float32 is the others'; None keeps what a field came in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +218,11 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
 def _filler(samples: Sequence[Sample]) -> Sample:
     """Two tokens without a loss, with the fields that the samples have."""
     zeros = np.zeros(2, dtype=np.float32)
-    fields_of = {**dict.fromkeys(_OPTIONAL, zeros), **dict.fromkeys(_NUMBERS, 0)}
-    if samples and samples[0].targets is not None:
-        fields_of["targets"] = np.zeros_like(samples[0].targets)
-    present: dict[str, Any] = {
-        name: value for name, value in fields_of.items() if samples and getattr(samples[0], name) is not None
-    }
+    present: dict[str, Any] = {}
+    for name in (*_OPTIONAL, *_NUMBERS):
+        value = getattr(samples[0], name) if samples else None
+        if name in _NUMBERS and value is not None:
+            present[name] = np.zeros_like(value) if isinstance(value, np.ndarray) else 0
+        elif value is not None:
+            present[name] = np.zeros((2, *value.shape[1:]), dtype=value.dtype)
     return Sample(np.zeros(2, dtype=np.int32), np.zeros(2, dtype=bool), zeros, **present)

@@ -23,7 +23,7 @@ from rlflow.roles import Role, roles
 
 _TORCH = threading.Lock()
 """Who seeds or draws from torch's global generator, or imports a library, does so alone: the same numbers each time."""
-_ALONE = (*TRAINERS, "reference")
+_ALONE = (*TRAINERS, "reference", "teacher")
 """Roles whose calls use that generator."""
 _ENDED = threading.Condition()
 """Notified whenever a call has ended or an actor has died."""

@@ -38,6 +38,8 @@ def roles(recipe: Recipe) -> list[Role]:
         models["critic"] = recipe.critic
     if recipe.places_reference:
         models["reference"] = recipe.reference
+    if recipe.places_teacher:
+        models["teacher"] = recipe.teacher
     shared = _threads_by_role(recipe, {name: block.workers for name, block in models.items()})
     found = [_role(name, block, shared[name]) for name, block in models.items()]
     if recipe.needs_rollouts:

@@ -23,6 +23,7 @@ _READERS: Mapping[str, frozenset[str]] = {
     "model.adapter.path": frozenset({"trainer", "reference", "rollout"}),
     "reference.path": frozenset({"reference"}),
     "algorithm.critic.path": frozenset({"critic"}),
+    "teacher.path": frozenset({"teacher"}),
 }
 """Key of a model -> roles whose actors load it."""
 _OF_TRAINERS = ("algorithm.loss", "algorithm.preference", "trainer.optimizer")

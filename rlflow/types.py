@@ -207,19 +207,6 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupTexts:
-    """What a RewardServer sees of a group."""
-
-    prompt: Prompt
-    texts: tuple[str, ...]
-    """Of each rollout."""
-    completion_ids: tuple[bytes, ...]
-    """int32 [C] of each rollout, as bytes: a hundred times cheaper to move than a list."""
-    episodes: tuple[Episode, ...] = ()
-    """Of each rollout; none where every rollout is one completion."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rollout:
     """One episode: a flat token stream, and everything that is known of it once it is scored."""
 
@@ -300,6 +287,14 @@ class Sample:
     the current ones."""
     ref_logprobs: np.ndarray | None = None
     """float32 [T]: of the reference."""
+    teacher_logprobs: np.ndarray | None = None
+    """float32 [T]: of the teacher."""
+    teacher_hidden: np.ndarray | None = None
+    """[T, H]: what the teacher's head makes logits of for each loss token, float32, or the bits of 16-bit numbers as
+    uint16; 0 elsewhere."""
+    teacher_top: np.ndarray | None = None
+    """float32 [T, k + 1, 2]: ids and logprobs of the tokens that the teacher finds most probable at each loss token,
+    then -1 and the logprob of all others together. Ids are exact: they are below 2^24."""
     old_values: np.ndarray | None = None
     """float32 [T]: the critic's, before the update (PPO)."""
     returns: np.ndarray | None = None
@@ -361,6 +356,11 @@ class MicroBatch:
     old_logprobs: np.ndarray | None = None
     proximal_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
+    teacher_logprobs: np.ndarray | None = None
+    teacher_hidden: np.ndarray | None = None
+    """[N, H], as in Sample."""
+    teacher_top: np.ndarray | None = None
+    """float32 [N, k + 1, 2], as in Sample."""
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
     selected: np.ndarray | None = None

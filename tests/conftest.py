@@ -72,6 +72,22 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_teacher_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_model_dir`` with weights that are a little different."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    directory = tmp_path_factory.mktemp("tiny_teacher")
+    for file in tiny_model_dir.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    generator = np.random.default_rng(0)
+    weights = load_file(directory / "model.safetensors")
+    moved = {name: w + 0.05 * generator.standard_normal(w.shape).astype(w.dtype) for name, w in weights.items()}
+    save_file(moved, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``tiny_model_dir``, a Qwen3-MoE, untied: 8 experts, of which a token takes 2; the middle layer is dense."""
     from transformers import Qwen3MoeConfig

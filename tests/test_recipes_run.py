@@ -52,7 +52,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("path", RECIPES)
-def test_two_steps_of_a_recipe_leave_finite_metrics_and_a_model(path, monkeypatch, tiny_model_dir, tmp_path):
+def test_two_steps_of_a_recipe_leave_finite_metrics_and_a_model(
+    path, monkeypatch, tiny_model_dir, tiny_teacher_dir, tmp_path
+):
     use_local_actors(monkeypatch)
     stages = load_recipe(path)
     overrides = {"model.path": str(tiny_model_dir), "model.architecture": None, "model.characters": None}
@@ -62,7 +64,7 @@ def test_two_steps_of_a_recipe_leave_finite_metrics_and_a_model(path, monkeypatc
     overrides |= {"run.output_dir": str(tmp_path / "run"), "tracking": ["jsonl"]}
     for recipe in stages:
         prefix = f"stages.{recipe.stage}." if recipe.stage else ""
-        overrides |= {prefix + key: value for key, value in small(recipe, tmp_path).items()}
+        overrides |= {prefix + key: value for key, value in small(recipe, tmp_path, tiny_teacher_dir).items()}
     rlflow.run(path, overrides=overrides)
     for recipe in stages:
         directory = tmp_path / "run" / (recipe.stage or "")
@@ -85,7 +87,7 @@ def check_metrics(recipe: Recipe, path: Path) -> None:
             assert any(key.startswith("eval/") for key in line)
 
 
-def small(recipe: Recipe, directory: Path) -> dict[str, Any]:
+def small(recipe: Recipe, directory: Path, teacher_dir: Path) -> dict[str, Any]:
     """What makes a stage short: keys and values to override."""
     assert isinstance(recipe.data.train, SourceBlock)
     changes: dict[str, Any] = source_of_few_rows("data.train", recipe.data.train, directory)
@@ -105,7 +107,10 @@ def small(recipe: Recipe, directory: Path) -> dict[str, Any]:
         changes |= {"algorithm.critic.warmup_steps": 0, "algorithm.critic.cpus_per_worker": 1}
     if recipe.family == "online":
         changes["algorithm.group_size"] = min(recipe.online.group_size, 2)
-        changes["rewards"] = [*own_rewards(recipe, directory), code_reward(directory)]
+        if recipe.rewards:
+            changes["rewards"] = [*own_rewards(recipe, directory), code_reward(directory)]
+    if recipe.needs_teacher:
+        changes |= {"teacher.path": str(teacher_dir), "teacher.cpus_per_worker": 1}
     if recipe.evaluation is not None:
         changes |= source_of_few_rows("evaluation.data", recipe.evaluation.data, directory)
         changes["evaluation.data.rows"] = 4

@@ -36,6 +36,9 @@ class Server:
     """Without a slash at its end."""
     timeout_s: float
     """Longest wait for an answer."""
+    timeout_key: str = "rollout_server.timeout_s"
+    """Of the recipe: what to raise where it takes longer."""
+    url_key: str = "rollout_server.urls"
 
     def get(self, path: str) -> Any:
         return self._call("GET", path, None)
@@ -65,13 +68,13 @@ class Server:
                 cause = error.reason if isinstance(error, URLError) else error
                 if isinstance(cause, TimeoutError):
                     raise ServerError(
-                        f"{where}: no answer within {self.timeout_s:g} s: raise rollout_server.timeout_s, or look at "
+                        f"{where}: no answer within {self.timeout_s:g} s: raise {self.timeout_key}, or look at "
                         "what the server is doing"
                     ) from error
                 failure = f"{type(cause).__name__}: {cause}"
         raise ServerError(
             f"{where}: {ATTEMPTS} attempts failed, the last because {failure}. Is the server up, and is "
-            "rollout_server.urls right?"
+            f"{self.url_key} right?"
         )
 
     def _ask(self, method: str, path: str, data: bytes | None, where: str) -> Any:

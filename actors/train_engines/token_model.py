@@ -7,7 +7,7 @@ the backward pass, so they are never whole in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,12 @@ class TokenOutputs(NamedTuple):
     """[N]: log-probability of the token at each asked-for position, 0 elsewhere."""
     entropies: torch.Tensor | None
     """[N]: entropy of the distribution it was drawn from, in nats, 0 elsewhere."""
+    divergences: torch.Tensor | None = None
+    """[N]: from a teacher's distribution, 0 elsewhere."""
+
+
+Divergence = Callable[["TokenModel", torch.Tensor, torch.Tensor], torch.Tensor]
+"""Function of the model, hidden states [M, H] and the tokens [M] that follow them, which returns [M]."""
 
 
 class TokenModel(nn.Module):
@@ -77,6 +83,7 @@ class TokenModel(nn.Module):
         temperature: float = 1.0,
         entropies: Entropies = "values",
         pictures: Pictures | None = None,
+        divergence: Divergence | None = None,
     ) -> TokenOutputs:
         """token_ids, position_ids int [N], wanted bool [N] (never the first token of a sequence).
 
@@ -90,11 +97,17 @@ class TokenModel(nn.Module):
         # Filler and batches without a loss token must still reach every parameter, or ranks fall out of step.
         zeros = torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device)
         zeros = zeros + 0.0 * hidden.sum(dtype=torch.float32)
-        columns = self._score_all(hidden[rows - 1 - layout.first], token_ids[rows], temperature, entropies)
-        logprobs = layout.summed(zeros.index_put((rows,), columns[0]))
-        if entropies == "none":
-            return TokenOutputs(logprobs, None)
-        return TokenOutputs(logprobs, layout.summed(torch.zeros_like(zeros).index_put((rows,), columns[1])))
+        before = hidden[rows - 1 - layout.first]
+        columns = self._score_all(before, token_ids[rows], temperature, entropies)
+
+        def placed(column: torch.Tensor) -> torch.Tensor:
+            return layout.summed(torch.zeros_like(zeros).index_put((rows,), column))
+
+        return TokenOutputs(
+            layout.summed(zeros.index_put((rows,), columns[0])),
+            None if entropies == "none" else placed(columns[1]),
+            None if divergence is None else placed(divergence(self, before, rows)),
+        )
 
     def hidden_states(
         self,
@@ -146,6 +159,7 @@ class TokenModel(nn.Module):
         device: torch.device,
         temperature: float = 1.0,
         entropies: Entropies = "values",
+        divergence: Divergence | None = None,
     ) -> TokenOutputs:
         """Outputs at the batch's loss tokens."""
         read = read_batch(batch, self.tower)
@@ -157,9 +171,11 @@ class TokenModel(nn.Module):
             temperature,
             entropies,
             read_pictures(self.tower, read.token_ids, read.cu_seqlens, read.images, device),
+            divergence,
         )
         own = slice(len(batch.token_ids))
-        return TokenOutputs(outputs.logprobs[own], None if outputs.entropies is None else outputs.entropies[own])
+        others = (None if column is None else column[own] for column in outputs[1:])
+        return TokenOutputs(outputs.logprobs[own], *others)
 
     def _score_all(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
@@ -170,7 +186,7 @@ class TokenModel(nn.Module):
         is_plain = entropies == "none" and temperature == 1.0 and unchanged
         if self.uses_liger and is_plain and type(head) is nn.Linear:
             return (liger.token_logprobs(hidden, head, targets),)
-        num_chunks = max(1, -(-len(targets) // self._tokens_of_chunk(hidden)))
+        num_chunks = max(1, -(-len(targets) // self.tokens_of_chunk(hidden)))
         chunk = max(1, -(-len(targets) // num_chunks))
         parts = []
         for start in range(0, max(1, len(targets)), chunk):
@@ -181,7 +197,7 @@ class TokenModel(nn.Module):
             parts.append(run(self._score, hidden[own], targets[own], temperature, entropies))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _tokens_of_chunk(self, hidden: torch.Tensor) -> int:
+    def tokens_of_chunk(self, hidden: torch.Tensor) -> int:
         """How many tokens' logits fit into ``_CHUNK_BYTES``: in float32, beside what they are made from."""
         of_head = hidden.element_size()
         makes_float32 = of_head == _FLOAT32 and type(self.model.get_output_embeddings()) is nn.Linear
@@ -192,6 +208,11 @@ class TokenModel(nn.Module):
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropies: Entropies
     ) -> tuple[torch.Tensor, ...]:
         """What ``_score_all`` returns, of one chunk."""
+        logits, scale = self.logits(hidden)
+        return chosen_logprobs(logits, targets, scale / temperature, self.left_out, entropies)
+
+    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """hidden [M, H] -> float32 [M, V] that nobody else reads, and what they are still to be multiplied by."""
         head = self.model.get_output_embeddings()
         assert head is not None
         # Ranks have different numbers of chunks, and ZeRO 3 gathers weights anew for every call of a module.
@@ -203,7 +224,7 @@ class TokenModel(nn.Module):
         scale = self.logit_scale
         if self.softcap is not None:
             logits, scale = self.softcap * torch.tanh(logits * (scale / self.softcap)), 1.0
-        return chosen_logprobs(logits, targets, scale / temperature, self.left_out, entropies)
+        return logits, scale
 
 
 def logit_scale(config: Mapping[str, Any]) -> float:

@@ -21,6 +21,8 @@ _PER_TOKEN = frozenset(
         "old_logprobs",
         "proximal_logprobs",
         "ref_logprobs",
+        "teacher_logprobs",
+        "divergences",
         "old_values",
         "returns",
         "selected",
@@ -59,6 +61,13 @@ class TensorBatch:
     old_logprobs: torch.Tensor | None = None
     proximal_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
+    teacher_hidden: torch.Tensor | None = None
+    """[N, H]: float32, or the bits of 16-bit numbers as int16."""
+    teacher_top: torch.Tensor | None = None
+    """float [N, k + 1, 2]."""
+    divergences: torch.Tensor | None = None
+    """Of the policy from the teacher, with gradient: what a trainer computes of the batch."""
     old_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     selected: torch.Tensor | None = None
@@ -70,9 +79,11 @@ class TensorBatch:
         sequence_ids = np.repeat(np.arange(len(lengths)), lengths)
         # Arrays out of Ray's object store are read-only, which torch.from_numpy warns about: torch.tensor copies.
         tensors: dict[str, Any] = {"sequence_ids": torch.tensor(sequence_ids, device=device)}
-        for name in (f.name for f in fields(cls) if f.name != "sequence_ids"):
+        for name in (f.name for f in fields(cls) if f.name not in ("sequence_ids", "divergences")):
             array = getattr(micro_batch, name)
             dtype = torch.int64 if name in ("token_ids", "position_ids") else None
+            if array is not None and array.dtype == np.uint16:
+                array = array.view(np.int16)  # torch cannot index uint16
             tensors[name] = None if array is None else torch.tensor(array, dtype=dtype, device=device)
         return cls(**tensors)
 
@@ -83,9 +94,10 @@ class TensorBatch:
 
     def loss_tokens(self) -> TensorBatch:
         """The same batch with the loss tokens only: what the losses see, so that nothing outside the mask can reach
-        them, not even as NaN times 0."""
+        them, not even as NaN times 0. What divergences were made of is not among their fields."""
         chosen = {name: getattr(self, name) for name in _PER_TOKEN}
-        return replace(self, **{name: x[self.loss_mask] for name, x in chosen.items() if x is not None})
+        of_loss_tokens = {name: x[self.loss_mask] for name, x in chosen.items() if x is not None}
+        return replace(self, teacher_hidden=None, teacher_top=None, **of_loss_tokens)
 
 
 def segment_sum(values: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:

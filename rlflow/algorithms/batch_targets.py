@@ -35,6 +35,12 @@ def _as_they_are(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: 
     return [sample for unit in units for sample in unit]
 
 
+def _without_rewards(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
+    """Nothing was rewarded: what is learned comes from elsewhere than advantages."""
+    samples = _as_they_are(units, algorithm, logprobs_of)
+    return [replace(sample, advantages=np.zeros(len(sample.token_ids), dtype=np.float32)) for sample in samples]
+
+
 def _of_pair_loss(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_of: LogprobsOf) -> list[Sample]:
     assert isinstance(algorithm, PairBlock)
     return PAIR_TARGETS.get(algorithm.preference.loss, _as_they_are)(units, algorithm, logprobs_of)
@@ -82,6 +88,7 @@ def _numbered_texts(units: Sequence[Unit], algorithm: AlgorithmBlock, logprobs_o
 
 BATCH_TARGETS: dict[str, Callable[[Sequence[Unit], AlgorithmBlock, LogprobsOf], list[Sample]]] = {
     "none": _as_they_are,
+    "no_rewards": _without_rewards,
     "pair_loss": _of_pair_loss,
     "mismatched_kl": _mismatched_kl,
     "zero_kl": _zero,

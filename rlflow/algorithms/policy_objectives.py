@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from rlflow.algorithms import corrections, policy_losses
 from rlflow.algorithms.batch import TensorBatch
-from rlflow.algorithms.kl import KL_ESTIMATORS, k3, unbiased
+from rlflow.algorithms.distillation import teacher_advantages
+from rlflow.algorithms.kl import KL_ESTIMATORS, k1, k3, unbiased
 from rlflow.algorithms.objective_parts import Metrics, largest, token_mean
 from rlflow.algorithms.own_losses import own_policy_loss
 from rlflow.algorithms.value_losses import value_loss
 from rlflow.metrics import Metric
 from rlflow.recipe import OnlineBlock
 from rlflow.recipe.algorithm_blocks import BoundedWeightBlock
+from rlflow.recipe.distill_blocks import AdvantageDistillBlock, Distill, DivergenceDistillBlock
 from rlflow.recipe.policy_loss_blocks import (
     CISPOBlock,
     ClipBlock,
@@ -129,7 +131,8 @@ def policy_objective(
     algorithm: OnlineBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
-    """sum over loss tokens of weight * (policy loss * correction + kl.coef * KL - entropy_coef * entropy).
+    """sum over loss tokens of weight * (policy loss * correction + kl.coef * KL - entropy_coef * entropy), and with a
+    divergence from a teacher distill.coef times that.
 
     The ratio's denominator is the trainer's logprobs of before the first update: ``proximal_logprobs``, and where they
     are absent, the current ones; with ``old_policy: engine`` it is the engine's.
@@ -144,6 +147,8 @@ def policy_objective(
     assert tokens.advantages is not None
     engine = tokens.old_logprobs
     proximal = logprobs.detach() if tokens.proximal_logprobs is None else tokens.proximal_logprobs
+    advantages = _with_teacher(tokens.advantages, tokens, proximal, algorithm.distill)
+    tokens = replace(tokens, advantages=advantages)
     denominator = proximal if correction.old_policy == "trainer" else engine
     assert denominator is not None, "old_policy: engine needs the engine's logprobs"
     policy_loss, metrics = _policy_loss(tokens, logprobs, denominator, block, denominators)
@@ -151,17 +156,13 @@ def policy_objective(
         metrics |= _mismatch_metrics(proximal, engine, denominators)
     if isinstance(correction, BoundedWeightBlock):
         assert engine is not None, "a correction needs the engine's logprobs"
-        weights = corrections.mismatch_weights(
-            proximal, engine, tokens.sequence_ids, tokens.num_sequences, correction.level
-        )
-        factors = corrections.CORRECTIONS[correction.mode](weights, correction.low, correction.high)
-        outside = corrections.is_out_of_bounds(weights, correction.low, correction.high)
-        policy_loss = policy_loss * factors
-        metrics["correction/weight_mean"] = token_mean(factors, denominators)
-        metrics["correction/bounded_fraction"] = token_mean(outside.to(weights.dtype), denominators)
+        factors, of_correction = _correction(proximal, engine, tokens, correction, denominators)
+        policy_loss, metrics = policy_loss * factors, metrics | of_correction
 
     loss = (tokens.loss_weights * policy_loss).sum()
     metrics["loss/policy"] = Metric(loss.detach())
+    of_teacher, of_metrics = _teacher_loss(logprobs, tokens, algorithm.distill, denominators)
+    loss, metrics = loss + of_teacher, metrics | of_metrics
     if tokens.ref_logprobs is not None:
         estimate = KL_ESTIMATORS[kl.estimator](logprobs, tokens.ref_logprobs)
         metrics["kl/ref"] = token_mean(estimate, denominators)
@@ -204,6 +205,47 @@ def _policy_loss(
     of_policy = PolicyTokens(ratio, log_ratio, logprobs, tokens.advantages, ids, number, tokens.selected)
     loss, fractions = POLICY_LOSSES[block.kind](of_policy, block)
     return loss, metrics | {name: token_mean(x.to(ratio.dtype), denominators) for name, x in fractions.items()}
+
+
+def _correction(
+    proximal: torch.Tensor,
+    engine: torch.Tensor,
+    tokens: TensorBatch,
+    block: BoundedWeightBlock,
+    denominators: Denominators,
+) -> tuple[torch.Tensor, Metrics]:
+    """What corrects the policy loss of each token for the difference between engine and trainer, [N]."""
+    weights = corrections.mismatch_weights(proximal, engine, tokens.sequence_ids, tokens.num_sequences, block.level)
+    factors = corrections.CORRECTIONS[block.mode](weights, block.low, block.high)
+    outside = corrections.is_out_of_bounds(weights, block.low, block.high)
+    return factors, {
+        "correction/weight_mean": token_mean(factors, denominators),
+        "correction/bounded_fraction": token_mean(outside.to(factors.dtype), denominators),
+    }
+
+
+def _with_teacher(
+    advantages: torch.Tensor, tokens: TensorBatch, proximal: torch.Tensor, distill: Distill
+) -> torch.Tensor:
+    """Advantages [N] with what a teacher adds to them; ``proximal``: logprobs of before the update."""
+    if not isinstance(distill, AdvantageDistillBlock):
+        return advantages
+    assert tokens.teacher_logprobs is not None, "distill.kind advantage needs the teacher's logprobs"
+    return advantages + teacher_advantages(proximal, tokens.teacher_logprobs, distill.coef)
+
+
+def _teacher_loss(
+    logprobs: torch.Tensor, tokens: TensorBatch, distill: Distill, denominators: Denominators
+) -> tuple[torch.Tensor | float, Metrics]:
+    """What a divergence from a teacher adds to the loss, and how far the policy is from it."""
+    metrics: Metrics = {}
+    if tokens.teacher_logprobs is not None:
+        metrics["kl/teacher"] = token_mean(k1(logprobs, tokens.teacher_logprobs), denominators)
+    if not isinstance(distill, DivergenceDistillBlock):
+        return 0.0, metrics
+    assert tokens.divergences is not None, "distill.kind divergence needs the divergences of the tokens"
+    metrics["distill/divergence"] = token_mean(tokens.divergences, denominators)
+    return distill.coef * (tokens.loss_weights * tokens.divergences).sum(), metrics
 
 
 def value_objective(

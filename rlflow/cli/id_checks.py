@@ -19,7 +19,7 @@ _PREFIX = "model.path: "
 
 
 def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
-    """Of the policy, and of the models that are given its ids: reference and critic.
+    """Of the policy, and of the models that are given its ids: reference, critic and teacher.
 
     Args:
         to_come: The directory that each earlier stage will write, and the stage.
@@ -59,6 +59,7 @@ def _others(recipe: Recipe) -> dict[str, str]:
     given = {
         "reference.path": recipe.reference.path if recipe.needs_reference else None,
         "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
+        "teacher.path": recipe.teacher.path if recipe.needs_teacher else None,
     }
     return {key: path for key, path in given.items() if path is not None and path != recipe.model.path}
 

@@ -143,6 +143,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         "model.path": recipe.model.path,
         "reference.path": recipe.reference.path,
         "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
+        "teacher.path": recipe.teacher.path,
     }
     for key, path in models.items():
         if path is not None and path in to_come:

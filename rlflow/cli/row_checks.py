@@ -15,6 +15,7 @@ from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import loader_of
 from rlflow.data.class_labels import with_labels
 from rlflow.data.errors import DataError, Rows
+from rlflow.data.examples import load_examples
 from rlflow.data.image_counts import ImageCounts, count_images
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.new_model import sees, write_new_model
@@ -131,7 +132,12 @@ def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> M
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         return loader_of(recipe.algorithm)(data.model_copy(update={"train": source}), tokenizer, seed, vision)
 
-    loaders = {"data.train": partial(prompts if recipe.family == "online" else examples, data.train)}
+    def prompts_with_answers(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
+        load_examples(data.model_copy(update={"train": source}), tokenizer, seed)
+        return prompts(source)
+
+    of_training = prompts if recipe.family == "online" else examples
+    loaders = {"data.train": partial(prompts_with_answers if recipe.trains_answers else of_training, data.train)}
     for key, block in recipe.evaluations.items():
         read = examples if recipe.reward_of(block) is None else prompts
         loaders[f"{key}.data"] = partial(read, block.data)

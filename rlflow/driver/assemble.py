@@ -10,9 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
-from rlflow.algorithms.kl_reward import kl_penalty, policy_logprobs
+from rlflow.algorithms.kl_reward import LOG_RATIO_BOUND, kl_penalty, policy_logprobs
 from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock
+from rlflow.recipe.distill_blocks import AdvantageDistillBlock, Distill
 from rlflow.tracking.episodes import Episode, Episodes
 from rlflow.types import Group, Rollout, RolloutEnd, Sample
 
@@ -76,16 +77,9 @@ class Batch:
 
 
 def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock) -> Group:
-    """A group as it was generated and scored; rewards combined by their weights."""
+    """A group as it was generated and scored; rewards combined by their weights, 0 where there are none."""
     batch, job = scored.generated.batch, scored.job
-    by_function = np.stack([scored.rewards[block.label] for block in rewards])
-    failed = np.stack([scored.failed[block.label] for block in rewards])
-    weights = np.array([block.weight for block in rewards])
-    scaling = algorithm.groups.reward_scaling
-    # What is normalised over the batch waits until all of it is there.
-    now = "sum" if scaling == "normalize_sum" else scaling
-    advantage = algorithm.advantage
-    combined = combine_rewards(by_function[:, None], failed[:, None], weights, now, advantage.ddof, advantage.eps)[0]
+    by_function, combined = _combined(scored, rewards, algorithm) if rewards else ([], _unrewarded(scored))
     rollouts, first_greedy = [], len(job.request.seeds) - job.request.num_greedy
     for g, row in enumerate(scored.generated.rows):
         tokens = slice(batch.offsets[row], batch.offsets[row + 1])
@@ -97,7 +91,7 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
                 versions=batch.versions[tokens],
                 finish_reason=batch.finish_reasons[row],
                 text=batch.texts[row],
-                rewards={block.label: float(by_function[k, g]) for k, block in enumerate(rewards)},
+                rewards={block.label: float(by_function[k][g]) for k, block in enumerate(rewards)},
                 reward=float(combined[g]),
                 error=scored.causes[g],
                 episode=batch.episodes[row] if batch.episodes else None,
@@ -105,6 +99,28 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
             )
         )
     return Group(job.prompt, job.epoch, tuple(rollouts))
+
+
+def _combined(
+    scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards by function, and together: float [K, G] and [G]."""
+    by_function = np.stack([scored.rewards[block.label] for block in rewards])
+    failed = np.stack([scored.failed[block.label] for block in rewards])
+    weights = np.array([block.weight for block in rewards])
+    scaling = algorithm.groups.reward_scaling
+    # What is normalised over the batch waits until all of it is there.
+    now = "sum" if scaling == "normalize_sum" else scaling
+    advantage = algorithm.advantage
+    combined = combine_rewards(by_function[:, None], failed[:, None], weights, now, advantage.ddof, advantage.eps)[0]
+    return by_function, combined
+
+
+def _unrewarded(scored: ScoredGroup) -> np.ndarray:
+    """float [G]: 0, and NaN where an environment failed, whose rollouts are not trained."""
+    episodes = scored.generated.batch.episodes
+    failed = [bool(episodes[row].error) if episodes else False for row in scored.generated.rows]
+    return np.where(failed, np.nan, 0.0)
 
 
 def assemble(
@@ -190,12 +206,25 @@ def _penalty(sample: Sample, algorithm: OnlineBlock) -> np.ndarray:
     return kl.coef * kl_penalty(kl.estimator, logprobs[mask], sample.ref_logprobs[mask])
 
 
-def rollout_advantages(batch: Batch, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """float64 [G] for each group, of any size: the mean advantage of each rollout's tokens, for people to read."""
-    of_samples = [np.zeros(0) if s.advantages is None else s.advantages[s.loss_mask] for s in samples]
+def rollout_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBlock) -> list[np.ndarray]:
+    """float64 [G] for each group, of any size: the mean advantage of each rollout's tokens, for people to read.
+
+    A teacher's part is that of the policy's logprobs of before the update, as far as the driver has them.
+    """
+    of_samples = [_advantages(sample, algorithm.distill)[sample.loss_mask] for sample in samples]
     of_rollouts = [_joined(own) for own in batch.by_rollout(of_samples)]
     means = np.array([float(advantages.mean()) if len(advantages) else 0.0 for advantages in of_rollouts])
     return np.split(means, np.cumsum([len(group.rollouts) for group in batch.groups])[:-1])
+
+
+def _advantages(sample: Sample, distill: Distill) -> np.ndarray:
+    """float [T]."""
+    advantages = np.zeros(len(sample.token_ids)) if sample.advantages is None else sample.advantages
+    logprobs = policy_logprobs(sample)
+    if not isinstance(distill, AdvantageDistillBlock) or sample.teacher_logprobs is None or logprobs is None:
+        return advantages
+    log_ratio = (logprobs - sample.teacher_logprobs).clip(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return advantages - distill.coef * log_ratio
 
 
 def episodes(batch: Batch, advantages: Sequence[np.ndarray], step: int) -> Episodes:
@@ -221,14 +250,17 @@ def rollout_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
     versions = [rollout.versions[rollout.is_sampled] for rollout in rollouts]
     staleness = policy_version - np.concatenate(versions)
     num_versions = np.array([len(np.unique(of_rollout)) for of_rollout in versions])
-    metrics = {
+    of_rewards = {
         "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
         "reward/std": float(scored.std()) if len(scored) else float("nan"),
         "reward/unscored_fraction": 1.0 - len(scored) / len(rewards),
+        "group/zero_std_fraction": float(np.mean([not has_signal(group.rewards) for group in batch.groups])),
+    }
+    metrics = {
+        **(of_rewards if rollouts[0].rewards else {}),
         "completion/mean_tokens": float(lengths.mean()),
         "completion/max_tokens": float(lengths.max()),
         "completion/truncated_fraction": float(np.mean([r.finish_reason != "stop" for r in rollouts])),
-        "group/zero_std_fraction": float(np.mean([not has_signal(group.rewards) for group in batch.groups])),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
         "partial/fraction": float((num_versions > 1).mean()),

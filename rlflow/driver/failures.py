@@ -31,7 +31,8 @@ class ActorsLost(ActorFailure):
 
 @contextmanager
 def finding_the_lost(actors: Actors) -> Iterator[None]:
-    """An actor's failure within that came of the death of a trainer, critic or reference is raised as `ActorsLost`."""
+    """An actor's failure within that came of the death of a trainer, critic, reference or
+    teacher is raised as `ActorsLost`."""
     try:
         yield
     except ActorFailure as failure:
@@ -40,9 +41,9 @@ def finding_the_lost(actors: Actors) -> Iterator[None]:
         for group in (actors.trainer, actors.critic):
             if group is not None and (death := group.find_dead(Trainer.attention_cost, LOOK_FOR_DEAD_S)):
                 raise ActorsLost(death.actor, failure.call, death.reason, died=True) from failure
-        reference = actors.reference
-        if reference is not None and (death := reference.find_dead(ReferenceModel.ready, LOOK_FOR_DEAD_S)):
-            raise ActorsLost(death.actor, failure.call, death.reason, died=True) from failure
+        for frozen in (actors.reference, actors.teacher):
+            if frozen is not None and (death := frozen.find_dead(ReferenceModel.ready, LOOK_FOR_DEAD_S)):
+                raise ActorsLost(death.actor, failure.call, death.reason, died=True) from failure
         raise
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlflow.types import GroupRequest, GroupTexts, Prompt, RolloutBatch
+from rlflow.rewards.score_batch import GroupTexts
+from rlflow.types import GroupRequest, Prompt, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True)

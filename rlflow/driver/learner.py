@@ -1,7 +1,8 @@
 """The learner: it owns the models that are trained and those that score, and knows when each is asked.
 
 samples --score--> with logprobs and values --update--> every trainer rank: forward_backward, optim_step
-                   (reference, trainer, critic)         the critic's beside them
+                   (reference, teacher, trainer,        the critic's beside them
+                   critic)
 
 verb       waits for                                      consumes -> produces
 score      a forward pass of every scorer that is needed  samples -> samples with its field
@@ -26,6 +27,7 @@ from rlflow.actors.actor_group import ActorGroup, Reference
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.sequence_trainer import SequenceTrainer
+from rlflow.actors.teacher_model import TeacherModel
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
@@ -55,6 +57,7 @@ class Learner:
         trainer: ActorGroup[Trainer],
         critic: ActorGroup[ValueTrainer] | None = None,
         reference: ActorGroup[ReferenceModel] | None = None,
+        teacher: ActorGroup[TeacherModel] | None = None,
         attention_cost: float = 0.0,
     ) -> None:
         """
@@ -71,7 +74,8 @@ class Learner:
         is_online = recipe.algorithm.learning.family == "online"
         self._temperature = recipe.rollout.temperature if is_online else 1.0
         self._max_tokens = recipe.max_completion_tokens if is_online else recipe.data.max_tokens
-        self._models = _models(recipe, attention_cost, {"trainer": trainer, "critic": critic, "reference": reference})
+        groups = {"trainer": trainer, "critic": critic, "reference": reference, "teacher": teacher}
+        self._models = _models(recipe, attention_cost, groups)
         self._scorers = scorers_of(recipe, self._models)
         self.num_moves = 0
         """Updates of this process that have changed parameters."""
@@ -98,7 +102,8 @@ class Learner:
             if all(getattr(sample, scorer.field) is not None for sample in scored):
                 continue
             with self.clock(scorer.name):
-                settings = (self._temperature,) if scorer.is_tempered else ()
+                tempered = (self._temperature,) if scorer.is_tempered else ()
+                settings = (*tempered, *scorer.options(self.recipe))
                 values = self._models[scorer.model].per_token(scorer.method, scored, *settings)
             scored = [
                 replace(sample, **{scorer.field: of_sample}) for sample, of_sample in zip(scored, values, strict=True)
@@ -224,6 +229,12 @@ class Learner:
         """What a checkpoint says of the learner beside the trainers' state."""
         return {"kl_coef": self._kl.coef, "has_trained": self.has_trained}
 
+    def give_teacher_head(self) -> None:
+        """Gives the trainers the teacher's head, where whole distributions are compared."""
+        if any(scorer.field == "teacher_hidden" for scorer in self._scorers):
+            teacher, trainer = self._models["teacher"].actors, self._models["trainer"].actors
+            trainer.call_all(PolicyTrainer.take_teacher_head, teacher.start(0, TeacherModel.head))
+
     def save(self, directory: Path) -> None:
         """Writes every rank's state into a directory that exists."""
         for ranks, place in zip(self._trained(), (directory, directory / "critic"), strict=False):
@@ -255,8 +266,8 @@ def _models(
             actors,
             max_tokens=recipe.trainer.tokens_per_micro_batch,
             unit_size=recipe.algorithm.learning.unit_size,
-            # Those of a reference never share tokens.
-            share=1 if name == "reference" else recipe.trainer.sequence_parallel,
+            # Those of frozen models never share tokens.
+            share=1 if name in ("reference", "teacher") else recipe.trainer.sequence_parallel,
             attention_cost=attention_cost,
         )
         for name, actors in groups.items()

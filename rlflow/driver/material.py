@@ -11,6 +11,7 @@ from rlflow.actors.environment_pool import describe
 from rlflow.data.errors import DataError, Rows, listing
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.prompts import load_prompts
+from rlflow.driver.answers import Answers
 from rlflow.driver.references import reject_references
 from rlflow.driver.units import load_units
 from rlflow.environments import EnvironmentFault
@@ -29,6 +30,8 @@ class Material:
     """Prompts or units."""
     held_out: Mapping[str, Rows]
     """Of each evaluation, by its key."""
+    answers: Answers | None = None
+    """Of the data, where some are trained beside the policy's own."""
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = None) -> tuple[Rows, dict[str, Rows]]:

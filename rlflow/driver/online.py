@@ -50,14 +50,15 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             window.release(step)
             with learner.clock("rollout"):
                 groups, metrics = window.take(step)
-            uncut = recipe.cut_by is None
+            # No engine has drawn the data's answers.
+            uncut = recipe.cut_by is None and not recipe.trains_answers
             batch = assemble.assemble(groups, algorithm, recipe.max_completion_tokens, engine_logprobs=uncut)
             metrics |= assemble.rollout_metrics(batch, step) | own_metrics(recipe.metrics, batch.groups)
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts)
             pool.publish(learner.weights(step + 1), step + 1)
-            advantages = assemble.rollout_advantages(batch, samples)
+            advantages = assemble.rollout_advantages(batch, samples, algorithm)
             book.tracker.episodes(assemble.episodes(batch, advantages, step + 1))
             if step % recipe.run.log_rollouts_every == 0:
                 write_rollouts(rollouts_path(book.directory, step + 1), batch.groups, advantages, batch.states)

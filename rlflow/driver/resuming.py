@@ -123,6 +123,7 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         "model.adapter.path": None if adapter is None else adapter.path,
         "reference.path": recipe.reference.path if recipe.needs_reference else None,
         "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
+        "teacher.path": recipe.teacher.path if recipe.needs_teacher else None,
     }
     for key, reward in rewards_of(recipe).items():
         if reward.name == "reward_model" and "path" in reward.args:

@@ -37,7 +37,8 @@ class RolloutReport:
             self.without[label] = abstained, failures + int(failed_here.sum())
         self.rows += size
         self.failed += int(failed.sum())
-        self.scored += int((scored & ~failed).sum())
+        # Where there are no rewards, nothing is missing.
+        self.scored += int((scored & ~failed).sum()) if group.rewards else size
         self.score_s = max(self.score_s, group.score_s)
         self.errors += group.errors
 

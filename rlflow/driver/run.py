@@ -27,6 +27,7 @@ from rlflow.data.image_processor import load_image_processor
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import token_table
+from rlflow.driver.answers import load_answers, with_answers
 from rlflow.driver.book import Book
 from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
@@ -218,13 +219,14 @@ def run_stage(
                 tokenizer = load_tokenizer(model)
             with clock("startup_data"):
                 rows, held_out = load_rows(recipe, tokenizer, load_image_processor(model))
+                answers = load_answers(recipe, tokenizer)
             with clock("startup_ray"):
                 actors = placing.result(timeout=recipe.run.startup_timeout_s)
                 stop.install()
             is_placed = True
-            tracker = make_tracker(recipe, directory.path, total_steps=num_steps(recipe, len(rows)))
+            material = Material(model, tokenizer, with_answers(rows, answers), held_out, answers)
+            tracker = make_tracker(recipe, directory.path, total_steps=num_steps(recipe, len(material.rows)))
             clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
-            material = Material(model, tokenizer, rows, held_out)
             with closing(tracker), recording_outcome(directory.path):
                 if losses:
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
@@ -319,8 +321,10 @@ def _learn(
         trainer=trainer,
         critic=actors.critic,
         reference=actors.reference,
+        teacher=actors.teacher,
         attention_cost=attention_cost,
     )
+    learner.give_teacher_head()
     params = sampling_params(recipe, material.tokenizer, material.model)
     with _pool(recipe, actors, material, tracker, clock) as pool:
         evaluators = _evaluators(recipe, learner, pool, params, material.held_out, tracker)
@@ -330,7 +334,7 @@ def _learn(
             with saving_what_failed(book), finding_the_lost(actors):
                 if recipe.family == "online":
                     assert pool is not None
-                    window = Window(pool, recipe, material.rows, params, steps, tracker)
+                    window = Window(pool, recipe, material.rows, params, steps, tracker, material.answers)
                     train_online(recipe, learner, book, window, steps, resume=resume)
                 else:
                     train_offline(recipe, learner, book, pool, material.rows, steps, resume=resume)

@@ -11,13 +11,14 @@ signal, those without are replaced by new prompts as soon as a round is whole, w
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
+from rlflow.driver.answers import Answers
 from rlflow.driver.assemble import build_group
 from rlflow.driver.errors import RunError
 from rlflow.driver.jobs import Job, ScoredGroup
@@ -81,7 +82,13 @@ class Window:
         params: SamplingParams,
         num_steps: int,
         tracker: Tracker,
+        answers: Answers | None = None,
     ) -> None:
+        """
+        Args:
+            answers: Of the data, which some rows are trained on in the place of the policy's own.
+        """
+        self.answers = answers
         self.pool, self.recipe, self.prompts, self.params, self.num_steps = pool, recipe, prompts, params, num_steps
         self.tracker = tracker
         self.limits = episode_limits(recipe, params.max_new_tokens)
@@ -178,7 +185,17 @@ class Window:
         groups.rounds += 1
         self.ledger.issued += len(rows)
         oldest = max(0, groups.step - self.max_staleness)
-        self.pool.ask([self._job(groups, place, oldest) for place in places])
+        given = {} if self.answers is None else self._answered(self.answers, groups, places)
+        groups.groups |= given
+        self.pool.ask([self._job(groups, place, oldest) for place in places if place not in given])
+        self._settle(groups)
+
+    def _answered(self, answers: Answers, groups: StepGroups, places: Iterable[int]) -> dict[int, Group]:
+        """The groups that nobody generates, by place: the data has their answers."""
+        drawn = ((place, *groups.drawn[place]) for place in places)
+        found = {place: answers.group(self.prompts[row], epoch, groups.step) for place, epoch, row in drawn}
+        groups.report.scored += sum(group is not None for group in found.values())
+        return {place: group for place, group in found.items() if group is not None}
 
     def _job(self, groups: StepGroups, place: int, min_version: int) -> Job:
         epoch, row = groups.drawn[place]
@@ -218,6 +235,10 @@ class Window:
             group = None
         groups.report.add(scored)
         groups.groups[place] = group
+        self._settle(groups)
+
+    def _settle(self, groups: StepGroups) -> None:
+        """Where all that was asked for is there: asks for more, or says that the step is whole."""
         if len(groups.groups) < len(groups.drawn):
             return
         missing = self._num_missing(groups)

@@ -20,10 +20,11 @@ from rlflow.driver import assemble
 from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock, RewardServerBlock
 from rlflow.recipe.advantage_blocks import BaselineBlock, GAEBlock
+from rlflow.recipe.distill_blocks import AdvantageDistillBlock
 from rlflow.rewards import RewardError
-from rlflow.rewards.score_batch import ScoreBatch
+from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
 from rlflow.tracking.rollouts import RolloutRecord
-from rlflow.types import Episode, Group, GroupRequest, GroupTexts, Prompt, RolloutBatch, SamplingParams
+from rlflow.types import Episode, Group, GroupRequest, Prompt, RolloutBatch, SamplingParams
 
 TOLERANCE = 1e-5
 """Relative; stored numbers are float32."""
@@ -134,6 +135,8 @@ def no_advantages(scorer: Scorer) -> str | None:
         return "they need the critic's values, which rollout files do not hold"
     if algorithm.kl.placement == "reward" and algorithm.kl.coef:
         return "their KL needs the reference's logprobs, which rollout files do not hold"
+    if isinstance(algorithm.distill, AdvantageDistillBlock):
+        return "a part of them is the teacher's logprobs, which rollout files do not hold"
     return None
 
 
@@ -237,6 +240,6 @@ def _outcomes(records: Sequence[RolloutRecord], groups: Sequence[Group], scorer:
     if scorer.advantages and no_advantages(scorer) is None:
         batch = assemble.assemble(groups, scorer.algorithm, scorer.max_new_tokens)
         samples = assemble.with_advantages(batch, batch.samples, scorer.algorithm)
-        advantages = list(np.concatenate(assemble.rollout_advantages(batch, samples)).tolist())
+        advantages = list(np.concatenate(assemble.rollout_advantages(batch, samples, scorer.algorithm)).tolist())
     for record, rollout, reward, advantage in zip(records, rollouts, rewards, advantages, strict=True):
         yield Outcome(record, rollout.rewards, rollout.error, reward, advantage)

@@ -9,10 +9,12 @@ from pydantic import Field, field_validator
 from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock
 from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, Correction, CriticBlock, GroupBlock, KLBlock
 from rlflow.recipe.block import Block, Conflict, PositiveInt
+from rlflow.recipe.distill_blocks import Distill, DivergenceDistillBlock, NoDistillBlock
 from rlflow.recipe.policy_loss_blocks import ClipBlock, CovarianceBlock, KLCovBlock, LossBlock, PolicyLoss, Reduction
 from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBlock, SigmoidBlock
 from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import did_you_mean
+from rlflow.recipe.rows.distillation import FROM_ANSWERS
 from rlflow.recipe.sequence_blocks import (
     ClassesBlock,
     EmbeddingLoss,
@@ -54,6 +56,11 @@ class AlgorithmBlock(Block):
         return False
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher scores what is trained."""
+        return False
+
+    @property
     def reduction(self) -> Reduction:
         """What the token weights of a batch add up to."""
         return "token"
@@ -84,6 +91,18 @@ class OnlineBlock(AlgorithmBlock):
     """What is done with groups and batches before the loss."""
     critic: CriticBlock | None = None
     """PPO's value model; there is one with advantage.estimator gae alone."""
+    distill: Distill = Field(NoDistillBlock(), discriminator="kind")
+    """What is learned from a teacher."""
+
+    @property
+    def learning(self) -> Learning:
+        row = ALGORITHMS[self.name].learning
+        is_offline = isinstance(self.distill, DivergenceDistillBlock) and self.distill.on_policy == 0
+        return FROM_ANSWERS if is_offline else row
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distill.needs_teacher
 
     @property
     def rollouts_per_prompt(self) -> int:

@@ -216,7 +216,7 @@ def _meant(path: KeyPath, data: Any) -> list[str]:
     own = list(_given_to(path[:-1], data).model_fields) if here else keys[""]
     owners = sorted((owner for owner, of_owner in keys.items() if key in of_owner), key=lambda owner: owner.count("."))
     foreign = foreign_row(key, _family(data))
-    found = [_join(owner, key) for owner in owners if foreign is None or _is_there(owner, data)]
+    found = [_join(owner, key) for owner in owners if foreign is None or owner == here or _is_there(owner, key, data)]
     near = None if foreign is not None else nearest(key, own, cutoff=0.8) or nearest(key, keys[here], cutoff=0.8)
     if near is not None:
         found.insert(0, _join(here, near))
@@ -238,13 +238,20 @@ def _family(data: Any) -> str:
     return ALGORITHMS[name].family if isinstance(name, str) and name in ALGORITHMS else "online"
 
 
-def _is_there(owner: str, data: Any) -> bool:
-    """Whether the algorithm that was given has a block, where the block is an algorithm's."""
+def _is_there(owner: str, key: str, data: Any) -> bool:
+    """Whether the algorithm that was given has a block, of the kind that has the key, where the block is an
+    algorithm's."""
     top, _, block = owner.partition(".")
     given = data.get("algorithm") if isinstance(data, dict) else None
     if top != "algorithm" or not block or not isinstance(given, dict) or given.get("name") not in list(ALGORITHMS):
         return True
-    return block.partition(".")[0] in BLOCKS[ALGORITHMS[given["name"]].objective].model_fields
+    row, field = ALGORITHMS[given["name"]], block.partition(".")[0]
+    kinds = kinds_in(BLOCKS[row.objective]).get(field)
+    if kinds is None:
+        return field in BLOCKS[row.objective].model_fields
+    said = given.get(field)
+    kind = kinds.of({**row.defaults.get(field, {}), **(said if isinstance(said, dict) else {})})
+    return kind is None or key in kind.model_fields
 
 
 def _unknown_key(path: KeyPath, data: Any) -> str:

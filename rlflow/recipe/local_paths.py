@@ -19,6 +19,7 @@ _HUB_OR_LOCAL = {
     "model.adapter.path",
     "reference.path",
     "algorithm.critic.path",
+    "teacher.path",
     "data.train.path",
     "evaluation.data.path",
 }

@@ -89,7 +89,8 @@ class ModelBlock(Block):
     """What the chat template reads, e.g. {enable_thinking: false}: in all of the policy's training and evaluation, and
     from then on in `final/`."""
     trust_remote_code: bool = False
-    """Run code that the repositories of the policy, `reference.path` and `algorithm.critic.path` bring."""
+    """Run code that the repositories of the policy, `reference.path`, `teacher.path` and `algorithm.critic.path`
+    bring."""
     max_pixels: PositiveInt | None = None
     """Width times height of a picture in the data; a larger one is scaled down, in its shape, where it is read. What
     the model's own image processor does with its size comes on top."""

@@ -7,11 +7,18 @@ machines hold (GRPO 64, DAPO 16, Dr. GRPO 8), the rows 8.
 
 from __future__ import annotations
 
-from rlflow.recipe.rows import online, preferences, reward_models, sequences, supervised
+from rlflow.recipe.rows import distillation, online, preferences, reward_models, sequences, supervised
 from rlflow.recipe.rows.row import TASKS, AlgorithmRow, Learning, Task
 
 __all__ = ["ALGORITHMS", "TASKS", "AlgorithmRow", "Learning", "Task"]
 
-_ROWS = {**online.ROWS, **supervised.ROWS, **preferences.ROWS, **reward_models.ROWS, **sequences.ROWS}
+_ROWS = {
+    **online.ROWS,
+    **distillation.ROWS,
+    **supervised.ROWS,
+    **preferences.ROWS,
+    **reward_models.ROWS,
+    **sequences.ROWS,
+}
 ALGORITHMS: dict[str, AlgorithmRow] = {name: row for task in TASKS for name, row in _ROWS.items() if row.task == task}
 """Every row by its name, task by task."""

@@ -25,6 +25,7 @@ from rlflow.recipe.block import (
     exactly_one,
 )
 from rlflow.recipe.data_blocks import DataBlock
+from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_conflicts
 from rlflow.recipe.evaluation_blocks import EvaluationBlock, OneOrSeveralEvaluations, evaluation_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
@@ -32,6 +33,7 @@ from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
+from rlflow.recipe.teacher_block import TeacherBlock, teacher_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
 
@@ -149,6 +151,8 @@ class Recipe(Block):
     """Who trains."""
     reference: ReferenceBlock = ReferenceBlock()
     """The frozen model of the KL term."""
+    teacher: TeacherBlock = TeacherBlock()
+    """The model that algorithm.distill learns from."""
     evaluation: OneOrSeveralEvaluations | None = None
     """Held-out measurements during the run: one set, or a list of several. The first decides which checkpoint is best,
     and run.stop_at_score."""
@@ -195,6 +199,25 @@ class Recipe(Block):
     def places_reference(self) -> bool:
         """Whether it has actors of its own: a trainer of adapters holds its starting point anyway."""
         return self.needs_reference and (self.model.adapter is None or self.reference.path is not None)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher scores what is trained."""
+        return self.algorithm.needs_teacher
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether some of what is trained online are the data's answers, in the place of the policy's own."""
+        distill = self.algorithm.distill if isinstance(self.algorithm, OnlineBlock) else None
+        return isinstance(distill, DivergenceDistillBlock) and 0 < distill.on_policy < 1
+
+    @property
+    def places_teacher(self) -> bool:
+        """Whether it has actors of its own: a trainer of a new adapter holds its base anyway, which scores tokens."""
+        adapter = self.model.adapter
+        is_base = adapter is not None and adapter.path is None and self.teacher.path == self.model.path
+        scores_tokens = self.needs_teacher and self.online.distill.kind == "advantage"
+        return self.needs_teacher and not (is_base and scores_tokens)
 
     @property
     def online(self) -> OnlineBlock:
@@ -250,6 +273,7 @@ class Recipe(Block):
         yield from rollout_server_conflicts(self)
         yield from environment_conflicts(self)
         yield from evaluation_conflicts(self)
+        yield from teacher_conflicts(self)
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         yield from self._metric_conflicts()
@@ -290,7 +314,7 @@ class Recipe(Block):
 
     def _reward_conflicts(self) -> Iterator[Conflict]:
         name = self.algorithm.name
-        if self.family == "online" and not self.rewards:
+        if self.family == "online" and not self.rewards and not self.needs_teacher:
             yield Conflict(("rewards", "algorithm.name"), f"{name} learns from rewards: give at least one")
         if self.family != "online" and self.rewards:
             reason = f"{name} does not use rewards: remove them, or move them to the stage that does"

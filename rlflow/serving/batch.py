@@ -24,11 +24,12 @@ from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import RewardBlock
+from rlflow.rewards.score_batch import GroupTexts
 from rlflow.serving.conversation import SILENCE_S, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
 from rlflow.serving.streams import Ask, Piece, Streams
-from rlflow.types import GroupTexts, Prompt
+from rlflow.types import Prompt
 
 SCORED_AT_ONCE = 64
 """Prompts, at most, in one call of the reward server."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from rlflow.actors.teacher_model import TeacherHead
 from rlflow.algorithms.weighing import weigh
 from rlflow.batching import pack
 from rlflow.recipe import AlgorithmBlock, ModelBlock, RouterBlock, TrainerBlock, algorithm_of
@@ -32,6 +33,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reinforce++_baseline": {},
     "cispo": {},
     "sapo": {},
+    "opd": {},
+    "gkd": {"distill": {"on_policy": 1.0}},
+    "gkd, top": {"distill": {"on_policy": 1.0, "top_k": 3, "beta": 0.3}},
     "dpo": {"preference": {"sft_coef": 0.5}},
     "cpo": {},
     "simpo": {},
@@ -46,7 +50,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reranker": {"reranking": {"loss": "listwise"}},
     "embedding, experts": {},
 }
-"""Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers."""
+"""Row, and what is changed in it; ``, experts``: of a mixture of experts with losses on its routers, ``, top``: of the
+teacher's most probable tokens."""
+TEACHER_SIZE = 8
+"""Of the teacher's hidden states."""
 ROUTER = RouterBlock(balance_coef=0.1, z_coef=0.01)
 NUM_SAMPLES = {"full": 10, "odd": 9, "lone": 4}
 """Of a batch. Of a lone one only the first has loss tokens, or the first two are its only pair: of two or three ranks
@@ -84,7 +91,7 @@ def cases_of(name: str) -> list[Case]:
 
 
 def algorithm_for(name: str) -> AlgorithmBlock:
-    row = "ppo" if name == "critic" else name.removesuffix(", experts")
+    row = "ppo" if name == "critic" else name.partition(", ")[0]
     return algorithm_of(row, **OBJECTIVES[name])
 
 
@@ -121,6 +128,7 @@ def batch_of(name: str, kind: str, model: Any) -> tuple[list[Sample], Denominato
                 ref_logprobs=near[1],
                 old_values=noise[1] if name == "critic" else None,
                 returns=noise[2] if name == "critic" else None,
+                **teacher_fields(name, length, generator),
                 label=(1.0 if i % 2 == 0 else -1.0) if family == "preference" else 0.0,
                 reward_margin=0.3,
                 rank_margin=0.3,
@@ -154,6 +162,25 @@ def sequences_of(
     # An anchor alone, or a document alone, is no row.
     samples = samples[: len(samples) - (len(samples) % 3 == 1)]
     return *weigh(samples, algorithm, 32), 1
+
+
+def teacher_fields(name: str, length: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a teacher says of a sample."""
+    if name == "opd":
+        return {"teacher_logprobs": generator.normal(-3.0, 1.0, length).astype(np.float32)}
+    if name == "gkd":
+        return {"teacher_hidden": generator.standard_normal((length, TEACHER_SIZE)).astype(np.float32)}
+    if name != "gkd, top":
+        return {}
+    ids = np.stack([generator.permutation(VOCABULARY)[:3] for _ in range(length)])
+    probabilities = generator.dirichlet(np.ones(4), length)
+    ids = np.concatenate([ids, np.full((length, 1), -1)], axis=1)
+    return {"teacher_top": np.stack([ids, np.log(probabilities)], axis=-1).astype(np.float32)}
+
+
+def teacher_head() -> TeacherHead:
+    weight = np.random.default_rng(8).standard_normal((VOCABULARY, TEACHER_SIZE)).astype(np.float32)
+    return TeacherHead(weight, None, "float32", 1.0, None)
 
 
 @torch.no_grad()
@@ -208,14 +235,16 @@ def main(rank: int, world_size: int, address: str, dense: Path, mixture: Path, o
     starts = {path: AutoModelForCausalLM.from_pretrained(path) for path in (dense, mixture)}
     trainers: dict[tuple[str, Path, int], Any] = {}
     for case in (case for name in OBJECTIVES for case in cases_of(name) if case.world_size == world_size):
-        row, _, experts = case.name.partition(", ")
+        row, _, variant = case.name.partition(", ")
         kind = row if row == "critic" or algorithm_for(case.name).learning.head != "token" else "policy"
-        model, router = (mixture, ROUTER) if experts else (dense, RouterBlock())
+        model, router = (mixture, ROUTER) if variant == "experts" else (dense, RouterBlock())
         key = (kind, model, case.share)
         if key not in trainers:
             trainer = trainer_of(kind, model, router, rank, world_size, case.share)
             trainer.setup(address if world_size > 1 and not trainers else None)
-            if kind not in ("policy", "embedding"):
+            if kind == "policy":
+                trainer.take_teacher_head(teacher_head())
+            elif kind != "embedding":
                 # A head of zeros gives the layers below it no gradient at all.
                 with torch.no_grad():
                     trainer.module.model.score.weight.fill_(0.05)

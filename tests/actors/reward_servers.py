@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.types import GroupTexts, Prompt
+from rlflow.rewards.score_batch import GroupTexts
+from rlflow.types import Prompt
 
 PLUGIN = """
 import asyncio, math, os, signal, sys, time

@@ -16,7 +16,8 @@ from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError, resolve
 from rlflow.rewards.reward_model import score_head_problem
-from rlflow.types import GroupTexts, Prompt
+from rlflow.rewards.score_batch import GroupTexts
+from rlflow.types import Prompt
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?:\n"
 CHAT_TEMPLATE = (

@@ -43,9 +43,9 @@ class Learning:
     head: Literal["token", "scalar", "classes", "embedding", "yes_no"] = "token"
     """What the trained model puts out: logits of every token; or of a whole sequence one score, a number for each
     class, an embedding, or how much likelier `yes` is than `no` as its next token."""
-    batch_targets: Literal["none", "pair_loss", "mismatched_kl", "zero_kl", "texts"] = "none"
+    batch_targets: Literal["none", "no_rewards", "pair_loss", "mismatched_kl", "zero_kl", "texts"] = "none"
     """What the loss needs to know of the whole batch before the update: what ``preference.loss`` asks for, or KTO's KL,
-    from a forward pass, or 0 in its place, or which texts are the same. A key of
+    from a forward pass, or 0 in its place, or which texts are the same; advantages of 0 without rewards. A key of
     rlflow.algorithms.batch_targets.BATCH_TARGETS."""
     weights: Literal["all", "chosen"] = "all"
     """Whose tokens ``loss.reduction`` weighs: those of all samples, or of the chosen answers, whose likelihood a

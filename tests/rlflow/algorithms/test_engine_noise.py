@@ -13,7 +13,7 @@ from rlflow.types import Denominators
 
 NOISE = 0.02
 """Standard deviation of a token's logprob between the two, in nats: assumed, of the size bfloat16 engines show."""
-ONLINE = [name for name, row in ALGORITHMS.items() if row.family == "online"]
+ONLINE = [name for name, row in ALGORITHMS.items() if row.task == "online"]
 
 
 def sequences(number: int = 200) -> tuple[torch.Tensor, TensorBatch, Denominators]:

@@ -12,7 +12,7 @@ from rlflow.batching import pack
 from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 
-ONLINE = [name for name, row in ALGORITHMS.items() if row.family == "online"]
+ONLINE = [name for name, row in ALGORITHMS.items() if row.task == "online"]
 OF_TOKENS = [name for name, row in ALGORITHMS.items() if not row.learning.held_out]
 """Those of whole sequences: tests/actors/test_gradient_cache.py."""
 FIELDS = ("advantages", "old_logprobs", "proximal_logprobs", "ref_logprobs")

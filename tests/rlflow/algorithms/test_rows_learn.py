@@ -75,7 +75,7 @@ def update_critic(values: torch.Tensor, samples, denominators, block: AlgorithmB
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.family == "online"])
+@pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.task == "online"])
 def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
     # A GSPO ratio may move by 4e-4 only: wider, so that a few dozen steps of a toy can show it.
     wide = {"loss": {"clip_low": 0.1, "clip_high": 0.1}} if name.startswith("gspo") else {}

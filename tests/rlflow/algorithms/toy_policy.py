@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from rlflow.algorithms.batch import TensorBatch
+from rlflow.algorithms.distillation import generalized_jsd
 from rlflow.algorithms.objective_parts import Objective
 from rlflow.algorithms.objectives import objective_of
 from rlflow.algorithms.reductions import count_denominators, loss_weights, preference_weights
@@ -67,6 +68,7 @@ def samples_for(name: str, count: int = 12, seed: int = 0) -> list[Sample]:
                 old_logprobs=noise(0.5, -2.0),
                 proximal_logprobs=noise(0.5, -2.0),
                 ref_logprobs=noise(0.5, -2.0),
+                teacher_logprobs=noise(0.5, -2.0) if ALGORITHMS[name].task == "distillation" else None,
                 old_values=noise(1.0, 0.0),
                 returns=noise(1.0, 0.0),
                 selected=np.where(mask, random.random(total) < 0.3, np.nan).astype(np.float32),
@@ -126,6 +128,9 @@ def run(
 def _loss_of(policy, micro_batch, block, denominators, objective):
     batch = TensorBatch.from_numpy(micro_batch, "cpu")
     logprobs, entropies = logprobs_of(policy, micro_batch)
+    if block.name == "gkd":
+        tables = (torch.log_softmax(each, dim=1)[batch.token_ids.roll(1)] for each in (policy, new_policy(seed=1)))
+        batch = replace(batch, divergences=generalized_jsd(*tables, block.distill.beta))
     if ALGORITHMS[block.name].objective == "reward_model":
         # A reward a sequence: of its last token's logits.
         last = torch.tensor([micro_batch.token_ids[end - 1] for _, end in pairwise(micro_batch.cu_seqlens)])

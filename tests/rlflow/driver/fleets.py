@@ -19,8 +19,8 @@ from rlflow.driver.pool import RolloutPool
 from rlflow.driver.scoring import Scoring
 from rlflow.in_process import LocalTransport
 from rlflow.recipe import RewardBlock, RolloutBlock
-from rlflow.rewards.score_batch import ScoreBatch
-from rlflow.types import GroupTexts, Prompt
+from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
+from rlflow.types import Prompt
 
 TOKENIZER = build_character_tokenizer("abc")
 TOKEN = int(TOKENIZER.convert_tokens_to_ids("a"))

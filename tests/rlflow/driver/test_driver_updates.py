@@ -17,7 +17,7 @@ import rlflow
 from rlflow.recipe import ALGORITHMS
 from tests.local_actors import use_local_actors
 
-ONLINE = [name for name, row in ALGORITHMS.items() if row.family == "online"]
+ONLINE = [name for name, row in ALGORITHMS.items() if row.task == "online"]
 RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 2}}
 model: {{path: {model}}}
