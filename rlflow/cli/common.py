@@ -38,6 +38,8 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        # argparse names all positional arguments, also those that may be left out.
+        message = re.sub(r"(are required: .*), key=value$", r"\1", message)
         unknown = re.match(r"unrecognized arguments: .*?--([\w.]+)(=\S+)?", message)
         if unknown and self._takes_a_recipe:
             key = _key_of(unknown[1])

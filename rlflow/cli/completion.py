@@ -61,7 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
         '  eval "$(rlflow completion zsh)"                               # in ~/.zshrc, behind compinit'
     )
     parser = parser_of("completion", SUMMARY, example)
-    parser.add_argument("shell", choices=[*SCRIPTS, "suggest"], help="suggest is what the scripts call")
+    words = ", ".join(SCRIPTS)
+    parser.add_argument(
+        "shell", metavar="SHELL", choices=[*SCRIPTS, "suggest"], help=f"{words}; suggest is what the scripts call"
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rlflow.cli.calling import WRONG_INPUT
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
@@ -100,9 +101,8 @@ def execute(arguments: argparse.Namespace) -> int:
             streams = open_streams(base, engine, adapters, settings)
         opened.callback(streams.close)
         if prompts is None or file is None:
-            _chat(model, streams, name, sampling, system)
-        else:
-            _answer_all(prompts, num_done, job, streams, server, file)
+            return _chat(model, streams, name, sampling, system)
+        _answer_all(prompts, num_done, job, streams, server, file)
     return 0
 
 
@@ -135,7 +135,8 @@ def _open_output(output: Path, *, resume: bool) -> Iterator[TextIO]:
                 output.unlink(missing_ok=True)
 
 
-def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, system: str | None) -> None:
+def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, system: str | None) -> int:
+    """Returns the exit code: over a pipe it says whether every message has its answer."""
     from rlflow.serving.conversation import Conversation
     from rlflow.serving.terminal import PlainScreen, TerminalScreen, converse
 
@@ -148,6 +149,7 @@ def _chat(model: ServedModel, streams: Streams, name: str, sampling: Sampling, s
         how = "greedy" if not sampling.temperature else f"temperature {sampling.temperature:g}"
         screen.note(f"{name}, {how}{longest}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     converse(Conversation(model, system), streams, name, sampling, screen)
+    return WRONG_INPUT if isinstance(screen, PlainScreen) and screen.num_refused else 0
 
 
 def _answer_all(

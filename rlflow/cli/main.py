@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlflow import __version__
 from rlflow.cli.common import EXIT_CODES, Command, CommandParser
@@ -21,18 +23,29 @@ COMMANDS = (
     "algorithms",
     "recipes",
     "convert",
+    "infer",
+    "serve",
+    "eval",
+    "export",
     "report",
     "logs",
     "inspect",
     "ui",
-    "export",
     "doctor",
     "completion",
-    "infer",
-    "serve",
-    "eval",
 )
 """Each is a module of rlflow.cli, imported when the command is called."""
+CALLED_ELSEWHERE = {
+    **dict.fromkeys(("train", "sft", "pt", "rlhf", "dpo", "grpo"), "run"),
+    **dict.fromkeys(("chat", "generate", "sample", "rollout"), "infer"),
+    **dict.fromkeys(("deploy", "vllm-serve", "server"), "serve"),
+    **dict.fromkeys(("evaluate", "test", "benchmark"), "eval"),
+    **dict.fromkeys(("merge-lora", "merge_lora", "merge", "quantize", "push"), "export"),
+    **dict.fromkeys(("app", "web-ui", "webui", "dashboard"), "ui"),
+    **dict.fromkeys(("env", "version", "check"), "doctor"),
+    **dict.fromkeys(("list", "init"), "recipes"),
+}
+"""What ms-swift's, TRL's and others' users type, and the command that does it here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,12 +74,25 @@ def summary_of(name: str) -> str:
     raise AssertionError(f"rlflow.cli.{name} has no SUMMARY")
 
 
+class _NamesParser(CommandParser):
+    """Says of a word that is no command which one is meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if wrong is None:
+            super().error(message)
+        word = wrong[1]
+        near = [CALLED_ELSEWHERE[word]] if word in CALLED_ELSEWHERE else difflib.get_close_matches(word, COMMANDS, 1)
+        meant = f" (did you mean rlflow {near[0]}?)" if near else ""
+        self.exit(2, f"rlflow: error: there is no command {word}{meant}; `rlflow --help` lists them\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of what stands before a command: it knows the commands' names and prints their list."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {summary_of(name)}" for name in COMMANDS)
     example = "rlflow run recipes/grpo_gsm8k_smollm2.yaml"
-    parser = CommandParser(
+    parser = _NamesParser(
         prog="rlflow",
         description=f"One recipe, from a laptop to a cluster.\n\ncommands:\n{listed}",
         epilog=f"example:\n  {example}\n\n`rlflow COMMAND --help` says more. {EXIT_CODES}",

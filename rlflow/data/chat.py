@@ -358,9 +358,12 @@ class Chat:
         """
         if self._characters is not None:
             bare = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), "", text)
-            unknown = sorted(set(bare) - self._characters)
+            unknown = [character for character in bare if character not in self._characters]
             if unknown:
-                raise RowError(f"the character {unknown[0]!r} is not in model.characters")
+                ids = self.tokenizer.get_vocab()
+                known = "".join(sorted((token for token in ids if len(token) == 1), key=ids.__getitem__))
+                listed = f"{known[:40]!r}{' and more' * (len(known) > 40)}"
+                raise RowError(f"the character {unknown[0]!r} is not in model.characters, {listed}")
         return text
 
 

@@ -54,7 +54,8 @@ def read_run(run: Path) -> Recipe:
             return Recipe.model_validate(stored)
         except ValidationError as error:
             first = error.errors()[0]
-            cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            said = "a key that this version does not read" if first["type"] == "extra_forbidden" else first["msg"]
+            cause = f"{'.'.join(map(str, first['loc']))}: {said}"
     raise DataError(f"{run / RECIPE} is of another version of rlflow ({cause})")
 
 

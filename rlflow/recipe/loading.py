@@ -20,7 +20,7 @@ from rlflow.recipe.explain import validate
 from rlflow.recipe.local_paths import expand, make_absolute
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
-from rlflow.recipe.packaged import packaged_recipe
+from rlflow.recipe.packaged import packaged_recipe, packaged_recipes
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
 from rlflow.recipe.schema import Recipe
@@ -169,13 +169,19 @@ def _elsewhere(path: Path) -> str:
     """A file beside it that may be meant, or one that comes with rlflow."""
     if packaged_recipe(path.stem) is not None:
         return f" (one comes with rlflow: `{path.stem}` names it, `rlflow recipes {path.stem}` prints it)"
-    return _similar_file(path)
+    return _similar_file(path) or _similar_recipe(path)
 
 
 def _similar_file(path: Path) -> str:
     siblings = {file.stem: file for file in path.parent.glob("*.y*ml")}
     near = nearest(path.stem, siblings)
     return f" (did you mean {siblings[near]}?)" if near else ""
+
+
+def _similar_recipe(path: Path) -> str:
+    """One that comes with rlflow, for a name without a directory."""
+    near = nearest(path.stem, packaged_recipes()) if path.parent == Path() else None
+    return f" (did you mean {near}? `rlflow recipes` lists what comes with rlflow)" if near else ""
 
 
 _OF_THE_START = {"path", "revision", "architecture", "characters"}

@@ -131,7 +131,9 @@ def answer_prompts(
     while waiting or under_way:
         while waiting and len(under_way) < ahead:
             under_way.append(_ask(waiting.popleft(), job, streams, pieces.put))
-        _take(pieces, streams)
+        # Of more than are scored at once the rest is done already, and nothing more may come.
+        if not under_way[0].is_done:
+            _take(pieces, streams)
         done: list[_Question] = []
         while under_way and under_way[0].is_done and len(done) < SCORED_AT_ONCE:
             done.append(under_way.popleft())

@@ -43,6 +43,10 @@ class Screen(Protocol):
         """Something that is not of the policy."""
         ...
 
+    def refuse(self, reason: str) -> None:
+        """A message that the policy cannot be asked."""
+        ...
+
 
 class TerminalScreen:
     """With colours, line editing and a history."""
@@ -80,15 +84,22 @@ class TerminalScreen:
 
         self._console.print(Text(printable(text), style="yellow"), soft_wrap=True)
 
+    def refuse(self, reason: str) -> None:
+        self.note(f"{reason}; /clear begins anew")
+
 
 class PlainScreen:
     """Without a terminal: each line of standard input is said, answers alone go to standard output."""
 
     def __init__(self, source: TextIO | None = None, output: TextIO | None = None) -> None:
         self._source, self._output = source or sys.stdin, output or sys.stdout
+        self._line = 0
+        self.num_refused = 0
+        """Messages without an answer: their lines of the output are empty."""
 
     def ask(self) -> str | None:
         line = self._source.readline()
+        self._line += 1
         return line.rstrip("\n") if line else None
 
     def show(self, text: str, *, is_thought: bool) -> None:
@@ -101,6 +112,11 @@ class PlainScreen:
 
     def note(self, text: str) -> None:
         print(printable(text), file=sys.stderr)
+
+    def refuse(self, reason: str) -> None:
+        self.num_refused += 1
+        self.note(f"line {self._line} has no answer: {reason}")
+        self.end()
 
 
 def printable(text: str) -> str:
@@ -136,7 +152,7 @@ def _exchange(conversation: Conversation, streams: Streams, name: str, sampling:
             try:
                 _answer(line, conversation, streams, name, sampling, _seed(sampling, count), screen)
             except (RowError, TooLongError) as error:
-                screen.note(f"{error}; /clear begins anew")
+                screen.refuse(str(error))
             count += 1
 
 

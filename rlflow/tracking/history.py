@@ -114,6 +114,9 @@ def read_stages(run_directory: Path) -> list[StageHistory]:
     Raises:
         HistoryError: There is no metrics.jsonl in the directory, nor in one directly below.
     """
+    if not run_directory.is_dir():
+        wrong = "is a file" if run_directory.exists() else "there is no such directory"
+        raise HistoryError(f"{run_directory}: {wrong}: give the directory that the recipe's run.output_dir names")
     paths = [path for path in (run_directory / METRICS, *run_directory.glob(f"*/{METRICS}")) if path.is_file()]
     stages = [read_stage(path.parent) for path in paths]
     stages = sorted((stage for stage in stages if stage.steps), key=lambda stage: stage.times[0])

@@ -13,7 +13,7 @@ import pytest
 
 import rlflow
 from rlflow import cli
-from rlflow.cli.main import COMMANDS, load_command, main, summary_of
+from rlflow.cli.main import CALLED_ELSEWHERE, COMMANDS, load_command, main, summary_of
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError, StopRequested
 from rlflow.recipe import ALGORITHMS, TASKS, RecipeError
@@ -204,11 +204,43 @@ def test_a_key_of_the_recipe_with_dashes_is_refused_with_how_to_write_it(capsys:
     assert "--run.steps=3 (keys of the recipe are set without dashes: run.steps=3)" in line
 
 
-def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("rnu", " (did you mean rlflow run?)"), ("chat", " (did you mean rlflow infer?)"), ("zzz", "")],
+)
+def test_an_unknown_command_is_refused_with_the_one_that_is_meant(word: str, meant: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as exited:
-        main(["rnu"])
+        main([word])
     assert exited.value.code == 2
-    assert "'run', 'plan', 'submit', 'algorithms'" in capsys.readouterr().err
+    said = f"rlflow: error: there is no command {word}{meant}; `rlflow --help` lists them\n"
+    assert capsys.readouterr().err == said
+
+
+def test_every_word_of_another_framework_leads_to_a_command():
+    assert set(CALLED_ELSEWHERE.values()) <= set(COMMANDS) and not set(CALLED_ELSEWHERE) & set(COMMANDS)
+
+
+def test_a_command_without_its_recipe_is_told_what_it_needs_and_no_more(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert "arguments are required: RECIPE; `rlflow run --help`" in capsys.readouterr().err
+
+
+def test_the_name_of_a_packaged_recipe_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "quikstart"]) == 2
+    assert "did you mean quickstart? `rlflow recipes` lists" in capsys.readouterr().err
+    (tmp_path / "quickstart1.yaml").touch()
+    assert main(["plan", "quikstart1.yaml"]) == 2
+    assert "did you mean quickstart1.yaml?" in capsys.readouterr().err
+    assert main(["plan", "elsewhere/quikstart.yaml"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("missing", "there is no such directory"), ("recipe.yaml", "is a file")])
+def test_a_report_of_no_directory_says_so(name: str, wrong: str, recipe_file: Path, capsys: pytest.CaptureFixture):
+    assert main(["report", name]) == 2
+    assert capsys.readouterr().err.startswith(f"{name}: {wrong}: give the directory")
 
 
 def test_algorithms_lists_the_table_with_its_sources(capsys: pytest.CaptureFixture):

@@ -9,7 +9,10 @@ import pytest
 from rich.console import Console
 
 from rlflow.cli.main import main
+from rlflow.data.errors import DataError
+from rlflow.driver.past_runs import read_run
 from rlflow.inspection.show import show_rollout, visible
+from rlflow.recipe import dump_recipe, load_recipe
 from rlflow.tracking.rollouts import read_rollouts, write_rollouts
 from rlflow.types import Group, Prompt
 from tests.flat_rollouts import flat
@@ -139,3 +142,17 @@ def test_report_and_inspect_say_in_one_line_that_a_recipe_is_of_another_version(
         assert main([command, str(run)]) == 0
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{run}/recipe.yaml is of another version of rlflow" in line
+
+
+def test_a_key_that_this_version_does_not_read_is_named(tmp_path: Path) -> None:
+    (recipe,) = load_recipe(
+        {
+            "algorithm": {"name": "sft"},
+            "model": {"architecture": {"model_type": "llama"}, "characters": "0123456789+="},
+            "data": {"train": {"generator": "arithmetic"}},
+            "run": {"steps": 1},
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(f"{dump_recipe(recipe)}later: 3\n")
+    with pytest.raises(DataError, match=r"another version of rlflow \(later: a key that this version does not read\)"):
+        read_run(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from rlflow.actors.reward_server import RewardServer
+from rlflow.actors.rollout_engines.engine import Written
 from rlflow.data.errors import DataError
 from rlflow.data.prompts import load_prompts
 from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
+from rlflow.serving import batch
 from rlflow.serving.batch import Job, answer_prompts, read_answers
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
-from rlflow.serving.streams import Streams
+from rlflow.serving.streams import Ask, Piece, Streams
 from rlflow.types import Prompt
 from tests.rlflow.serving.conftest import Oracle
 
@@ -54,6 +56,29 @@ def test_answers_come_in_the_order_of_the_data_and_are_those_of_transformers(
         {"role": "assistant", "content": expected[3]},
     ]
     assert rows[3]["columns"] == {"solution": "3"} and rows[3]["num_tokens"] == 8
+
+
+class AnswersAtOnce(Streams):
+    """Has written every answer before anybody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def submit(self, asks: Sequence[Ask]) -> list[int]:
+        for ask in asks:
+            ask.tell(Piece(Written((5,), (-1.0,)), "length"))
+        return list(range(len(asks)))
+
+
+def test_more_answers_than_are_scored_at_once_may_be_done_together(
+    served: ServedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "SCORED_AT_ONCE", 8)
+    monkeypatch.setattr(batch, "SILENCE_S", 0.01)
+    streams = AnswersAtOnce()
+    rows = answers(prompts, job_of(served, Sampling(0.0, max_new_tokens=1)), streams)
+    streams.close()
+    assert [row["id"] for row in rows] == [prompt.id for prompt in prompts]
 
 
 def test_seeds_come_from_names_so_that_rows_do_not_depend_on_each_other(

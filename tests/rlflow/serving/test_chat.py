@@ -56,6 +56,9 @@ class ScriptedScreen:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def refuse(self, reason: str) -> None:
+        self.notes.append(reason)
+
 
 def chat(
     model: ServedModel, streams: Streams, lines: Sequence[str | None], sampling: Sampling = GREEDY, **screen: Any
@@ -91,7 +94,7 @@ def test_a_conversation_that_is_too_long_is_said_and_goes_on_after_clear(
     served: ServedModel, streams: Streams, oracle: Oracle
 ) -> None:
     seen, conversation = chat(served, streams, ["1" * CONTEXT, "/clear", "1+1="])
-    assert any("tokens, and the model reads 160 with its answer; /clear begins anew" in note for note in seen.notes)
+    assert any("tokens, and the model reads 160 with its answer" in note for note in seen.notes)
     assert len(conversation.messages) == 2
     assert seen.said == oracle.answer([{"role": "user", "content": "1+1="}], 12) + "|"
     longest, _ = chat(served, streams, ["1" * (CONTEXT - 24)], replace(GREEDY, max_new_tokens=None))
@@ -100,7 +103,8 @@ def test_a_conversation_that_is_too_long_is_said_and_goes_on_after_clear(
 
 def test_a_message_that_the_tokenizer_cannot_read_is_said(served: ServedModel, streams: Streams) -> None:
     seen, conversation = chat(served, streams, ["é"])
-    assert seen.notes == ["the character 'é' is not in model.characters; /clear begins anew"]
+    assert len(CHARACTERS) > 40
+    assert seen.notes == [f"the character 'é' is not in model.characters, {CHARACTERS[:40]!r} and more"]
     assert conversation.messages == []
 
 
@@ -165,6 +169,18 @@ def test_a_pipe_gets_answers_alone_on_its_output(served: ServedModel, streams: S
     converse(Conversation(served, None), streams, "tiny", GREEDY, screen)
     answers = [oracle.answer([{"role": "user", "content": question}], 12) for question in ("2+3=", "1+1=")]
     assert output.getvalue() == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_a_message_over_a_pipe_without_an_answer_is_counted_and_leaves_its_line_empty(
+    served: ServedModel, streams: Streams, oracle: Oracle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = io.StringIO()
+    screen = PlainScreen(io.StringIO("\né?\n1+1=\n"), output)
+    converse(Conversation(served, None), streams, "tiny", GREEDY, screen)
+    assert output.getvalue() == f"\n{oracle.answer([{'role': 'user', 'content': '1+1='}], 12)}\n"
+    assert screen.num_refused == 1
+    said = capsys.readouterr().err
+    assert said.startswith("line 2 has no answer: the character 'é'") and "/clear" not in said
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
