@@ -18,7 +18,7 @@ import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.class_labels import label_of, number_of, targets_of
-from rlflow.data.errors import RowError, Rows
+from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.formats import FORMATS, Record
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.messages import from_json_text
@@ -101,6 +101,8 @@ def load_sequences(
         DataError: A source or too many of its rows cannot be used (a label out of range, no positive, an empty text,
             the same document twice), rows are overlong and must not be, or the tokenizer cannot write such sequences.
     """
+    if data.system is not None:
+        raise DataError("data.system is of conversations; put it into the rows' messages, or into their texts")
     chat, read = Chat(tokenizer, data.template_date), _READERS[algorithm.learning.data_row]
     form = format_of(tokenizer, algorithm, data.template_date)
     if isinstance(algorithm, GenerativeRerankerBlock):
