@@ -18,6 +18,7 @@ from rlflow.cli.serving_arguments import (
     add_model_arguments,
     loading,
     positive,
+    quiet_libraries,
     read_models,
     read_named_model,
     settings_of,
@@ -27,6 +28,7 @@ from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
 
 if TYPE_CHECKING:
     from rlflow.actors.reward_server import RewardServer
+    from rlflow.model_source import ModelSource
     from rlflow.serving.batch import Job
     from rlflow.serving.models import ServedModel, Settings
     from rlflow.serving.sampling import Sampling
@@ -81,6 +83,8 @@ def execute(arguments: argparse.Namespace) -> int:
     from rlflow.serving.models import choose_engine, open_streams
 
     settings = settings_of(arguments)
+    if (scorer := _model_of_sequences(arguments)) is not None:
+        return _say_of_rows(arguments, scorer)
     model = read_named_model(arguments, settings)
     given = {} if arguments.adapters is None else {_name_of(arguments.adapters, model): arguments.adapters}
     models, adapters = read_models(model, given, settings)
@@ -103,6 +107,36 @@ def execute(arguments: argparse.Namespace) -> int:
         if prompts is None or file is None:
             return _chat(model, streams, name, sampling, system)
         _answer_all(prompts, num_done, job, streams, server, file)
+    return 0
+
+
+def _model_of_sequences(arguments: argparse.Namespace) -> ModelSource | None:
+    """The model where it says something of whole sequences: a classifier, a reranker, an embedding model."""
+    from rlflow.model_source import find_model
+
+    with quiet_libraries():
+        source = find_model(arguments.model, checkpoint=arguments.checkpoint)
+    if source.recipe is None or not source.recipe.algorithm.learning.held_out:
+        return None
+    if arguments.data is None:
+        what = f"{source.path} is of {source.recipe.algorithm.name}, and chats with nobody"
+        raise DataError(f"{what}: give it rows, --data FILE --output FILE.jsonl")
+    return source
+
+
+def _say_of_rows(arguments: argparse.Namespace, source: ModelSource) -> int:
+    """Writes each row with what the model says of it."""
+    from rlflow.serving.sequence_outputs import outputs_of_rows
+
+    if arguments.rewards is not None or arguments.samples > 1 or arguments.resume or arguments.adapters is not None:
+        raise DataError("--rewards, --samples, --resume and --adapters are of models that write answers")
+    num_rows = 0
+    with _open_output(arguments.output, resume=False) as file:
+        for rows in outputs_of_rows(source, _source_of(arguments)):
+            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows)
+            file.flush()
+            num_rows += len(rows)
+    print(f"{arguments.output}: {num_rows} rows")
     return 0
 
 
@@ -251,22 +285,7 @@ def _prompts(arguments: argparse.Namespace, model: ServedModel, system: str | No
     """
     from rlflow.data.prompts import load_prompts
 
-    pairs = [column.partition("=") for column in arguments.columns]
-    if strange := [column for column, pair in zip(arguments.columns, pairs, strict=True) if not all(pair)]:
-        raise DataError(f"--columns {strange[0]}: write ours=theirs, e.g. prompt=question")
-    recipe = model.source.recipe
-    given: dict[str, Any] = {
-        "path": arguments.data,
-        "split": arguments.split,
-        "subset": arguments.subset,
-        "rows": arguments.rows,
-        "format": arguments.format,
-        "columns": {ours: theirs for ours, _, theirs in pairs},
-    }
-    try:
-        source = SourceBlock.model_validate(given)
-    except ValueError as error:
-        raise DataError(f"--format {arguments.format}: there is none, see docs/data.md") from error
+    recipe, source = model.source.recipe, _source_of(arguments)
     data = DataBlock(
         train=source,
         system=system or None,
@@ -277,6 +296,28 @@ def _prompts(arguments: argparse.Namespace, model: ServedModel, system: str | No
     if prompts.notes:
         print(f"not all of these rows is shown to the model:{listing(prompts.notes, 3)}", file=sys.stderr)
     return prompts
+
+
+def _source_of(arguments: argparse.Namespace) -> SourceBlock:
+    """
+    Raises:
+        DataError: A column or a format is none.
+    """
+    pairs = [column.partition("=") for column in arguments.columns]
+    if strange := [column for column, pair in zip(arguments.columns, pairs, strict=True) if not all(pair)]:
+        raise DataError(f"--columns {strange[0]}: write ours=theirs, e.g. prompt=question")
+    given: dict[str, Any] = {
+        "path": arguments.data,
+        "split": arguments.split,
+        "subset": arguments.subset,
+        "rows": arguments.rows,
+        "format": arguments.format,
+        "columns": {ours: theirs for ours, _, theirs in pairs},
+    }
+    try:
+        return SourceBlock.model_validate(given)
+    except ValueError as error:
+        raise DataError(f"--format {arguments.format}: there is none, see docs/data.md") from error
 
 
 def _job(arguments: argparse.Namespace, model: ServedModel, name: str, sampling: Sampling, settings: Settings) -> Job:

@@ -160,6 +160,11 @@ def refuse_reward_model(source: ModelSource) -> None:
         is_scorer |= read_config(directory).get("task_type") == "SEQ_CLS"
     elif directory is not None:
         is_scorer |= is_reward_model(directory)
+    if recipe is not None and recipe.algorithm.learning.held_out:
+        raise DataError(
+            f"{source.path} is of {recipe.algorithm.name}: it says something of texts and writes none. `rlflow infer "
+            f"{source.path} --data FILE --output FILE.jsonl` writes what it says; the recipe's evaluation measures it"
+        )
     if is_scorer:
         raise DataError(
             f"{source.path} is a reward model: it scores answers and writes none. Name a policy; to score with it, "

@@ -13,6 +13,8 @@ import torch
 from finished_runs import RunRecipe, as_if_killed_after, metrics_of, same_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from rlflow.cli.main import main
+
 WORDS = ("red apple", "green pear", "blue plum", "old car", "new bus", "slow train")
 KINDS = ("fruit", "vehicle")
 
@@ -199,3 +201,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(trained: Any, tmp_pa
     as_if_killed_after(again, 1)
     run_recipe({**given, "run": {**given["run"], "output_dir": str(tmp_path / "again")}}, "again", resume=True)
     assert same_weights(whole, again)
+
+
+def said_by(final: Path, rows: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]:
+    """What `rlflow infer` writes of rows."""
+    data, output = tmp_path / "rows.jsonl", tmp_path / "said.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["infer", str(final.parent), "--data", str(data), "--output", str(output)]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_infer_writes_classes_of_rows_without_labels(trained: Any, tmp_path: Path, capsys: Any):
+    final, measured, rows = trained("classification", "classification")
+    said = said_by(final, [{"text": row["text"], "id": index} for index, row in enumerate(rows)], tmp_path)
+    assert [row["id"] for row in said] == list(range(12))
+    right = [one["prediction"] == row["label"] for one, row in zip(said, rows, strict=True)]
+    assert np.mean(right) == pytest.approx(measured["classification/accuracy"])
+    chances = torch.softmax(logits_of(final, [rows[0]["text"]])[0], dim=0)
+    assert list(said[0]["probabilities"].values()) == pytest.approx(chances.tolist(), abs=1e-5)
+    assert main(["serve", str(final.parent), "--port", "0"]) == 2
+    assert "is of classification: it says something of texts" in " ".join(capsys.readouterr().err.split())
+
+
+def test_infer_ranks_documents_and_embeds_texts(trained: Any, tmp_path: Path):
+    final, _, rows = trained("reranker", "reranker")
+    documents = [rows[0]["positive"], *rows[0]["negative"]]
+    (said,) = said_by(final, [{"query": rows[0]["query"], "documents": documents}], tmp_path)
+    scores = logits_of(final, [(rows[0]["query"], document) for document in documents])[:, 0]
+    assert said["scores"] == pytest.approx(scores.tolist(), abs=1e-5)
+    assert said["ranking"] == scores.argsort(descending=True).tolist()
