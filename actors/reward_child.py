@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.actors.reward_wire import Request, Setup, frame, read_frame
+from rlflow.data.images import decode
 from rlflow.rewards import RewardError, RewardFunction, load
 
 MAX_MESSAGE = 4000
@@ -63,6 +64,7 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
             request.completions,
             [array.array("i", ids).tolist() for ids in request.completion_ids],
             **request.columns,
+            **_decoded(request.images),
         )
         if problem := _no_list_of_scores(scores, len(given), list(request.completions) != given):
             return {"error": f"{problem}: return a list, one number (or None) for each completion, in their order"}
@@ -74,6 +76,12 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
         return {"error": f"cannot be called: {error}"}
     except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exception
         return {"error": f"raised {_describe(error)}", "retry": True}
+
+
+def _decoded(images: Sequence[Sequence[bytes]]) -> dict[str, list[list[Any]]]:
+    """The column ``images``: of each row its pictures, PIL's, in RGB; a picture of several rows is decoded once."""
+    distinct = {data: decode(data) for of_row in images for data in of_row}
+    return {"images": [[distinct[data] for data in of_row] for of_row in images]} if images else {}
 
 
 def _no_list_of_scores(scores: Any, num_rows: int, is_changed: bool) -> str | None:

@@ -207,6 +207,7 @@ class _Scoring:
                 completions=completions,
                 completion_ids=[self._completion_ids[row] for row in call.rows],
                 columns=columns,
+                images=[prompt.images for prompt in prompts] if any(prompt.images for prompt in prompts) else (),
             )
         )
 

@@ -57,7 +57,7 @@ class Result:
         path = rollouts_path(last.directory, step)
         if not path.is_file():
             raise DataError(f"there is no {path}: the stage does not generate, or run.log_rollouts_every left it out")
-        return read_rollouts(path)
+        return read_rollouts(path, images=True)
 
 
 def read_result(directory: str | Path) -> Result:

@@ -85,7 +85,10 @@ def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, re
             reading.num_rows = len(rows)
             reading.images = count_images((image for row in rows for image in row.images), vision)
         if reading.row is None and rows and isinstance(rows[0], Prompt):
-            reading.row = {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
+            shown = {"images": []} if any(prompt.images for prompt in rows) else {}
+            reading.row = (
+                shown | {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
+            )
 
 
 def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:

@@ -60,7 +60,7 @@ def read_logged(files: Sequence[Path], where: str | None) -> Iterator[tuple[int,
     number = 0
     for file in files:
         try:
-            records = read_rollouts(file)
+            records = read_rollouts(file, images=True)
         except RolloutFileError as error:
             raise DataError(str(error)) from error
         numbered = {id(record): index for index, record in enumerate(records, number + 1)}
@@ -92,6 +92,7 @@ def _row(record: RolloutRecord) -> dict[str, Any]:
         **{"prompt_id": record.prompt_id, "step": record.step, "reward": record.reward},
         "messages": conversation_of(record),
         "tools": record.tools,
+        **({"images": list(record.images)} if record.images else {}),
         TOKENS: _tokens(record),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
+from rlflow.data.images import data_uri
 from rlflow.data.logged import conversation_of
 from rlflow.tracking.rollouts import RolloutRecord
 
@@ -26,6 +27,7 @@ def export_chat(records: Sequence[RolloutRecord], path: Path) -> None:
     for record in records:
         row: dict[str, Any] = {"messages": conversation_of(record), "prompt_id": record.prompt_id, "step": record.step}
         row |= {"tools": record.tools} if record.tools else {}
+        row |= _images_of(record)
         rows.append(row | {"reward": None if math.isnan(record.reward) else record.reward})
     _write(rows, path)
 
@@ -50,12 +52,18 @@ def export_pairs(records: Sequence[RolloutRecord], path: Path) -> int:
                     "chosen_messages": conversation_of(best),
                     "rejected_messages": conversation_of(worst),
                     **({"tools": best.tools} if best.tools else {}),
+                    **_images_of(best),
                     **{"prompt_id": best.prompt_id, "step": best.step},
                     **{"chosen_reward": best.reward, "rejected_reward": worst.reward},
                 }
             )
     _write(rows, path)
     return len(rows)
+
+
+def _images_of(record: RolloutRecord) -> dict[str, Any]:
+    """The column of its pictures, each as a data URI."""
+    return {"images": [data_uri(image) for image in record.images]} if record.images else {}
 
 
 def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:

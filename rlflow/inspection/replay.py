@@ -110,7 +110,8 @@ def groups_of(records: Sequence[RolloutRecord]) -> list[tuple[Prompt, list[Rollo
     for _, same in groupby(records, key=lambda record: (record.prompt_id, record.epoch)):
         group = list(same)
         first = group[0]
-        prompt = Prompt(first.prompt_id, first.prompt_token_ids, first.messages, first.columns, first.opened)
+        given = (first.prompt_id, first.prompt_token_ids, first.messages, first.columns)
+        prompt = Prompt(*given, opened=first.opened, images=first.images)
         groups.append((prompt, group))
     return groups
 

@@ -77,7 +77,7 @@ def load_records(
     records: list[RolloutRecord] = []
     try:
         for done, step in enumerate(steps, start=1):
-            records += read_rollouts(files[step], tokens=tokens)
+            records += read_rollouts(files[step], tokens=tokens, images=True)
             tell(done, len(steps))
         return records
     except RolloutFileError as error:

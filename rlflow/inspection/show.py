@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from rlflow.data.images import media_type, size_of
 from rlflow.inspection.changes import Change, Difference, failed
 from rlflow.tracking.lines import number
 from rlflow.tracking.rollouts import RolloutRecord
@@ -37,6 +38,10 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
     began_with = record.episode.prompt if record.episode is not None else None
     for message in began_with or record.messages:
         _field(console, str(message.get("role")), _said(message), is_whole=is_whole, style="dim")
+    for number_of, image in enumerate(record.images, start=1):
+        width, height = size_of(image)
+        told = f"{width} x {height} pixels, {len(image):,} bytes of {media_type(image)}"
+        _field(console, f"image {number_of}", told, is_whole=True, style="dim")
     if tokens is None and record.episode is not None:
         for message in record.episode.messages:
             style = "bold" if message["role"] == "assistant" else "dim"

@@ -24,6 +24,7 @@ from rlflow.tracking.history import HistoryError, StageHistory, read_stage, read
 from rlflow.tracking.lines import duration
 from rlflow.tracking.panels import panels_of, phases_of, tiles_of
 from rlflow.tracking.rollouts import RolloutFileError, RolloutRecord, num_rollouts, read_errors, read_rollouts
+from rlflow.tracking.shown_pictures import ShownPictures
 from rlflow.tracking.token_texts import find_tokenizer, token_texts
 
 SHOWN_FAILURES = 10
@@ -111,18 +112,18 @@ def episodes(
             f"{stage}: no rollouts of step {step}; {known}. Runs keep those of every run.log_rollouts_every-th step"
         )
     path = files[step]
-    records = read_rollouts(path, tokens=False, rows=slice(offset, offset + limit))
+    records = read_rollouts(path, tokens=False, images=True, rows=slice(offset, offset + limit))
     ends = np.cumsum([record.num_tokens for record in records])
     num_with_tokens = int((ends <= most_tokens).sum()) if most_tokens else 0
     with_tokens = read_rollouts(path, rows=slice(offset, offset + num_with_tokens)) if num_with_tokens else []
     tokenizer = find_tokenizer(stage, _recipe_of(stage)) if with_tokens else None
     prompts: dict[tuple[str, int], int] = {}
-    shown, listed = [], []
+    shown, listed, pictures = [], [], ShownPictures()
     for row, record in enumerate(records):
         key = (record.prompt_id, record.epoch)
         if key not in prompts:
             prompts[key] = len(prompts)
-            shown.append(_prompt(record))
+            shown.append(_prompt(record) | pictures.of(record))
         episode = {"row": offset + row, "prompt": prompts[key], **_episode(record)}
         if row < num_with_tokens:
             episode |= _tokens(with_tokens[row], token_texts(tokenizer, with_tokens[row].token_ids.tolist()))

@@ -217,7 +217,8 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _assemble(title: str, chunks: Mapping[str, str]) -> str:
     style = charts.style_sheet()
     script = "\n".join((SOURCES / name).read_text() for name in SCRIPTS)
-    policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'"
+    sources = f"script-src {_digest(script)}; style-src {_digest(style)}; img-src data:"
+    policy = f"default-src 'none'; {sources}; base-uri 'none'"
     loader = FileSystemLoader(SOURCES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("page.html").render(

@@ -41,6 +41,11 @@ _NEEDED_COLUMNS = (
 )
 """Those that files of every version have."""
 _TOKEN_COLUMNS = ("prompt_token_ids", "token_ids", "is_sampled", "logprobs", "versions")
+_IMAGES = "images"
+_EACH_IMAGE = f"{_IMAGES}.list.element"
+"""The column's values in Parquet's words: a dictionary holds each picture once, however many rollouts are of it."""
+_LARGEST_DICTIONARY = 1 << 30
+"""Bytes; beyond it Parquet writes values out."""
 _REPEATED_COLUMNS = ["prompt_id", "prompt", "messages", "tools", "opened", "columns", "error", "finish_reason", "state"]
 """Those that a dictionary makes smaller. To look every token up in one costs more than all other writing."""
 
@@ -94,6 +99,8 @@ class RolloutRecord:
     """Of a rollout in an environment: what was said and heard in every turn, calls included."""
     tools: list[Any] = field(default_factory=list)
     """Functions that its prompt described."""
+    images: tuple[bytes, ...] = ()
+    """Encoded pictures of its prompt; empty when they were not asked for."""
 
 
 class RolloutFileError(ValueError):
@@ -145,6 +152,8 @@ def write_rollouts(
     columns |= episode_columns([rollout.episode for rollout in rollouts])
     if any(prompt.tools for prompt in prompts):
         columns["tools"] = _texts([json.dumps(list(prompt.tools), ensure_ascii=False) for prompt in prompts])
+    if any(prompt.images for prompt in prompts):
+        columns[_IMAGES] = pa.array([list(prompt.images) for prompt in prompts], pa.list_(pa.binary()))
     columns |= {
         "error": _texts([rollout.error or None for rollout in rollouts]),
         "advantage": _numbers(flat_advantages),
@@ -160,11 +169,14 @@ def write_rollouts(
     _publish(pa.table(columns), path)
 
 
-def read_rollouts(path: Path, *, tokens: bool = True, rows: slice = slice(None)) -> list[RolloutRecord]:
+def read_rollouts(
+    path: Path, *, tokens: bool = True, images: bool = False, rows: slice = slice(None)
+) -> list[RolloutRecord]:
     """Reads a file back.
 
     Args:
         tokens: Whether token ids and logprobs are wanted; without them reading is several times faster.
+        images: Whether pictures are wanted.
         rows: Which rows are wanted; others are not made into records.
 
     Raises:
@@ -177,11 +189,15 @@ def read_rollouts(path: Path, *, tokens: bool = True, rows: slice = slice(None))
             "Read it with pyarrow or pandas, or with the version that wrote it"
         )
     lengths = _num_tokens(path, "is_sampled" if "is_sampled" in names else "token_ids", names)[rows]
-    table = _read(path, [name for name in names if tokens or name not in _TOKEN_COLUMNS])
+    unwanted = {*(() if tokens else _TOKEN_COLUMNS), *(() if images else (_IMAGES,))}
+    table = _read(path, [name for name in names if name not in unwanted])
     start, stop, _ = rows.indices(table.num_rows)
     table = table.slice(start, max(0, stop - start))
     of_tokens = [name for name in table.column_names if name in _TOKEN_COLUMNS]
-    arrays = {name: _arrays(table[name]) for name in of_tokens}
+    arrays: dict[str, Sequence[Any]] = {name: _arrays(table[name]) for name in of_tokens}
+    if _IMAGES in table.column_names:
+        of_tokens.append(_IMAGES)
+        arrays[_IMAGES] = _shared(table[_IMAGES])
     step = step_of(path)
     return [
         _record(row | {name: arrays[name][i] for name in of_tokens}, step, lengths[i], path)
@@ -273,6 +289,12 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     return [values[start:end] for start, end in pairwise(offsets)]
 
 
+def _shared(column: pa.ChunkedArray) -> list[tuple[bytes, ...]]:
+    """The pictures of each row; rows of the same picture share its bytes."""
+    distinct: dict[bytes, bytes] = {}
+    return [tuple(distinct.setdefault(data, data) for data in row.as_py() or ()) for row in column]
+
+
 def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> RolloutRecord:
     tokens: dict[str, Any] = {name: row.get(name, ()) for name in _TOKEN_COLUMNS}
     # Files of an earlier version have completions of one turn and one version.
@@ -309,6 +331,7 @@ def _record(row: Mapping[str, Any], step: int, num_tokens: int, path: Path) -> R
         inexact_columns=tuple(row.get("inexact_columns", ())),
         episode=episode_of(row),
         tools=_json(row.get("tools") or "[]", path),
+        images=row.get(_IMAGES, ()),
     )
 
 
@@ -349,8 +372,9 @@ def _publish(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     # pyarrow's annotations know of no lists.
     of_columns: dict[str, Any] = {
-        "use_dictionary": _REPEATED_COLUMNS,
-        "write_statistics": [name for name in table.column_names if name not in _TOKEN_COLUMNS],
+        "use_dictionary": [*_REPEATED_COLUMNS, *([_EACH_IMAGE] if _IMAGES in table.column_names else [])],
+        "dictionary_pagesize_limit": _LARGEST_DICTIONARY,
+        "write_statistics": [name for name in table.column_names if name not in (*_TOKEN_COLUMNS, _IMAGES)],
     }
     try:
         with naming_the_disk(path, table.nbytes):

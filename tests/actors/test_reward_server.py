@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rlflow.actors.reward_server import RewardServer
 from rlflow.recipe import RewardBlock
@@ -29,6 +31,30 @@ def test_scores_come_back_in_row_order_from_several_children(serve: Any) -> None
 def test_a_function_receives_messages_token_ids_and_columns_of_its_rows(serve: Any) -> None:
     scores = serve("arguments").score(*batch([["a", "b"], ["c", "d"]], level=[1, 2]))
     assert scores.rewards["arguments"].tolist() == [110.0, 113.0, 216.0, 219.0]
+
+
+def test_a_function_sees_the_pictures_of_its_rows_decoded(serve: Any, tmp_path: Path) -> None:
+    code = tmp_path / "colors.py"
+    code.write_text(
+        "def is_red(completions, images):\n"
+        "    return [float(row[0].mode == 'RGB' and row[0].getpixel((0, 0)) == (255, 0, 0)) for row in images]\n"
+        "def counted(completions, **columns):\n"
+        "    return [float('images' in columns)] * len(completions)\n"
+    )
+    blocks = [RewardBlock(plugin=f"{code}:{name}", prompts_per_call=2) for name in ("is_red", "counted")]
+    (groups,) = batch([["a", "b"], ["c", "d"]])
+    colors = [encoded_picture(color) for color in ("red", "blue")]
+    seen = [replace(g, prompt=replace(g.prompt, images=(c,))) for g, c in zip(groups, colors, strict=True)]
+    scores = serve(*blocks).score(seen)
+    assert scores.rewards["is_red"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert scores.rewards["counted"].tolist() == [1.0] * 4
+    assert serve(blocks[1]).score(groups).rewards["counted"].tolist() == [0.0] * 4
+
+
+def encoded_picture(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_what_is_judged_begins_with_the_tag_that_the_prompt_opened(serve: Any) -> None:

@@ -215,9 +215,15 @@ class Episodes {
   }
 
   texts(one, prompt) {
+    const pictures = (prompt.images ?? []).map((source) => {
+      const picture = element("img", { className: "picture", src: source, alt: "a picture of the prompt" });
+      picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 96));
+      return picture;
+    });
     const messages = prompt.messages.map((message) => {
+      const seen = pictures.splice(0, message.images ?? 0);
       const text = typeof message.content === "string" ? message.content : JSON.stringify(message, null, 1);
-      return [element("h5", { textContent: message.role }), element("pre", { className: "prompt", textContent: text })];
+      return [element("h5", { textContent: message.role }), element("pre", { className: "prompt", textContent: text }), ...seen];
     });
     const completion = element("pre", { className: "completion" });
     if (prompt.opened) completion.append(element("span", { className: "opened", textContent: prompt.opened }));
@@ -226,7 +232,8 @@ class Episodes {
     else if (this.kept[this.at].has_tokens) heading.append(" (its tokens are not in this page)");
     if (one.tokens && this.color !== "nothing") completion.append(...this.coloredTokens(one));
     else completion.append(one.completion);
-    return element("div", {}, ...messages.flat(), heading, completion);
+    const left = prompt.images_left_out ? [element("p", { className: "quiet", textContent: `${prompt.images_left_out} pictures are not in this page` })] : [];
+    return element("div", {}, ...messages.flat(), ...left, heading, completion);
   }
 
   colorChoice() {

@@ -1,0 +1,34 @@
+"""Pictures of prompts in pages: data URIs of small copies, as many as a page's budget takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlflow.data.images import data_uri, load_image
+from rlflow.tracking.rollouts import RolloutRecord
+
+MOST_PIXELS = 160_000
+"""Of a picture in a page; a larger one is scaled down."""
+MOST_CHARACTERS = 2 << 20
+"""Of all pictures of a page of rollouts."""
+
+
+class ShownPictures:
+    """The pictures of one page of rollouts."""
+
+    def __init__(self, budget: int = MOST_CHARACTERS) -> None:
+        self._left = budget
+
+    def of(self, record: RolloutRecord) -> dict[str, Any]:
+        """``images`` of a prompt, in the order of its messages, and how many find no room."""
+        if not record.images:
+            return {}
+        shown: list[str] = []
+        for image in record.images:
+            uri = data_uri(load_image(image, Path(), MOST_PIXELS))
+            if len(uri) > self._left:
+                break
+            self._left -= len(uri)
+            shown.append(uri)
+        return {"images": shown, "images_left_out": len(record.images) - len(shown)}
