@@ -83,6 +83,7 @@ def _converted(invocation: Invocation) -> Conversion:
     framework, verb = invocation.framework, invocation.verb
     if verb not in _TRAINING.get(framework, ()):
         return _other(invocation)
+    environment = dict(invocation.environment)
     if framework == "verl":
         given, unread = _hydra(invocation)
         unclear = _take_no_numbers(given)
@@ -99,12 +100,13 @@ def _converted(invocation: Invocation) -> Conversion:
         )
         values = _flags(invocation, table)
         invocation = take_launcher_flags(values, invocation)
+        environment = dict(invocation.environment)
         given = Given(values, table, lambda name, value: f"--{name} {shown(name, value)}")
         unclear = _take_no_numbers(given)
         if framework == "trl":
             draft = trl_folds.draft_of(verb, given, invocation.machines, invocation.engine)
         else:
-            draft = swift_folds.draft_of(verb, given, invocation.machines)
+            draft = swift_folds.draft_of(verb, given, invocation.machines, environment)
     kind = f" --rlhf_type {given['rlhf_type']}" if verb == "rlhf" else ""
     title = {"verl": f"verl ({'main_ppo' if verb == 'ppo' else verb})"}.get(framework, f"{framework} {verb}") + kind
     if draft is None:
@@ -114,7 +116,7 @@ def _converted(invocation: Invocation) -> Conversion:
         return Conversion(title, None, None, (note,))
     for text in unclear:
         draft.note("to do", f"{text}: not a number; what holds without it is written")
-    _say_the_rest(given, draft, invocation.environment)
+    _say_the_rest(given, draft, environment)
     return Conversion(
         title, render(draft, f"From {title}. `rlflow plan` says what it will do."), None, tuple(draft.notes)
     )

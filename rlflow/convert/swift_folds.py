@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import folds, grouped
+from rlflow.convert import folds, grouped, swift_sequences
 from rlflow.convert.given import Draft, Given, apply_rows
 from rlflow.convert.swift_rewards import reward_models, reward_of
 from rlflow.recipe.foreign.rows import as_list
@@ -39,11 +39,17 @@ _PAIR_LOSSES = (
 )
 
 
-def draft_of(verb: str, given: Given, machines: folds.Machines) -> Draft | None:
-    """The recipe of ``swift VERB``; None where rlflow has nothing of the kind."""
+def draft_of(verb: str, given: Given, machines: folds.Machines, environment: dict[str, str]) -> Draft | None:
+    """The recipe of ``swift VERB``; None where rlflow has nothing of the kind.
+
+    Args:
+        environment: What is set before the command; variables that are read are taken out.
+    """
     draft, machines = Draft(), folds.on_cpu(given, machines)
     kind = given["rlhf_type"] if verb == "rlhf" else {"sft": "sft", "pt": "pretrain"}[verb]
     name = {"grpo": "grpo", "sft": "sft", "pretrain": "pretrain"}.get(kind) or ALGORITHM_OF.get(kind)
+    if verb == "sft":
+        name = swift_sequences.ALGORITHM_OF.get(given["task_type"], name)
     if name is None:
         draft.note("missing", f"--rlhf_type {kind}: there is no such algorithm here yet")
         return None
@@ -71,6 +77,8 @@ def draft_of(verb: str, given: Given, machines: folds.Machines) -> Draft | None:
         _set_ppo(given, draft)
     elif family == "preference":
         _set_preference(given, draft, kind)
+    else:
+        swift_sequences.set_sequences(given, draft, environment)
     if kind in ("grpo", "ppo"):
         shared = kind == "ppo" or given["vllm_mode"] != "server"
         tensor = (
@@ -146,8 +154,8 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
             "missing",
             f"{given.text(tuners[0])}: of tuners there are LoRA and DoRA" + (", LoRA is written" if is_adapted else ""),
         )
-    if is_adapted and draft.values["algorithm.name"] == "reward_model":
-        draft.note("missing", f"{given.text(tuners[0])}: a reward model is trained whole")
+    if is_adapted and ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token":
+        draft.note("missing", f"{given.text(tuners[0])}: {draft.values['algorithm.name']} trains a model whole")
         draft.note(
             "to do", "a learning rate of an adapter is too large for all weights: set trainer.learning_rate, e.g. 1e-5"
         )

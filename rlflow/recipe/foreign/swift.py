@@ -59,8 +59,9 @@ _BASE: Table = {
     "rope_scaling": missing("set it in the model's config.json"),
     "max_model_len": missing("set it in the model's config.json"),
     "new_special_tokens": missing("the tokenizer stays as it is"),
-    "task_type": missing("classifiers, embeddings and rerankers are not trained", "causal_lm"),
-    **each("num_labels problem_type mrl_dims", missing("classifiers, embeddings and rerankers are not trained")),
+    "task_type": fold("algorithm.name", default="causal_lm"),
+    **each("num_labels problem_type", fold("algorithm.classification.problem")),
+    "mrl_dims": fold("algorithm.embedding.matryoshka_dims"),
     **each("device_map max_memory", unneeded("FSDP2 or ZeRO shards a model over trainer.workers", "trainer.workers")),
     **each(
         "model_type template template_type agent_template local_repo_path custom_dataset_info", missing(_REGISTERED)

@@ -314,3 +314,38 @@ def test_how_completions_are_drawn_is_drawn_so_here_and_nothing_is_corrected_whe
     assert (sampling.min_p, sampling.repetition_penalty, sampling.stop) == (0.1, 1.05, ["</answer>", "Human:"])
     assert recipe.online.correction.mode == "none"
     assert any("sampling.min_p changes what is sampled" in note.text for note in conversion.notes)
+
+
+TASK = "swift sft --model Qwen/Qwen3-Embedding-0.6B --dataset pairs.jsonl --tuner_type full"
+
+
+def test_a_classifier_has_as_many_classes_as_it_says(converted):
+    recipe, _ = converted(f"{TASK} --task_type seq_cls --num_labels 3")
+    assert recipe.algorithm.name == "classification"
+    assert recipe.algorithm.classification.labels == ["0", "1", "2"]
+    recipe, _ = converted(f"{TASK} --task_type seq_cls --num_labels 2 --problem_type multi_label_classification")
+    assert (recipe.algorithm.classification.problem, recipe.algorithm.classification.num_outputs) == ("multi_label", 2)
+    recipe, _ = converted(f"{TASK} --task_type seq_cls --num_labels 1")
+    assert (recipe.algorithm.classification.problem, recipe.algorithm.classification.targets) == ("regression", 1)
+
+
+def test_embeddings_have_the_loss_and_the_temperature_that_ms_swift_has(converted):
+    recipe, conversion = converted(f"{TASK} --task_type embedding --loss_type infonce")
+    assert recipe.algorithm.name == "embedding" and recipe.algorithm.embedding.temperature == 0.1
+    assert "all data.prompts_per_step rows" in kinds(conversion)["trap"]
+    recipe, _ = converted(
+        f"INFONCE_TEMPERATURE=0.02 INFONCE_USE_BATCH=False {TASK} --task_type embedding --mrl_dims 64,32"
+    )
+    block = recipe.algorithm.embedding
+    assert (block.temperature, block.in_batch_negatives, block.matryoshka_dims) == (0.02, False, [64, 32])
+    recipe, _ = converted(f"{TASK} --task_type embedding --loss_type cosine_similarity")
+    assert recipe.algorithm.embedding.loss == "cosine_similarity"
+
+
+def test_rerankers_are_pointwise_or_listwise(converted):
+    recipe, _ = converted(f"{TASK} --task_type reranker --loss_type listwise_reranker")
+    assert (recipe.algorithm.name, recipe.algorithm.reranking.loss) == ("reranker", "listwise")
+    words = "GENERATIVE_RERANKER_POSITIVE_TOKEN=true GENERATIVE_RERANKER_NEGATIVE_TOKEN=false"
+    recipe, _ = converted(f"{words} {TASK} --task_type generative_reranker --loss_type pointwise_reranker")
+    assert (recipe.algorithm.name, recipe.algorithm.reranking.loss) == ("generative_reranker", "pointwise")
+    assert (recipe.algorithm.answers.positive, recipe.algorithm.answers.negative) == ("true", "false")
