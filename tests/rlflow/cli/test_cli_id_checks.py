@@ -197,3 +197,13 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_by_the_key_of_its_model(reci
     (recipe_file.parent / "other" / "vocab.json").write_text("{")
     (problem,) = problems_of(recipe_file, "reference.path=other")
     assert problem.startswith("command line: reference.path: no tokenizer can be loaded from ")
+
+
+def test_a_teacher_of_another_tokenizer_or_of_shorter_sequences_is_refused(recipe_file: Path):
+    here, opd = recipe_file.parent, ("algorithm={name: opd}", "rewards=[]", "teacher.path=other")
+    write_model(here / "other", characters="=+9876543210")
+    (problem,) = problems_of(recipe_file, *opd)
+    assert problem.startswith(f"command line: teacher.path: {here}/other has another tokenizer than {here}/policy")
+    write_model(here / "other", max_position_embeddings=32)
+    (problem,) = problems_of(recipe_file, *opd, "rollout.max_new_tokens=48")
+    assert f"{here}/other (teacher.path) takes 32" in problem
