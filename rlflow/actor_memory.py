@@ -37,6 +37,11 @@ BUCKET_ELEMENTS = 100_000_000
 """Of ZeRO's buffer of gradients, where there are as many parameters: deepspeed_engine._config."""
 SUMMED_ELEMENTS = 500_000_000
 """Of gradients that ZeRO 1 sums at a time in bfloat16: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE."""
+CHUNKS_OF_COMPARED = 6
+"""A divergence is taken of so many times fewer tokens at a time than logprobs: divergences._ARRAYS."""
+COMPARED_ARRAYS = 10
+"""Of a chunk's logits' size that are there in its backward pass: both models' logits and logprobs, the mixture, what is
+made of them, and gradients."""
 SAMPLING = 6
 """Arrays of float32 [sequences, vocabulary] that sampling a token holds; the cumulative one is of float64: twice."""
 
@@ -63,7 +68,33 @@ def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
 
 def reference_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one ReferenceModel: it keeps nothing for a backward pass."""
-    tokens, size = micro_batch_tokens(recipe), DTYPE_BYTES[recipe.model.dtype]
+    return _frozen_bytes(recipe, shape, DTYPE_BYTES[recipe.model.dtype])
+
+
+def teacher_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
+    """Of one TeacherModel.
+
+    Args:
+        shape: The teacher's.
+    """
+    return _frozen_bytes(recipe, shape, DTYPE_BYTES[recipe.teacher.dtype or recipe.model.dtype])
+
+
+def compared_bytes(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -> Parts:
+    """What a rank of the trainer has beside its other parts where whole distributions are compared with a teacher's.
+
+    Args:
+        teacher: The teacher's shape; None where it is not known, or its head is not needed.
+    """
+    size = DTYPE_BYTES[recipe.teacher.dtype or recipe.model.dtype]
+    head = {} if teacher is None else {"teacher's head": teacher.vocabulary * teacher.hidden * size}
+    rows = micro_batch_tokens(recipe) * shape.vocabulary * activations.FLOAT32
+    return {**head, "divergence": COMPARED_ARRAYS * min(rows, LOGITS_BYTES // CHUNKS_OF_COMPARED)}
+
+
+def _frozen_bytes(recipe: Recipe, shape: ModelShape, size: int) -> Parts:
+    """Of a model that scores. ``size``: bytes of a number."""
+    tokens = micro_batch_tokens(recipe)
     weights = {"weights": shape.parameters * size}
     forward = tokens * activations.layer_forward(shape, size)
     scoring = tokens * 2 * shape.hidden * size

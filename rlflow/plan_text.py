@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlflow.data.image_counts import ImageCounts
 from rlflow.planning import GIB, Plan, gib
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
+from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown
 
@@ -19,6 +20,7 @@ def render(plan: Plan) -> str:
         **({"stage": [recipe.stage]} if recipe.stage else {}),
         "algorithm": [f"{recipe.algorithm.name}: {row.summary} ({row.source})", *_settings_table(plan)],
         "model": _model_lines(plan),
+        **({"teacher": [_teacher_line(recipe)]} if recipe.needs_teacher else {}),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
         **({"data": [_data_line(plan.num_rows, plan.images)]} if plan.num_rows is not None else {}),
         **({} if recipe.environment is None else {"turns": [_turns_line(recipe, recipe.environment)]}),
@@ -55,6 +57,19 @@ def _model_line(plan: Plan) -> str:
     what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
     trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
     return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
+
+
+def _teacher_line(recipe: Recipe) -> str:
+    """Who the teacher is, and what is asked of it."""
+    teacher, distill = recipe.teacher, recipe.online.distill
+    asked = "the logprob of each token"
+    if isinstance(distill, DivergenceDistillBlock):
+        asked = "whole distributions" if distill.top_k is None else f"its {distill.top_k} most probable tokens"
+    if teacher.url is not None:
+        return f"{teacher.url}, asked for {asked} over HTTP"
+    if not recipe.places_teacher:
+        return f"{teacher.path}: the trainer with its adapter off; {asked}"
+    return f"{teacher.path}, {teacher.dtype or recipe.model.dtype}; {asked}"
 
 
 def _data_line(num_rows: int, images: ImageCounts) -> str:

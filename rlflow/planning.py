@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -16,8 +16,9 @@ from rlflow import actor_memory, memory
 from rlflow.data.image_counts import ImageCounts
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
-from rlflow.recipe import AdapterBlock, AlgorithmBlock, Recipe, algorithm_of
+from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OnlineBlock, Recipe, algorithm_of
 from rlflow.recipe.architectures import why_one_at_a_time
+from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.reference import options
 from rlflow.recipe.token_shares import longest_with_one_rotation
 from rlflow.remedies import enough, remedies, shown
@@ -225,13 +226,41 @@ def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, i
         return None
     match role:
         case "trainer":
-            return actor_memory.trainer_bytes(recipe, shape)
+            return actor_memory.trainer_bytes(recipe, shape) | _compared(recipe, shape)
         case "rollout":
             return actor_memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
         case "critic":
             return actor_memory.critic_bytes(recipe, shape)
+        case "teacher":
+            return _of_teacher(recipe)
         case _:
             return actor_memory.reference_bytes(recipe, shape)
+
+
+def _of_teacher(recipe: Recipe) -> Mapping[str, int] | None:
+    """None where its shape is not known here."""
+    if recipe.teacher.path is None:
+        return {"process": actor_memory.PROCESS_BYTES}
+    shape = _teacher_shape(recipe.teacher.path)
+    return None if shape is None else actor_memory.teacher_bytes(recipe, shape)
+
+
+def _compared(recipe: Recipe, shape: ModelShape) -> Mapping[str, int]:
+    """What a trainer needs to compare distributions, where it does."""
+    algorithm = recipe.algorithm
+    distill = algorithm.distill if isinstance(algorithm, OnlineBlock) else None
+    if not isinstance(distill, DivergenceDistillBlock):
+        return {}
+    path = recipe.teacher.path if distill.top_k is None else None
+    return actor_memory.compared_bytes(recipe, shape, None if path is None else _teacher_shape(path))
+
+
+@cache
+def _teacher_shape(path: str) -> ModelShape | None:
+    try:
+        return memory.read_shape(ModelBlock(path=path))
+    except memory.UnknownShape:
+        return None
 
 
 def _misfits(plan: Plan) -> Iterator[str]:

@@ -35,6 +35,37 @@ def test_a_teacher_has_a_place_of_its_own_and_no_reward_is_needed(tmp_path: Path
     assert (role.workers, role.gpus) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ({}, "teacher    org/teacher, float32; the logprob of each token"),
+        ({"teacher": URL}, "teacher    http://a:8000, asked for the logprob of each token over HTTP"),
+        ({"algorithm": GKD}, "teacher    org/teacher, float32; whole distributions"),
+        (
+            {
+                "algorithm": "algorithm: {name: gkd, distill: {top_k: 9}}",
+                "teacher": "teacher: {path: a/b, dtype: bfloat16}",
+            },
+            "teacher    a, bfloat16; its 9 most probable tokens",
+        ),
+    ],
+)
+def test_the_plan_says_who_teaches_what(tmp_path: Path, lines: dict[str, str], says: str):
+    assert says in str(make_plans(load_recipe(write(tmp_path, **lines)))[0])
+
+
+def test_the_plan_counts_the_teachers_weights_and_its_head_in_the_trainer(
+    tmp_path: Path, tiny_model_dir: Path, tiny_teacher_dir: Path
+):
+    models = {"model": f"model: {{path: {tiny_model_dir}}}", "teacher": f"teacher: {{path: {tiny_teacher_dir}}}"}
+    (plan,) = make_plans(load_recipe(write(tmp_path, **models, algorithm=GKD)))
+    parts = {planned.role.name: planned.parts or {} for planned in plan.roles}
+    assert not isinstance(plan.shape, str)
+    assert parts["teacher"]["weights"] == 4 * plan.shape.parameters
+    assert parts["trainer"]["teacher's head"] == 4 * plan.shape.vocabulary * plan.shape.hidden
+    assert parts["trainer"]["divergence"] > 0
+
+
 def test_gkd_on_the_datas_answers_alone_needs_no_engine(tmp_path: Path):
     (recipe,) = load_recipe(write(tmp_path, algorithm="algorithm: {name: gkd, distill: {on_policy: 0.0}}"))
     assert recipe.family == "sft" and not recipe.needs_rollouts and recipe.places_teacher
