@@ -168,7 +168,7 @@ def sequences_per_step(recipe: Recipe) -> int:
     """Rollouts, examples, or both answers of every pair."""
     if recipe.family == "online":
         return recipe.data.prompts_per_step * recipe.online.group_size
-    return recipe.data.prompts_per_step * recipe.algorithm.learning.unit_size
+    return recipe.data.prompts_per_step * recipe.algorithm.learning.sequences_a_row
 
 
 def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores: bool, on_gpu: bool) -> list[Parts]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlflow.recipe import ALGORITHMS
 from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
 
 HERE = 'path = "."  # this directory, or its id on a hub'
@@ -46,6 +47,35 @@ model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
 inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)
 print(model(**inputs).logits[0, 0].item())"""
 
+CLASSIFY = """\
+from transformers import pipeline
+
+{here}
+print(pipeline("text-classification", path)("I was charged twice."))"""
+
+EMBED = """\
+from sentence_transformers import SentenceTransformer
+
+{here}
+model = SentenceTransformer(path)
+queries = model.encode(["How do I reset it?"], prompt_name="query")
+documents = model.encode(["Hold the button for ten seconds."])
+print(model.similarity(queries, documents))"""
+
+RANK = """\
+from sentence_transformers import CrossEncoder
+
+{here}
+print(CrossEncoder(path).rank("How do I reset it?", ["Hold the button for ten seconds.", "It is blue."]))"""
+
+OF_SEQUENCES = {
+    "classification": ("text-classification", "Classifier", CLASSIFY),
+    "embedding": ("feature-extraction", "Embedding model", EMBED),
+    "reranking": ("text-ranking", "Reranker", RANK),
+    "yes_no": ("text-ranking", "Generative reranker", RANK),
+}
+"""A row's ``objective`` -> the hub's task, what the model is, and how it is used."""
+
 SCORE_RECIPE = """\
 rewards:
   - {name: reward_model, args: {path: THIS_DIRECTORY}}"""
@@ -79,6 +109,9 @@ CHAT = 'chat([{"role": "user", "content": "Hello"}]'
 
 def usage(directory: Path, recipe: dict[str, Any]) -> str:
     """Markdown with code for what the directory holds: a policy, an adapter or a reward model."""
+    objective = ALGORITHMS[recipe["algorithm"]["name"]].objective
+    if objective in OF_SEQUENCES:
+        return _code("python", OF_SEQUENCES[objective][2].format(here=HERE))
     if is_reward_model(directory):
         return "\n\n".join([_code("python", _score(directory)), "In a recipe of rlflow:", _code("yaml", SCORE_RECIPE)])
     has_template = _has_chat_template(directory)

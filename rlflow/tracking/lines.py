@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+OF_SEQUENCES = ("classification/accuracy", "embedding/accuracy", "reranking/accuracy")
+LOSSES_OF_SEQUENCES = ("loss/classification", "loss/embedding", "loss/reranking")
+"""Of models that say something of whole sequences."""
+
 FIELDS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("reward", 6, ("reward/mean",)),
-    ("acc", 5, ("preference/accuracy", "kto/accuracy")),
+    ("acc", 5, ("preference/accuracy", "kto/accuracy", *OF_SEQUENCES)),
     ("margin", 7, ("preference/margin", "kto/margin")),
-    ("loss", 7, ("loss/total", "loss/sft", "loss/preference", "loss/kto", "loss/reward_model")),
+    ("loss", 7, ("loss/total", "loss/sft", "loss/preference", "loss/kto", "loss/reward_model", *LOSSES_OF_SEQUENCES)),
     ("kl", 6, ("kl/ref", "kto/kl")),
     ("entropy", 6, ("entropy",)),
     ("len", 5, ("completion/mean_tokens",)),

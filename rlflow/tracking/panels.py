@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from rlflow.tracking.history import Series, StageHistory
-from rlflow.tracking.lines import count, number, signed
+from rlflow.tracking.lines import OF_SEQUENCES, count, number, signed
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Held-out", ("eval/*/pass@*",)),
+    ("Held-out texts", ("eval/*/retrieval/*", "eval/*/reranking/*", "eval/*/sts/*", "eval/*/classification/*")),
+    ("Accuracy", OF_SEQUENCES),
     ("Reward", ("reward/mean", "reward/*/mean")),
     ("Preference accuracy", ("preference/accuracy", "kto/accuracy")),
     ("Implicit rewards", ("preference/chosen_reward", "preference/rejected_reward", "*/margin")),
@@ -104,7 +106,7 @@ def tiles_of(stage: StageHistory) -> list[tuple[str, str, str]]:
                 f"{signed(last - first)} since step {first_step:.0f}" if last_step > first_step else "measured once"
             )
             tiles.append((metric, shown_number(last), remark))
-    for key in ("reward/mean", "preference/accuracy", "kto/accuracy", "loss/sft", "loss/reward_model"):
+    for key in ("reward/mean", "preference/accuracy", "kto/accuracy", *OF_SEQUENCES, "loss/sft", "loss/reward_model"):
         series = stage.series(key)
         if series.points and (key != "loss/reward_model" or not tiles):
             step, value = series.points[0]

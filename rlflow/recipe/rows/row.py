@@ -61,6 +61,11 @@ class Learning:
         """Samples that the objective must see together, in order: a pair's two."""
         return 2 if self.data_row in ("pair", "margin_pair") else 1
 
+    @property
+    def sequences_a_row(self) -> int:
+        """What a row of data is at least: the two of a pair, an anchor and a positive, two documents."""
+        return 2 if self.data_row in ("pair", "margin_pair", "related", "ranked") else 1
+
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmRow:

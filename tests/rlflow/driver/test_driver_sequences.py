@@ -96,6 +96,8 @@ def test_a_classifier_has_the_names_of_its_classes_and_transformers_measures_its
         measured["classification/accuracy"]
     )
     assert 0 < measured["classification/f1/fruit"] <= 1
+    card = (final / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "Classifier trained with rlflow" in card
 
 
 @pytest.mark.parametrize("problem", ["multi_label", "regression"])
@@ -124,6 +126,7 @@ def test_sentence_transformers_has_the_embeddings_that_were_measured(trained: An
     assert np.allclose(np.linalg.norm(anchors, axis=1), 1, atol=1e-5)
     similarity = (anchors * documents).sum(axis=1).mean()
     assert measured["embedding/positive_similarity"] == pytest.approx(similarity, abs=1e-5)
+    assert 'encode(["How do I reset it?"], prompt_name="query")' in (final / "README.md").read_text()
     assert np.allclose(anchors, model.encode([f"find: {text}" for text in texts]), atol=1e-6)
 
 
