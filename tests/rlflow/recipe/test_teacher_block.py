@@ -46,7 +46,7 @@ def test_a_teacher_has_a_place_of_its_own_and_no_reward_is_needed(tmp_path: Path
                 "algorithm": "algorithm: {name: gkd, distill: {top_k: 9}}",
                 "teacher": "teacher: {path: a/b, dtype: bfloat16}",
             },
-            "teacher    a, bfloat16; its 9 most probable tokens",
+            "teacher    a/b, bfloat16; its 9 most probable tokens",
         ),
     ],
 )
