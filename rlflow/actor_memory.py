@@ -161,7 +161,8 @@ def longest_sequence(recipe: Recipe) -> int:
     if recipe.family != "online":
         return recipe.data.max_tokens
     of_policy = recipe.data.max_prompt_tokens + recipe.max_completion_tokens
-    return max(of_policy, recipe.data.max_tokens) if recipe.trains_answers else of_policy
+    has_given = recipe.trains_answers or recipe.demonstrations is not None
+    return max(of_policy, recipe.data.max_tokens) if has_given else of_policy
 
 
 def sequences_per_step(recipe: Recipe) -> int:

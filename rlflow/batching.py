@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, overload
 
@@ -213,6 +213,18 @@ def _pack_rank(samples: Sequence[Sample], of_batches: Sequence[Sequence[int]]) -
     )
     bounds = np.cumsum([0, *(max(1, len(of_one)) for of_one in of_batches)])
     return RankBatch(packed, tuple(bounds.tolist()))
+
+
+def with_the_fields_of(sample: Sample, other: Sample) -> Sample:
+    """The sample with zeros in the optional fields that another one has: those of a batch have the same."""
+    zeros = np.zeros(len(sample.token_ids), dtype=np.float32)
+    of_both = {**dict.fromkeys(_OPTIONAL, zeros), **dict.fromkeys(_NUMBERS, 0.0)}
+    missing: dict[str, Any] = {
+        name: value
+        for name, value in of_both.items()
+        if getattr(other, name) is not None and getattr(sample, name) is None
+    }
+    return replace(sample, **missing)
 
 
 def _filler(samples: Sequence[Sample]) -> Sample:

@@ -307,7 +307,8 @@ class Sample:
     """Which rollout of its batch it is of, where one may be several sequences, which stand next to each other and are
     counted as one; None where each is one."""
     label: float = 0.0
-    """Preference data: +1 chosen or desirable, -1 rejected or undesirable. Of sequences: see rlflow.data.sequences."""
+    """+1 chosen or desirable, -1 rejected or undesirable; beside rollouts, +1 a demonstration. Of sequences: see
+    rlflow.data.sequences."""
     targets: np.ndarray | None = None
     """Classification: float32 [K]."""
     text: int | None = None

@@ -103,6 +103,10 @@ def small(recipe: Recipe, directory: Path, teacher_dir: Path) -> dict[str, Any]:
     changes |= {f"{role}.cpus_per_worker": 1 for role in ("rollout", "trainer", "reference")}
     if recipe.data.system is not None:
         changes["data.system"] = "Be short."
+    if recipe.demonstrations is not None:
+        assert isinstance(recipe.demonstrations.train, SourceBlock)
+        changes |= source_of_few_rows("demonstrations.train", recipe.demonstrations.train, directory)
+        changes["demonstrations.per_step"] = 2
     if recipe.critic is not None:
         changes |= {"algorithm.critic.warmup_steps": 0, "algorithm.critic.cpus_per_worker": 1}
     if recipe.family == "online":

@@ -237,5 +237,20 @@ def kl_cov_loss(
     return -ratio * advantages + coef * log_ratio.abs().masked_fill(~selected, 0.0)
 
 
+def demonstration_loss(logprobs: torch.Tensor, *, weighs_by_certainty: bool) -> torch.Tensor:
+    """-phi log p of a demonstration's tokens; phi = sg[p (1 - p)] (CHORD-phi, arXiv 2508.11408), or 1.
+
+    Args:
+        logprobs: [N], with gradient.
+
+    Returns:
+        [N].
+    """
+    if not weighs_by_certainty:
+        return -logprobs
+    p = logprobs.detach().exp()
+    return -p * (1.0 - p) * logprobs
+
+
 def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.exp(log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))

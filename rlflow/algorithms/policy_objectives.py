@@ -131,6 +131,32 @@ def policy_objective(
     algorithm: OnlineBlock,
     denominators: Denominators,
 ) -> tuple[torch.Tensor, Metrics]:
+    """The loss of rollouts, and of demonstrations where the algorithm mixes them in: those of label 1.
+
+    A demonstration's is sum over loss tokens of weight * -phi log pi, phi = sg[p (1 - p)] or 1
+    (CHORD, arXiv 2508.11408).
+
+    Args:
+        logprobs, entropies: [N] under the current policy, the first with gradient.
+    """
+    if algorithm.mixture is None:
+        return _of_rollouts(logprobs, entropies, batch, algorithm, denominators)
+    is_shown = batch.loss_mask & (batch.labels > 0)[batch.sequence_ids]
+    rollouts = replace(batch, loss_mask=batch.loss_mask & ~is_shown)
+    loss, metrics = _of_rollouts(logprobs, entropies, rollouts, algorithm, denominators)
+    taught = policy_losses.demonstration_loss(logprobs[is_shown], weighs_by_certainty=algorithm.mixture.phi)
+    of_shown = (batch.loss_weights[is_shown] * taught).sum()
+    total = loss + of_shown
+    return total, metrics | {"loss/sft": Metric(of_shown.detach()), "loss/total": Metric(total.detach())}
+
+
+def _of_rollouts(
+    logprobs: torch.Tensor,
+    entropies: torch.Tensor | None,
+    batch: TensorBatch,
+    algorithm: OnlineBlock,
+    denominators: Denominators,
+) -> tuple[torch.Tensor, Metrics]:
     """sum over loss tokens of weight * (policy loss * correction + kl.coef * KL - entropy_coef * entropy), and with a
     divergence from a teacher distill.coef times that.
 

@@ -15,20 +15,22 @@ from typing import Any
 import numpy as np
 
 from rlflow.algorithms.kl_reward import policy_logprobs
+from rlflow.data.sampler import permutation
 from rlflow.recipe.policy_loss_blocks import ClipCovBlock, KLCovBlock, PolicyLossBlock
 from rlflow.types import Sample
 
 
-def with_selection(samples: Sequence[Sample], loss: PolicyLossBlock, seed: Sequence[int]) -> list[Sample]:
+def with_selection(samples: Sequence[Sample], loss: PolicyLossBlock, seed: int, stream: str) -> list[Sample]:
     """The samples of one optimizer update, with the tokens that their loss treats apart where it has such.
 
     Args:
-        seed: Of what is drawn; the same seed draws the same.
+        seed: Of what is drawn.
+        stream: What it is drawn for: the same seed draws the same for the same stream.
     """
     if loss.kind not in SELECTIONS:
         return list(samples)
     covariances = covariances_of(samples)
-    chosen = SELECTIONS[loss.kind](covariances, loss, np.random.default_rng(list(seed)))
+    chosen = SELECTIONS[loss.kind](covariances, loss, lambda count: permutation(count, seed, stream))
     ends = np.cumsum([int(sample.loss_mask.sum()) for sample in samples])[:-1]
     return [
         replace(sample, selected=_on_loss_tokens(sample, of_sample))
@@ -51,16 +53,16 @@ def covariances_of(samples: Sequence[Sample]) -> np.ndarray:
     return (of_tokens - of_tokens.mean()) * (gains - gains.mean())
 
 
-def clip_cov(covariances: np.ndarray, block: ClipCovBlock, random: np.random.Generator) -> np.ndarray:
+def clip_cov(covariances: np.ndarray, block: ClipCovBlock, shuffled: Callable[[int], np.ndarray]) -> np.ndarray:
     """bool [M]: a share of all tokens, drawn among those whose covariance lies between the bounds."""
     between = np.flatnonzero((covariances > block.covariance_low) & (covariances < block.covariance_high))
     count = min(len(between), max(1, int(block.share * len(covariances))))
     chosen = np.zeros(len(covariances), dtype=bool)
-    chosen[random.permutation(between)[:count]] = True
+    chosen[between[shuffled(len(between))[:count]]] = True
     return chosen
 
 
-def kl_cov(covariances: np.ndarray, block: KLCovBlock, random: np.random.Generator) -> np.ndarray:
+def kl_cov(covariances: np.ndarray, block: KLCovBlock, shuffled: Callable[[int], np.ndarray]) -> np.ndarray:
     """bool [M]: the share of all tokens whose covariances are the largest; the earlier of two that are equal."""
     count = min(len(covariances), max(1, int(block.share * len(covariances))))
     chosen = np.zeros(len(covariances), dtype=bool)
@@ -68,12 +70,12 @@ def kl_cov(covariances: np.ndarray, block: KLCovBlock, random: np.random.Generat
     return chosen
 
 
-SELECTIONS: dict[str, Callable[[np.ndarray, Any, np.random.Generator], np.ndarray]] = {
+SELECTIONS: dict[str, Callable[[np.ndarray, Any, Callable[[int], np.ndarray]], np.ndarray]] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
 }
-"""``loss.kind`` -> function of the covariances [M], the kind's block and a generator; other kinds treat all tokens
-alike."""
+"""``loss.kind`` -> function of the covariances [M], the kind's block and what shuffles so many; other kinds treat all
+tokens alike."""
 
 
 def _on_loss_tokens(sample: Sample, values: np.ndarray) -> np.ndarray:

@@ -139,6 +139,8 @@ def _needs(block: AlgorithmBlock) -> Iterator[str]:
         yield "ref"
     if isinstance(block, OnlineBlock) and block.critic is not None:
         yield "critic"
+    if isinstance(block, OnlineBlock) and block.mixture is not None:
+        yield "demos"
 
 
 def _is_number(value: object) -> bool:

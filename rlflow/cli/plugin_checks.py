@@ -62,6 +62,11 @@ def sources_of(recipe: Recipe) -> dict[str, SourceBlock]:
     """Training's sources and the evaluation's, by their keys."""
     train = recipe.data.train
     sources = {f"data.train.{i}": s for i, s in enumerate(train)} if isinstance(train, list) else {"data.train": train}
+    if recipe.demonstrations is not None:
+        shown = recipe.demonstrations.train
+        several = shown if isinstance(shown, list) else [shown]
+        keys = [f"demonstrations.train.{i}" for i in range(len(several))]
+        sources |= dict(zip(keys if isinstance(shown, list) else ["demonstrations.train"], several, strict=True))
     return {**sources, **{f"{key}.data": block.data for key, block in recipe.evaluations.items()}}
 
 

@@ -93,7 +93,7 @@ def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, re
 
 def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
     """What rendering the rows would find, where that is known without it: that all of them can be used."""
-    if recipe.algorithm.learning.data_row not in ("prompt", "example"):
+    if recipe.algorithm.learning.data_row not in ("prompt", "example") or recipe.demonstrations is not None:
         return None
     reading = Reading()
     is_online = recipe.family == "online"
@@ -141,6 +141,9 @@ def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> M
 
     of_training = prompts if recipe.family == "online" else examples
     loaders = {"data.train": partial(prompts_with_answers if recipe.trains_answers else of_training, data.train)}
+    if recipe.demonstrations is not None:
+        shown = data.model_copy(update={"train": recipe.demonstrations.train})
+        loaders["demonstrations.train"] = partial(load_examples, shown, tokenizer, seed, vision)
     for key, block in recipe.evaluations.items():
         read = examples if recipe.reward_of(block) is None else prompts
         loaders[f"{key}.data"] = partial(read, block.data)

@@ -31,6 +31,7 @@ from rlflow.actors.teacher_model import TeacherModel
 from rlflow.actors.trainer import Measured, Trainer, UpdateStats
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.algorithms.kl_reward import kl_of_sequences
+from rlflow.algorithms.mixture import mixed
 from rlflow.algorithms.selections import with_selection
 from rlflow.algorithms.weighing import rollouts_of, weigh
 from rlflow.driver.clock import Clock
@@ -114,13 +115,20 @@ class Learner:
         """Of the current policy, float32 [T] of each sample, 0 where nothing is trained."""
         return self._models["trainer"].per_token(PolicyTrainer.logprobs, samples, self._temperature)
 
-    def update(self, samples: Sequence[Sample], step: int, counts: np.ndarray | None = None) -> dict[str, float]:
+    def update(
+        self,
+        samples: Sequence[Sample],
+        step: int,
+        counts: np.ndarray | None = None,
+        demonstrations: Sequence[Sample] = (),
+    ) -> dict[str, float]:
         """Trains on the samples of a step: ``epochs_per_step`` passes of ``updates_per_step`` optimizer updates.
 
         Args:
             samples: Scored. Those of a group stand next to each other; every update gets as many groups.
             step: Counted from 0.
             counts: See `rlflow.algorithms.weighing.weigh`.
+            demonstrations: Of the step; every update gets as many.
 
         Returns:
             The updates' metrics, each combined as it says. The first update's ratio is 1 to the bit: its denominator is
@@ -138,14 +146,22 @@ class Learner:
                     samples[part], self.algorithm, self._max_tokens, None if counts is None else counts[part]
                 )
                 if isinstance(self.algorithm, OnlineBlock):
-                    weighed = with_selection(weighed, self.algorithm.loss, (self.recipe.run.seed, step, update))
+                    stream = f"tokens of step {step}, update {update}"
+                    weighed = with_selection(weighed, self.algorithm.loss, self.recipe.run.seed, stream)
                 if update == 0:
                     weighed = [replace(sample, proximal_logprobs=None) for sample in weighed]
+                shown = demonstrations[update % len(parts) :: len(parts)]
+                weighed = mixed(weighed, shown, self._mu(step))
                 all_metrics.append(self._update_once(weighed, denominators, step, update))
-        metrics = over_updates(all_metrics)
+        metrics = over_updates(all_metrics) | ({"demonstrations/mu": self._mu(step)} if demonstrations else {})
         if self._kl.block.target is not None and step >= self._critic_steps:
             metrics |= self._kl.adapt(kl_of_sequences(samples), len(set(rollouts_of(samples).tolist())))
         return metrics
+
+    def _mu(self, step: int) -> float:
+        """The share of demonstrations in a step's loss."""
+        mixture = self.algorithm.mixture if isinstance(self.algorithm, OnlineBlock) else None
+        return 0.0 if mixture is None else mixture.mu(step)
 
     def _update_once(
         self, samples: Sequence[Sample], denominators: Denominators, step: int, update: int

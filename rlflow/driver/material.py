@@ -9,9 +9,10 @@ from typing import Any
 
 from rlflow.actors.environment_pool import describe
 from rlflow.data.errors import DataError, Rows, listing
-from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.prompts import load_prompts
-from rlflow.driver.answers import Answers
+from rlflow.driver.answers import Answers, load_answers, with_answers
+from rlflow.driver.demonstrations import load_demonstrations
 from rlflow.driver.references import reject_references
 from rlflow.driver.units import load_units
 from rlflow.environments import EnvironmentFault
@@ -30,8 +31,22 @@ class Material:
     """Prompts or units."""
     held_out: Mapping[str, Rows]
     """Of each evaluation, by its key."""
+    demonstrations: Rows
+    """Trained beside rollouts; none where the recipe names none."""
     answers: Answers | None = None
     """Of the data, where some are trained beside the policy's own."""
+
+
+def load_material(recipe: Recipe, model: ModelBlock, tokenizer: Any) -> Material:
+    """Reads all rows of a stage.
+
+    Raises:
+        DataError: Some cannot be used.
+    """
+    vision = load_image_processor(model)
+    rows, held_out = load_rows(recipe, tokenizer, vision)
+    answers, shown = load_answers(recipe, tokenizer), load_demonstrations(recipe, tokenizer, vision)
+    return Material(model, tokenizer, with_answers(rows, answers), held_out, shown, answers)
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = None) -> tuple[Rows, dict[str, Rows]]:
@@ -77,7 +92,8 @@ def tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> 
     for note in notes:
         tracker.message(note)
     held_out = {f"{key}.data": loaded for key, loaded in material.held_out.items()}
-    for name, loaded in {"data.train": material.rows, **held_out}.items():
+    shown = {"demonstrations.train": material.demonstrations}
+    for name, loaded in {"data.train": material.rows, **shown, **held_out}.items():
         if loaded.skipped:
             of_all = len(loaded) + len(loaded.skipped)
             tracker.message(f"{name}: {len(loaded.skipped)} of {of_all} rows left out:{listing(loaded.skipped, 3)}")

@@ -22,19 +22,35 @@ for the k steps to come while a step is trained, and go on with new weights in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlflow.driver import assemble
 from rlflow.driver.book import Book
+from rlflow.driver.demonstrations import demonstrations_of
 from rlflow.driver.failures import keeping_rollouts
 from rlflow.driver.learner import Learner
 from rlflow.driver.own_metrics import own_metrics
 from rlflow.driver.window import Window
 from rlflow.recipe import Recipe
 from rlflow.tracking.rollouts import rollouts_path, write_rollouts
-from rlflow.types import StepStats
+from rlflow.types import Sample, StepStats
 
 
-def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, num_steps: int, *, resume: bool) -> None:
-    """Runs the steps that are left and leaves a checkpoint after the last."""
+def train_online(
+    recipe: Recipe,
+    learner: Learner,
+    book: Book,
+    window: Window,
+    num_steps: int,
+    *,
+    resume: bool,
+    demonstrations: Sequence[Sample] = (),
+) -> None:
+    """Runs the steps that are left and leaves a checkpoint after the last.
+
+    Args:
+        demonstrations: Trained beside the rollouts, where the recipe has such.
+    """
     algorithm, pool = recipe.online, window.pool
     first = 0
     if resume:
@@ -56,7 +72,7 @@ def train_online(recipe: Recipe, learner: Learner, book: Book, window: Window, n
             metrics |= assemble.rollout_metrics(batch, step) | own_metrics(recipe.metrics, batch.groups)
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
-            metrics |= learner.update(samples, step, counts)
+            metrics |= learner.update(samples, step, counts, demonstrations_of(step, demonstrations, recipe))
             pool.publish(learner.weights(step + 1), step + 1)
             advantages = assemble.rollout_advantages(batch, samples, algorithm)
             book.tracker.episodes(assemble.episodes(batch, advantages, step + 1))

@@ -42,6 +42,9 @@ def check_sources(recipe: Recipe) -> None:
     training = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
     for source in training:
         _check(source, recipe.rewards if recipe.family == "online" else [])
+    shown = [] if recipe.demonstrations is None else recipe.demonstrations.train
+    for source in shown if isinstance(shown, list) else [shown]:
+        _check(source, [])
     for block in recipe.evaluations.values():
         reward = recipe.reward_of(block)
         _check(block.data, [reward] if reward is not None else [])

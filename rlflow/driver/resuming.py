@@ -31,11 +31,14 @@ from rlflow.tracking.redact import redact
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
 
+_TRAINED = ("data.train", "demonstrations.train")
+"""Whose rows a resumed run must find as they were."""
 _FIXED = (
     "algorithm.name",
     "model.characters",
     "data.prompts_per_step",
     "data.shuffle",
+    "demonstrations.per_step",
     "trainer.optimizer.kind",
     "trainer.optimizer.plugin",
     "run.seed",
@@ -101,6 +104,10 @@ def sums_of_rows(recipe: Recipe) -> dict[str, str]:
     """
     train = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
     sums = {"data.train": sum_of_rows([read_table(source) for source in train])}
+    if recipe.demonstrations is not None:
+        shown = recipe.demonstrations.train
+        shown = shown if isinstance(shown, list) else [shown]
+        sums["demonstrations.train"] = sum_of_rows([read_table(source) for source in shown])
     for key, block in recipe.evaluations.items():
         sums[f"{key}.data"] = sum_of_rows([read_table(block.data)])
     return sums
@@ -263,8 +270,8 @@ def changes_since(recipe: Recipe, inputs: Inputs, directory: Path) -> list[str]:
     before = Inputs.read(directory)
     if before is not None:
         rows = _other_sums(before.rows, inputs.rows)
-        refused |= {key: "has other rows" for key in rows if key == "data.train"}
-        changes |= {key: "has other rows" for key in rows if key != "data.train"}
+        refused |= {key: "has other rows" for key in rows if key in _TRAINED}
+        changes |= {key: "has other rows" for key in rows if key not in _TRAINED}
         changes |= dict.fromkeys(_other_sums(before.files, inputs.files), "has another content")
         models = dict.fromkeys(_other_sums(before.models, inputs.models), "is another model")
         refused |= {key: text for key, text in models.items() if key == "model.path" and starts_anew}

@@ -23,11 +23,9 @@ from rlflow.actors.trainer import Trainer
 from rlflow.checkpoint import saved_steps
 from rlflow.data.class_labels import with_labels
 from rlflow.data.errors import DataError, Rows
-from rlflow.data.image_processor import load_image_processor
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import token_table
-from rlflow.driver.answers import load_answers, with_answers
 from rlflow.driver.book import Book
 from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
@@ -37,7 +35,7 @@ from rlflow.driver.evaluation import Evaluator, LossEvaluator
 from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
-from rlflow.driver.material import Material, load_rows, max_model_len, num_steps, tell_of_rows
+from rlflow.driver.material import Material, load_material, max_model_len, num_steps, tell_of_rows
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
@@ -218,13 +216,11 @@ def run_stage(
             with clock("startup_tokenizer"):
                 tokenizer = load_tokenizer(model)
             with clock("startup_data"):
-                rows, held_out = load_rows(recipe, tokenizer, load_image_processor(model))
-                answers = load_answers(recipe, tokenizer)
+                material = load_material(recipe, model, tokenizer)
             with clock("startup_ray"):
                 actors = placing.result(timeout=recipe.run.startup_timeout_s)
                 stop.install()
             is_placed = True
-            material = Material(model, tokenizer, with_answers(rows, answers), held_out, answers)
             tracker = make_tracker(recipe, directory.path, total_steps=num_steps(recipe, len(material.rows)))
             clock.tell = lambda phase: tracker.progress(phase.removeprefix("startup_"), 0, 0)
             with closing(tracker), recording_outcome(directory.path):
@@ -335,7 +331,9 @@ def _learn(
                 if recipe.family == "online":
                     assert pool is not None
                     window = Window(pool, recipe, material.rows, params, steps, tracker, material.answers)
-                    train_online(recipe, learner, book, window, steps, resume=resume)
+                    train_online(
+                        recipe, learner, book, window, steps, resume=resume, demonstrations=material.demonstrations
+                    )
                 else:
                     train_offline(recipe, learner, book, pool, material.rows, steps, resume=resume)
             book.require_trained()

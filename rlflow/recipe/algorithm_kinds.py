@@ -10,6 +10,7 @@ from rlflow.recipe.advantage_blocks import Advantage, BaselineBlock
 from rlflow.recipe.algorithm_blocks import BoundedWeightBlock, Correction, CriticBlock, GroupBlock, KLBlock
 from rlflow.recipe.block import Block, Conflict, PositiveInt
 from rlflow.recipe.distill_blocks import Distill, DivergenceDistillBlock, NoDistillBlock
+from rlflow.recipe.mixture_blocks import MixtureBlock
 from rlflow.recipe.policy_loss_blocks import ClipBlock, CovarianceBlock, KLCovBlock, LossBlock, PolicyLoss, Reduction
 from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBlock, SigmoidBlock
 from rlflow.recipe.presets import ALGORITHMS, Learning
@@ -89,6 +90,8 @@ class OnlineBlock(AlgorithmBlock):
     """Off-policy correction between engine and trainer."""
     groups: GroupBlock = GroupBlock()
     """What is done with groups and batches before the loss."""
+    mixture: MixtureBlock | None = None
+    """Demonstrations beside the rollouts, which `demonstrations` names; none when absent."""
     critic: CriticBlock | None = None
     """PPO's value model; there is one with advantage.estimator gae alone."""
     distill: Distill = Field(NoDistillBlock(), discriminator="kind")
@@ -137,6 +140,12 @@ class OnlineBlock(AlgorithmBlock):
             if self.critic is None:
                 reason = "is what advantage.estimator gae takes its values from: give one"
             yield Conflict(("critic", "advantage.estimator"), reason)
+        if self.mixture is not None and self.critic is not None:
+            reason = "has demonstrations, and a critic has no values of them: take another advantage.estimator than gae"
+            yield Conflict(("mixture", "critic"), reason)
+        if self.mixture is not None and isinstance(self.distill, DivergenceDistillBlock):
+            reason = "has demonstrations, which the teacher does not score: remove it, or set distill.on_policy below 1"
+            yield Conflict(("mixture", "distill.kind"), f"{reason} to learn from the data's answers")
         if isinstance(self.loss, KLCovBlock) and self.num_updates == 1:
             reason = "penalises how far later updates of a step move: set groups.updates_per_step to 2 or more"
             yield Conflict(("loss.kind", "groups.updates_per_step"), reason)

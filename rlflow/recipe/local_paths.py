@@ -21,6 +21,7 @@ _HUB_OR_LOCAL = {
     "algorithm.critic.path",
     "teacher.path",
     "data.train.path",
+    "demonstrations.train.path",
     "evaluation.data.path",
 }
 _REWARD_MODELS = {"rewards.args.path", "evaluation.reward.args.path"}
@@ -29,6 +30,7 @@ _FUNCTIONS = {
     "rewards.plugin",
     "evaluation.reward.plugin",
     "data.train.generator",
+    "demonstrations.train.generator",
     "evaluation.data.generator",
     "callbacks",
     "callbacks.plugin",

@@ -29,6 +29,7 @@ from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_conflicts
 from rlflow.recipe.evaluation_blocks import EvaluationBlock, OneOrSeveralEvaluations, evaluation_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
+from rlflow.recipe.mixture_blocks import DemonstrationsBlock
 from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingBlock
@@ -135,6 +136,8 @@ class Recipe(Block):
     """The policy's starting point."""
     data: DataBlock
     """What it learns from."""
+    demonstrations: DemonstrationsBlock | None = None
+    """What an online algorithm learns from beside its rollouts, where algorithm.mixture says how much it counts."""
     rewards: list[RewardBlock] = Field(default_factory=list)
     """What is good."""
     reward_server: RewardServerBlock = RewardServerBlock()
@@ -282,6 +285,9 @@ class Recipe(Block):
             yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
         if isinstance(self.algorithm, OnlineBlock):
             yield from self._online_conflicts(self.algorithm)
+        elif self.demonstrations is not None:
+            reason = f"stand beside rollouts, and {self.algorithm.name} has none: name them in data.train"
+            yield Conflict(("demonstrations", "algorithm.name"), reason)
 
     def _online_conflicts(self, algorithm: OnlineBlock) -> Iterator[Conflict]:
         kl, prompts = algorithm.kl, self.data.prompts_per_step
@@ -289,12 +295,26 @@ class Recipe(Block):
         if prompts % updates:
             reason = f"{updates} does not divide data.prompts_per_step ({prompts})"
             yield Conflict(("algorithm.groups.updates_per_step", "data.prompts_per_step"), reason)
+        yield from self._mixture_conflicts(algorithm)
         if kl.target is not None and kl.horizon < samples:
             reason = f"{kl.horizon} is less than the {samples} samples of a step: the coefficient would jump; raise it"
             yield Conflict(("algorithm.kl.horizon", "data.prompts_per_step"), reason)
         if self.cut_by is not None:
             for keys, reason in algorithm.correction.cut_conflicts(self.cut_by):
                 yield Conflict((f"algorithm.correction.{keys[0]}", *keys[1:]), reason)
+
+    def _mixture_conflicts(self, algorithm: OnlineBlock) -> Iterator[Conflict]:
+        keys, demonstrations = ("demonstrations", "algorithm.mixture"), self.demonstrations
+        if demonstrations is None:
+            if algorithm.mixture is not None:
+                reason = "algorithm.mixture weighs demonstrations: give demonstrations.train, rows with answers"
+                yield Conflict(keys, reason)
+        elif algorithm.mixture is None:
+            reason = f"are trained where algorithm.mixture says how much they count, and {algorithm.name} has none: "
+            yield Conflict(keys, f"{reason}take algorithm.name: chord, give algorithm.mixture, or remove them")
+        elif demonstrations.per_step < algorithm.num_mini_batches:
+            reason = f"{demonstrations.per_step} are too few for {algorithm.num_mini_batches} updates: each needs one"
+            yield Conflict(("demonstrations.per_step", "algorithm.groups.updates_per_step"), reason)
 
     def _model_conflicts(self) -> Iterator[Conflict]:
         model = self.model

@@ -197,4 +197,16 @@ ROWS: dict[str, AlgorithmRow] = {
             "groups": {"updates_per_step": 2},
         },
     ),
+    "chord": AlgorithmRow(
+        "online",
+        FROM_ROLLOUTS,
+        "GRPO and demonstrations in one loss, whose weight falls from step to step",
+        "arXiv 2508.11408",
+        {
+            "group_size": 8,
+            "advantage": _GROUP_STD,
+            "loss": {"reduction": "sequence"},
+            "mixture": {"mu_peak": 0.9, "mu_valley": 0.05, "mu_decay_steps": 200},
+        },
+    ),
 }

@@ -14,7 +14,7 @@ Objective = Literal[
 ]
 
 TASKS: dict[Task, str] = {
-    "online": "learn from rollouts and their rewards (ref: a reference, critic: a value model)",
+    "online": "learn from rollouts and their rewards (ref: a reference, critic: a value model, demos: demonstrations)",
     "distillation": "learn from a teacher",
     "sft": "learn from demonstrations and plain text",
     "preferences": "learn from judged answers",

@@ -170,11 +170,11 @@ def test_the_trainers_logprobs_of_before_the_update_are_taken_where_they_are_kno
 
 def test_kl_cov_selects_a_share_of_the_largest_over_the_whole_update():
     block = algorithm_of("kl_cov", loss={"share": 0.25}).loss
-    assert selected(with_selection(TWO, block, (0,))) == [[0, 0, 0], [0, 1, 0]]
+    assert selected(with_selection(TWO, block, 0, "a")) == [[0, 0, 0], [0, 1, 0]]
     block = algorithm_of("kl_cov", loss={"share": 0.5}).loss
-    assert selected(with_selection(TWO, block, (0,))) == [[0, 1, 0], [0, 1, 0]], "of equals the first"
+    assert selected(with_selection(TWO, block, 0, "a")) == [[0, 1, 0], [0, 1, 0]], "of equals the first"
     block = algorithm_of("kl_cov", loss={"share": 1e-6}).loss
-    assert selected(with_selection(TWO, block, (0,))) == [[0, 0, 0], [0, 1, 0]], "one at least"
+    assert selected(with_selection(TWO, block, 0, "a")) == [[0, 0, 0], [0, 1, 0]], "one at least"
 
 
 def test_clip_cov_draws_between_its_bounds_alone_and_the_same_for_the_same_seed():
@@ -183,15 +183,15 @@ def test_clip_cov_draws_between_its_bounds_alone_and_the_same_for_the_same_seed(
     covariances = covariances_of(samples)
     loss = {"share": 0.1, "covariance_low": 0.1, "covariance_high": 1.0}
     block = algorithm_of("clip_cov", loss=loss).loss
-    drawn = [np.concatenate([s.selected[1:] for s in with_selection(samples, block, (0, n))]) for n in (1, 1, 2)]
+    drawn = [np.concatenate([s.selected[1:] for s in with_selection(samples, block, 0, n)]) for n in "aab"]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     for of_seed in drawn:
         assert of_seed.sum() == 8, "a tenth of 81"
         assert ((covariances > 0.1) & (covariances < 1.0))[of_seed > 0].all()
     none = algorithm_of("clip_cov", loss={**loss, "covariance_low": 50.0, "covariance_high": 60.0}).loss
-    assert not any(s.selected.any() for s in with_selection(samples, none, (0,)))
+    assert not any(s.selected.any() for s in with_selection(samples, none, 0, "a"))
 
 
 def test_losses_that_treat_all_tokens_alike_select_none():
-    assert all(s.selected is None for s in with_selection(TWO, algorithm_of("grpo").loss, (0,)))
+    assert all(s.selected is None for s in with_selection(TWO, algorithm_of("grpo").loss, 0, "a"))

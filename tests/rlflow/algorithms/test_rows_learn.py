@@ -91,7 +91,7 @@ def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
         for half in (0, 1, 0, 1):
             part = samples[half * len(samples) // 2 :][: len(samples) // 2]
             weighed, denominators = weigh(part, block, GROUP)
-            weighed = with_selection(weighed, block.loss, (0, half))
+            weighed = with_selection(weighed, block.loss, 0, f"half {half}")
             _, _, metrics = run(policy, weighed, denominators, block)
             ratios.append(metrics["ratio/value_max"])
             optimizer.step()

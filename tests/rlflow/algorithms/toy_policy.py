@@ -72,7 +72,7 @@ def samples_for(name: str, count: int = 12, seed: int = 0) -> list[Sample]:
                 old_values=noise(1.0, 0.0),
                 returns=noise(1.0, 0.0),
                 selected=np.where(mask, random.random(total) < 0.3, np.nan).astype(np.float32),
-                label=1.0 if index % 2 == 0 else -1.0,
+                label=0.0 if family == "online" else 1.0 if index % 2 == 0 else -1.0,
                 reward_margin=(number := float(random.random())),
                 rank_margin=number,
                 rank_partner=number,

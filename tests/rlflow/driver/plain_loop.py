@@ -201,6 +201,8 @@ class Row:
     """The ratio's denominator is the engine's."""
     num_greedy: int = 0
     """Of each group, at its end."""
+    shown: tuple[Rollout, float] | None = None
+    """A demonstration of every update, its tokens weighed with p (1 - p), and its share of the loss."""
 
 
 ROWS = {
@@ -220,6 +222,7 @@ ROWS = {
     "maxrl": Row(by_mean, clip(0.2, 0.2), "token"),
     "opo": Row(by_length, clip(0.2, 0.2), "token"),
     "remax": Row(by_greedy, clip(0.2, 0.2), "token", num_greedy=1),
+    "chord": Row(group_std, clip(0.2, 0.2), "sequence"),
     "clip_cov": Row(group_std, without_marked, "token", mark=mark_between),
     "kl_cov": Row(group_std, with_kl_at_marked, "token", mark=mark_largest),
 }
@@ -320,6 +323,11 @@ class Loop:
             if row.everything:
                 loss = loss - 0.01 * entropy
             total = total + self._weight(r, part) * loss.sum()
+        if row.shown is not None:
+            demonstration, mu = row.shown
+            now, _ = logprobs(self.policy, demonstration)
+            p = now.detach().exp()
+            total = (1 - mu) * total - mu * (p * (1 - p) * now).mean()
         descend(total, self.policy, self.optimizer)
         return float(total.detach())
 

@@ -14,7 +14,9 @@ from plain_loop import Loop, clip
 from safetensors.torch import load_file
 
 import rlflow
+from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.recipe import ALGORITHMS
+from tests.conftest import CHARACTERS, CHAT_TEMPLATE
 from tests.local_actors import use_local_actors
 
 ONLINE = [name for name, row in ALGORITHMS.items() if row.task == "online"]
@@ -106,9 +108,27 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_the_weights_are_those_of_a_plain_loop(run, tiny_model_dir, name):
-    directory = run(name, **{f"algorithm.loss.{key}": value for key, value in CHOICES.get(name, {}).items()})
-    check(directory, tiny_model_dir, name, plain_loop.ROWS[name])
+def test_the_weights_are_those_of_a_plain_loop(run, tiny_model_dir, tmp_path, name):
+    row, changes = plain_loop.ROWS[name], {f"algorithm.loss.{key}": x for key, x in CHOICES.get(name, {}).items()}
+    if ALGORITHMS[name].value("mixture", None):
+        row, changes = with_demonstrations(row, tmp_path)
+    check(run(name, **changes), tiny_model_dir, name, row)
+
+
+def with_demonstrations(row: plain_loop.Row, directory: Path) -> tuple[plain_loop.Row, dict[str, Any]]:
+    """One and the same demonstration in every update, and the recipe's keys that say so."""
+    rows, tokenizer = directory / "shown.jsonl", build_character_tokenizer(CHARACTERS, CHAT_TEMPLATE)
+    rows.write_text((json.dumps({"prompt": "Say z.", "response": "zebra"}) + "\n") * 3)
+    question = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say z."}], tokenize=False, add_generation_prompt=True
+    )
+    given, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (question, "zebra"))
+    demonstration = plain_loop.Rollout(given, [*answer, tokenizer.eos_token_id], torch.zeros(6), 0.0, False)
+    changes = {
+        "demonstrations": {"train": {"path": str(rows)}, "per_step": plain_loop.UPDATES},
+        "algorithm.mixture": {"mu_peak": 0.3, "mu_valley": 0.3, "mu_decay_steps": 0, "phi": True},
+    }
+    return replace(row, shown=(demonstration, 0.3)), changes
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
