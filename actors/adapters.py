@@ -1,11 +1,12 @@
 """Adapters through PEFT, put into a transformers model in place: no wrapper, so all else sees the model it knows.
 
-    model.layers.0.mlp.up_proj               y = W x + scale B A x
+    model.layers.0.mlp.up_proj               y = W x + scale B A x, or what another method makes of W
         .base_layer.weight                   W, frozen, in the recipe's dtype
-        .lora_A.default.weight, .lora_B...   float32, trained, and all that checkpoints and weight syncs hold
+        .lora_A.default.weight, .lora_B...   float32, trained, and all that checkpoints hold
         .lora_A.start.weight, ...            only where training goes on from an adapter: the reference, frozen
 
-Trainer and torch engine hold the same modules, so what is generated is scored by the same arithmetic.
+Of LoRA and DoRA, weight syncs hold no more than that: trainer and torch engine have the same modules, so what is
+generated is scored by the same arithmetic. Engines get what other methods have trained as whole weights (merging).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import PeftConfig, PeftType, get_peft_config, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
@@ -28,9 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.vision import language_model_class, part_finder, sees
-from rlflow.recipe import AdapterBlock, ModelBlock
+from rlflow.recipe import ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
 from rlflow.recipe.model_blocks import Part
+from rlflow.recipe.peft_methods import METHODS, TYPE
 
 TRAINED, START = "default", "start"
 """PEFT's names of the adapter that is trained and of the one it started from."""
@@ -73,34 +77,66 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
     adapter = block.adapter
     assert adapter is not None and block.path is not None
     directory = None if adapter.path is None else _local(adapter.path, block.path)
-    config = _config_of(adapter) if directory is None else PeftConfig.from_pretrained(str(directory))
-    assert isinstance(config, LoraConfig)
+    config: Any = _new_config(adapter.config) if directory is None else PeftConfig.from_pretrained(str(directory))
     _check_targets(model, config)
-    if directory is None and sees(model.config):
+    if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
         config.target_modules = _within_parts(model, config, block.train)
     config.base_model_name_or_path, config.revision = block.path, block.revision
-    config.lora_dropout, config.inference_mode = adapter.dropout, False
+    config.task_type, config.inference_mode = "CAUSAL_LM", False
+    if directory is not None:
+        _settle_dropout(config, adapter.dropout)
     torch.manual_seed(seed)
-    inject_adapter_in_model(config, model, TRAINED)
-    _check_layers(model)
+    _put_in(model, config, TRAINED)
+    _check_layers(model, config)
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
     if directory is None:
         return
     values = load_file(directory / WEIGHTS)
     _fill(model, TRAINED, values, directory)
-    if keep_start:
+    if keep_start and METHODS[kind_of(config)].goes_on:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            inject_adapter_in_model(deepcopy(config), model, START)
+            _put_in(model, deepcopy(config), START)
         _fill(model, START, values, directory)
         for layer in adapter_layers(model):
             layer.set_adapter(TRAINED)
 
 
+def _new_config(fields: dict[str, Any]) -> PeftConfig:
+    """
+    Raises:
+        ValueError: PEFT does not take these values together.
+    """
+    try:
+        return get_peft_config(dict(fields))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.adapter: {fields[TYPE]}: {error}") from error
+
+
+def _settle_dropout(config: PeftConfig, dropout: float) -> None:
+    """Of an adapter on disk, whose own was of another training."""
+    for field in vars(config):
+        if field.endswith("dropout"):
+            setattr(config, field, dropout if field == "lora_dropout" else 0.0)
+
+
+def _put_in(model: PreTrainedModel, config: PeftConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: The method finds nothing to adapt, or sizes that it cannot take.
+    """
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+    try:
+        # inject_adapter_in_model does no more, and refuses methods whose layers share matrices that are made of a seed.
+        tuner(model, config, name)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"model.adapter: {kind_of(config)}: {error}") from error
+
+
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """PEFT's layers: modules that are LoraLayers as well."""
-    return [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+    """PEFT's layers, each around one of the model's."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -112,7 +148,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def as_reference(model: nn.Module) -> Iterator[None]:
     """Within, the model is what training started from: the base alone, or with the adapter it goes on from."""
     layers = adapter_layers(model)
-    goes_on = all(START in layer.lora_A for layer in layers)
+    goes_on = any(name.endswith(f".{START}") or f".{START}." in name for name, _ in model.named_parameters())
     # PEFT's own switches also change which parameters want gradients, which sharded ones must not.
     for layer in layers:
         layer._active_adapter = [START if goes_on else TRAINED]
@@ -131,21 +167,30 @@ def write(directory: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, 
     Args:
         tensors: By their names in the model, as the trainer sends them.
     """
-    config = deepcopy(config_of(model))
+    config: Any = deepcopy(config_of(model))
     config.inference_mode = True
-    if config.target_modules is not None and not isinstance(config.target_modules, str):
-        config.target_modules = _short_names(config.target_modules, model)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(config.target_modules, set | list) and METHODS[kind_of(config)].targets_linear:
+        config.target_modules = _short_names(config.target_modules, model)
     config.save_pretrained(str(directory))
-    values = {f"base_model.model.{_in_file(name)}": tensor.cpu().contiguous() for name, tensor in tensors}
-    save_file(values, directory / WEIGHTS, metadata={"format": "pt"})
+    given = dict(tensors)
+    values = _in_file(model, TRAINED, {**_kept_buffers(model), **given})
+    assert len(values) >= len(given), "PEFT leaves out what was trained"
+    written = {name: tensor.cpu().contiguous() for name, tensor in values.items()}
+    save_file(written, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def config_of(model: PreTrainedModel) -> LoraConfig:
+def kind_of(config: PeftConfig) -> str:
+    """PEFT's name of the method."""
+    return PeftType(config.peft_type).value
+
+
+def config_of(model: PreTrainedModel) -> PeftConfig:
     configs: Any = model.peft_config
     return configs[TRAINED]
 
 
 def largest_rank(model: PreTrainedModel) -> int:
+    """Of a LoRA."""
     return max(layer.r[TRAINED] for layer in adapter_layers(model))
 
 
@@ -184,19 +229,6 @@ def keep_four_bits_as_stored(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _config_of(adapter: AdapterBlock) -> LoraConfig:
-    targets = adapter.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,  # pyright: ignore
-        lora_dropout=adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=adapter.rslora,
-        use_dora=adapter.kind == "dora",
-    )
-
-
 def _local(path: str, model: str) -> Path:
     """The adapter's directory, fetched when it is on the hub."""
     directory = Path(path)
@@ -209,8 +241,8 @@ def _local(path: str, model: str) -> Path:
     return directory
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    if config.target_modules is None or isinstance(config.target_modules, str):
+def _check_targets(model: PreTrainedModel, config: Any) -> None:
+    if not isinstance(config.target_modules, set | list) or not METHODS[kind_of(config)].targets_linear:
         return
     head = model.get_output_embeddings()
     layers = [(name, module) for name, module in model.named_modules() if module is not head]
@@ -219,7 +251,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         raise ValueError(f"model.adapter.target_modules: {'; '.join(problems)}")
 
 
-def _within_parts(model: PreTrainedModel, config: LoraConfig, parts: Iterable[Part]) -> list[str]:
+def _within_parts(model: PreTrainedModel, config: Any, parts: Iterable[Part]) -> list[str]:
     """Whole names of the linear layers that a config means, of these parts of a vision-language model.
 
     Raises:
@@ -241,42 +273,44 @@ def _within_parts(model: PreTrainedModel, config: LoraConfig, parts: Iterable[Pa
     return found
 
 
-def _check_layers(model: PreTrainedModel) -> None:
+def _check_layers(model: PreTrainedModel, config: PeftConfig) -> None:
     """
     Raises:
         ValueError: The head or another layer got an adapter that cannot be trained, synced and merged here.
     """
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer):
+        if not isinstance(layer, BaseTunerLayer):
             continue
         base = layer.get_base_layer()
-        if layer is head or not isinstance(base, nn.Linear | Conv1D):
+        is_linear = isinstance(base, nn.Linear | Conv1D) or isinstance(layer, lora.ParamWrapper)
+        if layer is head and not METHODS[kind_of(config)].targets_linear:
+            method = kind_of(config)
+            raise ValueError(f"model.adapter: {method}: the head shares the embedding's weights: train another method")
+        if layer is head or (METHODS[kind_of(config)].targets_linear and not is_linear):
             raise ValueError(
                 f"model.adapter.target_modules: {name} ({type(base).__name__}) gets no adapter: name linear layers "
                 "other than the head, such as [q_proj, k_proj, v_proj, o_proj]"
             )
 
 
-def _fill(model: nn.Module, adapter: str, values: dict[str, torch.Tensor], directory: Path) -> None:
+def _fill(model: PreTrainedModel, adapter: str, values: dict[str, torch.Tensor], directory: Path) -> None:
     """Copies a file's tensors into one of the model's adapters.
 
     Raises:
         ValueError: Names or shapes differ: it is an adapter of another model.
     """
-    parameters = {
-        f"base_model.model.{_in_file(name, adapter)}": parameter
-        for name, parameter in model.named_parameters()
-        if f".{adapter}." in name or name.endswith(f".{adapter}")
-    }
-    if strange := sorted(parameters.keys() ^ values.keys()):
+    places = _in_file(model, adapter, {**_kept_buffers(model), **dict(model.named_parameters())})
+    if strange := sorted(places.keys() ^ values.keys()):
         raise ValueError(f"model.adapter.path: {directory} is of another model: {strange[0]} is not in both")
-    for name, parameter in parameters.items():
-        if parameter.shape != values[name].shape:
-            shapes = f"{list(values[name].shape)} there, {list(parameter.shape)} here"
+    for name, place in places.items():
+        if place.shape != values[name].shape:
+            shapes = f"{list(values[name].shape)} there, {list(place.shape)} here"
             raise ValueError(f"model.adapter.path: {directory} is of another model: {name} has shape {shapes}")
-        if not parameter.is_meta:
-            parameter.data = values[name].to(device=parameter.device, dtype=torch.float32, copy=True)
+        if isinstance(place, nn.Parameter) and not place.is_meta:
+            place.data = values[name].to(device=place.device, dtype=torch.float32, copy=True)
+        elif not place.is_meta:
+            place.copy_(values[name])
 
 
 def _short_names(targets: Iterable[str], model: nn.Module) -> list[str]:
@@ -286,13 +320,19 @@ def _short_names(targets: Iterable[str], model: nn.Module) -> list[str]:
     would be left as they are.
     """
     ends = {name.rpartition(".")[2] for name in targets}
-    names = {name: isinstance(module, lora.LoraLayer) for name, module in model.named_modules()}
+    names = {name: isinstance(module, BaseTunerLayer) for name, module in model.named_modules()}
     mean_the_same = all(is_adapted == (name.rpartition(".")[2] in ends) for name, is_adapted in names.items())
     return sorted(ends if mean_the_same else targets)
 
 
-def _in_file(name: str, adapter: str = TRAINED) -> str:
-    """PEFT's name in a file of a parameter: without the adapter's; lengths of rows are no weight of a module there."""
-    shortened = name.replace(f".{adapter}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
-    assert shortened != name, f"{name} is no parameter of adapter {adapter}"
-    return shortened
+def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a method keeps beside what it trains, such as where its weights are, but for what it can make again."""
+    parameters = dict(model.named_parameters())
+    kept = model.state_dict().items()
+    return {name: buffer for name, buffer in kept if name not in parameters and not buffer.is_meta}
+
+
+def _in_file(model: PreTrainedModel, adapter: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by the names that PEFT gives them in a file: those of one adapter, of all by their names in the model."""
+    found = get_peft_model_state_dict(model, tensors, adapter, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor for name, tensor in found.items()}

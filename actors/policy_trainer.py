@@ -31,13 +31,16 @@ class PolicyTrainer(Trainer):
         num_threads: int,
         seed: int,
         learns_rollouts: bool = False,
+        sends_merged: bool = False,
     ) -> None:
         """
         Args:
             learns_rollouts: It is trained on what it writes, in which no id beyond its tokenizer can be.
+            sends_merged: Engines get whole weights, with what the adapter makes of them.
         """
         super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
         self.learns_rollouts = learns_rollouts
+        self.sends_merged = sends_merged
         self.teacher_head: LoadedHead | None = None
 
     def load_module(self) -> Any:

@@ -96,9 +96,11 @@ class RolloutWorker:
         server: RolloutServerBlock | None = None,
         environment: EnvironmentBlock | None = None,
         template_date: date | None = None,
+        gets_merged: bool = False,
     ) -> None:
         """
         Args:
+            gets_merged: Of a policy with an adapter, whole weights arrive, with what the adapter makes of them.
             environment: Of rollouts of several turns.
             template_date: What the chat template writes where it writes the date.
         """
@@ -108,6 +110,8 @@ class RolloutWorker:
         started = time.perf_counter()
         self.rank = rank
         generator: RolloutEngine
+        if gets_merged:
+            model = model.model_copy(update={"adapter": None})
         if engine == "http":
             assert server is not None
             generator = _http_engine(server, model, rollout, max_model_len, run_directory, rank)

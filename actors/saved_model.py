@@ -24,6 +24,8 @@ from rlflow.actors.train_engines.token_model import read_language_model
 from rlflow.actors.vision import language_model_class
 from rlflow.checkpoint import naming_the_disk
 from rlflow.recipe import AlgorithmBlock, ModelBlock
+from rlflow.recipe.adapter_files import config_of_adapter
+from rlflow.recipe.peft_methods import has_lora_modules
 
 _PARTS = 20
 """Into how many the reading is cut, to tell how far it is."""
@@ -52,7 +54,7 @@ def export_saved(
     if block.adapter is not None:
         from rlflow.actors import adapters
 
-        model = _adapted_without_values(block, seed)
+        model = _adapted(block, seed)
         named = adapters.adapter_parameters(model)
         weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
     else:
@@ -84,11 +86,16 @@ def _places_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _adapted_without_values(block: ModelBlock, seed: int) -> PreTrainedModel:
-    """The recipe's base and adapter: their names and configs, and no weights."""
+def _adapted(block: ModelBlock, seed: int) -> PreTrainedModel:
+    """The recipe's base and adapter: their names and configs, and no weights where its method can do without."""
     from rlflow.actors import adapters
 
-    assert block.path is not None
+    assert block.path is not None and block.adapter is not None
+    adapter_config = config_of_adapter(block.adapter)
+    if adapter_config is not None and not has_lora_modules(adapter_config):
+        return adapters.load_adapted(
+            block, seed=seed, device=torch.device("cpu"), trust_remote_code=block.trust_remote_code
+        )
     options: dict[str, Any] = {"revision": block.revision, "trust_remote_code": block.trust_remote_code}
     config = AutoConfig.from_pretrained(block.path, **options)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

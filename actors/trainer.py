@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ class Measured:
 class Trainer:
     moe_prefix = ""
     """Before the names of a mixture of experts' metrics."""
+    sends_merged = False
+    """Whether what the adapter makes of the model's weights is sent, whole."""
 
     def __init__(
         self, model: ModelBlock, trainer: TrainerBlock, *, rank: int, world_size: int, num_threads: int, seed: int
@@ -170,7 +172,7 @@ class Trainer:
         return UpdateStats(float("nan") if grad_norm is None else grad_norm, grad_norm is None)
 
     def weights(self, version: int) -> WeightSnapshot | None:
-        """All ranks take part; rank 0 returns the snapshot: of an adapter alone where there is one."""
+        """All ranks take part; rank 0 returns the snapshot: of an adapter alone where engines take it as it is."""
         from rlflow.actors.checkpoint_names import to_checkpoint
         from rlflow.actors.host_memory import release_freed_memory
         from rlflow.actors.weight_sync import pack_weights
@@ -178,12 +180,18 @@ class Trainer:
         if not self.is_small:
             # Others may need it now, and a snapshot is too large for what lies between.
             release_freed_memory()
-        named = self.engine.full_weights(trained_only=self.block.adapter is not None)
+        sends_adapter = self.block.adapter is not None and not self.sends_merged
+        named = self._merged_weights() if self.sends_merged else self.engine.full_weights(trained_only=sends_adapter)
         if self.rank == 0:
-            return pack_weights(named if self.block.adapter else to_checkpoint(self.module.model, named), version)
+            return pack_weights(named if sends_adapter else to_checkpoint(self.module.model, named), version)
         for _ in named:
             pass
         return None
+
+    def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from rlflow.actors.merged_weights import merged_weights
+
+        return merged_weights(self.module.model)
 
     def save(self, directory: Path) -> None:
         """Writes this rank's part of a checkpoint into an existing directory.

@@ -25,6 +25,7 @@ from rlflow.actors.teacher_model import TeacherModel
 from rlflow.actors.teacher_server import TeacherServer
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
+from rlflow.policy_weights import sends_merged
 from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
 from rlflow.roles import Role, roles, rollout_engine
 
@@ -181,7 +182,8 @@ def constructor_of(
             arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
             if recipe.algorithm.learning.head != "token":
                 return SequenceTrainer, {**arguments, "algorithm": recipe.algorithm}
-            return PolicyTrainer, {**arguments, "learns_rollouts": recipe.family == "online"}
+            is_online = recipe.family == "online"
+            return PolicyTrainer, {**arguments, "learns_rollouts": is_online, "sends_merged": sends_merged(recipe)}
         case "critic":
             path = None if recipe.critic is None else recipe.critic.path
             # A critic is trained whole, also where the policy is an adapter.
@@ -203,6 +205,7 @@ def constructor_of(
                 "run_directory": directory,
                 "environment": recipe.environment,
                 "template_date": recipe.data.template_date,
+                "gets_merged": sends_merged(recipe),
             }
         case "rewards":
             server = recipe.reward_server

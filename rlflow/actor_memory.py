@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from rlflow import activations
 from rlflow.memory import DTYPE_BYTES, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
+from rlflow.policy_weights import sends_merged
 from rlflow.recipe import Recipe
 
 Parts = dict[str, int]
@@ -143,8 +144,8 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
 
 
 def snapshot_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    """Of the weights on their way to the rollout workers: of an adapter alone where there is one."""
-    if shape.adapter is not None:
+    """Of the weights on their way to the rollout workers: of an adapter alone where engines take it as it is."""
+    if shape.adapter is not None and not sends_merged(recipe):
         return activations.FLOAT32 * shape.adapter
     return shape.parameters * DTYPE_BYTES[recipe.model.dtype]
 

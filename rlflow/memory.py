@@ -266,18 +266,19 @@ def _count_adapter(shape: ModelShape, adapter: AdapterBlock) -> int:
 
 
 def _described(adapter: AdapterBlock) -> AdapterBlock:
-    """With the keys that the adapter at ``path`` settles."""
-    if adapter.path is None:
+    """With the keys that the adapter at ``path`` settles; of PEFT's other methods, a LoRA of nearly as many weights."""
+    if adapter.path is None and adapter.peft is None:
         return adapter
     try:
-        config = read_config(Path(adapter.path))
-        targets = config["target_modules"]
-        found = {"rank": config["r"], "kind": "dora" if config.get("use_dora") else "lora"}
-    except (ValueError, KeyError) as error:
+        config = adapter.config if adapter.path is None else read_config(Path(adapter.path))
+    except ValueError as error:
         raise UnknownShape(f"adapter {adapter.path} is not on this machine") from error
-    if isinstance(targets, list):
+    # Of methods without a rank, which train less, that of a small LoRA.
+    found: dict[str, Any] = {"rank": config.get("r") or 8, "kind": "dora" if config.get("use_dora") else "lora"}
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and targets:
         found["target_modules"] = targets
-    return adapter.model_copy(update={**found, "path": None})
+    return adapter.model_copy(update={**found, "path": None, "peft": None})
 
 
 def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> dict[str, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from rlflow.data.image_counts import ImageCounts
 from rlflow.planning import GIB, Plan, gib
+from rlflow.policy_weights import sends_merged
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
+from rlflow.recipe.peft_methods import method_of, starts_elsewhere
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown
 
@@ -56,7 +58,17 @@ def _model_line(plan: Plan) -> str:
         return f"{name}{size}, {model.dtype}"
     what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"
     trained = "" if isinstance(plan.shape, str) else f", {plan.shape.adapter:,} parameters trained"
-    return f"{name}{size}, {model.dtype}; {model.adapter.kind}, {what}{trained}"
+    said = f"{model.adapter.kind}, {what}{trained}"
+    if model.adapter.peft is not None:
+        config = model.adapter.config
+        how = starts_elsewhere(config)
+        said = f"{method_of(config)} of PEFT's" + ("" if how is None else f"; {how}")
+    return f"{name}{size}, {model.dtype}; {said}{_sent(plan.recipe)}"
+
+
+def _sent(recipe: Recipe) -> str:
+    """What rollout workers get of an adapter, where it is not the adapter."""
+    return "; rollout workers get it merged into the model's weights" if sends_merged(recipe) else ""
 
 
 def _teacher_line(recipe: Recipe) -> str:

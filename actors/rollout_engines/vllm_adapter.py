@@ -17,6 +17,7 @@ from rlflow.actors import adapters
 from rlflow.actors.rollout_engines.vllm_start import RANKS
 from rlflow.actors.vision import language_model_class
 from rlflow.recipe import ModelBlock
+from rlflow.recipe.peft_methods import is_plain_lora, lora_kind
 
 if TYPE_CHECKING:
     import vllm
@@ -43,9 +44,10 @@ class VllmAdapter:
             adapters.inject(self.model, block, seed=0)
         self.shapes = {name: p.shape for name, p in adapters.adapter_parameters(self.model).items()}
         """What a trainer of this block sends."""
-        rank = adapters.largest_rank(self.model)
-        if adapters.config_of(self.model).use_dora or rank > RANKS[-1]:
-            what = "DoRA" if rank <= RANKS[-1] else f"rank {rank}, more than {RANKS[-1]}"
+        config = adapters.config_of(self.model).to_dict()
+        rank = adapters.largest_rank(self.model) if is_plain_lora(config) else 0
+        if not rank or rank > RANKS[-1]:
+            what = f"rank {rank}, more than {RANKS[-1]}" if rank else lora_kind(config)
             raise ValueError(f"model.adapter: vLLM does not generate with {what}: set rollout.engine: torch")
         self.options: dict[str, Any] = {
             "enable_lora": True,

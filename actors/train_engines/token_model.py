@@ -280,7 +280,7 @@ def load_token_model(
 
         options = {"trust_remote_code": block.trust_remote_code}
         model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
-        dropout_layers = adapters.adapter_layers(model) if block.adapter.dropout else []
+        dropout_layers = adapters.adapter_layers(model) if block.adapter.drops_out else []
     else:
         model = read_language_model(block, seed=seed)
         train_parts(model, block.train)

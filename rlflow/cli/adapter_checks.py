@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlflow import memory
-from rlflow.recipe import Recipe
+from rlflow.recipe import AdapterBlock, Recipe
 from rlflow.recipe.adapter_files import adapter_problem, base_of, read_config, unmatched_targets
 from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.peft_methods import METHODS, method_of
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
@@ -27,9 +28,16 @@ def in_adapter(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield "model.adapter.path", problem
     elif adapter.path is not None and not is_hub_id(adapter.path):
         yield "model.adapter.path", f"there is no directory {adapter.path}"
-    if isinstance(adapter.target_modules, list) and (linear := _linear_layers(Path(base))):
-        for message in unmatched_targets(adapter.target_modules, linear):
-            yield "model.adapter.target_modules", message
+    yield from _in_targets(adapter, Path(base))
+
+
+def _in_targets(adapter: AdapterBlock, base: Path) -> Found:
+    """Layers that the base has not."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and METHODS[method_of(config)].targets_linear and (linear := _linear_layers(base)):
+        for message in unmatched_targets(targets, linear):
+            yield f"model.adapter.{'target_modules' if adapter.peft is None else 'peft.target_modules'}", message
 
 
 def used_as_model(key: str, path: str) -> str:

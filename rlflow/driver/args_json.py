@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ClassificationBlock, Recipe
+from rlflow.recipe.peft_methods import method_of
 from rlflow.tracking.redact import redact
 
 ARGS = "args.json"
@@ -94,6 +95,9 @@ def _num_labels(algorithm: AlgorithmBlock) -> int | None:
 
 
 def _of_adapter(adapter: AdapterBlock, dtype: str) -> dict[str, Any]:
+    if adapter.peft is not None:
+        config = adapter.config
+        return {"tuner_type": method_of(config).lower(), "target_modules": config.get("target_modules")}
     values: dict[str, Any] = {
         "tuner_type": "lora",
         "adapters": [] if adapter.path is None else [adapter.path],

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlflow.recipe.peft_methods import METHODS, REFUSED, TYPE, UNSUPPORTED
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import nearest
 
+if TYPE_CHECKING:
+    from rlflow.recipe.model_blocks import AdapterBlock
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_UNSUPPORTED = {
-    "modules_to_save": None,
-    "bias": "none",
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-}
-"""PEFT's options that train more than A, B and lengths of rows, and the value that means no."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _COMMON_NAME = re.compile(
     r"final|merged|latest|best|last|model|initial_model|(checkpoints?|(global_)?step|epoch)[-_]?\d*"
 )
@@ -59,23 +52,21 @@ def base_of(config: dict[str, Any]) -> str | None:
     return config.get("base_model_name_or_path")
 
 
+def config_of_adapter(adapter: AdapterBlock) -> dict[str, Any] | None:
+    """PEFT's config of a new adapter or of the one it goes on from; None where that is not on this machine."""
+    if adapter.path is None:
+        return adapter.config
+    return read_config(Path(adapter.path)) if (Path(adapter.path) / CONFIG).is_file() else None
+
+
 def adapter_problem(directory: Path, model: str) -> str | None:
     """Why training on ``model`` cannot go on from this adapter, and what to do; None when it can."""
     try:
         config = read_config(directory)
     except ValueError as error:
         return str(error)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return f"{directory} holds an adapter of type {kind}: only LoRA and DoRA can be trained"
-    for key, neutral in _UNSUPPORTED.items():
-        if key in config and config[key] not in (neutral, None, [], {}):
-            return (
-                f"{directory} was made with {key}: {config[key]}, which is not supported: merge it into its base model"
-            )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        return f"{directory} was made with init_lora_weights: {start}, which changes the base: convert it with PEFT"
+    if problem := _method_problem(config):
+        return f"{directory} {problem}"
     base = base_of(config)
     if base and not same_model(base, model):
         return (
@@ -84,6 +75,23 @@ def adapter_problem(directory: Path, model: str) -> str | None:
         )
     if not (directory / WEIGHTS).exists():
         return f"{directory} has no {WEIGHTS}: fetch it, or save the adapter as safetensors"
+    return None
+
+
+def _method_problem(config: Mapping[str, Any]) -> str | None:
+    """What of an adapter's config cannot be trained on."""
+    kind = str(config.get(TYPE)).upper()
+    if kind not in METHODS:
+        return f"holds an adapter of type {kind}, which {REFUSED.get(kind, 'is not known here: merge it')}"
+    if not METHODS[kind].goes_on:
+        return f"holds an adapter of type {kind}, of which a model holds one alone: merge it into its base model"
+    for key, neutral in UNSUPPORTED.items():
+        # What it started from has done its part.
+        if key in config and not key.endswith("_config") and config[key] not in (neutral, None, False, [], {}):
+            return f"was made with {key}: {config[key]}, which is not supported: merge it into its base model"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        return f"was made with init_lora_weights: {start}, which changes the base: convert it with PEFT"
     return None
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rlflow.recipe.block import Conflict
+from rlflow.recipe.peft_methods import (
+    METHODS,
+    drops_out,
+    has_lora_modules,
+    method_of,
+    peft_problems,
+    starts_elsewhere,
+)
 
 if TYPE_CHECKING:
     from rlflow.recipe.schema import Recipe
@@ -21,16 +29,15 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.algorithm.learning.head != "token":
         reason = f"is of a policy; {name} trains a model whole: remove adapter"
         yield Conflict(("model.adapter", "algorithm.name"), reason)
-    if adapter.dropout and recipe.family != "sft":
+    if adapter.drops_out and recipe.family != "sft":
         reason = f"{name} compares logprobs, and with dropout those of a policy differ from its own: set 0"
-        yield Conflict(("model.adapter.dropout", "algorithm.name"), reason)
+        key = "dropout" if adapter.peft is None else f"peft.{drops_out(adapter.peft)}"
+        yield Conflict((f"model.adapter.{key}", "algorithm.name"), reason)
     if adapter.lora_plus_ratio is not None and trainer.optimizer.kind in ("muon", "function"):
         reason = "is a ratio of AdamW's learning rates: set trainer.optimizer.kind: adamw, or remove it"
         yield Conflict(("model.adapter.lora_plus_ratio", "trainer.optimizer.kind"), reason)
-    on_vllm = rollout.engine == "vllm" or (rollout.engine == "auto" and rollout.gpus_per_worker > 0)
-    if recipe.needs_rollouts and on_vllm and adapter.kind == "dora":
-        reason = "vLLM does not generate with DoRA: set rollout.engine: torch, or kind: lora"
-        yield Conflict(("model.adapter.kind", "rollout.engine"), reason)
+    if adapter.peft is not None and not any(peft_problems(adapter.peft)):
+        yield from _method_conflicts(recipe, adapter.peft)
     if adapter.quantize == "none":
         return
     one_rank = trainer.workers == 1 and not (trainer.fsdp.offload or trainer.fsdp.mixed_precision)
@@ -40,3 +47,26 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.needs_rollouts and (rollout.engine != "torch" or not rollout.gpus_per_worker):
         reason = "generates with the base in 4 bits too: set rollout.engine: torch and rollout.gpus_per_worker: 1"
         yield Conflict(("model.adapter.quantize", "rollout.engine"), reason)
+
+
+def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Conflict]:
+    """What one of PEFT's methods rules out beside LoRA on its modules."""
+    adapter, trainer, method = recipe.model.adapter, recipe.trainer, method_of(config)
+    assert adapter is not None
+    if recipe.family != "sft" and (how := starts_elsewhere(config)):
+        reason = f"{how}, which {recipe.algorithm.name} has for a reference: remove the field"
+        yield Conflict((f"model.adapter.peft.{next(iter(METHODS[method].start))}", "algorithm.name"), reason)
+    if recipe.model.dtype != "float32" and not METHODS[method].in_16_bits:
+        reason = f"PEFT computes {method} in the dtype of its own weights, float32: set model.dtype: float32"
+        yield Conflict(("model.adapter.peft", "model.dtype"), reason)
+    if has_lora_modules(config):
+        return
+    if trainer.engine == "deepspeed":
+        reason = f"{method} is not tried with deepspeed: set trainer.engine: fsdp, or train LORA"
+        yield Conflict(("model.adapter.peft", "trainer.engine"), reason)
+    if trainer.fsdp.mixed_precision:
+        reason = f"{method} would be merged in 16 bits: set mixed_precision: false"
+        yield Conflict(("trainer.fsdp.mixed_precision", "model.adapter.peft"), reason)
+    if adapter.quantize != "none":
+        reason = f"is for LoRA and DoRA, and peft has {method}: set quantize: none, or train LORA"
+        yield Conflict(("model.adapter.quantize", "model.adapter.peft"), reason)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlflow.recipe.peft_methods import TYPE, completed, drops_out, peft_problems
 
 
 def _all(given: Any) -> Any:
@@ -24,7 +25,7 @@ AllOrSome = Annotated[
 Part = Literal["language", "projector", "vision"]
 """Of a model: the language model, the tower that reads pictures, and what stands between them."""
 
-OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora")
+OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora", "peft")
 """What an adapter on disk has settled already."""
 
 
@@ -45,18 +46,45 @@ class AdapterBlock(Block):
     """LoRA+: learning rate of B over that of A, e.g. 16 (arXiv 2402.12354)."""
     path: str | None = None
     """A PEFT directory or hub id to go on from: kind, rank, alpha, target_modules and rslora are its own."""
+    peft: dict[str, Any] | None = None
+    """Any of PEFT's methods in the place of kind, rank, alpha, target_modules, rslora and dropout: `peft_type` and
+    fields of its config, e.g. {peft_type: LOKR, r: 16, alpha: 32}. docs/adapters.md has the list."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314); one rank, on a GPU."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.target_modules == []:
             yield Conflict(("target_modules",), "is empty: name layers, or write all-linear")
-        if self.path is None:
+        if self.peft is None and self.path is None:
             return
         neutral = AdapterBlock()
+        if self.peft is not None:
+            for field, problem in peft_problems(self.peft):
+                yield Conflict((f"peft.{field}",), problem)
+            for key in (*OF_THE_ADAPTER[:-1], "dropout"):
+                if getattr(self, key) != getattr(neutral, key):
+                    yield Conflict((key, "peft"), "is a LoRA's without peft: give peft PEFT's own field, or remove it")
+            if self.lora_plus_ratio is not None and str(self.peft.get(TYPE)).upper() != "LORA":
+                yield Conflict(("lora_plus_ratio", "peft"), "is of LoRA's A and B: remove it")
+        if self.path is None:
+            return
         for key in OF_THE_ADAPTER:
             if getattr(self, key) != getattr(neutral, key):
                 yield Conflict((key, "path"), "is settled by the adapter at path: remove one of the two")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What PEFT's config of a new adapter holds: the method and its fields."""
+        if self.peft is not None:
+            return completed(self.peft)
+        alpha = int(self.alpha) if self.alpha.is_integer() else self.alpha
+        own = {"r": self.rank, "lora_alpha": alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
+        return {TYPE: "LORA", **own, "target_modules": self.target_modules, "use_dora": self.kind == "dora"}
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether parts of it are left out at random while it is trained."""
+        return bool(self.dropout) or (self.peft is not None and drops_out(self.peft) is not None)
 
 
 class RouterBlock(Block):

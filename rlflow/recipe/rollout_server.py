@@ -49,6 +49,3 @@ def rollout_server_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if rollout.at_update.cache == "keep":
         reason = "servers forget what they have read when they load weights: set recompute"
         yield Conflict(("rollout.at_update.cache", "rollout.engine"), reason)
-    if recipe.model.adapter is not None:
-        reason = "servers are sent whole weights: set rollout.engine: vllm or torch, or train without an adapter"
-        yield Conflict(("model.adapter", "rollout.engine"), reason)

@@ -12,6 +12,7 @@ from rlflow.actors.rollout_engines.vllm_start import RANKS
 from rlflow.data.errors import DataError
 from rlflow.data.tokenizer import GENERATION_CONFIG
 from rlflow.recipe.adapter_files import read_config
+from rlflow.recipe.peft_methods import is_plain_lora, lora_kind
 from rlflow.serving.models import ServedModel, Settings, adapters_of
 
 PROGRAM = (sys.executable, "-W", "ignore::DeprecationWarning:__main__", "-m", "vllm.entrypoints.openai.api_server")
@@ -77,7 +78,7 @@ def _rank_size(directory: Path) -> int:
     config = read_config(directory)
     rank = max([config.get("r") or 1, *(config.get("rank_pattern") or {}).values()])
     size = next((size for size in RANKS if size >= rank), None)
-    if size is None or config.get("use_dora"):
-        what = f"rank {rank}, more than {RANKS[-1]}" if size is None else "DoRA"
+    if size is None or not is_plain_lora(config):
+        what = f"rank {rank}, more than {RANKS[-1]}" if size is None else lora_kind(config)
         raise DataError(f"{directory}: vLLM does not generate with {what}: --engine torch")
     return size

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlflow.recipe import ALGORITHMS
 from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
+from rlflow.recipe.peft_methods import is_plain_lora, lora_kind
 
 HERE = 'path = "."  # this directory, or its id on a hub'
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -123,11 +124,14 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     if not is_adapter(directory):
         return "\n\n".join([_code("python", MODEL.format(**values)), "vLLM:", _code("python", VLLM.format(**values))])
     config = read_config(directory)
-    values |= {"base": base_of(config), "rank": next((rank for rank in VLLM_RANKS if rank >= config["r"]), config["r"])}
+    values["base"] = base_of(config)
     blocks = [_code("python", ADAPTER.format(**values))]
-    if config.get("use_dora"):
-        blocks.append("vLLM has no DoRA: merge the adapter with `rlflow export DIRECTORY OUTPUT --merge`.")
+    if not is_plain_lora(config):
+        blocks.append(
+            f"vLLM has no {lora_kind(config)}: merge the adapter with `rlflow export DIRECTORY OUTPUT --merge`."
+        )
     else:
+        values["rank"] = next((rank for rank in VLLM_RANKS if rank >= config["r"]), config["r"])
         blocks += ["vLLM:", _code("python", VLLM_ADAPTER.format(**values))]
     return "\n\n".join(blocks)
 

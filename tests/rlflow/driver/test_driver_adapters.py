@@ -166,6 +166,39 @@ def test_what_was_generated_is_scored_alike_after_every_sync(run: Run, kind: str
     assert lines[-1]["kl/ref"] > 1e-4
 
 
+LOKR: dict[str, Any] = {"model.adapter.peft": {"peft_type": "LOKR", "r": 4}}
+EXPERTS: dict[str, Any] = {
+    "model.adapter.peft": {"peft_type": "LORA", "r": 2, "target_parameters": ["mlp.experts.gate_up_proj"]}
+}
+
+
+@pytest.mark.parametrize("given", [LOKR, EXPERTS], ids=["lokr", "experts"])
+def test_engines_generate_with_what_another_method_makes_of_the_weights(
+    run: Run, given: dict[str, Any], tiny_moe_dir: Path
+):
+    path = {"model.path": str(tiny_moe_dir)} if given is EXPERTS else {}
+    directory = run("grpo", **given, **path)
+    lines = metrics_of(directory)[1:]
+    assert max(line["mismatch/logprob_abs_diff"] for line in lines) < 1e-5
+    assert lines[0]["kl/ref"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[-1]["kl/ref"] > 1e-4
+    later = metrics_of(run("grpo", "later", **path, **{"model.adapter": {"path": str(directory / "final")}}))[1:]
+    assert later[0]["kl/ref"] == pytest.approx(0.0, abs=1e-6)
+    assert max(line["mismatch/logprob_abs_diff"] for line in later) < 1e-5
+
+
+def test_a_resumed_run_of_another_method_ends_like_one_never_stopped(run: Run, tmp_path: Path):
+    whole, stopped = run("dpo", "whole", **LOKR), run("dpo", "stopped", **LOKR)
+    (stopped / "checkpoints" / "step_000003").rename(tmp_path / "later")
+    (stopped / "final").rename(tmp_path / "final")
+    checkpoint.link(stopped / "checkpoints", "latest", stopped / "checkpoints" / "step_000002")
+    run("dpo", "stopped", resume=True, **LOKR)
+    one, other = adapter_of(whole), adapter_of(stopped)
+    assert len(one) > 7 and all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(rlflow.DataError, match=r"another model\.adapter\.peft"):
+        run("dpo", "stopped", resume=True, **{"run.steps": 4, "model.adapter.peft": {"peft_type": "LOHA"}})
+
+
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_the_base_as_reference_gives_the_run_that_a_reference_model_gives(run: Run, name: str, tiny_model_dir: Path):
     shared, placed = run(name, "shared"), run(name, "placed", **{"reference.path": str(tiny_model_dir)})

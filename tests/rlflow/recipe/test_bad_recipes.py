@@ -324,8 +324,6 @@ def test_kernels_for_gpus_are_refused_without_them(tmp_path: Path):
 @pytest.mark.parametrize(
     ("adapter", "other", "says"),
     [
-        ("{kind: dora}", "rollout.engine=vllm", "model.adapter.kind: vLLM does not generate with DoRA: set rollout.en"),
-        ("{kind: dora}", "rollout.gpus_per_worker=1", "model.adapter.kind: vLLM does not generate with DoRA"),
         (
             "{lora_plus_ratio: 4}",
             "trainer.optimizer.kind=muon",

@@ -46,7 +46,6 @@ def test_the_plan_says_who_generates(tmp_path: Path) -> None:
         ({"rollout": "rollout: {engine: torch, workers: 2}"}, "are of engine http, and the engine is torch"),
         ({"rollout": "rollout: {engine: http, workers: 2, gpus_per_worker: 1}"}, "is the servers' own"),
         ({"rollout": "rollout: {engine: http, workers: 2, at_update: {cache: keep}}"}, "servers forget what they have"),
-        ({"model": "model: {path: org/model, adapter: {kind: lora}}"}, "servers are sent whole weights"),
         ({"rollout_server": "rollout_server: {url: http://a:1}"}, "did you mean urls"),
     ],
 )

@@ -1,0 +1,241 @@
+"""PEFT's methods: which of them can be trained here, what their configs hold, and what is wrong with one. No torch, no
+PEFT: ``peft_fields.json`` has the fields of PEFT's dataclasses, which a test compares with the installed PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlflow.recipe.problems import nearest
+
+TYPE = "peft_type"
+
+
+@dataclass(frozen=True, slots=True)
+class PeftMethod:
+    """What is known of a method that can be trained; every line of it is tested on a small model."""
+
+    start: Mapping[str, tuple[Any, ...]]
+    """Its field that says how it starts, and the values with which the policy starts as its base, the default first;
+    empty where it always does."""
+    in_16_bits: bool = True
+    """It computes beside a base of 16 bits."""
+    goes_on: bool = True
+    """A model holds two of them, so that one that goes on from another has that as its reference."""
+    targets_linear: bool = True
+    """It is put on linear layers."""
+
+
+_USUAL = {"init_weights": (True,)}
+METHODS = {
+    "BOFT": PeftMethod(_USUAL),
+    "C3A": PeftMethod({"init_weights": (True,)}),
+    "DEFT": PeftMethod(_USUAL),
+    "DELORA": PeftMethod(_USUAL, in_16_bits=False),
+    "FOURIERFT": PeftMethod({"init_weights": (True,)}),
+    "GLORA": PeftMethod(_USUAL),
+    "GRALORA": PeftMethod(_USUAL),
+    "HIRA": PeftMethod({"init_weights": (True, "gaussian")}),
+    "HRA": PeftMethod(_USUAL),
+    "IA3": PeftMethod({"init_ia3_weights": (True,)}),
+    "LN_TUNING": PeftMethod({}, in_16_bits=False, targets_linear=False),
+    "LOHA": PeftMethod(_USUAL),
+    "LOKR": PeftMethod({"init_weights": (True, "lycoris")}),
+    "LORA": PeftMethod({"init_lora_weights": (True, "gaussian", "orthogonal")}),
+    "MISS": PeftMethod(_USUAL),
+    "OFT": PeftMethod(_USUAL),
+    "PEANUT": PeftMethod(_USUAL),
+    "PSOFT": PeftMethod(_USUAL),
+    "RANDLORA": PeftMethod(_USUAL, goes_on=False),
+    "ROAD": PeftMethod(_USUAL),
+    "SHIRA": PeftMethod(_USUAL),
+    "SUPERTUNING": PeftMethod(_USUAL),
+    "TRAINABLE_TOKENS": PeftMethod({"init_weights": (True,)}, targets_linear=False),
+    "VERA": PeftMethod(_USUAL, in_16_bits=False, goes_on=False),
+    "WAVEFT": PeftMethod({"init_weights": (True,)}),
+}
+"""By PEFT's ``peft_type``."""
+
+_PROMPTS = "adds tokens to prompts and adapts no layer: train LORA"
+_SHARED = "keeps what it trains beside the layers, for all of them together"
+REFUSED = {
+    "ADALORA": "gives its ranks out anew at every step, which is not done here: train LORA with rslora",
+    "ADAMSS": "needs scikit-learn and a callback in every step: train LORA",
+    "ADAPTION_PROMPT": _PROMPTS,
+    "BEFT": "trains biases, and PEFT cannot merge one into a layer without: train IA3",
+    "CARTRIDGE": _PROMPTS,
+    "CPT": _PROMPTS,
+    "FROD": "decomposes all layers together and keeps what it found apart from its weights: train VERA",
+    "LILY": "shares tensors over layers, and PEFT cannot merge it: train LORA",
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "OSF": "changes the base's weights in ways that PEFT cannot undo: train HRA",
+    "POLY": "needs the task of every row: train LORA, an adapter for each",
+    "PREFIX_TUNING": _PROMPTS,
+    "PROMPT_TUNING": _PROMPTS,
+    "PVERA": "draws its weights anew in every pass, and what is scored would not be what is trained: train VERA",
+    "P_TUNING": _PROMPTS,
+    "SHADOW": "is a second model beside the first: train LORA",
+    "TINYLORA": f"{_SHARED}: train VERA",
+    "UNILORA": f"{_SHARED}, and does not start as its base: train VERA",
+    "VBLORA": f"{_SHARED}, and does not start as its base: train VERA",
+    "XLORA": "mixes adapters that are trained already: train one of them",
+}
+"""PEFT's other methods: why not, and what to do."""
+
+NEEDS_PREPARATION = {
+    "eva": "starts from what the layers read of the data: prepare it with PEFT's initialize_lora_eva_weights, save it, "
+    "and go on from it with model.adapter.path; as it is it would be an ordinary LoRA",
+    "lora_ga": "starts from gradients and changes the base: set true",
+    "mica": "trains B alone: set true",
+    "olora": "changes the base, which would be no reference and no base for others: set orthogonal",
+    "pissa": "changes the base, which would be no reference and no base for others: set orthogonal",
+    "corda": "changes the base after what it reads of the data: set true",
+    "loftq": "changes the base: set true, and quantize for a base in 4 bits",
+}
+"""Ways in which a LoRA may start, by how their names begin."""
+
+UNSUPPORTED: dict[str, Any] = {
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "megatron_config": None,
+    "loftq_config": None,
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "fan_in_fan_out": None,
+}
+"""PEFT's options that train more than layers' weights or want what a recipe cannot say, and the value that means no."""
+_OF_THE_RECIPE = {
+    "save_projection": "is left out of files, which have its seed",
+    "base_model_name_or_path": "is model.path",
+    "revision": "is model.revision",
+    "task_type": "follows from the algorithm",
+    "inference_mode": "is what training is not",
+}
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
+_BEYOND_PLAIN_LORA = (
+    "use_dora",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+)
+
+
+@cache
+def fields_of(method: str) -> dict[str, list[str]]:
+    """The fields of a method's config, each with the kinds of value that it takes."""
+    return json.loads((Path(__file__).parent / "peft_fields.json").read_text())[method]
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """PEFT's name of it."""
+    return str(config[TYPE]).upper()
+
+
+def peft_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a config as a recipe gives it: (field, what and what to do)."""
+    if TYPE not in config:
+        yield TYPE, f"is missing: name PEFT's method, one of {', '.join(METHODS)}"
+        return
+    method = method_of(config)
+    if method in REFUSED:
+        yield TYPE, f"{method} {REFUSED[method]}"
+    elif method not in METHODS:
+        near = nearest(method, METHODS)
+        yield TYPE, f"is {config[TYPE]}{f': did you mean {near}?' if near else '.'} There are {', '.join(METHODS)}"
+    else:
+        for field, value in config.items():
+            if field != TYPE and (problem := _problem(method, field, value)):
+                yield field, problem
+
+
+def _problem(method: str, field: str, value: Any) -> str | None:
+    known = fields_of(method)
+    if field in _OF_THE_RECIPE:
+        return f"{_OF_THE_RECIPE[field]}: remove it"
+    if field not in known:
+        near = nearest(field, known)
+        return f"{method} has no such field{f', did you mean {near}?' if near else ''}. It has {', '.join(known)}"
+    if field in UNSUPPORTED:
+        return None if value in (UNSUPPORTED[field], None, False, [], {}) else "is not supported: remove it"
+    if field.startswith("init_") and isinstance(value, str):
+        for name, reason in NEEDS_PREPARATION.items():
+            if method == "LORA" and value.lower().startswith(name):
+                return f"{value} {reason}"
+    if not any(_is_of_kind(value, kind) for kind in known[field]):
+        return f"must be {' or '.join(known[field])}; is {json.dumps(value, default=str)}"
+    return None
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    if kind.startswith("'"):
+        return value == kind[1:-1]
+    if kind == "null":
+        return value is None
+    return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With all-linear where linear layers are meant and none are named, and with the start that changes nothing."""
+    method = METHODS[method_of(config)]
+    filled: dict[str, Any] = {field: values[0] for field, values in method.start.items()}
+    if "save_projection" in fields_of(method_of(config)):
+        # The same matrices are made again of their seed, wherever they are wanted.
+        filled["save_projection"] = False
+    if method.targets_linear and not config.get("target_parameters"):
+        filled["target_modules"] = "all-linear"
+    return {**filled, **config, TYPE: method_of(config)}
+
+
+def starts_elsewhere(config: Mapping[str, Any]) -> str | None:
+    """How the policy starts as another one than its base; None where it starts as its base."""
+    method = METHODS[method_of(config)]
+    given = completed(config)
+    for field, values in method.start.items():
+        if not any(given[field] is value or (isinstance(value, str) and given[field] == value) for value in values):
+            return f"with {field}: {json.dumps(given[field])} it starts as another policy than its base"
+    return None
+
+
+def drops_out(config: Mapping[str, Any]) -> str | None:
+    """A field that has parts of the adapter left out at random while it is trained."""
+    return next((field for field, value in config.items() if field.endswith("dropout") and value), None)
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM takes the adapter as it is: A and B of whole linear layers, all with one scale.
+
+    Args:
+        config: A recipe's, or an adapter's on disk.
+    """
+    return method_of(config) == "LORA" and not any(config.get(field) for field in _BEYOND_PLAIN_LORA)
+
+
+def lora_kind(config: Mapping[str, Any]) -> str:
+    """What an adapter that is no plain LoRA is called."""
+    if method_of(config) != "LORA":
+        return method_of(config)
+    beyond = next(field for field in _BEYOND_PLAIN_LORA if config.get(field))
+    return "DoRA" if beyond == "use_dora" else f"a LoRA with {beyond}"
+
+
+def has_lora_modules(config: Mapping[str, Any]) -> bool:
+    """Whether the torch engine takes the adapter as it is: LoRA or DoRA of modules."""
+    return method_of(config) == "LORA" and not config.get("target_parameters")
