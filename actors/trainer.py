@@ -189,8 +189,13 @@ class Trainer:
         return None
 
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from torch.distributed.fsdp import FSDPModule
+
         from rlflow.actors.merged_weights import merged_weights
 
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
         return merged_weights(self.module.model)
 
     def save(self, directory: Path) -> None:

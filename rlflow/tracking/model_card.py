@@ -123,6 +123,12 @@ def _is_on_hub(path: str) -> bool:
     return is_hub_id(path) and "://" not in path and not Path(path).exists()
 
 
+def _method(adapter: dict[str, Any]) -> str:
+    if adapter.get("peft") is not None:
+        return str(adapter["peft"]["peft_type"]).upper()
+    return {"lora": "LoRA", "dora": "DoRA"}[adapter["kind"]]
+
+
 def _front_matter(directory: Path, name: str, stage: StageHistory, earlier: list[StageHistory]) -> str:
     from huggingface_hub import ModelCardData
 
@@ -135,7 +141,7 @@ def _front_matter(directory: Path, name: str, stage: StageHistory, earlier: list
     if ALGORITHMS[algorithm].family == "online":
         tags.append("reinforcement-learning")
     if adapter:
-        tags.append(adapter["kind"])
+        tags.append(_method(adapter).lower())
     datasets = dict.fromkeys(path for one in [*reversed(earlier), stage] for path in _datasets(one.recipe))
     data = ModelCardData(
         library_name="peft" if is_adapter(directory) else "transformers",
@@ -198,8 +204,7 @@ def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) ->
     if (objective := ALGORITHMS[recipe["algorithm"]["name"]].objective) in OF_SEQUENCES:
         what = OF_SEQUENCES[objective][1]
     if is_adapter(directory):
-        kinds = {"lora": "LoRA", "dora": "DoRA"}
-        what = f"{kinds[recipe['model']['adapter']['kind']]} adapter"
+        what = f"{_method(recipe['model']['adapter'])} adapter"
     elif recipe["model"]["adapter"]:
         what = "Language model, with its adapter merged into it,"
     lines = [f"{what} trained with rlflow. Base: {_described_start((earlier[-1] if earlier else stage).recipe)}.", ""]

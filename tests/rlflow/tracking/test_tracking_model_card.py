@@ -127,7 +127,7 @@ def test_a_model_from_random_weights_or_a_directory_names_no_base(write: Write, 
 
 @pytest.mark.parametrize(("kind", "rank"), [("lora", 12), ("lora", 16), ("dora", 12)])
 def test_an_adapter_is_loaded_onto_its_base(write: Write, kind: str, rank: int):
-    config = {"base_model_name_or_path": "some/model", "r": rank, "use_dora": kind == "dora"}
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/model", "r": rank, "use_dora": kind == "dora"}
     model = {"path": "some/model", "adapter": {"rank": rank, "kind": kind}}
     card = card_of(write("adapter", {"adapter_config.json": config, "chat_template.jinja": ""}, model=model))
     assert card.data.library_name == "peft"
