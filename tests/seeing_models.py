@@ -10,21 +10,17 @@ import pytest
 
 from tests.vision_models import write_processor
 
-FAMILIES = [
-    pytest.param(
-        "qwen3_vl",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("torchvision") is None, reason="the Qwen-VL processors need torchvision"
-        ),
-    ),
-    "idefics3",
-]
+NEEDS_TORCHVISION = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="the Qwen-VL processors need torchvision"
+)
+FAMILIES = [pytest.param("qwen3_vl", marks=NEEDS_TORCHVISION), "idefics3"]
 TEXT: dict[str, Any] = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
     "max_position_embeddings": 512,
 }
 
@@ -71,10 +67,8 @@ def _config(family: str, vocab_size: int, id_of: Any) -> Any:
             scale_factor=2,
             tie_word_embeddings=False,
         )
-    text |= {
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    }
+    rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    text["rope_parameters"] = rotary | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
     tokens = {
         "image_token_id": id_of("<|image_pad|>"),
         "video_token_id": id_of("<|video_pad|>"),
@@ -89,7 +83,7 @@ def _config(family: str, vocab_size: int, id_of: Any) -> Any:
         "patch_size": 4,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": 64,
     }
     if family == "qwen3_vl":
         from transformers import Qwen3VLConfig
@@ -99,5 +93,5 @@ def _config(family: str, vocab_size: int, id_of: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     tower |= {"window_size": 16, "fullatt_block_indexes": [2]}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text["rope_parameters"] = rotary | {"mrope_section": [8, 4, 4]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=tower, **tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlflow import checkpoint
+from rlflow.data.processor_files import copy_processor_files
 from rlflow.data.tokenizer import load_tokenizer, save_tokenizer, stop_token_ids, write_stop_tokens
 from rlflow.driver.args_json import write_args
 from rlflow.driver.resuming import length_of
@@ -89,6 +90,7 @@ def _write_model_directory(
         step: The card tells of the run up to this one; all of it when left out.
     """
     save_tokenizer(tokenizer, directory)
+    copy_processor_files(model, directory)
     # A reward model's has a padding token of its own, and takes its place.
     export(directory)
     write_stop_tokens(directory, stop_token_ids(tokenizer, model))

@@ -1,0 +1,96 @@
+"""Rows of the table on a vision-language model, whole runs on questions with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import rlflow
+from tests.local_actors import use_local_actors
+from tests.seeing_models import NEEDS_TORCHVISION, write_seeing_model
+from tests.vision_models import picture
+
+RECIPE = """
+run: {{output_dir: {out}, seed: 3, steps: 2}}
+model: {{path: {model}, train: [language, projector, vision], learning_rates: {{vision: 1.0e-4}}}}
+data: {{train: {{path: {rows}}}, prompts_per_step: 4, max_prompt_tokens: 128}}
+trainer: {{learning_rate: 1.0e-3, tokens_per_micro_batch: 256}}
+tracking: [jsonl]
+"""
+ONLINE = """
+rewards: [{{plugin: "{plugin}:shortness"}}]
+rollout: {{engine: torch, max_new_tokens: 5}}
+"""
+ROWS: dict[str, str] = {
+    "sft": "{name: sft}",
+    "dpo": "{name: dpo}",
+    "kto": "{name: kto}",
+    "reward_model": "{name: reward_model}",
+    "grpo": "{name: grpo, group_size: 2, kl: {coef: 0.1}, groups: {epochs_per_step: 2}}",
+    "ppo": "{name: ppo, group_size: 2, critic: {learning_rate: 1.0e-3}}",
+}
+
+
+CASES = [
+    *(pytest.param("qwen3_vl", name, marks=NEEDS_TORCHVISION, id=f"qwen3_vl, {name}") for name in ROWS),
+    *(pytest.param("idefics3", name, id=f"idefics3, {name}") for name in ("sft", "grpo")),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return cache(lambda family: write_seeing_model(tmp_path_factory.mktemp(family), family))
+
+
+def rows_of(kind: str, directory: Path) -> Path:
+    """Four questions, three of them with a picture."""
+    made: list[dict[str, Any]] = []
+    for number in range(4):
+        (directory / f"{number}.png").write_bytes(picture(20 + 10 * number, 24, number))
+        tag, images = ("<image>", [f"{number}.png"]) if number else ("", [])
+        question = {"role": "user", "content": f"{tag}What is {number}?"}
+        right, wrong = ({"role": "assistant", "content": text} for text in ("a picture", "nothing"))
+        row: dict[str, Any] = {"images": images}
+        if kind in ("dpo", "reward_model"):
+            row |= {"chosen": [question, right], "rejected": [question, wrong]}
+        elif kind == "kto":
+            row |= {"messages": [question, right], "label": number % 2 == 0}
+        else:
+            row |= {"messages": [question, right] if kind == "sft" else [question]}
+        made.append(row)
+    path = directory / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_row_trains_a_vision_language_model_on_pictures(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str
+):
+    """Every part moves by its own learning rate, and engine and trainer agree on what pictures say."""
+    use_local_actors(monkeypatch)
+    plugin = tmp_path / "rewards.py"
+    plugin.write_text(
+        "def shortness(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+    )
+    is_online = name in ("grpo", "ppo")
+    text = RECIPE.replace("max_prompt_tokens", "max_prompt_tokens" if is_online else "max_tokens")
+    recipe = tmp_path / "recipe.yaml"
+    values = {"out": tmp_path / "run", "model": models(family), "rows": rows_of(name, tmp_path), "plugin": plugin}
+    recipe.write_text((text + ONLINE * is_online).format(**values) + f"algorithm: {ROWS[name]}\n")
+    rlflow.run(recipe)
+    final = tmp_path / "run" / "final"
+    assert (final / "processor_config.json").is_file()
+    before, after = load_file(models(family) / "model.safetensors"), load_file(final / "model.safetensors")
+    moved = {key: float((after[key].float() - before[key].float()).abs().max()) for key in before if key in after}
+    of_tower = [value for key, value in moved.items() if "visual.blocks" in key or "vision_model.encoder" in key]
+    assert 0 < max(of_tower) < 5e-4 < max(moved.values())
+    if is_online:
+        metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert metrics["mismatch/logprob_abs_diff_max"] < 1e-4
