@@ -29,6 +29,7 @@ from rlflow.actors.environment_pool import EnvironmentPool, EnvironmentProcess
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
 from rlflow.data.errors import RowError
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.transcript import Transcript
 from rlflow.environments.protocol import EnvironmentFault
 from rlflow.recipe import EnvironmentBlock
@@ -72,6 +73,7 @@ class Episodes:
         go_on: Callable[[SampleRequest], Future[None]],
         over: Callable[[int, PlayedEpisode], object],
         fail: Callable[[BaseException], object],
+        vision: ImageProcessor | None = None,
     ) -> None:
         """
         Args:
@@ -79,11 +81,12 @@ class Episodes:
             go_on: Asks the engine for a turn; `wrote` brings it.
             over: Called with an episode that has ended, and its id.
             fail: Called with what ends the thread.
+            vision: Of a model that takes pictures.
 
         Raises:
             ValueError: There is no such parser of calls.
         """
-        self.block, self.tokenizer, self.chat = block, tokenizer, Chat(tokenizer, template_date)
+        self.block, self.tokenizer, self.chat = block, tokenizer, Chat(tokenizer, template_date, vision)
         self.reader = CallReader(self.chat, block.call_parser)
         self._go_on, self._over, self._fail = go_on, over, fail
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -175,7 +178,8 @@ class _Play:
         assert request.prompt is not None and request.limits is not None
         self.episodes, self.pool, self.id, self.request, self.seed = episodes, pool, id, request, seed
         self.prompt, self.limits = request.prompt, request.limits
-        self.transcript = self._transcript(self.prompt.messages, request.token_ids)
+        images, engine_token_ids = request.images, request.engine_token_ids
+        self.transcript = self._transcript(self.prompt.messages, request.token_ids, images, engine_token_ids)
         self.began_with: tuple[Message, ...] | None = None
         self.started = time.monotonic()
         self.reward, self.environment_s, self.error = 0.0, 0.0, ""
@@ -215,7 +219,9 @@ class _Play:
             room = 1 if self.error else self._room(num_prompt)
             params = replace(self.request.params, max_new_tokens=min(self.request.params.max_new_tokens, room))
             seed = turn_seed(self.seed, self.num_turns)
-            completion = await self.episodes.written(SampleRequest(self.id, self.transcript.token_ids, seed, params))
+            said = self.transcript
+            sample = SampleRequest(self.id, said.token_ids, seed, params, said.images, said.engine_token_ids)
+            completion = await self.episodes.written(sample)
             self.num_turns += 1
             self.num_sampled += len(completion.token_ids)
             problems = self._hear(completion)
@@ -305,9 +311,15 @@ class _Play:
         finally:
             self.environment_s += time.monotonic() - started
 
-    def _transcript(self, messages: Sequence[Message], token_ids: np.ndarray) -> Transcript:
+    def _transcript(
+        self,
+        messages: Sequence[Message],
+        token_ids: np.ndarray,
+        images: tuple[bytes, ...] = (),
+        engine_token_ids: np.ndarray | None = None,
+    ) -> Transcript:
         stops = self.request.params.stop_token_ids
-        return Transcript(self.episodes.chat, stops, messages, self.prompt.tools, token_ids)
+        return Transcript(self.episodes.chat, stops, messages, self.prompt.tools, token_ids, images, engine_token_ids)
 
     def _room(self, num_prompt: int) -> int:
         """How many more tokens the episode may have."""

@@ -104,6 +104,7 @@ class RolloutWorker:
             environment: Of rollouts of several turns.
             template_date: What the chat template writes where it writes the date.
         """
+        from rlflow.data.image_processor import load_image_processor
         from rlflow.data.tokenizer import load_tokenizer
         from rlflow.data.vocabulary import token_table
 
@@ -130,6 +131,7 @@ class RolloutWorker:
                 go_on=self.engine.go_on,
                 over=self.engine.end_episode,
                 fail=self.engine.fail,
+                vision=load_image_processor(model),
             )
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 

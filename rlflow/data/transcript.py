@@ -48,13 +48,20 @@ class Transcript:
         messages: Sequence[Message],
         tools: Sequence[Any],
         token_ids: np.ndarray,
+        images: tuple[bytes, ...] = (),
+        engine_token_ids: np.ndarray | None = None,
     ) -> None:
         """
         Args:
             stop_token_ids: What ends a turn.
             messages: What the prompt was rendered from.
             token_ids: int32 [P]: the prompt.
+            images: Its pictures.
+            engine_token_ids: The prompt with one placeholder a picture; None without pictures.
         """
+        self.images = images
+        self._engine_token_ids = engine_token_ids
+        """int32: what the last sequence begins with, as engines are given it; None without pictures."""
         self.chat, self.messages, self.tools = chat, list(messages), list(tools)
         self._stops = {chat.tokenizer.convert_ids_to_tokens(id_): id_ for id_ in stop_token_ids}
         stops = "|".join(map(re.escape, sorted((str(text) for text in self._stops), key=len, reverse=True)))
@@ -74,6 +81,13 @@ class Transcript:
     def token_ids(self) -> np.ndarray:
         """int32: what the policy goes on from."""
         return np.concatenate([piece.token_ids for piece in self._sequences[-1]])
+
+    @property
+    def engine_token_ids(self) -> np.ndarray | None:
+        """int32: ``token_ids`` with one placeholder a picture; None without pictures."""
+        if self._engine_token_ids is None:
+            return None
+        return np.concatenate([self._engine_token_ids, *(piece.token_ids for piece in self._sequences[-1][1:])])
 
     def wrote(self, completion: Completion, message: Message) -> None:
         """Takes a turn of the policy: its tokens, and the message that they are."""
@@ -97,6 +111,10 @@ class Transcript:
             added = len(between)
         else:
             token_ids = self.chat.encode([Rendered(text)])[0]
+            if self.images:
+                assert self.chat.vision is not None
+                self._engine_token_ids = token_ids
+                token_ids = self.chat.vision.expand(token_ids, self.images)
             added = max(0, len(token_ids) - len(self.token_ids))
             self._sequences.append([_Piece(token_ids)])
         self.messages, self.text = conversation, text

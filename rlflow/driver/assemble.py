@@ -15,7 +15,7 @@ from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock
 from rlflow.recipe.distill_blocks import AdvantageDistillBlock, Distill
 from rlflow.tracking.episodes import Episode, Episodes
-from rlflow.types import Group, Rollout, RolloutEnd, Sample
+from rlflow.types import Group, Prompt, Rollout, RolloutEnd, Sample
 
 T = TypeVar("T")
 ENDINGS: tuple[RolloutEnd, ...] = ("stop", "length", "turns", "time")
@@ -159,10 +159,15 @@ def assemble(
                     group=index,
                     rollout=row,
                     old_logprobs=rollout.logprobs[part] if engine_logprobs else None,
-                    images=groups[index].prompt.images,
+                    images=_images(groups[index].prompt, rollout),
                 )
             )
     return Batch(list(groups), rewards, samples)
+
+
+def _images(prompt: Prompt, rollout: Rollout) -> tuple[bytes, ...]:
+    """A rollout's pictures: an environment that began with messages of its own has shown none."""
+    return () if rollout.episode is not None and rollout.episode.prompt is not None else prompt.images
 
 
 def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBlock) -> list[Sample]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rlflow
 from tests.local_actors import use_local_actors
@@ -41,6 +42,21 @@ CASES = [
     *(pytest.param("qwen3_vl", name, marks=NEEDS_TORCHVISION, id=f"qwen3_vl, {name}") for name in ROWS),
     *(pytest.param("idefics3", name, id=f"idefics3, {name}") for name in ("sft", "grpo")),
 ]
+
+PLUGINS = """
+from rlflow.environments import Reply
+
+def shortness(completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+class Echo:
+    def reset(self, row):
+        self.heard = 0
+
+    def step(self, message):
+        self.heard += 1
+        return Reply(f"again, {self.heard}", reward=float(len(message["content"])), done=self.heard == 3)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +92,7 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
     """Every part moves by its own learning rate, and engine and trainer agree on what pictures say."""
     use_local_actors(monkeypatch)
     plugin = tmp_path / "rewards.py"
-    plugin.write_text(
-        "def shortness(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
-    )
+    plugin.write_text(PLUGINS)
     is_online = name in ("grpo", "ppo")
     text = RECIPE.replace("max_prompt_tokens", "max_prompt_tokens" if is_online else "max_tokens")
     recipe = tmp_path / "recipe.yaml"
@@ -94,3 +108,47 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
     if is_online:
         metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
         assert metrics["mismatch/logprob_abs_diff_max"] < 1e-4
+
+
+def test_an_episode_of_several_turns_shows_its_first_messages_picture_in_each(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The trainer scores all turns as the engine sampled them, under an adapter of the language model alone."""
+    use_local_actors(monkeypatch)
+    plugin = tmp_path / "plugins.py"
+    plugin.write_text(PLUGINS)
+    recipe = tmp_path / "recipe.yaml"
+    model = _that_stops(models("idefics3"), tmp_path / "model")
+    recipe.write_text(
+        f"""
+run: {{output_dir: {tmp_path / "run"}, seed: 3, steps: 2}}
+model: {{path: {model}, adapter: {{rank: 2, target_modules: [q_proj, v_proj]}}}}
+algorithm: {{name: grpo, group_size: 2, kl: {{coef: 0.1}}}}
+data: {{train: {{path: {rows_of("grpo", tmp_path)}}}, prompts_per_step: 4, max_prompt_tokens: 128}}
+environment: {{plugin: "{plugin}:Echo", max_turns: 3, max_tokens: 96}}
+rewards: [{{name: environment}}]
+rollout: {{engine: torch, max_new_tokens: 8}}
+trainer: {{learning_rate: 1.0e-2}}
+tracking: [jsonl]
+"""
+    )
+    rlflow.run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [line for line in lines if "environment/turns" in line]
+    assert max(line["environment/turns"] for line in metrics) > 1
+    assert all(line["environment/failed_fraction"] == 0 for line in metrics)
+    assert all(line["mismatch/logprob_abs_diff_max"] < 1e-4 for line in metrics)
+    config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 4
+    assert all(".text_model." in name for name in config["target_modules"])
+
+
+def _that_stops(model: Path, directory: Path) -> Path:
+    """The model, with an end of turn that it often writes."""
+    shutil.copytree(model, directory)
+    weights = load_file(directory / "model.safetensors")
+    end = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]["<end_of_utterance>"]
+    head = 0.1 * weights["lm_head.weight"]
+    head[end] *= 30
+    save_file(weights | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
