@@ -50,6 +50,9 @@ def export_saved(
         DiskError: It cannot be written.
     """
     _quiet_libraries()
+    if block.adapter is not None and algorithm.learning.head != "token":
+        _export_adapted_head(checkpoint, directory, block, algorithm, seed, progress)
+        return
     tokenizer = None
     if block.adapter is not None:
         from rlflow.actors import adapters
@@ -68,6 +71,24 @@ def export_saved(
         write_trained(model, block, directory, weights)
         if tokenizer is not None:
             write_readers(directory, tokenizer, block, algorithm)
+
+
+def _export_adapted_head(
+    checkpoint: Path, directory: Path, block: ModelBlock, algorithm: AlgorithmBlock, seed: int, progress: Progress
+) -> None:
+    """Of a model that says something of sequences: its adapter and its head."""
+    from rlflow.actors.adapters import adapter_parameters
+    from rlflow.actors.train_engines import adapted_heads
+
+    model = read_sequence_model(block, algorithm, seed=seed)
+    adapted_heads.adapt(model, block, seed=seed)
+    tokenizer = pad_model(model, block)
+    named = adapter_parameters(model)
+    weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
+    _read(checkpoint, weights, progress)
+    with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
+        adapted_heads.write(directory, model, algorithm, weights.items())
+        write_readers(directory, tokenizer, block, algorithm)
 
 
 def _quiet_libraries() -> None:

@@ -30,10 +30,19 @@ _MODULES = {
 
 
 def pad_model(model: PreTrainedModel, block: ModelBlock) -> PreTrainedTokenizerFast:
-    """Gives a model a padding token that ends no conversation. Returns the tokenizer that pads with it."""
+    """Gives a model a padding token that ends no conversation. Returns the tokenizer that pads with it.
+
+    Raises:
+        ValueError: There is none, and an adapter leaves the model's embeddings as they are.
+    """
     tokenizer = load_tokenizer(block)
     pad, config = give_own_pad(tokenizer, block), model.config.get_text_config()
     if pad >= config.vocab_size:
+        if block.adapter is not None:
+            raise ValueError(
+                "the tokenizer has no padding token that ends no text, and an adapter cannot add one to the model: "
+                "save the base with one, or train without model.adapter"
+            )
         model.resize_token_embeddings(pad + 1, mean_resizing=False)
     # By it transformers' classifiers find a sequence's last token, which is the one that is scored here.
     config.pad_token_id = pad
@@ -52,6 +61,8 @@ def write_readers(
         save_tokenizer(tokenizer, directory)
         return
     save_tokenizer(reading_texts(tokenizer, format_of(tokenizer, algorithm)), directory)
+    if block.adapter is not None:
+        return  # PEFT reads it; what sentence-transformers reads comes with the merged model
     if isinstance(algorithm, EmbeddingBlock):
         _write_embedder(directory, block, algorithm)
     elif isinstance(algorithm, RerankerBlock):

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlflow.actors.sequence_files import pad_model, write_readers
 from rlflow.actors.trainer import Measured, Objective, Trainer
+from rlflow.checkpoint import naming_the_disk
 from rlflow.metrics import Metric
 from rlflow.recipe import AlgorithmBlock, ModelBlock, TrainerBlock
 from rlflow.types import Denominators, MicroBatch
@@ -56,9 +57,20 @@ class SequenceTrainer(Trainer):
 
     def export(self, directory: Path) -> None:
         """With the tokenizer that pads, and puts texts together, as the model expects."""
-        super().export(directory)
+        if self.block.adapter is None:
+            super().export(directory)
+        else:
+            self._export_adapter(directory)
         if self.rank == 0:
             write_readers(directory, self.tokenizer, self.block, self.algorithm)
+
+    def _export_adapter(self, directory: Path) -> None:
+        from rlflow.actors.train_engines import adapted_heads
+
+        weights = {name: tensor.cpu() for name, tensor in self.engine.full_weights(trained_only=True) if self.rank == 0}
+        if self.rank == 0:
+            with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
+                adapted_heads.write(directory, self.module.model, self.algorithm, weights.items())
 
     def forward_backward(
         self,

@@ -43,10 +43,14 @@ def load_sequence_model(
 
     Raises:
         ValueError: The checkpoint has another head, lacks weights, or gives other numbers here than in transformers;
-            embeddings are shorter than a length to which they are to be cut.
+            embeddings are shorter than a length to which they are to be cut; the recipe's adapter does not fit.
     """
     model = read_sequence_model(block, algorithm, seed=seed)
     train_parts(model, block.train)
+    if block.adapter is not None:
+        from rlflow.actors.train_engines import adapted_heads
+
+        adapted_heads.adapt(model, block, seed=seed)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     head = _head_of(block, algorithm)
     module = ScalarModel(model, head)
@@ -60,13 +64,13 @@ def load_sequence_model(
 
 
 def read_sequence_model(block: ModelBlock, algorithm: AlgorithmBlock, *, seed: int) -> PreTrainedModel:
-    """The model that load_sequence_model trains, as transformers has it.
+    """The model that load_sequence_model trains, as transformers has it, without an adapter.
 
     Raises:
         ValueError: See load_sequence_model.
     """
     if isinstance(algorithm, GenerativeRerankerBlock):
-        return read_language_model(block, seed=seed)
+        return read_language_model(block.model_copy(update={"adapter": None}), seed=seed)
     if not isinstance(algorithm, EmbeddingBlock):
         return read_classifier(block, seed=seed, outputs=outputs_of(algorithm))
     assert block.path is not None

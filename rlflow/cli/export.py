@@ -17,6 +17,7 @@ from rlflow.data.errors import DataError
 from rlflow.driver.args_json import write_merged_args
 from rlflow.driver.errors import RunError
 from rlflow.model_source import ModelSource, find_model
+from rlflow.recipe import AlgorithmBlock, ModelBlock
 from rlflow.recipe.adapter_files import CONFIG, WEIGHTS, base_of, is_adapter, read_config, same_model
 from rlflow.tracking.history import HistoryError
 from rlflow.tracking.model_card import write_card
@@ -225,7 +226,7 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
     if arguments.base is None:
         options["revision"] = config.get("revision")
     try:
-        model, stored = _with_adapter(source, path, **options)
+        model, stored = _with_adapter(source, path, _of_sequences(model_source), **options)
         merged = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "Give the model it was trained on with --base"
@@ -234,6 +235,11 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
     for pattern in _KEPT:
         for file in source.glob(pattern):
             shutil.copy(file, directory)
+    if (algorithm := _of_sequences(model_source)) is not None:
+        from rlflow.actors.sequence_files import write_readers
+        from rlflow.data.tokenizer import load_tokenizer
+
+        write_readers(directory, load_tokenizer(ModelBlock(path=str(source))), ModelBlock(path=path), algorithm)
     write_merged_args(source, directory)
     try:
         write_card(directory, model_source.run or source.parent, model_source.step)
@@ -241,8 +247,17 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
         print(f"note: the merged model has no model card: {error}", file=sys.stderr)
 
 
-def _with_adapter(source: Path, base: str, **options: Any) -> tuple[Any, Any]:
+def _of_sequences(source: ModelSource) -> AlgorithmBlock | None:
+    """The algorithm of a model that says something of whole sequences, whose head is no language model's."""
+    algorithm = None if source.recipe is None else source.recipe.algorithm
+    return None if algorithm is None or algorithm.learning.head == "token" else algorithm
+
+
+def _with_adapter(source: Path, base: str, algorithm: AlgorithmBlock | None, **options: Any) -> tuple[Any, Any]:
     """The base model in float32 with the adapter, and the dtype that the base is stored in.
+
+    Args:
+        algorithm: Of a model of sequences.
 
     Raises:
         ValueError: The adapter has weights for what the base has not, or lacks some; PEFT itself only warns.
@@ -254,7 +269,15 @@ def _with_adapter(source: Path, base: str, **options: Any) -> tuple[Any, Any]:
 
     from rlflow.actors.pretrained import load_whole
 
-    model = load_whole(AutoModelForCausalLM, base, dtype="auto", **options)
+    if algorithm is None:
+        model = load_whole(AutoModelForCausalLM, base, dtype="auto", **options)
+    else:
+        from rlflow.actors.sequence_files import pad_model
+        from rlflow.actors.train_engines.sequence_model import read_sequence_model
+
+        block = ModelBlock(path=base, **options)
+        model = read_sequence_model(block, algorithm, seed=0)
+        pad_model(model, block)
     stored = model.dtype
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")

@@ -154,13 +154,9 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
             "missing",
             f"{given.text(tuners[0])}: of tuners there are LoRA and DoRA" + (", LoRA is written" if is_adapted else ""),
         )
-    if is_adapted and ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token":
-        draft.note("missing", f"{given.text(tuners[0])}: {draft.values['algorithm.name']} trains a model whole")
-        draft.note(
-            "to do", "a learning rate of an adapter is too large for all weights: set trainer.learning_rate, e.g. 1e-5"
-        )
-    elif is_adapted:
-        folds.set_adapter(given, draft, family, rank="lora_rank")
+    has_head = ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token"
+    if is_adapted:
+        folds.set_adapter(given, draft, "head" if has_head else family, rank="lora_rank")
         targets = as_list(given["target_modules"] or given["lora_target_modules"])
         if targets and targets != ["all-linear"]:
             draft.set("model.adapter.target_modules", targets, given.texts("target_modules", "lora_target_modules"))

@@ -16,6 +16,7 @@ from rlflow.recipe.peft_methods import (
 )
 
 if TYPE_CHECKING:
+    from rlflow.recipe.model_blocks import AdapterBlock
     from rlflow.recipe.schema import Recipe
 
 
@@ -27,9 +28,8 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.model.architecture is not None:
         yield Conflict(("model.adapter", "model.architecture"), "has nothing to adapt in a new model: remove it")
     if recipe.algorithm.learning.head != "token":
-        reason = f"is of a policy; {name} trains a model whole: remove adapter"
-        yield Conflict(("model.adapter", "algorithm.name"), reason)
-    if adapter.drops_out and recipe.family != "sft":
+        yield from _head_conflicts(recipe, adapter)
+    elif adapter.drops_out and recipe.family != "sft":
         reason = f"{name} compares logprobs, and with dropout those of a policy differ from its own: set 0"
         key = "dropout" if adapter.peft is None else f"peft.{drops_out(adapter.peft)}"
         yield Conflict((f"model.adapter.{key}", "algorithm.name"), reason)
@@ -70,3 +70,17 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if adapter.quantize != "none":
         reason = f"is for LoRA and DoRA, and peft has {method}: set quantize: none, or train LORA"
         yield Conflict(("model.adapter.quantize", "model.adapter.peft"), reason)
+
+
+def _head_conflicts(recipe: Recipe, adapter: AdapterBlock) -> Iterator[Conflict]:
+    """Beside a head: of a classifier, a reranker, an embedding or a reward model."""
+    name = recipe.algorithm.name
+    if adapter.peft is not None:
+        yield Conflict(("model.adapter.peft", "algorithm.name"), f"{name} takes LoRA and DoRA alone: remove peft")
+    if adapter.dropout:
+        reason = f"{name} may compute a text twice a step, and with dropout it would be two: set 0"
+        yield Conflict(("model.adapter.dropout", "algorithm.name"), reason)
+    if adapter.path is not None:
+        yield Conflict(("model.adapter.path", "algorithm.name"), f"{name} begins a new adapter: remove path")
+    if adapter.quantize != "none":
+        yield Conflict(("model.adapter.quantize", "algorithm.name"), f"is of policies, not of {name}: set none")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlflow.actors.train_engines import adapted_heads
 from rlflow.actors.train_engines.scalar_model import ScalarModel
 from rlflow.actors.train_engines.sequence_model import load_sequence_model
 from rlflow.batching import pack
@@ -46,6 +47,7 @@ def outputs_of_rows(source: ModelSource, data: SourceBlock) -> Iterator[list[dic
     assert source.recipe is not None
     algorithm, longest = source.recipe.algorithm, source.recipe.data.max_tokens
     block = ModelBlock(path=source.path, trust_remote_code=source.recipe.model.trust_remote_code)
+    start = block if not source.is_adapter else block.model_copy(update={"path": source.base})
     tokenizer = load_tokenizer(block)
     day = source.recipe.data.template_date
     chat, form = Chat(tokenizer, day), format_of(tokenizer, algorithm, day)
@@ -57,7 +59,9 @@ def outputs_of_rows(source: ModelSource, data: SourceBlock) -> Iterator[list[dic
     rows = load_records(data, 0, build, as_columns=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        module = load_sequence_model(block, algorithm, seed=0, device=device)
+        module = load_sequence_model(start, algorithm, seed=0, device=device)
+        if source.directory is not None and source.is_adapter:
+            adapted_heads.put_on(module.model, source.directory)
     except (OSError, ValueError) as error:
         raise DataError(f"{source.path}: {error}") from error
     for start in range(0, len(rows), _CHUNK):

@@ -101,6 +101,14 @@ def test_a_reward_model_has_its_head_and_its_own_padding_token(start: Path, tmp_
     assert json.loads(found["config.json"])["pad_token_id"] != 1
 
 
+def test_an_adapter_of_a_reward_model_has_its_head_beside_it(start: Path, tmp_path: Path):
+    block = ModelBlock(path=str(start), adapter=AdapterBlock(rank=4))
+    saved, expected = saved_by_one_rank(tmp_path, SequenceTrainer, block)
+    found = exported(saved, tmp_path / "export", block, is_classifier=True)
+    assert found == expected
+    assert json.loads(found["adapter_config.json"])["modules_to_save"] == ["score"]
+
+
 def test_a_checkpoint_of_another_model_is_refused(start: Path, tmp_path: Path, tiny_moe_dir: Path):
     saved, _ = saved_by_one_rank(tmp_path, PolicyTrainer, ModelBlock(path=str(start)))
     with pytest.raises(ValueError, match="has shape"):

@@ -342,6 +342,11 @@ def test_embeddings_have_the_loss_and_the_temperature_that_ms_swift_has(converte
     assert recipe.algorithm.embedding.loss == "cosine_similarity"
 
 
+def test_an_adapter_beside_a_head_has_no_dropout(converted):
+    recipe, _ = converted(TASK.replace("full", "lora --lora_rank 4") + " --task_type reranker")
+    assert (recipe.model.adapter.rank, recipe.model.adapter.dropout) == (4, 0.0)
+
+
 def test_rerankers_are_pointwise_or_listwise(converted):
     recipe, _ = converted(f"{TASK} --task_type reranker --loss_type listwise_reranker")
     assert (recipe.algorithm.name, recipe.algorithm.reranking.loss) == ("reranker", "listwise")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from finished_runs import RunRecipe, as_if_killed_after, metrics_of, same_weights
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from rlflow.cli.main import main
 
@@ -233,3 +234,55 @@ def test_infer_ranks_documents_and_embeds_texts(trained: Any, tmp_path: Path):
     scores = logits_of(final, [(rows[0]["query"], document) for document in documents])[:, 0]
     assert said["scores"] == pytest.approx(scores.tolist(), abs=1e-5)
     assert said["ranking"] == scores.argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("name", ["classification", "embedding", "reranker"])
+def test_an_adapter_and_its_head_are_loaded_by_peft_with_the_numbers_that_were_measured(
+    tmp_path: Path, tiny_model_dir: Path, run_recipe: RunRecipe, name: str
+):
+    rows = rows_of(name)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(tiny_model_dir, data, name)
+    recipe["model"]["adapter"] = {"rank": 4, "kind": "dora" if name == "reranker" else "lora"}
+    recipe["trainer"]["learning_rate"] = 2.0e-2
+    directory = run_recipe(recipe)
+    final = directory / "final"
+    measured = metrics_of(directory)[-1]
+    tokenizer: Any = AutoTokenizer.from_pretrained(final)
+    if name == "embedding":
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model_dir), str(final)).eval()
+        texts = [[row[key] for row in rows] for key in ("messages", "positive_messages")]
+        sides = [[one[0]["content"] for one in texts[0]], [one[0][0]["content"] for one in texts[1]]]
+        batches = [tokenizer(side, padding=True, padding_side="left", return_tensors="pt") for side in sides]
+        with torch.no_grad():
+            unit = [torch.nn.functional.normalize(model(**batch).last_hidden_state[:, -1], dim=1) for batch in batches]
+        similarity = (unit[0] * unit[1]).sum(dim=1).mean().item()
+        assert measured["eval/heldout/embedding/positive_similarity"] == pytest.approx(similarity, abs=1e-4)
+        assert main(["export", str(directory), str(tmp_path / "merged"), "--merge"]) == 0
+        sentence_transformers = pytest.importorskip("sentence_transformers")
+        found = sentence_transformers.SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(sides[0])
+        assert np.allclose(found, unit[0].numpy(), atol=1e-4)
+        return
+    count = 2 if name == "classification" else 1
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=count)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = PeftModel.from_pretrained(base, str(final)).eval()
+    if name == "classification":
+        inputs: Any = [row["text"] for row in rows]
+    else:
+        inputs = [(row["query"], document) for row in rows for document in (row["positive"], *row["negative"])]
+    with torch.no_grad():
+        logits = model(**tokenizer(inputs, padding=True, return_tensors="pt")).logits
+    if name == "classification":
+        ids = torch.tensor([KINDS.index(row["label"]) for row in rows])
+        loss = torch.nn.functional.cross_entropy(logits, ids)
+        said = said_by(final, [{"text": row["text"]} for row in rows], tmp_path)
+        assert [KINDS.index(row["prediction"]) for row in said] == logits.argmax(dim=1).tolist()
+        assert main(["export", str(directory), str(tmp_path / "merged"), "--merge"]) == 0
+        assert torch.allclose(logits_of(tmp_path / "merged", inputs), logits, atol=1e-4)
+    else:
+        labels = torch.tensor([1.0, 0.0, 0.0] * len(rows))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels)
+    head = "classification" if name == "classification" else "reranking"
+    assert measured[f"eval/heldout/loss/{head}"] == pytest.approx(loss.item(), abs=1e-4)

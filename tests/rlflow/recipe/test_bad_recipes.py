@@ -349,15 +349,13 @@ def test_what_an_adapter_rules_out_in_other_blocks_says_so(adapter: str, other: 
     assert f"{problem.key}: {problem.message}".startswith(says)
 
 
-def test_a_reward_model_gets_no_adapter(tmp_path: Path):
+def test_an_adapter_beside_a_head_begins_anew(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "algorithm: {name: reward_model}\nmodel: {path: a/b, adapter: {}}\n"
+        "algorithm: {name: reward_model}\nmodel: {path: a/b, adapter: {path: c/d}}\n"
         "data: {train: {path: a/b}}\nrun: {steps: 1}\n"
     )
-    with pytest.raises(
-        RecipeError, match=r"2: model\.adapter: is of a policy; reward_model trains a model whole: remove"
-    ):
+    with pytest.raises(RecipeError, match=r"2: model\.adapter\.path: reward_model begins a new adapter: remove path"):
         load_recipe(path)
 
 
