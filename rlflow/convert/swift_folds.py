@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import folds, grouped, swift_sequences
+from rlflow.convert import folds, grouped, swift_sequences, swift_tuners
 from rlflow.convert.given import Draft, Given, apply_rows
 from rlflow.convert.swift_rewards import reward_models, reward_of
 from rlflow.recipe.foreign.rows import as_list
 from rlflow.recipe.foreign.swift import GRPO, PPO
+from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.presets import ALGORITHMS
 
 ALGORITHM_OF = {
@@ -127,6 +128,10 @@ def _renamed(given: Given) -> Given:
     return Given(values, given.table, lambda name, value: given.spelled(back.get(name, name), value), given.looked_at)
 
 
+_SETTLED = tuple(f"model.adapter.{name}" for name in OF_THE_ADAPTER)
+"""What an adapter on disk has settled."""
+
+
 def _set_model(given: Given, draft: Draft, family: str) -> None:
     draft.set(
         "trainer.optimizer.betas", [given["adam_beta1"], given["adam_beta2"]], given.texts("adam_beta1", "adam_beta2")
@@ -141,7 +146,7 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
         draft.set("model.liger", True, given.text("use_liger_kernel"))
     tuners = [name for name in ("tuner_type", "train_type", "sft_type") if name in given] or ["tuner_type"]
     tuner = given[tuners[0]]
-    is_adapted = tuner in ("lora", "qlora", "adalora", "longlora", "lora_llm", "dora")
+    is_adapted = swift_tuners.is_adapted(tuner)
     rate = given["lr"] if "lr" in given else given["learning_rate"]
     default = f"(the default with {tuner})"
     draft.set(
@@ -149,26 +154,14 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
         rate or (1e-4 if is_adapted else 1e-5),
         given.texts("learning_rate", "lr") if rate else default,
     )
-    if tuner not in ("full", "lora"):
-        draft.note(
-            "missing",
-            f"{given.text(tuners[0])}: of tuners there are LoRA and DoRA" + (", LoRA is written" if is_adapted else ""),
-        )
+    swift_tuners.note_tuner(given, draft, tuners[0])
     has_head = ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token"
     if is_adapted:
-        folds.set_adapter(given, draft, "head" if has_head else family, rank="lora_rank")
-        targets = as_list(given["target_modules"] or given["lora_target_modules"])
-        if targets and targets != ["all-linear"]:
-            draft.set("model.adapter.target_modules", targets, given.texts("target_modules", "lora_target_modules"))
-        if ratio := given["lorap_lr_ratio"]:
-            draft.set("model.adapter.lora_plus_ratio", float(ratio), given.text("lorap_lr_ratio"))
-        if given["quant_bits"] == 4:
-            draft.set("model.adapter.quantize", "nf4", given.texts("quant_bits", "quant_method"))
-        elif given["quant_bits"]:
-            draft.note("missing", f"{given.text('quant_bits')}: a base is trained in 4 bits (nf4) or whole")
+        swift_tuners.set_tuner(given, draft, "head" if has_head else family, tuners[0])
     if adapters := as_list(given["adapters"]):
-        for name in ("rank", "alpha", "target_modules", "kind", "rslora"):
-            draft.values.pop(f"model.adapter.{name}", None)
+        settled = [key for key in draft.values if key.startswith(_SETTLED)]
+        for key in settled:
+            draft.values.pop(key)
         draft.set("model.adapter.path", adapters[0], given.text("adapters"))
     if draft.values.get("model.path") is None and not adapters:
         draft.note("to do", "no --model is given: set model.path")

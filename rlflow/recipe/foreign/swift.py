@@ -26,7 +26,7 @@ def _sharing(value: Any) -> str | None:
 _SIDE_BY_SIDE = "trainers and engines have GPUs of their own; nothing is put to sleep"
 _IMAGES = "images, video and audio are not trained yet"
 _FROZEN = "all weights are trained, or an adapter's"
-_TUNERS = "of tuners there are LoRA, DoRA, rsLoRA and LoRA+"
+_TUNERS = "of tuners there are LoRA with its kin and PEFT's (docs/adapters.md)"
 _REGISTERED = "models, templates and data sets are not registered: name a directory, a Jinja template, a file"
 _TEACHER = "there is no distillation yet"
 _TURNS = "what answers the policy is a class of yours here: environment: {plugin: file.py:Class}"
@@ -92,13 +92,17 @@ _BASE: Table = {
     ),
     "lora_bias": missing("biases are not trained with an adapter"),
     "lora_dtype": unneeded("adapters are float32", "model.dtype"),
-    "init_weights": missing("A is random, B is 0 (PEFT's default)", True, "true"),
-    **each("target_regex target_parameters modules_to_save", missing("adapters are on linear layers that are named")),
+    **each("init_weights target_parameters", fold("model.adapter.peft")),
+    **each(
+        "vera_rank vera_projection_prng_key vera_d_initial boft_block_size boft_block_num fourier_n_frequency "
+        "fourier_scaling",
+        fold("model.adapter.peft"),
+    ),
+    **each("target_regex modules_to_save", missing("adapters are on layers that are named")),
     **each(
         "hqq_axis adalora_target_r adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 "
         "adalora_beta2 adalora_orth_reg_weight llamapro_num_new_blocks llamapro_num_groups reft_layers reft_rank "
-        "reft_intervention_type reft_args vera_rank vera_projection_prng_key vera_dropout vera_d_initial "
-        "boft_block_size boft_block_num boft_dropout fourier_n_frequency fourier_scaling use_galore "
+        "reft_intervention_type reft_args vera_dropout boft_dropout use_galore "
         "galore_target_modules galore_rank galore_update_proj_gap galore_scale galore_proj_type "
         "galore_optim_per_parameter galore_with_embedding galore_quantization galore_proj_quant galore_proj_bits "
         "galore_proj_group_size galore_cos_threshold galore_gamma_proj galore_queue_size lisa_activated_layers "

@@ -1,0 +1,73 @@
+"""ms-swift's tuners and what they start from, as adapter blocks; what has no counterpart is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlflow.recipe.peft_methods import TYPE
+
+SFT = "swift sft --model m --dataset d.jsonl "
+
+
+def missing(conversion: Any) -> str:
+    return "\n".join(note.text for note in conversion.notes if note.kind == "missing")
+
+
+@pytest.mark.parametrize(
+    ("flags", "peft"),
+    [
+        ("--train_type vera --vera_rank 64", {TYPE: "VERA", "r": 64}),
+        ("--tuner_type boft --boft_block_size 8", {TYPE: "BOFT", "boft_block_size": 8}),
+        (
+            "--tuner_type fourierft --fourier_n_frequency 500 --target_modules q_proj",
+            {TYPE: "FOURIERFT", "n_frequency": 500, "target_modules": ["q_proj"]},
+        ),
+        (
+            "--tuner_type lora --lora_rank 4 --lora_alpha 8 --lora_dropout 0 --init_weights orthogonal",
+            {TYPE: "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"},
+        ),
+        (
+            "--tuner_type lora --lora_dropout 0 --use_rslora true --target_parameters experts.down_proj",
+            {
+                TYPE: "LORA",
+                "r": 8,
+                "lora_alpha": 32,
+                "use_rslora": True,
+                "target_parameters": ["experts.down_proj"],
+            },
+        ),
+    ],
+)
+def test_a_tuner_of_pefts_is_written_in_pefts_fields(converted, flags: str, peft: dict[str, Any]):
+    recipe, conversion = converted(SFT + flags)
+    assert recipe.model.adapter.peft == peft
+    assert recipe.trainer.learning_rate == 1e-4
+    assert recipe.model.dtype == ("float32" if peft[TYPE] == "VERA" else "bfloat16")
+    assert missing(conversion) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "says", "rank"),
+    [
+        ("--tuner_type adalora", "its ranks would be given out anew in every step; LoRA is written", 8),
+        ("--tuner_type longlora", "it shifts attention, which transformers 5 does not", 8),
+        ("--tuner_type llamapro", "no layers are added to a model here", None),
+        ("--tuner_type reft", "representations are not tuned here", None),
+        ("--tuner_type adapter", "bottleneck adapters are not PEFT's", None),
+        ("--tuner_type vera --task_type embedding", "a model with a head takes LoRA and DoRA; LoRA is written", 8),
+        ("--init_weights pissa", "it changes the base; A is random and B 0 here", 8),
+        ("--init_weights eva", "PEFT prepares it: docs/adapters.md", 8),
+    ],
+)
+def test_what_has_no_counterpart_is_named(converted, flags: str, says: str, rank: int | None):
+    recipe, conversion = converted(SFT + flags)
+    assert says in missing(conversion)
+    adapter = recipe.model.adapter
+    assert (adapter and adapter.rank) == rank
+
+
+def test_an_adapter_on_disk_settles_what_peft_was_told(converted):
+    recipe, _ = converted(SFT + "--tuner_type vera --vera_rank 64 --adapters a/b")
+    assert (recipe.model.adapter.path, recipe.model.adapter.peft) == ("a/b", None)
