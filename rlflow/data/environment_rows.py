@@ -49,6 +49,8 @@ def verifiers(id: str, size: int = -1, **args: Any) -> list[dict[str, Any]]:
         size: So many rows; all where it is -1.
     """
     made = environment_of(id, json.dumps(args, sort_keys=True))
+    if not is_classic():
+        return _tasks(made, size)
     return [
         {
             "messages": plain(normalized(row["prompt"])),
@@ -61,9 +63,40 @@ def verifiers(id: str, size: int = -1, **args: Any) -> list[dict[str, Any]]:
 @cache
 def environment_of(id: str, args: str) -> Any:
     """Loaded once a process: it may read a data set."""
-    with _needs("verifiers<0.2"):
-        load_environment = import_module("verifiers").load_environment
-    return load_environment(id, **json.loads(args))
+    with _needs("verifiers"):
+        verifiers = import_module("verifiers")
+        if is_classic():
+            return verifiers.load_environment(id, **json.loads(args))
+        loaders = import_module("verifiers.v1.utils.loaders")
+        given = json.loads(args)
+        of_environment = {"id": given.pop("env", ""), "taskset": {"id": id, **given}}
+        return loaders.load_environment(loaders.resolve_env_config(of_environment))
+
+
+def is_classic() -> bool:
+    """Whether verifiers has the interface of its versions 0.1."""
+    return hasattr(import_module("verifiers"), "load_environment")
+
+
+def opening_of(data: Any) -> list[Any]:
+    """What a task of verifiers' begins with, as its messages; text is a user's."""
+    types = import_module("verifiers.v1.types")
+    system = [] if data.system_prompt is None else [types.SystemMessage(content=data.system_prompt)]
+    prompt = [types.UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else data.prompt or []
+    return [*system, *prompt]
+
+
+def _tasks(made: Any, size: int) -> list[dict[str, Any]]:
+    """Rows of a taskset: the prompt, and the task as it is."""
+    if size < 0 and not made.taskset.bounded:
+        raise DataError("the taskset is without end: give size in args")
+    return [
+        {
+            "messages": plain(opening_of(task.data)) or [{"role": "user", "content": "Begin."}],
+            "task": task.data.model_dump(mode="json"),
+        }
+        for task in (made.taskset if size < 0 else made.taskset.take(size))
+    ]
 
 
 def normalized(messages: Sequence[Any]) -> Sequence[Any]:

@@ -15,7 +15,7 @@ from rlflow.plugins import PluginError, import_plugin
 
 _OF_ADAPTERS = "rlflow.environments.adapters"
 ADAPTERS: dict[str, str] = {
-    "verifiers": f"{_OF_ADAPTERS}.verifiers:VerifiersEnvironment",
+    "verifiers": f"{_OF_ADAPTERS}.verifiers:verifiers_environment",
     "openenv": f"{_OF_ADAPTERS}.openenv:OpenEnvEnvironment",
     "reasoning_gym": f"{_OF_ADAPTERS}.reasoning_gym:ReasoningGymEnvironment",
 }

@@ -1,4 +1,5 @@
-"""verifiers: environments of its classic interface (``load_environment``, ``MultiTurnEnv``), versions 0.1.
+"""verifiers: environments of its classic interface (``load_environment``, ``MultiTurnEnv``), versions 0.1; of its
+later ones, which have another, `verifiers_tasks` takes care.
 
     environment: {name: verifiers, args: {id: wordle}}
     data: {train: {generator: verifiers, args: {id: wordle}}}
@@ -13,9 +14,18 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from rlflow.data.environment_rows import OF_ROWS, environment_of, normalized, plain
+from rlflow.data.environment_rows import OF_ROWS, environment_of, is_classic, normalized, plain
 from rlflow.environments.protocol import EnvironmentFault, Reply
 from rlflow.types import Message
+
+
+def verifiers_environment(id: str, **args: Any) -> Any:
+    """An environment of the version of verifiers that is installed."""
+    if is_classic():
+        return VerifiersEnvironment(id, **args)
+    from rlflow.environments.adapters.verifiers_tasks import TasksEnvironment
+
+    return TasksEnvironment(id, **args)
 
 
 class VerifiersEnvironment:

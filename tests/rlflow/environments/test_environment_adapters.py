@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -175,6 +178,149 @@ def test_a_verifiers_environment_is_played_turn_by_turn_and_scored_by_its_rubric
     assert (heard["messages"], heard["done"]) == ([{"role": "user", "content": "No, 1."}], False)
     assert session.answer("step", said("7"))["done"]
     assert session.answer("finish") == {"reward": 0.5, "state": {"metrics": {"turns": 2}, "stop_condition": None}}
+
+
+class CountingTask:
+    """verifiers' Task of its later versions, as far as it is used: rewarded for each turn that says the next number."""
+
+    NEEDS_CONTAINER = False
+    key = hash = "k"
+
+    def __init__(self, data: Any, config: Any) -> None:
+        self.data = data
+
+    @staticmethod
+    def data_type() -> Any:
+        return SimpleNamespace(model_validate=lambda row: Told(**row))
+
+    @staticmethod
+    def toolsets(config: Any) -> list[Any]:
+        return []
+
+    def hooks(self, kind: str) -> list[Any]:
+        return [self.gives_up] if kind == "stop" else []
+
+    def gives_up(self, trace: Any) -> bool:
+        return trace.said[-1] == "bye"
+
+    def setup(self) -> None: ...
+
+    def finalize(self) -> None: ...
+
+    async def score(self, trace: Any, runtime: Any) -> None:
+        right = sum(said == str(self.data.start + 2 * turn + 1) for turn, said in enumerate(trace.said))
+        trace.rewards, trace.reward = {"right": SimpleNamespace(value=right / 3)}, right / 3
+
+
+class Told(SimpleNamespace):
+    """A pydantic model."""
+
+    def model_dump(self, exclude_none: bool = False, **_: Any) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None or not exclude_none}
+
+
+class PlayedThrice:
+    """verifiers' Env: three numbers in turn, the policy says the ones between."""
+
+    def __init__(self, seats: tuple[str, ...] = ("player",)) -> None:
+        self.config = SimpleNamespace(task=None, **dict.fromkeys(seats))
+        self.taskset = self
+        self.bounded = True
+
+    task_type = staticmethod(lambda: CountingTask)
+    toolsets = staticmethod(lambda config: [])
+
+    def __iter__(self) -> Any:
+        prompt = "Count. I say 4."
+        yield CountingTask(Told(start=4, prompt=prompt, system_prompt="Play.", image=None), None)
+
+    async def finalize(self) -> None: ...
+
+    async def run(self, task: Any, agents: Any) -> None:
+        async with agents.player.interaction(task) as interaction:
+            segment = await interaction.turn()
+            for index in range(2):
+                if segment.terminated:
+                    break
+                segment = await interaction.turn(f"I say {task.data.start + 2 * index + 2}.")
+
+
+def install_later_verifiers(monkeypatch, made: PlayedThrice) -> None:
+    def message(role: str) -> Any:
+        return lambda **said: Told(role=role, **said)
+
+    def prepare_turn(trace: Any, messages: list[Any]) -> Any:
+        return SimpleNamespace(commit=lambda response: trace.said.append(response.message.content))
+
+    class Trace:
+        def __init__(self, **_: Any) -> None:
+            self.id, self.said, self.metrics, self.stop_condition = "t", [], {}, None
+
+        def stop(self, condition: str) -> None:
+            self.stop_condition = condition
+
+    async def invoke(hook: Any, given: dict[str, Any]) -> None:
+        hook()
+
+    async def call_hook(hook: Any, given: dict[Any, Any]) -> bool:
+        return hook(given[Trace])
+
+    @asynccontextmanager
+    async def provision_runtime(config: Any, name: str) -> AsyncIterator[None]:
+        yield None
+
+    record = SimpleNamespace
+    install(monkeypatch, "verifiers")
+    vf = {"Segment": partial(record, terminated=False), "SubprocessConfig": record, "Env": PlayedThrice}
+    install(monkeypatch, "verifiers.v1", **vf)
+    types = {f"{role.title()}Message": message(role) for role in ("system", "user", "assistant")}
+    install(monkeypatch, "verifiers.v1.types", Response=record, **types)
+    install(monkeypatch, "verifiers.v1.graph", prepare_turn=prepare_turn)
+    install(monkeypatch, "verifiers.v1.trace", Trace=Trace, TraceTask=record, AgentInfo=record)
+    install(monkeypatch, "verifiers.v1.state", state_cls=lambda kind: record)
+    install(monkeypatch, "verifiers.v1.runtimes", provision_runtime=provision_runtime)
+    install(monkeypatch, "verifiers.v1.session", Trace=Trace, call_hook=call_hook, hook_boundary=lambda *_, **__: Trace)
+    install(monkeypatch, "verifiers.v1.utils.decorators", invoke=invoke)
+    install(
+        monkeypatch, "verifiers.v1.configs.agent", agent_config_fields=lambda config: vars(config).keys() - {"task"}
+    )
+    loaders = {"load_environment": lambda config: made, "resolve_env_config": lambda given: given}
+    install(monkeypatch, "verifiers.v1.utils.loaders", **loaders)
+    # `install` makes the parents anew.
+    install(monkeypatch, "verifiers.v1", **vf)
+    monkeypatch.setitem(sys.modules, "verifiers", ModuleType("verifiers"))
+
+
+def test_a_taskset_of_the_later_verifiers_is_played_by_its_own_environment(monkeypatch):
+    install_later_verifiers(monkeypatch, PlayedThrice())
+    (row,) = verifiers("count-up")
+    assert [message["content"] for message in row["messages"]] == ["Play.", "Count. I say 4."]
+    session = session_of("verifiers", id="count-up")
+    assert session.answer("reset", row, 1) == {"messages": None}
+    assert session.answer("step", said("5"))["messages"] == [{"role": "user", "content": "I say 6."}]
+    assert not session.answer("step", said("8"))["done"]
+    assert session.answer("step", said("9"))["done"]
+    assert session.answer("finish") == {
+        "reward": 2 / 3,
+        "state": {"rewards": {"right": 2 / 3}, "metrics": {}, "stop_condition": None},
+    }
+
+
+@pytest.mark.parametrize(("says", "stopped"), [(["5"], "user_closed"), (["5", "bye"], "gives_up")])
+def test_an_episode_of_it_that_is_cut_or_stops_is_scored_as_far_as_it_went(monkeypatch, says, stopped):
+    install_later_verifiers(monkeypatch, PlayedThrice())
+    (row,) = verifiers("count-up")
+    session = session_of("verifiers", id="count-up")
+    session.answer("reset", row, 1)
+    answers = [session.answer("step", said(text)) for text in says]
+    assert answers[-1]["done"] == (stopped == "gives_up")
+    assert session.answer("finish")["reward"] == 1 / 3
+    assert session.answer("finish")["state"]["stop_condition"] == stopped
+
+
+def test_a_verifiers_environment_of_several_agents_is_refused(monkeypatch):
+    install_later_verifiers(monkeypatch, PlayedThrice(("user", "assistant")))
+    assert "has the agents" in session_of("verifiers", id="x").answer("describe")["error"]
 
 
 @pytest.mark.parametrize(("name", "package"), [("reasoning_gym", "reasoning-gym"), ("verifiers", "verifiers")])
