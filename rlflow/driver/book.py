@@ -2,6 +2,7 @@
 
 begin_step(step)                  from now on a stop waits for the step's end
 end_step(stats, state, last)      evaluate -> log -> checkpoint (when it is due, at the end, when asked to stop)
+settle()                          what is evaluated while the next step is trained -> log, the best checkpoint
 resume(num_steps)                 the newest valid checkpoint -> steps done, the loop's state
 """
 
@@ -18,7 +19,7 @@ from rlflow.driver.args_json import write_args
 from rlflow.driver.callbacks import Callbacks
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
-from rlflow.driver.evaluation import Evaluation, Evaluator
+from rlflow.driver.evaluation import Evaluation, Evaluator, UnderWay
 from rlflow.driver.learner import Learner
 from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
 from rlflow.driver.saving import EndedStep, SaveSchedule
@@ -60,6 +61,7 @@ class Book:
         self.unsaved: EndedStep | None = None
         """The step that ended last, until a checkpoint holds it."""
         self._best = -math.inf
+        self._under_way: UnderWay | None = None
         self._schedule = SaveSchedule(recipe.run)
         self._measure = sum_of_measure(recipe, inputs)
         self._is_startup_told = False
@@ -82,6 +84,9 @@ class Book:
             self._best = state["best"]
         elif state["best"] is not None:
             self.tracker.message("the evaluation is another one: the best checkpoint is looked for anew")
+        if owed := state.get("unmeasured"):
+            evaluators = [one for one in self.evaluators if one.block.name in owed["names"]]
+            self._under_way = UnderWay(state["step"], evaluators, owed["metrics"], owed["metrics"], path)
         write_recipe(self.recipe, self.inputs, self.directory)
         is_over = state.get("ended") is not None and not lasts_longer(state["ended"], self.recipe)
         self.tracker.message(f"resumed from {path.name}")
@@ -121,7 +126,8 @@ class Book:
             StopRequested: Somebody asked the run to stop, and the checkpoint is written.
         """
         due = self._due(stats.step, last=last)
-        evaluation = self._evaluate(due)
+        is_beside = self._goes_beside(last)
+        evaluation = None if is_beside else self._evaluate(due)
         if evaluation is not None:
             stats.metrics |= evaluation.metrics
             if not last and self._is_reached(evaluation):
@@ -134,11 +140,14 @@ class Book:
         stats.metrics |= self.clock.metrics() | self._trace(stats.step) | self._restarts
         self.tracker.log(stats)
         score = None if evaluation is None else evaluation.score
+        if is_beside and due:
+            self._begin(due, stats)
         self.unsaved = self._ended(stats.step, state, score, last=last)
         self.callbacks.step_ended(stats)
         if self.callbacks.is_asked_to_stop and not last:
             self.tracker.message(f"a callback ends the stage after step {stats.step}")
-            last = True
+            last, measured = True, self.settle()
+            score = score if measured is None else measured.score
             self.unsaved = self._ended(stats.step, state, score, last=True)
         stopping = self.should_stop() and not last
         # After the log: a resumed run cuts the log back to its checkpoint, so a checkpoint must not run ahead of it.
@@ -148,6 +157,31 @@ class Book:
             raise StopRequested(f"stopped after step {stats.step}; {GO_ON}")
         return last
 
+    def settle(self) -> Evaluation | None:
+        """Waits for what is evaluated while a step is trained: before the workers have newer weights. Logs it with the
+        step whose weights it measured, and takes its score into account."""
+        under_way, self._under_way = self._under_way, None
+        evaluation = None if under_way is None else self._evaluate(under_way.evaluators)
+        if under_way is None or evaluation is None:
+            return None
+        stats = StepStats(under_way.step, {**under_way.logged, **evaluation.metrics})
+        self.tracker.log(stats)
+        self.callbacks.evaluated(stats)
+        if under_way.checkpoint is not None and evaluation.score is not None and evaluation.score > self._best:
+            self._best = evaluation.score
+            checkpoint.link(self.checkpoints, "best", under_way.checkpoint)
+        return evaluation
+
+    def _goes_beside(self, last: bool) -> bool:
+        """Whether what is evaluated after a step may go on while the next is trained: nobody waits for its score."""
+        is_awaited = last or self.recipe.run.stop_at_score is not None or self.should_stop()
+        return self.recipe.run.max_staleness > 0 and not is_awaited
+
+    def _begin(self, evaluators: Sequence[Evaluator], stats: StepStats) -> None:
+        for evaluator in evaluators:
+            evaluator.begin()
+        self._under_way = UnderWay(stats.step, evaluators, dict(stats.metrics), {})
+
     def _is_reached(self, evaluation: Evaluation) -> bool:
         """Whether the stage has the score that it is to end with."""
         target, score = self.recipe.run.stop_at_score, evaluation.score
@@ -156,6 +190,9 @@ class Book:
     def _ended(self, step: int, state: dict[str, Any], score: float | None, *, last: bool) -> EndedStep:
         """What the checkpoint of a step that has just ended says."""
         own_state = {"step": step, **self.learner.state()}
+        if self._under_way is not None:
+            names = [evaluator.block.name for evaluator in self._under_way.evaluators]
+            own_state["unmeasured"] = {"names": names, "metrics": self._under_way.of_step}
         ended = {"measure": self._measure, "ended": length_of(self.recipe) if last else None}
         return EndedStep(step, {**own_state, **ended, **state}, score, self.learner.num_moves)
 
@@ -168,6 +205,8 @@ class Book:
         with self.clock("save"):
             path = checkpoint.publish(self.checkpoints, ended.step, {**ended.state, "best": best}, self._write)
         self.unsaved = None
+        if self._under_way is not None and self._under_way.step == ended.step:
+            self._under_way.checkpoint = path
         self._schedule.saved()
         if improved:
             checkpoint.link(self.checkpoints, "best", path)

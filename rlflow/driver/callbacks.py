@@ -56,6 +56,11 @@ class Callbacks:
         when = f"of step {stats.step}"
         if stats.step:
             self._call("on_step", when, stats.step, dict(stats.metrics))
+        self.evaluated(stats)
+
+    def evaluated(self, stats: StepStats) -> None:
+        """Tells of what was measured behind a step."""
+        when = f"of step {stats.step}"
         for name, metrics in split_evaluations(stats.metrics).items():
             self._call("on_evaluation", when, stats.step, name, metrics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from rlflow.algorithms.batch_targets import Unit, with_targets
@@ -24,14 +25,32 @@ class Evaluation:
     """What the best checkpoint has most of; None where the set that decides it was not measured."""
 
 
+@dataclass(slots=True)
+class UnderWay:
+    """An evaluation that goes on while the next step is trained; until it is over engines get no newer weights."""
+
+    step: int
+    """Whose weights it measures."""
+    evaluators: Sequence[Evaluator]
+    of_step: dict[str, float]
+    """The step's own metrics."""
+    logged: dict[str, float]
+    """What else is logged with its own: the step's, where the line of an earlier process is written anew."""
+    checkpoint: Path | None = None
+    """The step's, where it has one."""
+
+
 class Evaluator(Protocol):
     block: EvaluationBlock
 
     def prepare(self) -> None:
         """Takes what it needs of actors that will end before the steps begin."""
 
+    def begin(self) -> None:
+        """Asks for what it measures and waits for nothing: `run` finds it on its way."""
+
     def run(self) -> Evaluation:
-        """Measures."""
+        """Measures, what was begun or anew."""
         ...
 
 
@@ -41,6 +60,9 @@ class LossEvaluator:
     def __init__(self, learner: Learner, block: EvaluationBlock, units: Sequence[Unit]) -> None:
         self.learner, self.block, self.units = learner, block, list(units)
         self.prefix = f"eval/{block.name}"
+
+    def begin(self) -> None:
+        pass
 
     def prepare(self) -> None:
         self.units = score_units(self.learner, self.units)

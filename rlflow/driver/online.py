@@ -13,8 +13,9 @@
     learner.score      a forward pass of each scorer      the reference, the trainers, the critic
     learner.update     forward, backward, optimizer       every trainer rank
     learner.weights    every trainer rank                 the snapshot in the object store
+    book.settle        an evaluation that is under way    workers and reward servers
     pool.publish       nothing                            each worker takes it between two decode steps
-    book.end_step      evaluation, a checkpoint           when they are due
+    book.end_step      evaluation, a checkpoint           when they are due; with k > 0 an evaluation is only asked for
 
 With ``max_staleness: 0`` nothing overlaps and every token was sampled by the policy it trains. With k, workers generate
 for the k steps to come while a step is trained, and go on with new weights in the middle of a completion.
@@ -60,6 +61,7 @@ def train_online(
     pool.publish(learner.weights(first), first)
     if first == 0:
         book.report_start()
+    book.settle()
     with keeping_rollouts(book, window):
         for step in range(first, num_steps):
             book.begin_step(step + 1)
@@ -73,6 +75,7 @@ def train_online(
             samples = assemble.with_advantages(batch, learner.score(batch.samples), learner.online)
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts, demonstrations_of(step, demonstrations, recipe))
+            book.settle()
             pool.publish(learner.weights(step + 1), step + 1)
             advantages = assemble.rollout_advantages(batch, samples, algorithm)
             book.tracker.episodes(assemble.episodes(batch, advantages, step + 1))

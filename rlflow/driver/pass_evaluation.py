@@ -31,15 +31,21 @@ class PassEvaluator:
         seed: int,
         tracker: Tracker,
         limits: Limits | None = None,
+        *,
+        is_pinned: bool = True,
     ) -> None:
         """
         Args:
             limits: Of episodes, where there is an environment.
             params: Of training; the block changes them.
             seed: The run's.
+            is_pinned: Its completions have the same bits every time; else they are asked of whoever has room.
         """
         self.pool, self.seed, self.block, self.prompts, self.tracker = pool, seed, block, prompts, tracker
-        self.reward, self.limits = reward.label, limits
+        self.reward, self.limits, self.is_pinned = reward.label, limits, is_pinned
+        self._arrived: dict[int, ScoredGroup] | None = None
+        """By prompt, while it is under way."""
+        self._version = -1
         self.metric = f"eval/{block.name}/pass@1"
         self.params = replace(
             params,
@@ -86,7 +92,25 @@ class PassEvaluator:
 
     def _generate(self) -> list[ScoredGroup]:
         """The groups of all prompts, in their order."""
-        arrived: dict[int, ScoredGroup] = {}
+        if self._arrived is None:
+            self.begin()
+        arrived, self._arrived = self._arrived, None
+        assert arrived is not None
+        size = len(self.prompts)
+        self.pool.wait_until(
+            lambda: len(arrived) == size, lambda: self.tracker.progress("evaluating", len(arrived), size)
+        )
+        oldest = min(group.generated.oldest_version for group in arrived.values())
+        if oldest < self._version:
+            raise RunError(
+                f"evaluation {self.block.name}: policy version {oldest} was measured, and version {self._version} was "
+                "asked for: newer weights do not reach a worker's engine"
+            )
+        return [arrived[index] for index in range(size)]
+
+    def begin(self) -> None:
+        self._arrived = arrived = {}
+        self._version = self.pool.version
         jobs = [
             Job(
                 request=GroupRequest(
@@ -94,7 +118,7 @@ class PassEvaluator:
                     prompt.token_ids,
                     tuple(sample_seed(self.seed, f"eval/{prompt.id}", 0, k) for k in range(self.block.samples)),
                     self.params,
-                    min_version=self.pool.version,
+                    min_version=self._version,
                     prompt=prompt if self.limits is not None else None,
                     limits=self.limits,
                     images=prompt.images,
@@ -104,21 +128,12 @@ class PassEvaluator:
                 epoch=0,
                 labels=(self.reward,),
                 deliver=partial(arrived.__setitem__, index),
-                is_pinned=True,
+                priority=(0, index),
+                is_pinned=self.is_pinned,
             )
             for index, prompt in enumerate(self.prompts)
         ]
         self.pool.ask(jobs)
-        self.pool.wait_until(
-            lambda: len(arrived) == len(jobs), lambda: self.tracker.progress("evaluating", len(arrived), len(jobs))
-        )
-        oldest = min(group.generated.oldest_version for group in arrived.values())
-        if oldest < self.pool.version:
-            raise RunError(
-                f"evaluation {self.block.name}: policy version {oldest} was measured, and the newest is "
-                f"{self.pool.version}: newer weights do not reach a worker's engine"
-            )
-        return [arrived[index] for index in range(len(jobs))]
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

@@ -382,7 +382,8 @@ def _evaluators(
             continue
         assert pool is not None
         limits = episode_limits(recipe, block.max_new_tokens or params.max_new_tokens)
-        evaluators.append(PassEvaluator(pool, block, reward, rows, params, recipe.run.seed, tracker, limits))
+        seed, is_pinned = recipe.run.seed, recipe.run.max_staleness == 0
+        evaluators.append(PassEvaluator(pool, block, reward, rows, params, seed, tracker, limits, is_pinned=is_pinned))
     return evaluators
 
 
