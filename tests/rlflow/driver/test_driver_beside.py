@@ -69,7 +69,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(cls, name, noting)
 
     note(PassEvaluator, "begin", lambda one: f"ask {one.block.name} of {one.pool.version}")
-    note(Learner, "update", lambda _, samples, step, counts: f"train {step + 1}")
+    note(Learner, "update", lambda _, samples, step, *rest: f"train {step + 1}")
     note(RolloutPool, "publish", lambda _, weights, version: f"publish {version}")
     generate = PassEvaluator._generate
 
@@ -133,10 +133,10 @@ def test_what_a_process_that_died_had_not_measured_is_measured_when_the_run_goes
     script_scores(monkeypatch, [0.0, 0.5, 0.75])
     update = Learner.update
 
-    def dies(learner: Learner, samples: Any, step: int, counts: Any) -> Any:
+    def dies(learner: Learner, samples: Any, step: int, *rest: Any) -> Any:
         if step == 2:
             raise KeyboardInterrupt
-        return update(learner, samples, step, counts)
+        return update(learner, samples, step, *rest)
 
     monkeypatch.setattr(Learner, "update", dies)
     with pytest.raises(StopRequested):
