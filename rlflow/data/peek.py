@@ -35,8 +35,6 @@ def problems(source: SourceBlock) -> Found:
     path = Path(source.path or "").expanduser()
     if logged_files(path):
         return
-    if source.where is not None and path.exists():
-        yield "where", f"{path} holds no rollouts of a run: remove it, or name a run's rollouts/"
     if path.is_dir():
         yield from _in_directory(path, source)
     elif path.is_file():

@@ -71,9 +71,29 @@ def read_table(source: SourceBlock) -> Table:
     rows = _rename(rows, bad, source.columns, place)
     if is_arrow:
         rows = [replace(row, columns=_without_filled_nulls(row.columns)) for row in rows]
+    if source.where is not None and not (source.path and logged_files(Path(source.path).expanduser())):
+        rows = rows_where(rows, source.where, place)
     directory = Path() if source.path is None else _directory_of(Path(source.path).expanduser())
     kept = _without_repeated_ids(rows, bad, place)
     return Table(place, stem, kept, sorted(bad, key=lambda row: row.row), directory)
+
+
+def rows_where(rows: Sequence[Row], where: str, place: str) -> list[Row]:
+    """The rows that fulfil a condition on their columns; `reward/<fn>` is in the column ``rewards``.
+
+    Raises:
+        DataError: It is none, names what no row has, or no row fulfils it.
+    """
+    # It loads pyarrow.
+    from rlflow.tracking.filters import filter_rows
+
+    try:
+        chosen = filter_rows([row.columns for row in rows], where)
+    except DataError as error:
+        raise DataError(f"{place}: where: {error}") from error
+    if not chosen:
+        raise DataError(f"{place}: none of its {len(rows)} rows fulfils `{where}`.")
+    return [rows[index] for index in chosen]
 
 
 def kind(value: Any) -> str:
@@ -96,8 +116,6 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
     path = Path(source.path).expanduser()
     if files := logged_files(path):
         return str(path), path.name.split(".")[0], read_logged(files, source.where)
-    if source.where is not None:
-        raise DataError(f"{path}: holds no rollouts of a run, and `where` is of those alone. Name a run's rollouts/.")
     if path.is_file():
         return str(path), path.name.split(".")[0], read_file(path)
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):

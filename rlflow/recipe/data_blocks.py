@@ -27,7 +27,8 @@ class SourceBlock(Block):
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> the file's column, e.g. {prompt: question, solution: answer}."""
     where: str | None = None
-    """Of a run's rollouts, which are rows, e.g. `reward > 0.9`: a condition as `rlflow inspect --where` has it."""
+    """Which rows are used, e.g. `reward > 0.9` of a run's rollouts or of the answers that `rlflow infer` wrote: a
+    condition on the columns, as `rlflow inspect --where` has it."""
     format: Literal["auto", "messages", "sharegpt", "instruction", "prompt", "preference", "kto", "text"] = "auto"
     """How a row becomes messages."""
     max_bad_rows: NonNegativeInt = 0
@@ -43,7 +44,7 @@ class SourceBlock(Block):
         if self.generator is not None and self.subset is not None:
             yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
         if self.generator is not None and self.where is not None:
-            yield Conflict(("where", "generator"), "is for a run's rollouts, and rows come from a generator: remove it")
+            yield Conflict(("where", "generator"), "is for stored rows, and these come from a generator: remove it")
         if self.generator is not None and ":" in self.generator:
             yield from malformed_function("generator", self.generator)
 

@@ -81,6 +81,30 @@ def filter_records(records: Sequence[RolloutRecord], where: str) -> list[Rollout
     return [record for record, known in zip(records, values, strict=True) if condition(known)]
 
 
+def filter_rows(rows: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+    """The rows of data, by their place, for which a condition holds. What `rlflow infer` writes has the names that a
+    rollout has.
+
+    Raises:
+        FilterError: The condition cannot be read, or evaluated.
+    """
+    values = [_values_of_row(row) for row in rows]
+    condition = Expression(where, list(dict.fromkeys(name for known in values for name in known)))
+    return [index for index, known in enumerate(values) if condition(known)]
+
+
+def _values_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a condition can name of a row."""
+    nested = (("rewards", REWARD_PREFIX), ("columns", COLUMN_PREFIX))
+    inner = {
+        f"{prefix}{name}": _known(value)
+        for column, prefix in nested
+        if isinstance(row.get(column), Mapping)
+        for name, value in row[column].items()
+    }
+    return {**{name: _known(value) for name, value in row.items()}, **inner}
+
+
 def sort_records(records: Sequence[RolloutRecord], key: str, *, is_falling: bool = False) -> list[RolloutRecord]:
     """The rollouts by an expression, lowest first unless ``is_falling``; those for which it is missing last.
 

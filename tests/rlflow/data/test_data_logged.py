@@ -13,7 +13,6 @@ import pytest
 from rlflow.cli.main import main
 from rlflow.data.errors import DataError
 from rlflow.data.examples import load_examples
-from rlflow.data.peek import problems
 from rlflow.data.preferences import load_pairs
 from rlflow.inspection.exporting import export_chat
 from rlflow.recipe import DataBlock, SourceBlock
@@ -115,11 +114,27 @@ def test_a_completion_that_was_cut_gets_no_stop_that_the_policy_did_not_write(tm
     assert json.loads(exported.read_text())["messages"][-1] == {"role": "assistant", "content": "It is", "loss": False}
 
 
-def test_a_condition_on_what_holds_no_rollouts_is_refused_before_and_while_rows_are_read(write_jsonl, tokenizer):
-    source = SourceBlock(path=str(write_jsonl([{"text": "a"}])), where="reward > 0")
-    assert [key for key, _ in problems(source)] == ["where"]
-    with pytest.raises(DataError, match="holds no rollouts of a run"):
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("rewrd > 0", r"where: .*there is no 'rewrd' \(did you mean 'reward'\?\)"),
+        ("reward > 5", r"none of its 2 rows fulfils `reward > 5`"),
+        ("reward > 'a'", "where: .*compares the text 'a' with 0.5"),
+        ("__import__('os')", "where: .*"),
+    ],
+)
+def test_a_condition_that_chooses_no_row_is_refused_and_says_why(where, says, write_jsonl, tokenizer):
+    rows = [{"text": "a", "reward": 0.5}, {"text": "b", "reward": 1.0}]
+    source = SourceBlock(path=str(write_jsonl(rows)), where=where)
+    with pytest.raises(DataError, match=says):
         load_examples(DataBlock(train=source), tokenizer, 0)
+
+
+def test_rows_that_are_not_chosen_keep_the_numbers_of_the_others_and_may_be_no_examples(write_jsonl, tokenizer):
+    rows = [{"prompt": "1+1?", "reward": None}, {"prompt": "1+2?", "response": "3", "reward": 1.0}]
+    source = SourceBlock(path=str(write_jsonl(rows)), where="reward >= 1")
+    (example,) = load_examples(DataBlock(train=source), tokenizer, 0)
+    assert example.id.endswith(":2")
 
 
 def test_the_best_and_the_worst_episode_of_a_group_are_a_pair_for_dpo(tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.rollout_engines.engine import Written
 from rlflow.data.errors import DataError
+from rlflow.data.examples import load_examples
 from rlflow.data.prompts import load_prompts
 from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
 from rlflow.serving import batch
@@ -170,3 +171,27 @@ def test_a_file_of_something_else_is_refused(
     with pytest.raises(DataError, match=said):
         read_answers(path, prompts, job)
     assert path.read_bytes() == before
+
+
+def test_the_answers_that_a_reward_likes_are_data_to_learn_from(
+    served: ServedModel, streams: Streams, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def short(completions):\n    return [float(len(c) % 2) for c in completions]\n"
+    )
+    job = job_of(served, Sampling(1.0, max_new_tokens=6, seed=3), 3, RewardBlock(plugin=f"{tmp_path}/rewards.py:short"))
+    server = RewardServer(job.rewards, 1)
+    try:
+        rows = answers(prompts, job, streams, server)
+    finally:
+        server.close()
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [row for row in rows if row["reward"] == 1.0 and row["num_tokens"] > 1]
+    assert 0 < len(kept) < len(rows)
+    source = SourceBlock(path=str(path), where="reward/short >= 1 and num_tokens > 1 and column/solution != ''")
+    examples = load_examples(DataBlock(train=source), served.tokenizer, 0)
+    assert len(examples) == len(kept)
+    for example, row in zip(examples, kept, strict=True):
+        trained = served.tokenizer.decode(example.token_ids[example.loss_mask])
+        assert trained.removesuffix(served.tokenizer.eos_token) == row["response"]
