@@ -99,6 +99,22 @@ def set_precision(given: Given, draft: Draft, dtype: str, default: str) -> None:
         draft.note("missing", "float16 is not trained here (no loss scaling): bfloat16 in its stead")
 
 
+DIVERGENCES = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js_divergence": "js"}
+"""``f_divergence_type`` of TRL and ms-swift -> ``preference.divergence``."""
+
+
+def set_divergence(given: Given, draft: Draft) -> None:
+    """What is between policy and reference in DPO, where the command says it."""
+    named = given["f_divergence_type"]
+    if named is None or named == "reverse_kl":
+        return
+    if named in DIVERGENCES:
+        draft.set("algorithm.preference.divergence", DIVERGENCES[named], given.text("f_divergence_type"))
+    else:
+        there = ", ".join(DIVERGENCES)
+        draft.note("missing", f"{given.text('f_divergence_type')}: there are {there}; the reverse KL stands for it")
+
+
 def set_adapter(given: Given, draft: Draft, family: str, *, rank: str) -> None:
     """LoRA and its kin, under the names that both frameworks have."""
     draft.set("model.adapter.rank", given[rank], given.text(rank))

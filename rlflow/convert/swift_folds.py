@@ -8,7 +8,9 @@ from typing import Any
 
 from rlflow.convert import folds, grouped, swift_sequences, swift_tuners
 from rlflow.convert.given import Draft, Given, apply_rows
+from rlflow.convert.swift_mixture import set_mixture
 from rlflow.convert.swift_rewards import reward_models, reward_of
+from rlflow.convert.swift_sources import sources_of
 from rlflow.recipe.foreign.rows import as_list
 from rlflow.recipe.foreign.swift import GRPO, PPO
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
@@ -74,6 +76,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, environment: dic
     folds.set_tracking(given, draft)
     if kind == "grpo":
         _set_grpo(given, draft)
+        set_mixture(given, draft, machines)
     elif kind == "ppo":
         _set_ppo(given, draft)
     elif family == "preference":
@@ -171,31 +174,6 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
             "ms-swift takes ids from ModelScope, rlflow from the Hugging Face hub: the same id may be missing "
             "there, or be called otherwise (LLM-Research, AI-ModelScope); a downloaded directory works too",
         )
-
-
-def sources_of(text: str, given: Given) -> list[dict[str, Any]]:
-    """``[hf::|ms::]id-or-path[:subset1/subset2][#n]`` as sources of a recipe, one a subset."""
-    path = text.removeprefix("hf::").removeprefix("ms::").removeprefix("HF::").removeprefix("MS::")
-    rows: int | None = None
-    if "#" in path and path.rpartition("#")[2].isdigit():
-        path, _, number = path.rpartition("#")
-        rows = int(number)
-    subsets: list[str | None] = [None]
-    if ":" in path and not Path(path).exists():
-        path, _, named = path.rpartition(":")
-        subsets = [None if name in ("default", "all") else name for name in named.split("/")]
-    columns = given["columns"] if isinstance(given["columns"], dict) else {}
-    sources = []
-    for subset in subsets:
-        source: dict[str, Any] = {"path": path}
-        if subset is not None:
-            source["subset"] = subset
-        if rows:
-            source["rows"] = math.ceil(rows / len(subsets))
-        if columns:
-            source["columns"] = {ours: theirs for theirs, ours in columns.items()}
-        sources.append(source)
-    return sources
 
 
 def _held_out(given: Given, draft: Draft, sources: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:
@@ -332,7 +310,11 @@ def _set_preference(given: Given, draft: Draft, kind: str) -> None:
     losses = as_list(given["loss_type"])
     if kind == "dpo" and losses and losses[0] in _PAIR_LOSSES:
         draft.set("algorithm.preference.loss", losses[0], given.text("loss_type"))
-    if len(losses) > 1 or (losses and losses[0] not in (*_PAIR_LOSSES, "kto", "simpo")):
+    if kind == "kto" and losses == ["apo_zero_unpaired"]:
+        draft.set("algorithm.name", "apo_zero_unpaired", given.text("loss_type"))
+    if kind == "dpo":
+        folds.set_divergence(given, draft)
+    if len(losses) > 1 or (losses and losses[0] not in (*_PAIR_LOSSES, "kto", "simpo", "apo_zero_unpaired")):
         draft.note(
             "missing", f"{given.text('loss_type')}: one loss of a pair is trained (docs/algorithms.md lists them)"
         )

@@ -35,7 +35,8 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, engine: str) -> 
     folds.set_evaluation(given, draft, batch.updates, *_held_out(given))
     folds.set_intervals(given, draft, batch.updates, best_counts=False)
     folds.set_tracking(given, draft)
-    {"grpo": _set_grpo, "rloo": _set_rloo, "dpo": _set_dpo, "sft": _set_sft}.get(verb, lambda *_: None)(given, draft)
+    setters = {"grpo": _set_grpo, "rloo": _set_rloo, "dpo": _set_dpo, "kto": _set_kto, "sft": _set_sft}
+    setters.get(verb, lambda *_: None)(given, draft)
     if "truncation_mode" in given.table and given["truncation_mode"] != "keep_start":
         draft.note("missing", f"{given.text('truncation_mode')}: examples are cut at their end")
     draft.set(
@@ -176,6 +177,14 @@ def _set_dpo(given: Given, draft: Draft) -> None:
         )
     if losses[0] in ("ipo", "sigmoid_norm"):
         draft.set("algorithm.preference.length_normalized", True, given.text("loss_type"))
+    folds.set_divergence(given, draft)
+
+
+def _set_kto(given: Given, draft: Draft) -> None:
+    if given["loss_type"] == "apo_zero_unpaired":
+        draft.set("algorithm.name", "apo_zero_unpaired", given.text("loss_type"))
+    elif given["loss_type"] != "kto":
+        draft.note("missing", f"{given.text('loss_type')}: there are kto and apo_zero_unpaired; kto's stands for it")
 
 
 def _set_sft(given: Given, draft: Draft) -> None:

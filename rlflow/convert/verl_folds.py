@@ -8,6 +8,7 @@ from typing import Any
 
 from rlflow.convert import folds, grouped
 from rlflow.convert.given import Draft, Given, apply_rows
+from rlflow.convert.verl_losses import KINDS, set_kind
 from rlflow.recipe.foreign.hugging_face import trackers
 from rlflow.recipe.foreign.rows import as_list
 from rlflow.recipe.foreign.verl import ACTOR, MODEL, ROLLOUT
@@ -18,15 +19,19 @@ ESTIMATORS = {
     "rloo": "rloo",
     "reinforce_plus_plus": "reinforce++",
     "reinforce_plus_plus_baseline": "reinforce++_baseline",
+    "grpo_vectorized": "grpo",
+    "rloo_vectorized": "rloo",
+    "opo": "opo",
+    "remax": "remax",
 }
 REDUCTIONS = {
     "token-mean": "token",
     "seq-mean-token-mean": "sequence",
     "seq-mean-token-sum-norm": "fixed_length",
 }
-LOSSES = {"vanilla": "", "gspo": "gspo", "sapo": "sapo", "cispo": "cispo"}
+LOSSES = {"vanilla": "", "gspo": "gspo", "sapo": "sapo", "cispo": "cispo", **KINDS}
 """``loss_mode`` -> the row whose loss it is; grpo's and ppo's are the row's own."""
-KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3", "abs": "abs"}
 
 
 def draft_of(verb: str, given: Given, machines: folds.Machines) -> Draft:
@@ -166,6 +171,8 @@ def _set_policy(given: Given, draft: Draft, name: str) -> None:
     draft.set("algorithm.loss.reduction", REDUCTIONS.get(aggregation, "token"), given.text(f"{ACTOR}.loss_agg_mode"))
     draft.set("algorithm.loss.ratio", "sequence" if mode == "gspo" else "token", why)
     _set_clip(given, draft, mode, why)
+    if mode in KINDS:
+        set_kind(given, draft, mode, name)
     if name == "ppo":
         draft.set("algorithm.advantage.gamma", given["algorithm.gamma"], given.text("algorithm.gamma"))
         draft.set("algorithm.advantage.gae_lambda", given["algorithm.lam"], given.text("algorithm.lam"))
@@ -192,6 +199,8 @@ def _set_policy(given: Given, draft: Draft, name: str) -> None:
 
 
 def _set_clip(given: Given, draft: Draft, mode: str, why: str) -> None:
+    if mode in ("dppo_tv", "dppo_kl", "kl_cov"):
+        return
     plain = given[f"{ACTOR}.clip_ratio"]
     bounds = {f"clip_{side}": given[f"{ACTOR}.clip_ratio_{side}"] for side in ("low", "high")}
     if mode == "sapo":
@@ -248,7 +257,7 @@ def _set_kl(given: Given, draft: Draft) -> None:
         return
     draft.set("algorithm.kl.estimator", KL.get(estimator.rstrip("+"), "k3"), why)
     if estimator.rstrip("+") not in KL:
-        draft.note("missing", f"{why}: estimators are k1, k2 and k3")
+        draft.note("missing", f"{why}: estimators are k1, k2, k3 and abs")
 
 
 def _set_correction(given: Given, draft: Draft) -> None:

@@ -204,7 +204,8 @@ _RLHF: Table = {
     "undesirable_weight": key("algorithm.preference.undesirable_weight", of="preference"),
     "center_rewards_coefficient": key("algorithm.preference.center_coef", of="preference"),
     "loss_type": fold("algorithm.loss"),
-    **each("ld_alpha discopop_tau loss_weights f_divergence_type reference_free", missing("see algorithm.preference")),
+    "f_divergence_type": fold("algorithm.preference.divergence"),
+    **each("ld_alpha discopop_tau loss_weights reference_free", missing("see algorithm.preference")),
     "max_completion_length": key("rollout.max_new_tokens", default=512, of="online"),
     "response_length": key("rollout.max_new_tokens", of="online"),
     "max_new_tokens": key("rollout.max_new_tokens", of="online"),
@@ -319,10 +320,11 @@ GRPO: Table = {
         missing("of losses that are not there"),
     ),
     **each(
-        "router_replay_mode chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function "
+        "chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function "
         "chord_mu_warmup_steps chord_mu_decay_steps chord_mu_peak chord_mu_valley",
-        missing("not there"),
+        fold("demonstrations"),
     ),
+    "router_replay_mode": missing("not there"),
 }
 
 MEGATRON: Table = {

@@ -96,7 +96,8 @@ DPO: Table = {
     "label_smoothing": key("algorithm.preference.label_smoothing", read=lambda value: value or None),
     "beta": key("algorithm.preference.beta", default=0.1),
     "ld_alpha": missing("all tokens of an answer count alike"),
-    **each("f_divergence_type f_alpha_divergence_coef", missing("the divergence is the reverse KL", "reverse_kl", 0.5)),
+    "f_divergence_type": fold("algorithm.preference.divergence", default="reverse_kl"),
+    "f_alpha_divergence_coef": missing("the alpha divergence is not there", 0.5),
     "use_weighting": missing("pairs count alike (WPO is not there)"),
     "discopop_tau": missing("0.05, the paper's", 0.05),
 }
@@ -104,7 +105,7 @@ KTO: Table = {
     **_COMMON,
     **_REFERENCE,
     "max_length": _LENGTHS["max_length"],
-    "loss_type": missing("kto is the paper's loss", "kto"),
+    "loss_type": fold("algorithm.name", default="kto"),
     "beta": key("algorithm.preference.beta", default=0.1),
     "desirable_weight": key("algorithm.preference.desirable_weight", default=1.0),
     "undesirable_weight": key("algorithm.preference.undesirable_weight", default=1.0),

@@ -93,6 +93,11 @@ PPO: Table = {
     f"{ACTOR}.kl_loss_coef": fold("algorithm.kl.coef", default=0.001),
     f"{ACTOR}.kl_loss_type": fold("algorithm.kl.estimator", default="low_var_kl"),
     f"{ACTOR}.policy_loss.loss_mode": fold("algorithm.loss", default="vanilla"),
+    f"{ACTOR}.policy_loss.clip_cov_ratio": fold("algorithm.loss.share", default=0.0002),
+    f"{ACTOR}.policy_loss.clip_cov_lb": fold("algorithm.loss.covariance_low", default=1.0),
+    f"{ACTOR}.policy_loss.clip_cov_ub": fold("algorithm.loss.covariance_high", default=5.0),
+    f"{ACTOR}.policy_loss.kl_cov_ratio": fold("algorithm.loss.share", default=0.0002),
+    f"{ACTOR}.policy_loss.ppo_kl_coef": fold("algorithm.loss.coef", default=0.1),
     f"{ACTOR}.policy_loss.*": _OTHER_LOSS,
     f"{ACTOR}.ulysses_sequence_parallel_size": key(
         "trainer.sequence_parallel", read=lambda size: size if size > 1 else None

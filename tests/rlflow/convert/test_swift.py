@@ -354,3 +354,30 @@ def test_rerankers_are_pointwise_or_listwise(converted):
     recipe, _ = converted(f"{words} {TASK} --task_type generative_reranker --loss_type pointwise_reranker")
     assert (recipe.algorithm.name, recipe.algorithm.reranking.loss) == ("generative_reranker", "pointwise")
     assert (recipe.algorithm.answers.positive, recipe.algorithm.answers.negative) == ("true", "false")
+
+
+def test_chord_is_demonstrations_beside_the_rollouts(converted):
+    flags = (
+        "--chord_sft_dataset experts.jsonl --chord_sft_per_device_train_batch_size 2 --gradient_accumulation_steps 4 "
+        "--chord_mu_peak 0.9 --chord_mu_valley 0.05 --chord_mu_decay_steps 200 --chord_enable_phi_function true"
+    )
+    recipe, _ = converted(f"{GRPO} {flags}")
+    assert recipe.algorithm.name == "chord"
+    assert Path(recipe.demonstrations.train.path).name == "experts.jsonl"
+    mixture = recipe.online.mixture
+    assert (mixture.mu_peak, mixture.mu_valley, mixture.mu_decay_steps, mixture.phi) == (0.9, 0.05, 200, True)
+    # 2 a device and micro-batch, 4 accumulated, 8 processes, of every update.
+    assert recipe.demonstrations.per_step == 2 * 4 * 8 * recipe.online.groups.updates_per_step
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("forward_kl", "forward_kl"), ("js_divergence", "js")])
+def test_other_divergences_of_dpo(converted, theirs, ours):
+    command = "swift rlhf --rlhf_type dpo --model m --dataset d.jsonl --max_steps 5"
+    recipe, _ = converted(f"{command} --f_divergence_type {theirs}")
+    assert recipe.algorithm.preference.divergence == ours
+
+
+def test_ktos_loss_without_a_kl_is_a_row(converted):
+    command = "swift rlhf --rlhf_type kto --model m --dataset d.jsonl --max_steps 5"
+    recipe, _ = converted(f"{command} --loss_type apo_zero_unpaired")
+    assert recipe.algorithm.name == "apo_zero_unpaired"

@@ -117,3 +117,13 @@ def test_tokens_are_not_repeated(converted):
 def test_a_configuration_that_is_not_here_is_an_error_that_names_it():
     with pytest.raises(DataError, match=r"trl grpo names nowhere\.yaml, which cannot be read"):
         convert("trl grpo --config nowhere.yaml")
+
+
+def test_divergences_of_dpo_and_ktos_loss_without_a_kl_have_their_names_here(converted):
+    recipe, _ = converted(f"trl dpo {BASE} --f_divergence_type js_divergence --max_steps 5")
+    assert recipe.algorithm.preference.divergence == "js"
+    recipe, conversion = converted(f"trl dpo {BASE} --f_divergence_type alpha_divergence --max_steps 5")
+    assert recipe.algorithm.preference.divergence == "reverse_kl"
+    assert any("there are reverse_kl, forward_kl, js_divergence" in note.text for note in conversion.notes)
+    recipe, _ = converted(f"trl kto {BASE} --loss_type apo_zero_unpaired --max_steps 5")
+    assert recipe.algorithm.name == "apo_zero_unpaired"

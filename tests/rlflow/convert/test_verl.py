@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlflow.recipe.policy_loss_blocks import ClipBlock, SAPOBlock
+import pytest
+
+from rlflow.recipe.policy_loss_blocks import ClipBlock, PolicyLossBlock, SAPOBlock
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 PPO = (
@@ -134,3 +136,52 @@ def test_supervised_training(converted):
     assert (recipe.trainer.learning_rate, recipe.trainer.schedule, recipe.trainer.warmup_steps) == (1e-4, "cosine", 4)
     assert recipe.model.adapter is not None
     assert recipe.model.adapter.rank == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "loss"),
+    [
+        ("policy_loss.loss_mode=geo_mean {a}.clip_ratio_low=0.4 {a}.clip_ratio_high=0.5", "gmpo", (0.4, 0.5)),
+        (
+            "policy_loss.loss_mode=dppo_tv {a}.clip_ratio_low=0.1 {a}.clip_ratio_high=0.15",
+            "dppo",
+            ("tv", 0.1, 0.15, 3.0),
+        ),
+        ("policy_loss.loss_mode=dppo_kl {a}.clip_ratio=0.05 {a}.clip_ratio_c=20", "dppo", ("kl", 0.05, 0.05, 20.0)),
+        ("policy_loss.loss_mode=clip_cov {a}.policy_loss.clip_cov_ub=9", "clip_cov", (2e-4, 1.0, 9.0, 0.2, 0.2)),
+        ("policy_loss.loss_mode=kl_cov {a}.policy_loss.kl_cov_ratio=0.002", "kl_cov", (0.002, 0.1)),
+    ],
+)
+def test_losses_with_numbers_of_their_own_keep_them(converted, flags, name, loss):
+    command = f"{PPO} algorithm.adv_estimator=grpo {ACTOR}.{flags.format(a=ACTOR)} trainer.total_training_steps=9"
+    recipe, _ = converted(f"{command} data.train_batch_size=64 {ACTOR}.ppo_mini_batch_size=16 {ROLLOUT}.n=4")
+    assert recipe.algorithm.name == name
+    shared = PolicyLossBlock.model_fields
+    assert tuple(value for key, value in recipe.online.loss if key not in shared) == loss
+
+
+def test_a_loss_beside_another_estimator_is_its_kind(converted):
+    command = (
+        f"{PPO} algorithm.adv_estimator=rloo {ACTOR}.policy_loss.loss_mode=geo_mean trainer.total_training_steps=9"
+    )
+    recipe, _ = converted(f"{command} {ROLLOUT}.n=4")
+    assert (recipe.algorithm.name, recipe.online.loss.kind) == ("rloo", "gmpo")
+
+
+@pytest.mark.parametrize(("estimator", "baseline"), [("opo", "length_weighted_mean"), ("remax", "greedy")])
+def test_estimators_with_another_baseline_are_rows(converted, estimator, baseline):
+    recipe, _ = converted(f"{PPO} algorithm.adv_estimator={estimator} {ROLLOUT}.n=4 trainer.total_training_steps=9")
+    assert (recipe.algorithm.name, recipe.online.advantage.estimator) == (estimator, baseline)
+
+
+def test_the_size_of_the_log_ratio_is_an_estimator(converted):
+    flags = f"{ACTOR}.use_kl_loss=True {ACTOR}.kl_loss_type=abs"
+    recipe, _ = converted(f"{PPO} algorithm.adv_estimator=grpo {ROLLOUT}.n=4 {flags} trainer.total_training_steps=9")
+    assert recipe.online.kl.estimator == "abs"
+
+
+def test_one_update_a_step_is_a_trap_of_kl_cov(converted):
+    command = f"{PPO} algorithm.adv_estimator=grpo {ACTOR}.policy_loss.loss_mode=kl_cov trainer.total_training_steps=9"
+    recipe, conversion = converted(f"{command} data.train_batch_size=16 {ACTOR}.ppo_mini_batch_size=16 {ROLLOUT}.n=4")
+    assert recipe.online.num_updates == 2
+    assert any("its KL does nothing there" in note.text for note in conversion.notes if note.kind == "trap")
