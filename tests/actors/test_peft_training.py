@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from rlflow.actors import adapters
 from rlflow.actors.merged_weights import merged_weights
@@ -145,6 +146,18 @@ def test_experts_are_adapted_by_the_names_of_their_parameters(tiny_moe_dir: Path
         assert torch.equal(logits(model), before)
     adapters.write(tmp_path, model, adapters.adapter_parameters(model).items())
     assert close(logits(load(tiny_moe_dir, {"path": str(tmp_path)})), trained)
+
+
+def test_all_linear_leaves_out_what_mambas_kernels_multiply_by_themselves(tmp_path: Path):
+    sizes = {"hidden_size": 32, "vocab_size": 64, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}
+    Mamba2ForCausalLM(Mamba2Config(**sizes, state_size=8, n_groups=1, chunk_size=8)).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", {"rank": 2})
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert adapted == {f"backbone.layers.{layer}.mixer.in_proj" for layer in (0, 1)}
+    adapters.write(tmp_path, model, adapters.adapter_parameters(model).items())
+    assert adapters.adapter_parameters(load(tmp_path / "base", {"path": str(tmp_path)})).keys() == (
+        adapters.adapter_parameters(model).keys()
+    )
 
 
 def test_an_adapter_that_eva_prepared_is_gone_on_from(tiny_model_dir: Path, tmp_path: Path):
