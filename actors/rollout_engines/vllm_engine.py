@@ -98,7 +98,7 @@ class VllmEngine:
         self.sees, of_pictures = picture_options(model_dir, trust_remote_code)
         with vllm_start.quiet(log_path):
             self.on_cpu, own = vllm_start.platform_options(gpu_memory_fraction, kv_cache_gib, tensor_parallel_size)
-            self.llm = vllm_start.start(model_dir, options | of_pictures | own, self.on_cpu)
+            self.llm = vllm_start.start(model_dir, options | of_pictures | own, self.on_cpu, is_whole)
         self.max_model_len = max_model_len
         self.version, self._num_loads = 0 if is_whole else -1, 0
         if self.adapter is not None and is_whole:

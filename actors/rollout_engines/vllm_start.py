@@ -89,7 +89,7 @@ def cpu_options(kv_cache_gib: float, tensor_parallel_size: int) -> dict[str, Any
     if tensor_parallel_size > 1:
         raise ValueError(
             f"rollout.tensor_parallel_size is {tensor_parallel_size}, but this vLLM runs on the CPU: "
-            "use more rollout.workers instead"
+            "use more rollout.workers instead (rlflow infer and eval: leave out --tensor-parallel-size)"
         )
     return {
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
@@ -118,7 +118,7 @@ def cuda_options(gpu_memory_fraction: float, tensor_parallel_size: int) -> dict[
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         raise ValueError(
             "rollout.engine is vllm, which runs on GPUs as it is installed here, and the worker reserves none: "
-            "set rollout.gpus_per_worker: 1, or rollout.engine: torch"
+            "set rollout.gpus_per_worker: 1, or rollout.engine: torch (rlflow infer and eval: --engine torch)"
         )
     return {
         "gpu_memory_utilization": gpu_memory_fraction,
@@ -130,7 +130,14 @@ def cuda_options(gpu_memory_fraction: float, tensor_parallel_size: int) -> dict[
     }
 
 
-def start(model_dir: str, options: dict[str, Any], on_cpu: bool) -> vllm.LLM:
+def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool) -> vllm.LLM:
+    """
+    Args:
+        is_whole: It has its weights, as the command line's engines have; a run's take them from the trainer.
+
+    Raises:
+        ValueError: vLLM refuses these options for this model.
+    """
     from vllm import LLM, EngineArgs
 
     fixed: dict[str, Any] = {
@@ -148,8 +155,9 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool) -> vllm.LLM:
         return LLM.from_engine_args(EngineArgs(model_dir, **given))
     except ValueError as error:
         problems = [e["msg"] for e in error.errors()] if isinstance(error, pydantic.ValidationError) else [str(error)]
+        length_from = "--max-model-len" if is_whole else "data.max_prompt_tokens and rollout.max_new_tokens"
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
         raise ValueError(
-            f"vLLM cannot run {model_dir}: {'; '.join(problems)} (with {settings}; max_model_len comes from "
-            "data.max_prompt_tokens and rollout.max_new_tokens)"
+            f"vLLM cannot run {model_dir}: {'; '.join(problems)} (with {settings}; "
+            f"max_model_len comes from {length_from})"
         ) from error

@@ -72,6 +72,8 @@ class Invocation:
     environment: Mapping[str, str]
     """Variables of the script that the command may read: neither the machine's nor used in its words."""
     line: int
+    broken: tuple[int, ...] = ()
+    """Lines of it that a shell would take for commands of their own."""
 
 
 def invocation_of(command: ShellCommand, gpus: int | None = None) -> Invocation | None:
@@ -94,7 +96,8 @@ def invocation_of(command: ShellCommand, gpus: int | None = None) -> Invocation 
         noted = {
             name: value for name, value in command.environment.items() if name.isupper() and not _HARMLESS.match(name)
         }
-        return Invocation(framework, verb, tuple(words[place + length :]), machines, engine, noted, command.line)
+        own = tuple(words[place + length :])
+        return Invocation(framework, verb, own, machines, engine, noted, command.line, command.broken)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ def convert(script: str, gpus: int | None = None) -> list[Conversion]:
 
 def _converted(invocation: Invocation) -> Conversion:
     framework, verb = invocation.framework, invocation.verb
+    broken = _broken(invocation)
     if verb not in _TRAINING.get(framework, ()):
-        return _other(invocation)
+        other = _other(invocation)
+        return replace(other, notes=(*broken, *other.notes))
     environment = dict(invocation.environment)
     if framework == "verl":
         given, unread = _hydra(invocation)
@@ -114,12 +116,27 @@ def _converted(invocation: Invocation) -> Conversion:
             "missing", f"{title}: rlflow has no such algorithm yet; `rlflow algorithms` lists those that there are"
         )
         return Conversion(title, None, None, (note,))
+    for note in broken:
+        draft.note(note.kind, note.text)
     for text in unclear:
         draft.note("to do", f"{text}: not a number; what holds without it is written")
     _say_the_rest(given, draft, environment)
     return Conversion(
         title, render(draft, f"From {title}. `rlflow plan` says what it will do."), None, tuple(draft.notes)
     )
+
+
+def _broken(invocation: Invocation) -> list[Note]:
+    """What is said of lines that no backslash joins to the command."""
+    if not invocation.broken:
+        return []
+    lines = ", ".join(map(str, invocation.broken))
+    said = (
+        f"line {lines} begins with an option, and no backslash joins it to the command (none at the end of the line "
+        "before, something behind it, or a comment between): a shell runs the command without it; here it is read as "
+        "part of it"
+    )
+    return [Note("trap", said)]
 
 
 def _take_no_numbers(given: Given) -> list[str]:

@@ -9,8 +9,18 @@ from rlflow.convert.commands import Invocation
 from rlflow.convert.given import Note, flags_of, shown
 from rlflow.recipe.foreign.rows import as_list
 
-_SAMPLING = {
+_MODEL = {
     "infer_backend": "--engine",
+    "torch_dtype": "--dtype",
+    "max_batch_size": "--max-num-seqs",
+    "vllm_max_num_seqs": "--max-num-seqs",
+    "vllm_max_model_len": "--max-model-len",
+    "vllm_tensor_parallel_size": "--tensor-parallel-size",
+    "vllm_gpu_memory_utilization": "--gpu-memory-fraction",
+}
+"""How the model is held."""
+_SAMPLING = {
+    **_MODEL,
     "system": "--system",
     "max_new_tokens": "--max-new-tokens",
     "temperature": "--temperature",
@@ -32,7 +42,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "api_key": "--token",
             "adapters": "--adapters",
             "served_model_name": "--name",
-            "infer_backend": "--engine",
+            **_MODEL,
         },
     ),
     "rollout": ("", {}),
@@ -50,6 +60,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "eval": (
         "eval",
         {
+            **_MODEL,
             "eval_dataset": "--sets",
             "eval_limit": "--limit",
             "temperature": "--temperature",
@@ -62,6 +73,14 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 """ms-swift's verb -> rlflow's command, and its flags -> ours; an empty one is an argument without a name."""
 _READ_BESIDE = ("hub_model_id", "use_hf")
 """Flags that another one's value is made of."""
+_UNNEEDED = {
+    "stream": "answers are shown as they are written; in serve it is each request's",
+    "load_args": "a run and its checkpoints have their settings with them",
+    "load_data_args": "--data names what is to be answered",
+    "verbose": "serve says nothing of single requests",
+    "log_interval": "serve says nothing of single requests",
+}
+"""What is so without a flag, and why."""
 _SCHEMES = {
     **{("fp8", bits): "fp8" for bits in (None, 8)},
     **{(method, bits): method.removesuffix("_v2") for method in ("awq", "gptq", "gptq_v2") for bits in (None, 4)},
@@ -94,7 +113,9 @@ def command_of(invocation: Invocation) -> tuple[str | None, tuple[Note, ...]]:
     behind = _quantize(values, notes) if name == "export" else []
     for flag, value in values.items():
         if flag not in table:
-            if flag not in _READ_BESIDE:
+            if flag in _UNNEEDED:
+                notes.append(Note("unneeded", f"--{flag} {shown(flag, value)}: {_UNNEEDED[flag]}"))
+            elif flag not in _READ_BESIDE:
                 notes.append(Note("missing", f"--{flag} {shown(flag, value)}"))
             continue
         behind += _option(flag, table[flag], value, values)

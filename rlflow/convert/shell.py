@@ -12,11 +12,12 @@ import operator
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _VARIABLE = re.compile(r"\$(\w+|[@*#?$!])")
 _BRACED = re.compile(r"(\w+)(?:\[[@*]\])?(?:(:?[-=+])(.*))?", re.DOTALL)
+_OPTION = re.compile(r"--?[A-Za-z]")
 _KEYWORDS = {"if", "then", "else", "elif", "fi", "do", "done", "while", "until", "{", "}", "!", "export", "declare"}
 _CONTINUATIONS = ("\\\n", "\\ ", "\\\t", "^\n", "`\n")
 """Of a shell, of one whose lines were put on one, of Windows' two shells."""
@@ -40,10 +41,26 @@ class ShellCommand:
     """Variables of the script so far, and those before the command's first word."""
     line: int
     """From 1."""
+    broken: tuple[int, ...] = ()
+    """Lines that begin with an option, and that no backslash joins to it."""
 
 
 def read_commands(script: str) -> Iterator[ShellCommand]:
-    """The commands of a script, in order."""
+    """The commands of a script, in order; a line that begins with an option belongs to the command before it."""
+    before: ShellCommand | None = None
+    for command in _commands(script):
+        if before is not None and _OPTION.match(command.words[0]):
+            before = replace(before, words=before.words + command.words, broken=(*before.broken, command.line))
+            continue
+        if before is not None:
+            yield before
+        before = command
+    if before is not None:
+        yield before
+
+
+def _commands(script: str) -> Iterator[ShellCommand]:
+    """The commands as a shell would run them."""
     reader = _Reader(script.replace("\r\n", "\n"))
     while reader.at < len(reader.text):
         line = reader.line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -135,7 +136,8 @@ def _load_dataset(path: str, source: SourceBlock) -> Iterable[Any]:
 
     failures = (OSError, ValueError, RuntimeError, DatasetsError)
     try:
-        return datasets.load_dataset(path, name=source.subset, split=source.split)
+        with _without_retries():
+            return datasets.load_dataset(path, name=source.subset, split=source.split)
     except failures as error:
         if isinstance(error, ValueError) and source.subset is not None:
             with contextlib.suppress(*failures):
@@ -144,6 +146,18 @@ def _load_dataset(path: str, source: SourceBlock) -> Iterable[Any]:
             f"{path} (subset {source.subset}, split {source.split}): cannot be loaded: {error}. It is no local "
             "file, so the Hugging Face hub was asked. Check id, subset and split, or give the path of a local file."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_retries() -> Iterator[None]:
+    """Within, the hub's client prints no line for each of its tries: the error says what came of them."""
+    client = logging.getLogger("huggingface_hub")
+    before = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(before)
 
 
 def _generate(spec: str, args: dict[str, Any]) -> Iterator[Any]:

@@ -114,9 +114,13 @@ def kinds_in(block: type[Block]) -> dict[str, Kinds]:
 
 
 def exactly_one(**given: object) -> str:
-    """What to do where one of these keys must be given, and none or several are."""
+    """What to do where one of these keys must be given, and none or several are: they may come from several files and
+    the command line."""
     names = " or ".join(given)
-    return f"give {names}" if all(value is None for value in given.values()) else f"give {names}, not both"
+    if all(value is None for value in given.values()):
+        return f"give {names}"
+    last = [name for name, value in given.items() if value is not None][-1]
+    return f"give {names}, not both ({last}: null takes it away)"
 
 
 def is_function(name: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -279,7 +278,6 @@ def _vllm_engine(
     if all_adapters:
         adapted = model.base.model_copy(update={"adapter": AdapterBlock(path=str(all_adapters[0]))})
     assert model.base.path is not None
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
     return VllmEngine(
         model.base.path,
         dtype=model.base.dtype,

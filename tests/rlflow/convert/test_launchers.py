@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlflow.convert import convert
 from rlflow.convert.commands import invocation_of
 from rlflow.convert.folds import zero_of
 from rlflow.convert.shell import read_commands
@@ -65,3 +66,12 @@ def test_zero_0_is_fsdp_and_a_correction_that_is_off_is_none(converted):
                           "--use_vllm "
                           "--vllm_importance_sampling_correction false --num_processes 2")  # fmt: skip
     assert recipe.online.correction.mode == "none"
+
+
+@pytest.mark.parametrize("command", ["swift sft --dataset d.jsonl", "swift infer"])
+def test_a_line_that_no_backslash_joins_to_the_command_is_read_and_said(command: str):
+    [conversion] = convert(f"{command}\n--model models/m")
+    assert "models/m" in (conversion.recipe or conversion.command or "")
+    assert "line 2 begins with an option, and no backslash" in next(
+        n.text for n in conversion.notes if n.kind == "trap"
+    )

@@ -62,3 +62,15 @@ def test_texts_that_nothing_is_calibrated_on_are_named(command: str, line: str, 
     [conversion] = convert(command)
     assert conversion.command == line
     assert [note.text for note in conversion.notes] == [lost]
+
+
+def test_how_a_model_is_held_is_carried_over_and_what_is_so_anyway_is_said():
+    command = "swift infer --adapters a --stream true --infer_backend vllm --vllm_max_model_len 64 --max_batch_size 8"
+    [conversion] = convert(f"{command} --torch_dtype bfloat16 --vllm_gpu_memory_utilization 0.5 --load_args true")
+    assert conversion.command == (
+        "rlflow infer a --engine vllm --max-model-len 64 --max-num-seqs 8 --dtype bfloat16 --gpu-memory-fraction 0.5"
+    )
+    assert [(note.kind, note.text.split(":")[0]) for note in conversion.notes] == [
+        ("unneeded", "--stream true"),
+        ("unneeded", "--load_args true"),
+    ]

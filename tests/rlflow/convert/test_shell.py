@@ -42,3 +42,18 @@ def test_variables_before_a_command_are_its_own_and_those_of_the_script_stay():
 def test_a_comment_is_no_command_and_a_variable_that_names_itself_ends():
     assert words("# swift sft --a 1\n") == []
     assert words('P="$P:/x y"\nrun $P') == [("run", "$P:/x", "y")]
+
+
+@pytest.mark.parametrize(
+    ("script", "broken"),
+    [
+        ("swift sft\n  --a 1 \\\n  --b 2\nrun", (2,)),
+        ("swift sft \\ \n  --a 1 \\\n  --b 2\nrun", (2,)),
+        ("swift sft \\\n  --a 1 \\\n  # --c 3 \\\n  --b 2\nrun", (4,)),
+        ("swift sft\n--a 1\n--b 2\nrun", (2, 3)),
+    ],
+)
+def test_lines_of_options_without_a_backslash_before_them_belong_to_the_command(script: str, broken: tuple[int, ...]):
+    first, second = read_commands(script)
+    assert first.words == ("swift", "sft", "--a", "1", "--b", "2") and first.broken == broken
+    assert second.words == ("run",) and second.broken == ()

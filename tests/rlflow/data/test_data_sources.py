@@ -61,13 +61,18 @@ def test_a_subset_that_is_no_configuration_is_a_folder_of_the_dataset(monkeypatc
         load_records(SourceBlock(path="Anthropic/hh-rlhf", subset="harmles-base"), 0, lambda record: record)
 
 
-def test_a_hub_that_cannot_be_reached_says_to_give_a_local_path(monkeypatch):
+def test_a_hub_that_cannot_be_reached_says_to_give_a_local_path(monkeypatch, caplog):
+    from huggingface_hub.utils import logging
+
     def load_dataset(*_, **__):
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"openai/gsm8k .*split train.*Couldn't reach.*give the path of a local file"):
         load_records(SourceBlock(path="openai/gsm8k"), 0, lambda record: record)
+    logging.get_logger("huggingface_hub").warning("heard again")
+    assert caplog.messages == ["heard again"]
 
 
 def test_a_column_that_is_nowhere_names_the_columns_there_are_and_the_nearest(read, write_jsonl):

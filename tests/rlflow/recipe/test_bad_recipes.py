@@ -95,7 +95,7 @@ BAD = {
     "missing key": Bad(1, "algorithm: {group_size: 4}", "algorithm.name", "is missing"),
     "missing data": Bad(4, "  shuffle: true", "data.train", "is missing: Where the rows come from", at=3),
     "no steps": Bad(10, "run: {seed: 1}", "run.steps", "give steps or epochs"),
-    "steps and epochs": Bad(10, "run: {steps: 1, epochs: 1}", "run.steps", "not both"),
+    "steps and epochs": Bad(10, "run: {steps: 1, epochs: 1}", "run.steps", "not both (epochs: null takes it away)"),
     "path and generator": Bad(
         4, "  train: {path: a/b, generator: arithmetic}", "data.train.path", "give path or generator, not both"
     ),
