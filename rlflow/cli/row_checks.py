@@ -93,7 +93,8 @@ def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, re
 
 def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
     """What rendering the rows would find, where that is known without it: that all of them can be used."""
-    if recipe.algorithm.learning.data_row not in ("prompt", "example") or recipe.demonstrations is not None:
+    read_whole = recipe.environment is not None or recipe.demonstrations is not None
+    if recipe.algorithm.learning.data_row not in ("prompt", "example") or read_whole:
         return None
     reading = Reading()
     is_online = recipe.family == "online"
@@ -109,6 +110,13 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
         if reading.row is None and is_prompt:
             reading.row = columns[0]
     return reading
+
+
+def _named_tools(recipe: Recipe) -> list[dict[str, Any]]:
+    """The functions that the environment names, without what they take: no code of the user's is imported."""
+    names = [] if recipe.environment is None else [tool.rpartition(":")[2] for tool in recipe.environment.tools]
+    parameters = {"type": "object", "properties": {}}
+    return [{"type": "function", "function": {"name": n, "description": "", "parameters": parameters}} for n in names]
 
 
 def is_small(recipe: Recipe) -> bool:
@@ -130,7 +138,8 @@ def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> M
     data, seed = recipe.data, recipe.run.seed
 
     def prompts(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
-        return load_prompts(source, data, tokenizer, seed, vision=vision)
+        in_turns = recipe.environment is not None
+        return load_prompts(source, data, tokenizer, seed, tools=_named_tools(recipe), vision=vision, in_turns=in_turns)
 
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         return loader_of(recipe.algorithm)(data.model_copy(update={"train": source}), tokenizer, seed, vision)

@@ -47,6 +47,8 @@ def load_prompts(
     reject: Callable[[Mapping[str, Any]], str | None] = lambda columns: None,
     tools: Sequence[Any] = (),
     vision: ImageProcessor | None = None,
+    *,
+    in_turns: bool = False,
 ) -> Rows[Prompt]:
     """The prompts of the sources, in their order.
 
@@ -60,6 +62,7 @@ def load_prompts(
         seed: the run's.
         reject: says of a row's columns why the rewards cannot use them, or None.
         tools: of an environment, described to the policy in every prompt before the row's own.
+        in_turns: an environment answers the policy, by the chat template.
         vision: of a model that takes pictures; they count as the tokens that training sees in their places.
 
     Returns:
@@ -73,6 +76,11 @@ def load_prompts(
     def build(record: Record) -> _Question:
         if problem := reject(record.columns):
             raise RowError(problem)
+        if in_turns and record.text is not None:
+            raise RowError(
+                "it is plain text, and what an environment answers is rendered by the chat template: give messages or a "
+                "prompt (format), or remove environment"
+            )
         return _render(record, data, chat, tools)
 
     rows = load_records(sources, seed, build, vision=vision)

@@ -58,16 +58,17 @@ def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = No
         vision: Of a model that takes pictures.
     """
     data, seed = recipe.data, recipe.run.seed
-    tools = _tools_of(recipe)
+    tools, in_turns = _tools_of(recipe), recipe.environment is not None
     if recipe.family == "online":
-        rows = load_prompts(data.train, data, tokenizer, seed, reject_references(recipe.rewards), tools, vision)
+        rejected = reject_references(recipe.rewards)
+        rows = load_prompts(data.train, data, tokenizer, seed, rejected, tools, vision, in_turns=in_turns)
     else:
         rows = load_units(recipe, data, tokenizer, vision)
     held_out: dict[str, Rows] = {}
     for key, block in recipe.evaluations.items():
         if (reward := recipe.reward_of(block)) is not None:
             rejected = reject_references([reward])
-            held_out[key] = load_prompts(block.data, data, tokenizer, seed, rejected, tools, vision)
+            held_out[key] = load_prompts(block.data, data, tokenizer, seed, rejected, tools, vision, in_turns=in_turns)
         else:
             held_out[key] = load_units(recipe, data.model_copy(update={"train": block.data}), tokenizer, vision)
     return rows, held_out
