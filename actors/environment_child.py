@@ -15,8 +15,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 from rlflow.actors.environment_wire import MAX_ANSWER_BYTES, EnvironmentSetup, read_with_descriptor
 from rlflow.actors.reward_child import die_with
@@ -46,23 +46,31 @@ def main(descriptor: int) -> None:
     warm_up()
     gc.collect()
     gc.freeze()
+    # From here on no code of the user's runs in this process: it has the time to end what episodes have started.
+    alive: set[int] = set()
+    signal.signal(signal.SIGTERM, lambda *_: _end_all(alive))
+    die_with(setup.parent_pid, signal.SIGTERM)
     _answer(connection, first[0], {"ready": True})
     while (request := read_with_descriptor(connection)) is not None:
         call_id, body, theirs = request
         if theirs is None:
-            _end(pickle.loads(body))
+            _end(pid := pickle.loads(body))
+            alive.discard(pid)
             _answer(connection, call_id, {"ended": True})
             continue
         pid = os.fork()
         if pid == 0:
             _serve(theirs, connection, make, setup)
+        alive.add(pid)
         os.close(theirs)
         _answer(connection, call_id, {"pid": pid})
+    _end_all(alive)
 
 
 def _serve(descriptor: int, of_source: socket.socket, make: Make, setup: EnvironmentSetup) -> None:
     """The life of an episode's process: never returns."""
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         of_source.close()
         os.setsid()
         die_with(os.getppid())
@@ -91,6 +99,14 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)  # it may not have had the time to have a group
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
+
+
+def _end_all(pids: Iterable[int]) -> NoReturn:
+    """Kills the process groups of all episodes, and ends this process."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(1)
 
 
 def _answer(connection: socket.socket, call_id: int, answer: Mapping[str, Any]) -> None:

@@ -121,10 +121,11 @@ def _answer(connection: socket.socket, call_id: int, answer: Mapping[str, Any]) 
     connection.sendall(frame(call_id, json.dumps(answer).encode()))
 
 
-def die_with(parent_pid: int) -> None:
-    """Asks the kernel to kill this process when the thread that started it ends, whatever the functions do."""
+def die_with(parent_pid: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when the thread that started it ends; by SIGKILL it is killed
+    whatever the functions do."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
     if os.getppid() != parent_pid:
         sys.exit("the process that started this one is gone")
 

@@ -78,8 +78,8 @@ def load_prompts(
             raise RowError(problem)
         if in_turns and record.text is not None:
             raise RowError(
-                "it is plain text, and what an environment answers is rendered by the chat template: give messages or a "
-                "prompt (format), or remove environment"
+                "it is plain text, and what an environment answers is rendered by the chat template: give messages or "
+                "a prompt (format), or remove environment"
             )
         return _render(record, data, chat, tools)
 
