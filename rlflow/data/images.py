@@ -182,9 +182,13 @@ def _upright(image: Image) -> Image:
     """The picture turned as its EXIF data says."""
     from PIL import ImageOps
 
-    if image.getexif().get(_ORIENTATION) in _UPRIGHT:
+    try:
+        if image.getexif().get(_ORIENTATION) in _UPRIGHT:
+            return image
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        # Whatever damaged EXIF data makes Pillow raise, the picture itself was decoded and stands as it is.
         return image
-    return ImageOps.exif_transpose(image)
 
 
 def _scaled(image: Image, max_pixels: int | None) -> Image:

@@ -108,6 +108,14 @@ def test_a_picture_is_turned_as_its_exif_data_says():
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).size == (8, 16)
 
 
+def test_a_picture_whose_metadata_pillow_cannot_read_stands_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    def fail(image: Image.Image) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xa8", 0, 1, "as Pillow 11 does for XMP that is no text")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert load_image(PNG, Path()) == PNG
+
+
 def test_what_shines_through_is_white_and_grey_and_palettes_keep_their_colors():
     clear = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     clear.putpixel((1, 0), (10, 20, 30, 0))
