@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import folds, grouped, swift_sequences, swift_tuners
+from rlflow.convert import folds, grouped, swift_distillation, swift_sequences, swift_tuners
 from rlflow.convert.given import Draft, Given, apply_rows
 from rlflow.convert.swift_mixture import set_mixture
 from rlflow.convert.swift_rewards import reward_models, reward_of
@@ -17,6 +17,7 @@ from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.presets import ALGORITHMS
 
 ALGORITHM_OF = {
+    "gkd": "gkd",
     "dpo": "dpo",
     "kto": "kto",
     "ppo": "ppo",
@@ -81,10 +82,11 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, environment: dic
         _set_ppo(given, draft)
     elif family == "preference":
         _set_preference(given, draft, kind)
-    else:
+    elif family == "sft":
         swift_sequences.set_sequences(given, draft, environment)
-    if kind in ("grpo", "ppo"):
-        shared = kind == "ppo" or given["vllm_mode"] != "server"
+    if family == "online":
+        swift_distillation.set_teacher(given, draft, kind, machines)
+        shared = kind != "grpo" or given["vllm_mode"] != "server"
         tensor = (
             given["vllm_tensor_parallel_size"]
             if "vllm_tensor_parallel_size" in given
@@ -100,8 +102,9 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, environment: dic
 
 
 def _of_others(kind: str) -> set[str]:
-    """The flags of the other algorithm that has rollouts."""
-    return {"grpo": set(PPO), "ppo": set(GRPO) - _SHARED}.get(kind, set())
+    """The flags of the other algorithms that have rollouts."""
+    of_grpo = set(GRPO) - _SHARED
+    return {"grpo": set(PPO), "ppo": of_grpo, "gkd": set(PPO) | of_grpo}.get(kind, set())
 
 
 _SHARED = {

@@ -28,7 +28,7 @@ _IMAGES = "images, video and audio are not trained yet"
 _FROZEN = "all weights are trained, or an adapter's"
 _TUNERS = "of tuners there are LoRA with its kin and PEFT's (docs/adapters.md)"
 _REGISTERED = "models, templates and data sets are not registered: name a directory, a Jinja template, a file"
-_TEACHER = "there is no distillation yet"
+_TEACHER = "a teacher is a whole model, asked as algorithm.distill says"
 _TURNS = "what answers the policy is a class of yours here: environment: {plugin: file.py:Class}"
 _EVALSCOPE = "`rlflow eval RUN` measures named sets"
 _MEGATRON = "Megatron's own parallelism and kernels: trainer.engine fsdp or deepspeed shards over trainer.workers"
@@ -218,10 +218,16 @@ _RLHF: Table = {
     "reward_model": fold("rewards"),
     "reward_adapters": missing("merge it into the reward model"),
     "reward_model_plugin": missing("write it as a reward function", name="rewards"),
+    "teacher_model": fold("teacher.path"),
+    "teacher_model_server": fold("teacher.url"),
+    "teacher_kl_coef": fold("algorithm.distill.coef"),
+    "lmbda": fold("algorithm.distill.on_policy"),
+    "gkd_logits_topk": fold("algorithm.distill.top_k"),
+    **each("seq_kd sft_alpha", fold("algorithm.distill")),
+    "offload_teacher_model": unneeded("the teacher is an actor of its own", "teacher"),
     **each(
-        "teacher_model teacher_adapters teacher_model_type teacher_model_revision teacher_model_server "
-        "teacher_tag_key teacher_deepspeed offload_teacher_model teacher_kl_coef lmbda sft_alpha gkd_logits_topk "
-        "seq_kd advantage_reweight rlsd_lambda rlsd_reweight_clip_range rlsd_lambda_warmup_steps "
+        "teacher_adapters teacher_model_type teacher_model_revision teacher_tag_key teacher_deepspeed "
+        "advantage_reweight rlsd_lambda rlsd_reweight_clip_range rlsd_lambda_warmup_steps "
         "rlsd_lambda_decay_steps rlsd_negative_only sdar_loss_coef sdar_gate_beta",
         missing(_TEACHER),
     ),

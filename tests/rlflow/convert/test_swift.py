@@ -262,7 +262,7 @@ def test_every_flag_that_is_given_is_accounted_for(converted):
 
 
 def test_what_has_no_counterpart_is_said_and_gives_no_recipe():
-    [conversion] = convert("swift rlhf --rlhf_type gkd --model m --teacher_model t --dataset d")
+    [conversion] = convert("swift rlhf --rlhf_type made_up --model m --dataset d")
     assert conversion.recipe is None
     assert "no such algorithm yet" in kinds(conversion)["missing"]
 
@@ -381,3 +381,20 @@ def test_ktos_loss_without_a_kl_is_a_row(converted):
     command = "swift rlhf --rlhf_type kto --model m --dataset d.jsonl --max_steps 5"
     recipe, _ = converted(f"{command} --loss_type apo_zero_unpaired")
     assert recipe.algorithm.name == "apo_zero_unpaired"
+
+
+def test_a_teacher_is_a_block_and_its_share_of_on_policy_data_a_key(converted):
+    recipe, conversion = converted(
+        "swift rlhf --rlhf_type gkd --model m/a --teacher_model m/b --dataset d.jsonl --lmbda 0.7 --beta 0.3 "
+        "--max_completion_length 256 --seq_kd true"
+    )
+    distill = recipe.online.distill
+    assert (recipe.algorithm.name, recipe.teacher.path, recipe.rollout.temperature) == ("gkd", "m/b", 0.9)
+    assert (distill.on_policy, distill.beta, distill.temperature) == (0.7, 0.3, 1.0)
+    assert recipe.rollout.max_new_tokens == 256
+    assert "--seq_kd true: have the teacher answer first" in kinds(conversion)["to do"]
+
+
+def test_a_teacher_of_grpo_is_a_part_of_its_advantages(converted):
+    recipe, _ = converted(f"{GRPO} --teacher_model m/b --teacher_kl_coef 0.5")
+    assert (recipe.teacher.path, recipe.online.distill.kind, recipe.online.distill.coef) == ("m/b", "advantage", 0.5)
