@@ -35,6 +35,8 @@ class TeacherServer:
         assert teacher.url is not None
         self.server = Server(teacher.url.rstrip("/"), teacher.timeout_s, "teacher.timeout_s", "teacher.url")
         self.policy, self.longest, self.model = policy, longest, teacher.served_model
+        self._num_ids = 1 << 24
+        """Those of the policy's tokenizer are below; a teacher's embedding may be padded to more."""
         self._threads = ThreadPoolExecutor(teacher.requests_at_once, thread_name_prefix="teacher")
 
     def ready(self) -> float:
@@ -86,7 +88,8 @@ class TeacherServer:
 
         def of_most_probable(given: dict[int, float], token: int) -> np.ndarray:
             # The text's own token is there too, wherever it ranks.
-            best = sorted(given.items(), key=lambda pair: -pair[1])[:k]
+            known = ((id, logprob) for id, logprob in given.items() if id < self._num_ids)
+            best = sorted(known, key=lambda pair: -pair[1])[:k]
             if len(best) < k:
                 raise ServerError(
                     f"{self.server.url}: {len(best)} of the {k} most probable tokens that algorithm.distill.top_k asks "
@@ -162,6 +165,7 @@ class TeacherServer:
         from rlflow.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.policy)
+        self._num_ids = max(tokenizer.get_vocab().values()) + 1
         special = set(tokenizer.all_special_ids)
         ids = [id for id in sorted(tokenizer.get_vocab().values()) if id not in special]
         text = tokenizer.decode(ids[:: max(1, len(ids) // _PROBE_TOKENS)])

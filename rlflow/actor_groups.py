@@ -238,7 +238,8 @@ def _teacher(role: Role, recipe: Recipe, model: ModelBlock, threads: int) -> tup
         "gpus": role.gpus,
         "num_threads": threads,
         "seed": recipe.run.seed,
-        "tokens_of": model if recipe.family == "online" else None,
+        # Embeddings of one tokenizer may be padded to different sizes.
+        "tokens_of": model,
     }
 
 

@@ -109,6 +109,26 @@ def trainer_of(model_dir: Path) -> PolicyTrainer:
     return trainer
 
 
+def divergence(trainer: PolicyTrainer, teacher: TeacherModel, options: dict[str, float | None]) -> float:
+    """The loss of a batch whose tokens weigh the same, which is their mean divergence."""
+    algorithm = algorithm_of("gkd", distill={"on_policy": 1.0, **options})
+    distill = algorithm.distill
+    trainer.take_teacher_head(teacher.head())
+    if distill.top_k is None:
+        name, values = "teacher_hidden", teacher.hidden_states(packed())
+    else:
+        name, values = "teacher_top", teacher.top_logprobs(packed(), distill.top_k, distill.temperature)
+    scored = [
+        replace(sample, advantages=np.zeros(len(sample.token_ids), dtype=np.float32), **{name: of_sample})
+        for sample, of_sample in zip(samples(), unpack(samples(), [packed()], [values]), strict=True)
+    ]
+    weighed, denominators = weigh(scored, algorithm, 32)
+    (batch,) = pack(weighed, max_tokens=16, num_ranks=1)
+    metrics = trainer.forward_backward(batch, algorithm, denominators)
+    assert metrics["loss/total"].value == pytest.approx(metrics["distill/divergence"].value, rel=1e-6)
+    return metrics["loss/total"].value
+
+
 @pytest.mark.parametrize("top_k", [None, K])
 @pytest.mark.parametrize("chunk_tokens", [6, 4096])
 def test_a_trainer_has_the_divergence_of_whole_logits(
@@ -121,22 +141,9 @@ def test_a_trainer_has_the_divergence_of_whole_logits(
 ):
     """However few tokens a chunk has: 6 of logits are one of a divergence."""
     trainer = trainer_of(tiny_model_dir)
-    trainer.take_teacher_head(teacher.head())
     size = trainer.module.model.config.vocab_size
     monkeypatch.setattr(token_model, "_CHUNK_BYTES", 4 * chunk_tokens * size)
-    distill = {"on_policy": 1.0, "beta": 0.3, "temperature": 0.8, "top_k": top_k}
-    algorithm = algorithm_of("gkd", distill=distill)
-    if top_k is None:
-        name, values = "teacher_hidden", teacher.hidden_states(packed())
-    else:
-        name, values = "teacher_top", teacher.top_logprobs(packed(), top_k, 0.8)
-    scored = [
-        replace(sample, advantages=np.zeros(len(sample.token_ids), dtype=np.float32), **{name: of_sample})
-        for sample, of_sample in zip(samples(), unpack(samples(), [packed()], [values]), strict=True)
-    ]
-    weighed, denominators = weigh(scored, algorithm, 32)
-    (batch,) = pack(weighed, max_tokens=16, num_ranks=1)
-    metrics = trainer.forward_backward(batch, algorithm, denominators)
+    found = divergence(trainer, teacher, {"beta": 0.3, "temperature": 0.8, "top_k": top_k})
     expected = []
     for sample in samples():
         ours, theirs = (logits_before(path, sample) / 0.8 for path in (tiny_model_dir, tiny_teacher_dir))
@@ -145,8 +152,26 @@ def test_a_trainer_has_the_divergence_of_whole_logits(
         else:
             pair = [with_tail(each, theirs.topk(top_k).indices) for each in (ours, theirs)]
         expected.append(generalized_jsd(pair[0], pair[1], 0.3))
-    assert metrics["distill/divergence"].value == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
-    assert metrics["loss/total"].value == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+    assert found == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, K])
+def test_a_teacher_whose_embedding_is_padded_to_another_size_is_compared_on_the_tokens_of_both(
+    tiny_model_dir: Path, tiny_teacher_dir: Path, tmp_path: Path, top_k: int | None
+):
+    """The rows of the padding have large logits, as rows that nobody has trained may."""
+    padded = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir)
+    size = padded.config.vocab_size
+    padded.resize_token_embeddings(size + 24)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[size:] = padded.get_input_embeddings().weight[5] * 1.5
+    padded.save_pretrained(tmp_path)
+    block = ModelBlock(path=str(tmp_path))
+    divergences = []
+    for model in (ModelBlock(path=str(tiny_teacher_dir)), block):
+        teacher = TeacherModel(model, gpus=0, num_threads=1, seed=0, tokens_of=ModelBlock(path=str(tiny_model_dir)))
+        divergences.append(divergence(trainer_of(tiny_model_dir), teacher, {"top_k": top_k}))
+    assert divergences[0] == pytest.approx(divergences[1], rel=1e-5)
 
 
 def test_sixteen_bit_numbers_travel_as_they_are():
