@@ -5,7 +5,8 @@ Unscored rollouts have the reward NaN. They are left out of every mean and stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,7 @@ def token_advantages(
     *,
     lengths: np.ndarray | None = None,
     is_baseline: np.ndarray | None = None,
+    columns: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One advantage a loss token, for every estimator, with the KL in the reward when ``penalties`` say so.
 
@@ -59,6 +61,7 @@ def token_advantages(
         values: [L] a rollout: the critic's value before each loss token. Needed by gae.
         lengths: int [S], tokens that the policy wrote, trained or not; L when absent.
         is_baseline: bool [S]: the greedy rollouts, of which each group has one; none when absent. Needed by greedy.
+        columns: [S], of each rollout's prompt, for a function of the user's own.
 
     Returns:
         Advantages and returns (what values should have been), float64 [L] a rollout each; 0 where unscored.
@@ -66,7 +69,7 @@ def token_advantages(
     scored = ~np.isnan(rewards)
     if isinstance(block, OwnAdvantageBlock):
         totals, sizes = rewards - np.array([float(np.sum(p)) for p in penalties]), np.array(list(map(len, penalties)))
-        advantages = own_advantages(block, totals, group_of, sizes)
+        advantages = own_advantages(block, totals, group_of, sizes, columns)
         returns = [np.full(n, t) for n, t in zip(sizes, np.nan_to_num(totals), strict=True)]
     elif not isinstance(block, BaselineBlock):
         is_gae = isinstance(block, GAEBlock)

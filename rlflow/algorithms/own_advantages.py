@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from rlflow.recipe.advantage_blocks import OwnAdvantageBlock
 
 
 def own_advantages(
-    block: OwnAdvantageBlock, rewards: np.ndarray, group_of: np.ndarray, lengths: np.ndarray
+    block: OwnAdvantageBlock,
+    rewards: np.ndarray,
+    group_of: np.ndarray,
+    lengths: np.ndarray,
+    columns: Sequence[Mapping[str, Any]],
 ) -> list[np.ndarray]:
     """An advantage for each loss token, float64 [L] a rollout; 0 where unscored.
 
@@ -19,11 +24,12 @@ def own_advantages(
         rewards: float [S], NaN where unscored.
         group_of: int [S], ascending: which prompt each rollout is of.
         lengths: int [S]: L, the loss tokens of each.
+        columns: Of each rollout's prompt: the row's other columns.
 
     Raises:
         PluginError: The function raises, or returns neither a number a rollout nor an array of its length.
     """
-    given = call_by_name(block.plugin, block.args, rewards=rewards, group_of=group_of, lengths=lengths)
+    given = call_by_name(block.plugin, block.args, rewards=rewards, group_of=group_of, lengths=lengths, columns=columns)
     if not isinstance(given, np.ndarray | Sequence) or len(given) != len(rewards):
         size = f" of {len(given)}" if isinstance(given, np.ndarray | Sequence) else ""
         raise PluginError(

@@ -187,6 +187,7 @@ def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBl
         values,
         lengths=batch.lengths,
         is_baseline=np.array([rollout.is_baseline for rollout in batch.rollouts]),
+        columns=[group.prompt.columns for group in batch.groups for _ in group.rollouts],
     )
     # The loss tokens of a rollout's sequences follow one another.
     ends = np.cumsum([int(sample.loss_mask.sum()) for sample in samples])[:-1]

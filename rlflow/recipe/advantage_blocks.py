@@ -69,7 +69,7 @@ class OwnAdvantageBlock(AdvantageBlock):
     estimator: Literal["function"]
     """Your own; `estimator: file.py:function` says the same, see docs/extend.md."""
     plugin: str
-    """`file.py:function` of what it names of rewards, group_of and lengths."""
+    """`file.py:function` of what it names of rewards, group_of, lengths and columns."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments."""
 

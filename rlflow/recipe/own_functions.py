@@ -24,7 +24,7 @@ OF_LOSS = (
     "sequence_ids",
     "num_sequences",
 )
-OF_ADVANTAGE = ("rewards", "group_of", "lengths")
+OF_ADVANTAGE = ("rewards", "group_of", "lengths", "columns")
 OF_PAIR = ("chosen", "rejected", "beta")
 OF_OPTIMIZER = ("parameters", "named_parameters")
 

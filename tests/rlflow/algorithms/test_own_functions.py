@@ -13,9 +13,11 @@ from rlflow.algorithms.advantages import token_advantages
 from rlflow.algorithms.batch import TensorBatch
 from rlflow.algorithms.policy_objectives import policy_objective
 from rlflow.algorithms.preference_objectives import preference_objective
+from rlflow.driver import assemble
 from rlflow.plugins import PluginError
 from rlflow.recipe import algorithm_of
-from rlflow.types import Denominators
+from rlflow.types import Denominators, Group, Prompt
+from tests.flat_rollouts import flat
 
 PLUGIN = """\
 import numpy as np
@@ -42,6 +44,13 @@ def best_of_group(rewards, group_of, scale=1.0):
 
 def rising(rewards, lengths):
     return [reward * np.arange(1, length + 1) for reward, length in zip(rewards, lengths)]
+
+
+def by_difficulty(rewards, group_of, columns):
+    means = {group: np.nanmean(rewards[group_of == group]) for group in set(group_of)}
+    return [
+        of_row["difficulty"] * (reward - means[group]) for reward, group, of_row in zip(rewards, group_of, columns)
+    ]
 
 
 def constant(ratio):
@@ -163,6 +172,19 @@ def test_an_advantage_of_ones_own_is_a_number_a_rollout_or_one_a_token(plugin):
     best = {"estimator": f"{plugin}:best_of_group", "args": {"scale": 2.0}}
     assert advantages(best) == [[0.0, 0.0], [2.0], [0.0, 0.0, 0.0], [2.0, 2.0]]
     assert advantages({"estimator": f"{plugin}:rising"}) == [[1.0, 2.0], [3.0], [0.0, 0.0, 0.0], [2.0, 4.0]]
+
+
+def test_it_sees_the_columns_of_each_rollouts_row_through_the_driver(plugin):
+    block = algorithm_of("grpo", advantage={"estimator": f"{plugin}:by_difficulty"})
+    prompt = np.array([5, 6], dtype=np.int32)
+
+    def group(difficulty: float, *rewards: float) -> Group:
+        row = Prompt("p", prompt, [], {"difficulty": difficulty})
+        return Group(row, 0, tuple(flat(prompt, [7], reward, finish_reason="stop") for reward in rewards))
+
+    batch = assemble.assemble([group(1.0, 2.0, 0.0), group(3.0, 1.0, 0.0, 2.0)], block, 4)
+    samples = assemble.with_advantages(batch, batch.samples, block)
+    assert [float(sample.advantages[-1]) for sample in samples] == [1.0, -1.0, 0.0, -3.0, 3.0]
 
 
 def test_it_sees_rewards_less_their_penalties_and_is_whitened_where_the_recipe_says_so(plugin):
