@@ -162,12 +162,18 @@ class HttpEngine:
         """Takes requests; they are sent in this order, as answers come.
 
         Raises:
-            ValueError: A prompt is empty or leaves no room for its completion, or its id is here. None was taken then.
+            ValueError: A prompt is empty, has pictures or leaves no room for its completion, or its id is here. None
+                was taken then.
             ServerError: The server's logprobs are of another temperature than the requests'.
         """
         ids = [*self._under_way, *(request.id for request in requests)]
         if len(set(ids)) < len(ids):
             raise ValueError("one of the requests has an id that is under way")
+        if any(request.images for request in requests):
+            raise ValueError(
+                "rollout_server: a prompt has pictures, and servers are sent tokens alone: set rollout.engine: vllm or "
+                "torch"
+            )
         for request in requests:
             num_prompt, num_new = len(request.token_ids), request.params.max_new_tokens
             if not num_prompt or num_new < 1 or num_prompt + num_new > self.max_model_len:

@@ -333,6 +333,8 @@ def test_weights_and_requests_that_cannot_be_are_refused_before_the_server_hears
     long = SampleRequest(1, np.arange(2, 62, dtype=np.int32), 0, SamplingParams(max_new_tokens=69))
     with pytest.raises(ValueError, match=r"request 1: 60 prompt tokens and 69 new ones.*128"):
         engine.add([*make_requests(PARAMS, 1, 1), long])
+    with pytest.raises(ValueError, match="rollout_server: a prompt has pictures, and servers are sent tokens alone"):
+        engine.add([replace(make_requests(PARAMS, 1, 1)[0], images=(b"",))])
     with pytest.raises(ValueError, match="an id that is under way"):
         engine.add([*make_requests(PARAMS, 1, 1), *make_requests(PARAMS, 1, 1)])
     assert engine.num_running + engine.num_waiting == 0
