@@ -16,7 +16,7 @@ from rlflow.data.formats import Record, with_system
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import with_images
 from rlflow.data.overlong import Overlong
-from rlflow.data.records import load_records
+from rlflow.data.records import Loaded, load_records
 from rlflow.data.shorten import shorten_prompt, shorten_text
 from rlflow.recipe.data_blocks import DataBlock, SourceBlock
 from rlflow.types import Message, Prompt
@@ -76,11 +76,8 @@ def load_prompts(
     def build(record: Record) -> _Question:
         if problem := reject(record.columns):
             raise RowError(problem)
-        if in_turns and record.text is not None:
-            raise RowError(
-                "it is plain text, and what an environment answers is rendered by the chat template: give messages or "
-                "a prompt (format), or remove environment"
-            )
+        if in_turns:
+            _require_chat(record)
         return _render(record, data, chat, tools)
 
     rows = load_records(sources, seed, build, vision=vision)
@@ -92,21 +89,24 @@ def load_prompts(
         if len(token_ids) > data.max_prompt_tokens:
             if overlong.leaves_out(row, len(token_ids)):
                 continue
-            if images:
-                prompts.skipped.append(row.bad(f"{len(token_ids):,} tokens, and a prompt with pictures is not cut"))
-                continue
             try:
                 token_ids, messages = _shorten(row.value, token_ids, data.max_prompt_tokens, chat)
             except RowError as error:
-                prompts.skipped.append(row.bad(f"cannot be cut to {data.max_prompt_tokens:,} tokens: {error}"))
+                prompts.skipped.append(row.bad(str(error)))
                 continue
-        opened = opened_tag(row.value.rendered.text)
-        given = engine_token_ids if images else None
-        described = tuple(row.value.tools or ())
-        prompts.append(Prompt(row.id, token_ids, messages, row.value.columns, opened, described, images, given))
+        prompts.append(_prompt(row, token_ids, messages, engine_token_ids))
         prompts.notes.extend(row.bad(note) for note in row.value.rendered.notes)
     overlong.settle(prompts)
     return prompts
+
+
+def _prompt(
+    row: Loaded[_Question], token_ids: np.ndarray, messages: Sequence[Message], engine_token_ids: np.ndarray
+) -> Prompt:
+    question = row.value
+    images, opened = question.rendered.images, opened_tag(question.rendered.text)
+    given = engine_token_ids if images else None
+    return Prompt(row.id, token_ids, messages, question.columns, opened, tuple(question.tools or ()), images, given)
 
 
 def opened_tag(text: str) -> str:
@@ -116,6 +116,15 @@ def opened_tag(text: str) -> str:
     """
     found = THOUGHT_BEGINS.search(text)
     return found[0] if found else ""
+
+
+def _require_chat(record: Record) -> None:
+    """Raises RowError where no chat template has rendered a row, and none could render what is answered to it."""
+    if record.text is not None:
+        raise RowError(
+            "it is plain text, and what an environment answers is rendered by the chat template: give messages or a "
+            "prompt (format), or remove environment"
+        )
 
 
 def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -> _Question:
@@ -138,6 +147,15 @@ def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -
 def _shorten(
     question: _Question, token_ids: np.ndarray, limit: int, chat: Chat
 ) -> tuple[np.ndarray, Sequence[Message]]:
+    """
+    Raises:
+        RowError: The question cannot be cut.
+    """
+    if question.rendered.images:
+        raise RowError(f"{len(token_ids):,} tokens, and a prompt with pictures is not cut")
     if question.is_text:
         return shorten_text(token_ids, limit, chat.tokenizer.bos_token_id), question.messages
-    return shorten_prompt(chat, question.messages, question.tools, limit)
+    try:
+        return shorten_prompt(chat, question.messages, question.tools, limit)
+    except RowError as error:
+        raise RowError(f"cannot be cut to {limit:,} tokens: {error}") from error
