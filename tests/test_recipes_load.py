@@ -1,12 +1,10 @@
-"""Every recipe that is shipped loads, fits on a page and says what it is."""
+"""Every recipe that is shipped fits on a page and says what it is; test_recipes_run.py runs each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-from rlflow.recipe import load_recipe
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "recipes"
 RECIPES = sorted(DIRECTORY.rglob("*.yaml"))
@@ -15,11 +13,6 @@ MAX_LINES = 60
 
 def test_recipes_are_shipped():
     assert DIRECTORY / "quickstart.yaml" in RECIPES
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(DIRECTORY)))
-def test_a_recipe_loads(path):
-    assert len(load_recipe(path)) >= 1
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(DIRECTORY)))
