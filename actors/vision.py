@@ -47,7 +47,16 @@ def sees(config: Any) -> bool:
 
 
 def language_model_class(config: Any) -> Any:
-    """transformers' class of automatic models that a language model of this config is loaded with."""
+    """transformers' class of automatic models that a language model of this config is loaded with.
+
+    Raises:
+        ValueError: It is of a model that hears, and of no language model.
+    """
+    if "audio_config" in config.sub_configs and not sees(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{config.model_type} hears: models of sound are not trained here, as no rollout engine generates from it. "
+            "Name a language model or a vision-language model"
+        )
     return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
