@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlflow.recipe.block import Conflict
 from rlflow.recipe.peft_methods import (
     METHODS,
+    ON_SEVERAL_RANKS,
     drops_out,
     has_lora_modules,
     method_of,
@@ -64,6 +65,9 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if trainer.engine == "deepspeed":
         reason = f"{method} is not tried with deepspeed: set trainer.engine: fsdp, or train LORA"
         yield Conflict(("model.adapter.peft", "trainer.engine"), reason)
+    if trainer.workers > 1 and method not in ON_SEVERAL_RANKS:
+        reason = f"{method} is not known to be the same on several ranks: set 1, or train one of those that are: LOKR"
+        yield Conflict(("trainer.workers", "model.adapter.peft"), reason)
     if trainer.fsdp.mixed_precision:
         reason = f"{method} would be merged in 16 bits: set mixed_precision: false"
         yield Conflict(("trainer.fsdp.mixed_precision", "model.adapter.peft"), reason)
