@@ -1,7 +1,8 @@
-"""`rlflow serve --engine vllm`: vLLM's own server, started as a user starts it."""
+"""`--engine vllm` as a user calls it: vLLM's own server, and vLLM in the process of `rlflow eval`."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,30 @@ def test_vllms_own_server_answers_as_transformers_with_adapters_beside_the_base(
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_eval_with_vllm_judges_the_answers_that_transformers_gives(tmp_path: Path) -> None:
+    policy_dir, data, results = tmp_path / "policy", tmp_path / "sums.jsonl", tmp_path / "results"
+    write_policy(policy_dir)
+    questions = [f"{i}+{i}=" for i in range(5)]
+    oracle = oracle_of(policy_dir)
+    expected = [oracle.answer([{"role": "user", "content": question}], 8) for question in questions]
+    # The first two are what the policy says, the others are not.
+    solutions = [*expected[:2], "no", "no", "no"]
+    rows = [{"prompt": question, "solution": right} for question, right in zip(questions, solutions, strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [sys.executable, "-m", "rlflow", "eval", str(policy_dir), "--engine", "vllm", "--sets", str(data)]
+    words += ["--reward", "exact_match", "--max-new-tokens", "8", "--output", str(results)]
+    words += ["--kv-cache-gib", "0.05", "--max-model-len", "64", "--max-num-seqs", "2"]
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_CPU_KVCACHE_SPACE"}
+    called = subprocess.run(words, capture_output=True, text=True, timeout=START_S, env=environment)
+    assert called.returncode == 0, called.stderr[-3000:]
+    samples = [json.loads(line) for line in (results / "sums.jsonl").read_text().splitlines()]
+    # A character that lacks bytes at the end is left out.
+    responses = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in expected]
+    assert [sample["response"] for sample in samples] == responses
+    assert [sample["passed"] for sample in samples] == [True, True, False, False, False]
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[str], log: Path) -> None:
