@@ -226,7 +226,7 @@ def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, i
         return None
     match role:
         case "trainer":
-            return actor_memory.trainer_bytes(recipe, shape) | _compared(recipe, shape)
+            return {**actor_memory.trainer_bytes(recipe, shape), **_compared(recipe, shape)}
         case "rollout":
             return actor_memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
         case "critic":
