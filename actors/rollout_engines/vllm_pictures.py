@@ -25,8 +25,13 @@ def picture_options(model_dir: str, trust_remote_code: bool) -> tuple[bool, dict
 
     from rlflow.actors.vision import sees
 
-    has_tower = sees(AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code))
-    return has_tower, _OPTIONS if has_tower else {}
+    if not sees(AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)):
+        return False, {}
+    from vllm import EngineArgs
+
+    # Mean and deviation of pixels would lie in the model, where a start without weights writes random numbers over them.
+    known = hasattr(EngineArgs, "mm_device_do_normalize")
+    return True, _OPTIONS | ({"mm_device_do_normalize": False} if known else {})
 
 
 def prompt_of(llm: vllm.LLM, request: SampleRequest, *, salt: str) -> Any:

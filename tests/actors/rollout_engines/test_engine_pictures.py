@@ -45,8 +45,6 @@ ENGINES = [
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, seeing: Path) -> Iterator[RolloutEngine]:
-    if request.param == "vllm" and "idefics3" not in seeing.name:
-        pytest.skip("compared with vLLM by Idefics3 alone")
     if request.param == "torch":
         yield TorchEngine(str(seeing), dtype="float32", max_num_seqs=5)
         return
