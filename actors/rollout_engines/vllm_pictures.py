@@ -29,7 +29,7 @@ def picture_options(model_dir: str, trust_remote_code: bool) -> tuple[bool, dict
         return False, {}
     from vllm import EngineArgs
 
-    # Mean and deviation of pixels would lie in the model, where a start without weights writes random numbers over them.
+    # Their mean and deviation would lie in the model, where a start without weights writes random numbers over them.
     known = hasattr(EngineArgs, "mm_device_do_normalize")
     return True, _OPTIONS | ({"mm_device_do_normalize": False} if known else {})
 
