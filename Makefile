@@ -1,6 +1,8 @@
 # make quickstart   watch a small policy learn arithmetic
+# make quickstart-images   a small vision-language model learns to read digits; needs torchvision and scikit-learn, which it installs apart
 # make check        the quick round: tests without Ray, vLLM and several ranks, lint, types
 # make test         all tests but those that need a GPU
+# make optional     tests of pictures and of whole texts, with torchvision, scikit-learn and sentence-transformers in .venv/optional
 # make docs         the documentation as a site, in site/; make docs-serve shows it at http://127.0.0.1:8000 and follows edits
 # make gpu-check    on a machine with a GPU: right numbers, a run that learns, speed and memory, in eight minutes
 # Each but docs makes .venv once, from the pinned set that fits this machine; PYTHON names another interpreter to make it with.
@@ -11,7 +13,7 @@ PYTHON ?= python3
 PYTEST := .venv/bin/python -m pytest
 IN_PARALLEL := --numprocesses $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart check quick test test-gpu gpu-check oracles docs docs-serve lint format setup
+.PHONY: quickstart check quick test test-gpu gpu-check oracles optional quickstart-images docs docs-serve lint format setup
 
 quickstart: setup
 	.venv/bin/rlflow run recipes/quickstart.yaml
@@ -43,6 +45,22 @@ oracles: .venv/oracles/.complete
 .venv/oracles/.complete: requirements/oracles.txt | setup
 	rm -rf .venv/oracles
 	.venv/bin/python -m pip install --quiet --no-deps --target .venv/oracles -r requirements/oracles.txt
+	touch $@
+
+# Pictures, and what sentence-transformers and scikit-learn say: a part of `make test` skips where they are missing.
+OPTIONAL := $(addprefix tests/,actors/rollout_engines/test_engine_pictures.py actors/train_engines/test_pictures.py \
+	$(addprefix rlflow/,algorithms/test_sequence_losses.py data/test_data_digits.py data/test_data_image_processor.py \
+	data/test_data_image_rows.py data/test_data_new_model.py driver/test_driver_pictures.py driver/test_driver_sequences.py))
+
+quickstart-images: .venv/optional/.complete
+	PYTHONPATH=.venv/optional .venv/bin/rlflow run recipes/quickstart_images.yaml
+
+optional: .venv/optional/.complete
+	PYTHONPATH=.venv/optional $(PYTEST) $(IN_PARALLEL) -m "not gpu" $(OPTIONAL)
+
+.venv/optional/.complete: requirements/optional.txt | setup
+	rm -rf .venv/optional
+	.venv/bin/python -m pip install --quiet --no-deps --target .venv/optional -r requirements/optional.txt
 	touch $@
 
 # Needs nothing of .venv: an environment of its own in build/docs.
