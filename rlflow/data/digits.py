@@ -28,7 +28,7 @@ def digits(
     """
     check_digits(split, rows, prompt)
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise DataError(
             f"digits are scikit-learn's, which is not installed ({error}): pip install scikit-learn"
