@@ -109,7 +109,7 @@ class Mixing(nn.Module):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.inner, self.model, self.passes = module, module.model, module.passes
+        self.inner, self.model, self.passes, self.tower = module, module.model, module.passes, module.tower
         self.ranks: SequenceRanks | None = None
 
     def hidden_states(self, *args: Any) -> torch.Tensor:
