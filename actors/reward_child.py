@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.actors.reward_wire import Request, Setup, frame, read_frame
-from rlflow.data.images import decode
 from rlflow.rewards import RewardError, RewardFunction, load
 
 MAX_MESSAGE = 4000
@@ -80,8 +79,12 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
 
 def _decoded(images: Sequence[Sequence[bytes]]) -> dict[str, list[list[Any]]]:
     """The column ``images``: of each row its pictures, PIL's, in RGB; a picture of several rows is decoded once."""
+    if not images:
+        return {}
+    from rlflow.data.images import decode
+
     distinct = {data: decode(data) for of_row in images for data in of_row}
-    return {"images": [[distinct[data] for data in of_row] for of_row in images]} if images else {}
+    return {"images": [[distinct[data] for data in of_row] for of_row in images]}
 
 
 def _no_list_of_scores(scores: Any, num_rows: int, is_changed: bool) -> str | None:
