@@ -192,7 +192,10 @@ def one_rank():
 def test_slices_may_differ_from_the_whole_by_rounding_alone(monkeypatch, one_rank, dtype, difference, is_right):
     monkeypatch.setattr(sequence_parallel, "_difference", lambda *_: difference)
     module: Any = SimpleNamespace(
-        model=SimpleNamespace(config=LlamaConfig(), dtype=dtype), passes=SimpleNamespace(packs=True), ranks=None, tower=None
+        model=SimpleNamespace(config=LlamaConfig(), dtype=dtype),
+        passes=SimpleNamespace(packs=True),
+        ranks=None,
+        tower=None,
     )
     context = nullcontext() if is_right else pytest.raises(ValueError, match="other layers than attention mix tokens")
     with context:
@@ -202,7 +205,10 @@ def test_slices_may_differ_from_the_whole_by_rounding_alone(monkeypatch, one_ran
 
 def test_what_is_run_one_sequence_at_a_time_cannot_be_shared():
     module: Any = SimpleNamespace(
-        model=SimpleNamespace(config=LlamaConfig()), passes=SimpleNamespace(packs=False, reason="it recurs"), ranks=None, tower=None
+        model=SimpleNamespace(config=LlamaConfig()),
+        passes=SimpleNamespace(packs=False, reason="it recurs"),
+        ranks=None,
+        tower=None,
     )
     with pytest.raises(ValueError, match=r"run one sequence at a time, which ranks cannot share \(it recurs\)"):
         sequence_parallel.share_tokens(module, 2, CPU, 60.0)
