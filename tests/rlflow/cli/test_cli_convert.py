@@ -50,7 +50,7 @@ def test_the_standard_input_is_a_script(monkeypatch, capsys):
         (["nothing.sh"], "there is no file nothing.sh"),
         (["python train.py --x 1"], "no command here that is known"),
         (["swift sft --config missing.yaml --model m"], "names missing.yaml, which cannot be read"),
-        (["swift rlhf --rlhf_type gkd --model m"], "no such algorithm yet"),
+        (["swift rlhf --rlhf_type opsd --model m"], "no such algorithm yet"),
         (["swift sftt --model m"], "did you mean sft?"),
     ],
 )
