@@ -11,13 +11,18 @@ from rlflow.recipe import RecipeError, load_recipe
 
 RECIPE = """\
 run: {steps: 1, output_dir: out}
-model: {characters: "0123456789+=", architecture: {model_type: llama}}
+model: {characters: "0123456789+=ad", architecture: {model_type: llama}, chat_template: tools.jinja}
 algorithm: {name: grpo}
 data: {train: {generator: arithmetic}, max_prompt_tokens: 64}
 rollout: {max_new_tokens: 16}
 rewards: [{name: %s}]
 environment: %s
 """
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""Says what the tools are called."""
 TOOLS = '''
 def add(a: int, b: int) -> int:
     """Adds two numbers.
@@ -45,6 +50,7 @@ three = 3
 
 def recipe_of(directory: Path, environment: str, reward: str = "exact_match") -> Path:
     (directory / "tools.py").write_text(TOOLS)
+    (directory / "tools.jinja").write_text(TEMPLATE)
     path = directory / "recipe.yaml"
     path.write_text(RECIPE % (reward, environment))
     return path
