@@ -19,7 +19,8 @@ rewards: [{name: %s}]
 environment: %s
 """
 TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{{ message['content'] }}"
+    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """Says what the tools are called."""
