@@ -151,7 +151,8 @@ def fields_of(method: str) -> dict[str, list[str]]:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """PEFT's name of it."""
-    return str(config[TYPE]).upper()
+    # PEFT itself has an enumeration, whose members are text.
+    return str(getattr(config[TYPE], "value", config[TYPE])).upper()
 
 
 def peft_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
