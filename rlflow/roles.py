@@ -72,8 +72,10 @@ def _threads_by_role(recipe: Recipe, workers: Mapping[str, int]) -> dict[str, in
 
 
 def _busy_beside(role: str, recipe: Recipe) -> set[str]:
-    """The roles that may compute while one does, itself among them."""
-    learning = {role, "critic"} | ({"trainer"} if role == "critic" else set())
-    if recipe.run.max_staleness:
-        return {role, "rollout", "trainer", "critic"}
-    return {role} if role == "rollout" else learning
+    """The roles that may compute while one does, itself among them: trainer and critic learn at the same time, every
+    other one has its turn, and with staleness generation goes on all the while."""
+    learning = {"trainer", "critic"}
+    in_its_turn = learning if role in learning else {role}
+    if not recipe.run.max_staleness:
+        return in_its_turn
+    return in_its_turn | {"rollout"} | (learning if role == "rollout" else set())

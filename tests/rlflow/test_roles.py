@@ -31,17 +31,18 @@ def threads(**changes: Any) -> dict[str, int]:
 
 
 def test_actors_that_take_turns_have_all_cores_and_those_that_compute_at_once_share_them():
-    # Trainer and critic learn at the same time, and the reference scores while the critic does.
-    assert threads() == {"trainer": 4, "rollout": 8, "rewards": 1, "critic": 4, "reference": 4}
+    # Trainer and critic learn at the same time.
+    assert threads() == {"trainer": 4, "rollout": 8, "rewards": 1, "critic": 4, "reference": 8}
     assert threads(rollout__workers=3)["rollout"] == 2
-    assert threads(trainer__workers=3) == {"trainer": 2, "rollout": 8, "rewards": 1, "critic": 2, "reference": 4}
+    assert threads(trainer__workers=3) == {"trainer": 2, "rollout": 8, "rewards": 1, "critic": 2, "reference": 8}
     assert threads(trainer__workers=16)["trainer"] == 1
 
 
 def test_with_staleness_generation_and_training_share_the_cores():
-    # 8 // (trainer + critic + 2 workers).
+    # 8 // (trainer + critic + 2 workers), and 8 // (reference + 2 workers).
     found = threads(run__max_staleness=1, rollout__workers=2)
-    assert (found["trainer"], found["critic"], found["rollout"]) == (2, 2, 2)
+    assert (found["trainer"], found["critic"], found["rollout"], found["reference"]) == (2, 2, 2, 2)
+    assert threads(run__max_staleness=1)["reference"] == 4
 
 
 def test_who_says_how_many_cpus_says_how_many_threads():
