@@ -20,7 +20,7 @@ from rlflow.actors.sequence_files import pad_model, write_readers
 from rlflow.actors.train_engines import sharded_state
 from rlflow.actors.train_engines.sequence_model import read_sequence_model
 from rlflow.actors.train_engines.sharded_state import Shard
-from rlflow.actors.train_engines.token_model import read_language_model
+from rlflow.actors.train_engines.token_model import choose_trained, read_language_model
 from rlflow.actors.vision import language_model_class
 from rlflow.checkpoint import naming_the_disk
 from rlflow.recipe import AlgorithmBlock, ModelBlock
@@ -60,13 +60,17 @@ def export_saved(
         model = _adapted(block, seed)
         named = adapters.adapter_parameters(model)
         weights = {name: torch.empty(parameter.shape, dtype=torch.float32) for name, parameter in named.items()}
+        trained = set(weights)
     else:
         is_policy = algorithm.learning.head == "token"
         model = read_language_model(block, seed=seed) if is_policy else read_sequence_model(block, algorithm, seed=seed)
-        if not is_policy:
+        if is_policy:
+            choose_trained(model, block)
+        else:
             tokenizer = pad_model(model, block)
         weights = _places_for(model)
-    _read(checkpoint, weights, progress)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _read(checkpoint, {name: tensor for name, tensor in weights.items() if name in trained}, progress)
     with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
         write_trained(model, block, directory, weights)
         if tokenizer is not None:

@@ -187,7 +187,7 @@ def constructor_of(
         case "critic":
             path = None if recipe.critic is None else recipe.critic.path
             # A critic is trained whole, also where the policy is an adapter.
-            whole = model.model_copy(update={"adapter": None})
+            whole = model.model_copy(update={"adapter": None, "expand": None})
             start = whole if path is None else _other_model(path, model)
             # The device follows the critic's own GPUs.
             block = recipe.trainer.model_copy(update={"gpus_per_worker": role.gpus})

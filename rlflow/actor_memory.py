@@ -63,7 +63,7 @@ def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the critic: a trainer of all weights, without logits."""
     critic = recipe.critic
     assert critic is not None
-    state = state_bytes(recipe, replace(shape, adapter=None), critic.workers, bool(critic.gpus_per_worker))
+    state = state_bytes(recipe, replace(shape, adapter=None, frozen=0), critic.workers, bool(critic.gpus_per_worker))
     return _largest(_step(recipe, shape, state, critic.workers, scores=False, on_gpu=bool(critic.gpus_per_worker)))
 
 

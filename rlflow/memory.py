@@ -15,6 +15,7 @@ from typing import Any
 
 from rlflow.recipe import AdapterBlock, ModelBlock, Recipe
 from rlflow.recipe.adapter_files import read_config
+from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
 
@@ -67,6 +68,8 @@ class ModelShape:
     adapter_rank: int = 0
     adapter_targets: tuple[str, ...] = ()
     """Last parts of the names of a layer's modules that have an adapter."""
+    frozen: int = 0
+    """Parameters of these that stay as they are, where there is no adapter."""
 
     @property
     def is_gated(self) -> bool:
@@ -233,6 +236,14 @@ def stored_shapes(directory: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def with_new_layers(shape: ModelShape, expand: ExpandBlock | None) -> ModelShape:
+    """Of the model that new layers are put into, which then stays as it is."""
+    if expand is None:
+        return shape
+    parameters = shape.parameters + expand.new_layers * shape.layer_parameters
+    return replace(shape, layers=shape.layers + expand.new_layers, parameters=parameters, frozen=shape.parameters)
+
+
 def with_adapter(shape: ModelShape, adapter: AdapterBlock) -> ModelShape:
     """
     Raises:
@@ -287,7 +298,7 @@ def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> 
     What it offloads from a GPU is one sum, HOST_PART; on a CPU there is nowhere to offload to.
     """
     trainer = recipe.trainer
-    trained = shape.parameters if shape.adapter is None else shape.adapter
+    trained = shape.parameters - shape.frozen if shape.adapter is None else shape.adapter
     held = weight_bytes(recipe, shape.parameters, shape.adapter)
     if trainer.engine == "deepspeed":
         stage, offload = trainer.deepspeed.stage, trainer.deepspeed.offload
@@ -301,7 +312,7 @@ def state_bytes(recipe: Recipe, shape: ModelShape, ranks: int, on_gpu: bool) -> 
         away = {"none": (), "optimizer": ("gradients", "optimizer"), "all": tuple(parts)}[offload]
     else:
         if shape.adapter is None:
-            held = trained * 4
+            held = shape.parameters * 4
         shards = max(1, ranks // trainer.fsdp.replicas)
         share = math.ceil(trained / shards)
         moment = 1 if trainer.optimizer.kind == "adamw_8bit" else 4
@@ -334,7 +345,7 @@ def _muon_parameters(shape: ModelShape) -> int:
     """With one moment: matrices of layers or of an adapter. Experts, of three dimensions, are left to AdamW."""
     if shape.adapter is not None:
         return shape.adapter
-    return 0 if shape.has_experts else shape.layers * shape.layer_parameters
+    return 0 if shape.has_experts else min(shape.layers * shape.layer_parameters, shape.parameters - shape.frozen)
 
 
 def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import zip_longest
 from typing import Any
@@ -147,7 +147,9 @@ def make_plans(
         model = (recipe.model.path, recipe.model.revision)
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
         final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
-        shapes[model] = shapes[final, None] = shape
+        shapes[model] = shape
+        shape = shape if isinstance(shape, str) else memory.with_new_layers(shape, recipe.model.expand)
+        shapes[final, None] = shape if isinstance(shape, str) else replace(shape, frozen=0)
         config = configs[model] if model[0] and model in configs else _config(recipe)
         configs[model] = configs[final, None] = config
         if adapter is not None:

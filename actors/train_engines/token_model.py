@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlflow.actors.expanded_model import train_new_layers
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines import liger
 from rlflow.actors.train_engines.chosen_logprobs import Entropies, chosen_logprobs
@@ -283,7 +284,7 @@ def load_token_model(
         dropout_layers = adapters.adapter_layers(model) if block.adapter.drops_out else []
     else:
         model = read_language_model(block, seed=seed)
-        train_parts(model, block.train)
+        choose_trained(model, block)
     # Without dropout: logprobs of one policy must be the same every time. New models come in training mode.
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     token_model = TokenModel(model, dropout_layers)
@@ -315,6 +316,17 @@ def read_language_model(block: ModelBlock, *, seed: int) -> PreTrainedModel:
         return load_whole(auto_class, block.path, revision=block.revision, **options)
     torch.manual_seed(seed)
     return auto_class.from_config(config, **options)
+
+
+def choose_trained(model: PreTrainedModel, block: ModelBlock) -> None:
+    """Freezes what the recipe leaves as it is.
+
+    Raises:
+        ValueError: The model has no such part.
+    """
+    train_parts(model, block.train)
+    if block.expand is not None:
+        train_new_layers(model, block.expand)
 
 
 @torch.no_grad()

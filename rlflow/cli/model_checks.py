@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.config_fields import config_fields, model_types
+from rlflow.recipe import ModelBlock
 from rlflow.recipe.problems import nearest
 from rlflow.recipe.token_shares import split_problem
 
@@ -33,6 +34,13 @@ def config_problem(directory: Path) -> str | None:
         remedy = f"did you mean {near}?" if near else "a newer transformers may"
         return f"{path}: transformers knows no model {kind} ({remedy})"
     return f"{path}: {problem}" if (problem := split_problem(config)) else None
+
+
+def in_expansion(model: ModelBlock, config: Mapping[str, Any] | None) -> Found:
+    """What keeps a model with these fields of a config from getting new layers; nothing where nobody knows them."""
+    num_layers = (config or {}).get("num_hidden_layers")
+    if model.expand is not None and isinstance(num_layers, int) and (problem := model.expand.problem(num_layers)):
+        yield "model.expand.new_layers" if model.expand.groups is None else "model.expand.groups", problem
 
 
 def in_architecture(architecture: Mapping[str, Any]) -> Found:

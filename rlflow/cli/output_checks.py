@@ -59,7 +59,9 @@ def _bytes(recipe: Recipe, to_come: Mapping[str, Recipe]) -> int:
     if recipe.model.adapter is not None:
         return _LEAST_BYTES
     try:
-        parameters = memory.read_shape(resolved(recipe.model, to_come)).parameters
+        shape = memory.with_new_layers(memory.read_shape(resolved(recipe.model, to_come)), recipe.model.expand)
     except memory.UnknownShape:
         return _LEAST_BYTES
-    return _LEAST_BYTES + parameters * (_TRAINED_BYTES + memory.DTYPE_BYTES[recipe.model.dtype])
+    # With new layers, the model that training starts from is written as well.
+    models = shape.parameters * memory.DTYPE_BYTES[recipe.model.dtype] * (1 if recipe.model.expand is None else 2)
+    return _LEAST_BYTES + (shape.parameters - shape.frozen) * _TRAINED_BYTES + models

@@ -16,7 +16,7 @@ from typing import Any
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
-from rlflow.cli.model_checks import config_problem, in_architecture
+from rlflow.cli.model_checks import config_problem, in_architecture, in_expansion
 from rlflow.cli.output_checks import in_output, in_space
 from rlflow.cli.plugin_checks import (
     in_environments,
@@ -28,7 +28,7 @@ from rlflow.cli.plugin_checks import (
 )
 from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked, remember
-from rlflow.cli.sequence_checks import in_sequence_parallel
+from rlflow.cli.sequence_checks import config_of, in_sequence_parallel
 from rlflow.data.generated import GENERATORS
 from rlflow.environments.loading import ADAPTERS
 from rlflow.machine import named_cluster, this_machine
@@ -156,6 +156,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     if recipe.model.architecture is not None:
         yield from in_architecture(recipe.model.architecture)
     yield from in_adapter(recipe, to_come)
+    yield from in_expansion(recipe.model, config_of(recipe.model, to_come))
     yield from in_sequence_parallel(recipe, to_come)
     yield from in_ids(recipe, to_come)
     yield from _in_router(recipe)

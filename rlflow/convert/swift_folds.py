@@ -157,13 +157,15 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
     default = f"(the default with {tuner})"
     draft.set(
         "trainer.learning_rate",
-        rate or (1e-4 if is_adapted else 1e-5),
+        rate or (1e-4 if is_adapted or tuner == "llamapro" else 1e-5),
         given.texts("learning_rate", "lr") if rate else default,
     )
     swift_tuners.note_tuner(given, draft, tuners[0])
     has_head = ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token"
     if is_adapted:
         swift_tuners.set_tuner(given, draft, "head" if has_head else family, tuners[0])
+    elif tuner == "llamapro":
+        swift_tuners.set_expansion(given, draft)
     if adapters := as_list(given["adapters"]):
         settled = [key for key in draft.values if key.startswith(_SETTLED)]
         for key in settled:

@@ -22,7 +22,6 @@ _STARTS = ("gaussian", "orthogonal")
 _WHY_NOT = {
     "adalora": "its ranks would be given out anew in every step; LoRA is written",
     "longlora": "it shifts attention, which transformers 5 does not; LoRA is written",
-    "llamapro": "no layers are added to a model here: train LoRA, or all weights",
     "adapter": "bottleneck adapters are not PEFT's: train LoRA",
     "reft": "representations are not tuned here: train LoRA",
     "bone": "PEFT calls it MISS: set model.adapter: {peft: {peft_type: MISS}}",
@@ -37,10 +36,18 @@ def is_adapted(tuner: Any) -> bool:
 def note_tuner(given: Given, draft: Draft, flag: str) -> None:
     """Says of a tuner that there is none of its kind here."""
     tuner = given[flag]
-    if tuner not in ("full", "lora", *PEFT):
+    if tuner not in ("full", "lora", "llamapro", *PEFT):
         # A LoRA in 4 bits, or with lengths of rows, by its other name.
         written = "LoRA is written" if tuner in _AS_LORA else "train LoRA, or all weights"
         draft.note("missing", f"{given.text(flag)}: {_WHY_NOT.get(str(tuner), written)}")
+
+
+def set_expansion(given: Given, draft: Draft) -> None:
+    """Writes the block of a command that trains new layers."""
+    draft.set("model.expand.new_layers", given["llamapro_num_new_blocks"], given.text("llamapro_num_new_blocks"))
+    if groups := given["llamapro_num_groups"]:
+        # There a group gets one layer, however many are asked for.
+        draft.set("model.expand.new_layers", groups, given.text("llamapro_num_groups"))
 
 
 def set_tuner(given: Given, draft: Draft, family: str, flag: str) -> None:

@@ -20,6 +20,8 @@ from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 
 _OWN_FILES = {LOCK}
 """What may lie in a directory that counts as empty."""
+INITIAL_MODEL = "initial_model"
+"""Of a run's directory: what training starts from, where that is on no disk before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +93,32 @@ def directory_problem(path: Path, *, resume: bool = False) -> str | None:
 
 
 def prepare_model(recipe: Recipe, directory: Path) -> ModelBlock:
-    """The recipe's model with a path that exists: a new architecture gets a directory with config and tokenizer."""
-    model = recipe.model
+    """The recipe's model with a path that exists: a new architecture gets a directory with config and tokenizer, and a
+    model with new layers one of its own.
+
+    Raises:
+        DataError: The model cannot get new layers.
+    """
+    model, path = recipe.model, directory / INITIAL_MODEL
+    if model.expand is not None:
+        _expand(model, path)
+        return model.model_copy(update={"path": str(path), "revision": None})
     if model.architecture is None:
         return model
-    path = directory / "initial_model"
     path.mkdir(exist_ok=True)
     write_new_model(model, path)
     return model.model_copy(update={"path": str(path)})
+
+
+def _expand(model: ModelBlock, path: Path) -> None:
+    from rlflow.actors import expanded_model
+
+    if expanded_model.is_written(path):
+        return
+    try:
+        expanded_model.write_expanded(model, path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def verify_models(recipe: Recipe) -> None:
@@ -129,7 +149,8 @@ def _require_same_model(model: ModelBlock, directory: Path) -> None:
         return
     before = ModelBlock.model_validate(written["model"])
     remedy = "set the model block back, or choose another run.output_dir"
-    if (before.adapter is None) != (model.adapter is None) or _has_other_shape(before, model):
+    is_other = (before.adapter is None) != (model.adapter is None) or before.expand != model.expand
+    if is_other or _has_other_shape(before, model):
         raise DataError(
             f"{directory} has checkpoints of {_named(before)}, and the recipe trains {_named(model)}: {remedy}"
         )
@@ -173,6 +194,8 @@ def _fixed(adapter: AdapterBlock) -> dict[str, Any]:
 
 def _named(model: ModelBlock) -> str:
     name = model.path or f"a new {(model.architecture or {})['model_type']}"
+    if model.expand is not None:
+        return f"{model.expand.new_layers} new layers ({model.expand.num_groups} groups) in {name}"
     return f"{'an adapter of ' if model.adapter is not None else ''}{name}"
 
 

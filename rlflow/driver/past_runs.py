@@ -80,7 +80,7 @@ def model_of(recipe: Recipe, run: Path) -> ModelBlock:
         DataError: It is gone.
     """
     model, changes = recipe.model, dict[str, Any]()
-    if model.architecture is not None:
+    if model.architecture is not None or model.expand is not None:
         changes["path"] = str(run / "initial_model")
     elif model.path is not None:
         changes["path"] = find_directory(model.path, run) or model.path

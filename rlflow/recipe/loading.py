@@ -184,7 +184,7 @@ def _similar_recipe(path: Path) -> str:
     return f" (did you mean {near}? `rlflow recipes` lists what comes with rlflow)" if near else ""
 
 
-_OF_THE_START = {"path", "revision", "architecture", "characters"}
+_OF_THE_START = {"path", "revision", "architecture", "characters", "expand"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.peft_methods import TYPE, completed, drops_out, peft_problems
 
 
@@ -129,6 +130,8 @@ class ModelBlock(Block):
     """Peaks of parts in the place of trainer.learning_rate, e.g. {vision: 1e-6}; they take its schedule."""
     adapter: AdapterBlock | None = None
     """Train an adapter and leave the model as it is."""
+    expand: ExpandBlock | None = None
+    """Train new layers between those of the model, which stay as they are (LLaMA Pro, arXiv 2401.02415)."""
     router: RouterBlock = RouterBlock()
     """Mixture of experts: losses on the router, beside the algorithm's."""
     liger: bool = False

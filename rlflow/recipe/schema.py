@@ -28,6 +28,7 @@ from rlflow.recipe.data_blocks import DataBlock
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.environment_blocks import EnvironmentBlock, environment_conflicts
 from rlflow.recipe.evaluation_blocks import EvaluationBlock, OneOrSeveralEvaluations, evaluation_conflicts
+from rlflow.recipe.expand_block import expand_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.mixture_blocks import DemonstrationsBlock
 from rlflow.recipe.model_blocks import ModelBlock
@@ -273,6 +274,7 @@ class Recipe(Block):
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._model_conflicts()
         yield from adapter_conflicts(self)
+        yield from expand_conflicts(self)
         yield from rollout_server_conflicts(self)
         yield from environment_conflicts(self)
         yield from evaluation_conflicts(self)

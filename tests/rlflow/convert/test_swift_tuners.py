@@ -53,7 +53,6 @@ def test_a_tuner_of_pefts_is_written_in_pefts_fields(converted, flags: str, peft
     [
         ("--tuner_type adalora", "its ranks would be given out anew in every step; LoRA is written", 8),
         ("--tuner_type longlora", "it shifts attention, which transformers 5 does not", 8),
-        ("--tuner_type llamapro", "no layers are added to a model here", None),
         ("--tuner_type reft", "representations are not tuned here", None),
         ("--tuner_type adapter", "bottleneck adapters are not PEFT's", None),
         ("--tuner_type vera --task_type embedding", "a model with a head takes LoRA and DoRA; LoRA is written", 8),
@@ -66,6 +65,14 @@ def test_what_has_no_counterpart_is_named(converted, flags: str, says: str, rank
     assert says in missing(conversion)
     adapter = recipe.model.adapter
     assert (adapter and adapter.rank) == rank
+
+
+def test_llama_pros_new_layers_are_those_of_the_recipe(converted):
+    recipe, conversion = converted(SFT + "--tuner_type llamapro --llamapro_num_new_blocks 8 --llamapro_num_groups 4")
+    # A group gets one layer there, whatever their number.
+    assert (recipe.model.expand.new_layers, recipe.model.expand.num_groups) == (4, 4)
+    assert converted(SFT + "--tuner_type llamapro")[0].model.expand.new_layers == 4
+    assert (recipe.model.adapter, recipe.trainer.learning_rate, missing(conversion)) == (None, 1e-4, "")
 
 
 def test_an_adapter_on_disk_settles_what_peft_was_told(converted):
