@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlflow.cli.preflight import check, check_in_use, load_runnable
+from rlflow.cli.plan import plans_of
+from rlflow.cli.preflight import load_runnable
 from rlflow.cli.run import run as run_stages
 from rlflow.machine import named_cluster, this_machine
-from rlflow.planning import Plan, make_plans
+from rlflow.planning import Plan
 from rlflow.recipe.loading import RecipeSource, load_located
 from rlflow.results import Result, result_of
 
@@ -46,7 +47,11 @@ def run(
 
 
 def plan(
-    recipe: RecipeSource, overrides: Mapping[str, Any] | Sequence[str] = (), *, read_data: bool = True
+    recipe: RecipeSource,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    read_data: bool = True,
+    tokenize: bool = False,
 ) -> list[Plan]:
     """What each stage will do and need, without starting anything: ``print(*rlflow.plan("recipe.yaml"))``.
 
@@ -54,12 +59,9 @@ def plan(
         recipe: As for `run`.
         overrides: As for `run`.
         read_data: Whether the data is read; it may be large.
+        tokenize: Whether every row is rendered and tokenised as well, as a run does it before it starts.
 
     Raises:
         RecipeError, DataError: The recipe or the data is wrong.
     """
-    located = load_located(recipe, overrides)
-    check(located)
-    readings = check_in_use(located, read=lambda _: read_data)
-    counts = [reading.num_rows for reading in readings], [reading.images for reading in readings]
-    return make_plans([stage.recipe for stage in located], this_machine(), *counts)
+    return plans_of(load_located(recipe, overrides), this_machine(), read_data=read_data, tokenize=tokenize)

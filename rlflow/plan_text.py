@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlflow.data.image_counts import ImageCounts
 from rlflow.planning import GIB, Plan, gib
 from rlflow.policy_weights import sends_merged
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
@@ -24,7 +23,7 @@ def render(plan: Plan) -> str:
         "model": _model_lines(plan),
         **({"teacher": [_teacher_line(recipe)]} if recipe.needs_teacher else {}),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
-        **({"data": [_data_line(plan.num_rows, plan.images)]} if plan.num_rows is not None else {}),
+        **({"data": [_data_line(plan.num_rows, plan)]} if plan.num_rows is not None else {}),
         **({} if recipe.environment is None else {"turns": [_turns_line(recipe, recipe.environment)]}),
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
@@ -87,8 +86,10 @@ def _teacher_line(recipe: Recipe) -> str:
     return f"{teacher.path}, {teacher.dtype or recipe.model.dtype}; {asked}"
 
 
-def _data_line(num_rows: int, images: ImageCounts) -> str:
-    return f"{num_rows:,} rows with {images}" if images.images else f"{num_rows:,} rows"
+def _data_line(num_rows: int, plan: Plan) -> str:
+    if plan.images.images:
+        return f"{num_rows:,} rows with {plan.images}"
+    return f"{num_rows:,} rows" if plan.tokenized else f"{num_rows:,} rows; how many of them fit: --tokenize"
 
 
 def _step_lines(plan: Plan) -> list[str]:

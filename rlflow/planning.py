@@ -84,6 +84,9 @@ class Plan:
     """Of training; None where they were not read."""
     images: ImageCounts = field(default_factory=ImageCounts)
     """Of training."""
+    tokenized: bool = True
+    """Whether ``num_rows`` are those that the chat template and the limits leave; otherwise they are all that can be
+    read."""
     one_at_a_time: str | None = None
     """Why sequences are not packed; None where they are."""
     one_rotation: int | None = None
@@ -129,6 +132,7 @@ def make_plans(
     machine: Machine | None = None,
     num_rows: Sequence[int | None] = (),
     images: Sequence[ImageCounts] = (),
+    tokenized: Sequence[bool] = (),
 ) -> list[Plan]:
     """What each stage will do.
 
@@ -136,13 +140,14 @@ def make_plans(
         machine: Where; this one when it is left out.
         num_rows: Rows of each stage's training data, as far as they were read.
         images: Their pictures.
+        tokenized: Whether they were tokenised.
     """
     machine = machine or this_machine()
     shapes: dict[tuple[str | None, str | None], ModelShape | str] = {}
     configs: dict[tuple[str | None, str | None], Mapping[str, Any]] = {}
     adapters: dict[str | None, AdapterBlock] = {}
     plans = []
-    for recipe, rows, pictures in zip_longest(recipes, num_rows, images):
+    for recipe, rows, pictures, whole in zip_longest(recipes, num_rows, images, tokenized):
         # The model that an earlier stage will write has the shape of the one it starts from, and so has an adapter.
         model = (recipe.model.path, recipe.model.revision)
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
@@ -167,6 +172,7 @@ def make_plans(
                 machine=machine,
                 num_rows=rows,
                 images=pictures or ImageCounts(),
+                tokenized=whole is not False,
                 one_at_a_time=why_one_at_a_time(config),
                 one_rotation=longest_with_one_rotation(config),
             )

@@ -81,11 +81,14 @@ def load_checked(path: str | Path, overrides: Overrides = (), *, alone: bool = F
     return [stage.recipe for stage in located]
 
 
-def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bool]) -> list[Reading]:
+def check_in_use(
+    stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bool], tokenize: bool = True
+) -> list[Reading]:
     """Imports the functions of the stages, each in a process of its own, and reads their data.
 
     Args:
         read: Whether a stage's data is to be read.
+        tokenize: Whether it is tokenised as well; see `read_data`.
 
     Returns:
         What was read of each stage.
@@ -100,7 +103,7 @@ def check_in_use(stages: Sequence[LocatedRecipe], *, read: Callable[[Recipe], bo
         recipe = stage.recipe
         is_read = read(recipe)
         found = [*in_generators(recipe, is_called=is_read), *in_environments(recipe)]
-        reading = read_data(recipe, to_come) if is_read and not found else Reading()
+        reading = read_data(recipe, to_come, tokenize=tokenize) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)

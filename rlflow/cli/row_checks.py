@@ -1,4 +1,7 @@
-"""The data of a recipe, read and tokenised as a run does it, before anything starts."""
+"""The data of a recipe before anything starts: read and tokenised as a run does it, or read alone.
+
+Reading alone imports no tokenizer: every row is there, and has what its format needs.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from rlflow.cli.plugin_checks import sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import loader_of
 from rlflow.data.class_labels import with_labels
-from rlflow.data.errors import DataError, Rows
+from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.examples import load_examples
+from rlflow.data.formats import Record
 from rlflow.data.image_counts import ImageCounts, count_images
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.new_model import sees, write_new_model
 from rlflow.data.prompts import load_prompts
+from rlflow.data.records import load_records
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, SourceBlock
 from rlflow.types import Prompt
@@ -36,24 +41,31 @@ class Reading:
     """(dotted key, what is wrong and what to do)."""
     num_rows: int | None = None
     """Of training; None where they were not read."""
+    tokenized: bool = True
+    """Whether it is known which rows the chat template and the limits leave; otherwise ``num_rows`` counts them all."""
     images: ImageCounts = field(default_factory=ImageCounts)
     """Of training."""
     row: Mapping[str, Any] | None = None
     """The columns of a prompt, as rewards get them."""
 
 
-def read_data(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Reading:
+def read_data(recipe: Recipe, to_come: Mapping[str, Recipe], *, tokenize: bool = True) -> Reading:
     """Reads what the stage trains and evaluates on.
 
     Args:
         to_come: The directory that each earlier stage will write, and the stage: its tokenizer is that of its start.
+        tokenize: Rows are rendered and tokenised as well. Those of a model that takes pictures always are, as the
+            sizes of these decide what a step needs, and those of a new one, whose characters are few.
     """
     reading = Reading()
-    if config_of(recipe.model, to_come) is None:
+    config = config_of(recipe.model, to_come)
+    if config is None:
         return reading  # on a hub that cannot be reached, which a run will say
-    if (known := _known_to_fit(recipe, _start(recipe.model, to_come))) is not None:
-        return known
     start = _start(recipe.model, to_come)
+    if (known := _known_to_fit(recipe, start)) is not None:
+        return known
+    if not tokenize and start.path is not None and "vision_config" not in config:
+        return _read_forms(recipe)
     with TemporaryDirectory() as scratch:
         try:
             if sees(start):
@@ -86,9 +98,12 @@ def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, re
             reading.images = count_images((image for row in rows for image in row.images), vision)
         if reading.row is None and rows and isinstance(rows[0], Prompt):
             shown = {"images": []} if any(prompt.images for prompt in rows) else {}
-            reading.row = (
-                shown | {name: value for prompt in rows for name, value in prompt.columns.items()} | rows[0].columns
-            )
+            reading.row = shown | _all_columns([prompt.columns for prompt in rows])
+
+
+def _all_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first row, with columns that others alone have."""
+    return {name: value for row in rows for name, value in row.items()} | dict(rows[0])
 
 
 def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
@@ -97,11 +112,7 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
     if recipe.algorithm.learning.data_row not in ("prompt", "example") or read_whole:
         return None
     reading = Reading()
-    is_online = recipe.family == "online"
-    kinds = {"data.train": (recipe.data.train, is_online)}
-    for key, block in recipe.evaluations.items():
-        kinds[f"{key}.data"] = (block.data, is_online or recipe.reward_of(block) is not None)
-    for key, (sources, is_prompt) in kinds.items():
+    for key, (sources, is_prompt) in _sources(recipe).items():
         columns = rows_that_fit(sources, recipe, model, is_prompt=is_prompt)
         if columns is None:
             return None
@@ -110,6 +121,54 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
         if reading.row is None and is_prompt:
             reading.row = columns[0]
     return reading
+
+
+def _sources(recipe: Recipe) -> Mapping[str, tuple[SourceBlock | Sequence[SourceBlock], bool]]:
+    """Key -> sources of what is trained and evaluated on, and whether their rows are prompts."""
+    is_online = recipe.family == "online"
+    kinds: dict[str, tuple[Any, bool]] = {"data.train": (recipe.data.train, is_online)}
+    if recipe.demonstrations is not None:
+        kinds["demonstrations.train"] = (recipe.demonstrations.train, False)
+    for key, block in recipe.evaluations.items():
+        kinds[f"{key}.data"] = (block.data, is_online or recipe.reward_of(block) is not None)
+    return kinds
+
+
+def _read_forms(recipe: Recipe) -> Reading:
+    """What reading the rows brings, without rendering them."""
+    reading = Reading(tokenized=False)
+    for key, (sources, is_prompt) in _sources(recipe).items():
+        learning = recipe.algorithm.learning
+        kind = "prompt" if is_prompt else "example" if key == "demonstrations.train" else learning.data_row
+        try:
+            rows = load_records(
+                sources,
+                recipe.run.seed,
+                partial(_columns_of, kind=kind),
+                judged=kind in ("labelled", "judged"),
+                as_columns=not is_prompt and bool(learning.held_out),
+            )
+        except DataError as error:
+            reading.problems.append((key, str(error)))
+            continue
+        if key == "data.train":
+            reading.num_rows = len(rows)
+        if reading.row is None and is_prompt and rows:
+            reading.row = _all_columns([row.value for row in rows])
+    return reading
+
+
+def _columns_of(record: Record, kind: str) -> Mapping[str, Any]:
+    """A record's columns, as rewards get them.
+
+    Raises:
+        RowError: It lacks what the algorithm learns from.
+    """
+    if kind in ("pair", "margin_pair") and record.rejected is None:
+        raise RowError("it has no rejected answer")
+    if kind == "prompt" and record.messages and record.messages[-1]["role"] == "assistant":
+        return {"response": record.messages[-1]["content"], **record.columns}
+    return record.columns
 
 
 def _named_tools(recipe: Recipe) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ processor writes in its place, which the picture's size alone decides.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,10 @@ class ImageProcessor:
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:
-        """Of the model; empty where it has none."""
+        """Of the model; empty where it has none. That of a directory is read without transformers, and so torch."""
+        if Path(self._path).is_dir():
+            file = Path(self._path) / "config.json"
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         from transformers import PreTrainedConfig
 
         try:

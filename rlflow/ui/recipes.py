@@ -161,7 +161,7 @@ async def run_plan(path: Path, overrides: Sequence[str], *, data: bool) -> Verdi
     Raises:
         Refusal: It did not end in time.
     """
-    command = [sys.executable, "-m", "rlflow", "plan", str(path), *overrides, *([] if data else ["--no-data"])]
+    command = [sys.executable, "-m", "rlflow", "plan", str(path), *overrides, "--tokenize" if data else "--no-data"]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,

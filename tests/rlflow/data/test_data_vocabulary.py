@@ -36,3 +36,22 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_file(tmp_path):
         read_vocabulary(ModelBlock(path=str(tmp_path)))
     (tmp_path / "tokenizer.json").unlink()
     assert read_vocabulary(ModelBlock(path=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({"a": 0, "b": 1, "ab": 2, "<eos>": 3}, [("a", "b")]),
+        models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}),
+        models.WordLevel(WITH_A_HOLE),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0),
+    ],
+    ids=["BPE", "WordPiece", "WordLevel", "Unigram"],
+)
+def test_a_vocabulary_is_the_one_that_the_tokenizers_library_builds(tmp_path, model):
+    tokenizer = Tokenizer(model)
+    tokenizer.add_tokens(["new", "a"])
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = read_vocabulary(ModelBlock(path=str(tmp_path)))
+    assert vocabulary == tokenizer.get_vocab(with_added_tokens=True) and "<pad>" in vocabulary
