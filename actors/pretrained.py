@@ -10,7 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from rlflow.actors.vision import language_model_class
+
+
+def load_language_model(path: str, *, dtype: Any, **options: Any) -> PreTrainedModel:
+    """The language model or vision-language model of a directory or hub id, whole.
+
+    Args:
+        dtype: As ``from_pretrained`` takes it.
+        options: ``revision``, ``trust_remote_code``.
+
+    Raises:
+        ValueError: As ``load_whole``; or it is a model of sound.
+    """
+    kind = language_model_class(AutoConfig.from_pretrained(path, **options))
+    return load_whole(kind, path, dtype=dtype, **options)
 
 
 def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options: Any) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from rlflow.cli.common import parser_of
 from rlflow.cli.hubs import hub_target, open_repository
 from rlflow.cli.quantizing import add_quantize_arguments, check_quantize_arguments, quantize
 from rlflow.data.errors import DataError
+from rlflow.data.processor_files import PROCESSOR_FILES, copy_processor_files
 from rlflow.driver.args_json import write_merged_args
 from rlflow.driver.errors import RunError
 from rlflow.model_source import ModelSource, find_model
@@ -232,7 +233,8 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
         remedy = "Give the model it was trained on with --base"
         raise DataError(f"{source} cannot be merged into {path}: {error}\n{remedy}") from error
     save_model(merged.to(stored if arguments.dtype is None else getattr(torch, arguments.dtype)), directory)
-    for pattern in _KEPT:
+    copy_processor_files(ModelBlock(path=path, revision=options.get("revision")), directory)
+    for pattern in (*_KEPT, *PROCESSOR_FILES):
         for file in source.glob(pattern):
             shutil.copy(file, directory)
     if (algorithm := _of_sequences(model_source)) is not None:
@@ -265,12 +267,11 @@ def _with_adapter(source: Path, base: str, algorithm: AlgorithmBlock | None, **o
     import warnings
 
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    from rlflow.actors.pretrained import load_whole
+    from rlflow.actors.pretrained import load_language_model
 
     if algorithm is None:
-        model = load_whole(AutoModelForCausalLM, base, dtype="auto", **options)
+        model = load_language_model(base, dtype="auto", **options)
     else:
         from rlflow.actors.sequence_files import pad_model
         from rlflow.actors.train_engines.sequence_model import read_sequence_model

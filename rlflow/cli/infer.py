@@ -292,7 +292,7 @@ def _prompts(arguments: argparse.Namespace, model: ServedModel, system: str | No
         max_prompt_tokens=max(1, model.context - 1),
         template_date=recipe.data.template_date if recipe is not None else None,
     )
-    prompts = load_prompts(source, data, model.tokenizer, arguments.seed or 0)
+    prompts = load_prompts(source, data, model.tokenizer, arguments.seed or 0, vision=model.vision)
     if prompts.notes:
         print(f"not all of these rows is shown to the model:{listing(prompts.notes, 3)}", file=sys.stderr)
     return prompts

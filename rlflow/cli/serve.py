@@ -118,6 +118,8 @@ def _become_vllm(
         print(
             "vLLM asks for the token under /v1 alone: keep the port from those who must not reach it", file=sys.stderr
         )
+    if model.vision is not None and model.vision.max_pixels is not None:
+        print("vLLM scales pictures as the model's processor says, and knows no max_pixels", file=sys.stderr)
     listening.close()
     become(words, token)
 

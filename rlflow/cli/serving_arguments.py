@@ -41,6 +41,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-num-seqs", metavar="N", type=positive, default=64, help="answers that are written at a time (64)"
     )
+    parser.add_argument(
+        "--max-pixels",
+        metavar="PIXELS",
+        type=positive,
+        help="width times height: larger pictures are scaled down; as the run's recipe says when left out",
+    )
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template in the place of the tokenizer's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's files bring")
     parser.add_argument(
@@ -61,6 +67,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
+        max_pixels=arguments.max_pixels,
         chat_template=arguments.chat_template,
         trust_remote_code=arguments.trust_remote_code,
         tensor_parallel_size=arguments.tensor_parallel_size,

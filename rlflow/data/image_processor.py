@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _OF_THE_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 """What a processor returns that is not of the pictures."""
 
+_SIZES = 1000
+"""Of pictures, at most, whose tokens are kept: a server sees ever new ones."""
+
 
 class ImageProcessor:
     """The processor of one model. Nothing is loaded before the first picture."""
@@ -47,7 +50,7 @@ class ImageProcessor:
             trust_remote_code: Whether code that comes with the model may run.
         """
         self._path = path
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._written: dict[tuple[int, int], np.ndarray] = {}
         """Width and height -> what is written in the place of such a picture, int32."""
@@ -123,9 +126,9 @@ class ImageProcessor:
             RowError: It cannot be used.
         """
         if not isinstance(value, str) or len(value) > LONGEST_PATH:
-            return load_image(value, directory, self._max_pixels)
+            return load_image(value, directory, self.max_pixels)
         if (directory, value) not in self._files:
-            self._files[directory, value] = load_image(value, directory, self._max_pixels)
+            self._files[directory, value] = load_image(value, directory, self.max_pixels)
         return self._files[directory, value]
 
     def num_tokens(self, image: bytes) -> int:
@@ -202,6 +205,8 @@ class ImageProcessor:
                 arrays = _process(processor, Image.new("RGB", size))
             except (ValueError, ZeroDivisionError) as error:
                 raise RowError(f"the image processor refuses {size[0]} x {size[1]} pixels: {error}") from error
+            if len(self._written) >= _SIZES:
+                self._written.clear()
             self._written[size] = arrays["input_ids"][0].astype(np.int32)
         return self._written[size]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlflow.recipe import ModelBlock
 
-_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """As transformers and vLLM look for them."""
 
 
@@ -16,7 +16,7 @@ def copy_processor_files(model: ModelBlock, directory: Path) -> None:
     never loaded, none."""
     assert model.path is not None
     source = Path(model.path)
-    for name in _FILES:
+    for name in PROCESSOR_FILES:
         found = source / name if source.is_dir() else _cached(model.path, name, model.revision)
         if found is not None and found.is_file():
             shutil.copyfile(found, directory / name)

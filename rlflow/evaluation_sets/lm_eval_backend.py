@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.evaluation_sets.estimates import Estimate
 from rlflow.evaluation_sets.measuring import SetResult
 from rlflow.model_source import ModelSource
@@ -40,7 +41,10 @@ def measure_with_lm_eval(
     """
     lm_eval: Any = importlib.import_module("lm_eval")
     began = time.monotonic()
-    arguments = {"pretrained": source.base if source.is_adapter else source.path, "dtype": dtype}
+    path = source.base if source.is_adapter else source.path
+    if path is not None and ImageProcessor(path, trust_remote_code=trust).takes_images:
+        raise DataError(f"--backend lm_eval: its model hf reads text alone, and {path} sees: leave the option out")
+    arguments = {"pretrained": path, "dtype": dtype}
     if source.is_adapter:
         arguments |= {"peft": source.path, "tokenizer": source.path}
     if trust:

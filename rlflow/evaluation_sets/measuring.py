@@ -258,15 +258,14 @@ def _settings(job: Job) -> dict[str, Any]:
 def _load_scorer(model: ServedModel) -> Any:
     """The model as transformers and PEFT have it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from rlflow.actors.pretrained import load_whole
+    from rlflow.actors.pretrained import load_language_model
 
     assert model.base.path is not None
     options: dict[str, Any] = {"dtype": getattr(torch, model.base.dtype)}
     options["trust_remote_code"] = model.base.trust_remote_code
     try:
-        loaded: Any = load_whole(AutoModelForCausalLM, model.base.path, **options)
+        loaded: Any = load_language_model(model.base.path, **options)
         if model.source.is_adapter:
             from peft import PeftModel
 

@@ -19,6 +19,7 @@ from rlflow.data.errors import BadRow, DataError, RowError, Rows
 from rlflow.data.prompts import load_prompts
 from rlflow.data.records import refuse_bad_rows
 from rlflow.data.sampler import permutation
+from rlflow.data.sequence_texts import refuse_media
 from rlflow.data.sources import Table, read_table
 from rlflow.recipe import DataBlock, EvaluationBlock, Recipe, RewardBlock, SourceBlock
 from rlflow.types import Prompt
@@ -203,7 +204,9 @@ def read_own(name: str, path: str, reading: Reading) -> ProblemSet:
     if "question" in columns and not {"prompt", "messages", "query"} & columns:
         source = source.model_copy(update={"columns": {**source.columns, "prompt": "question"}})
     source = source.model_copy(update={"rows": _limit(reading.limit, len(table.rows))})
-    prompts = load_prompts(source, reading.data(source), reading.model.tokenizer, reading.seed)
+    prompts = load_prompts(
+        source, reading.data(source), reading.model.tokenizer, reading.seed, vision=reading.model.vision
+    )
     return ProblemSet(name, "code" if reward.name == "python_tests" else "answer", prompts=prompts, reward=reward)
 
 
@@ -226,7 +229,7 @@ def _read_evaluation(recipe: Recipe, block: EvaluationBlock, reward: RewardBlock
     if reading.limit is not None:
         source = source.model_copy(update={"rows": _limit(reading.limit, len(read_table(source).rows))})
     data = recipe.data.model_copy(update={"system": reading.system})
-    prompts = load_prompts(source, data, reading.model.tokenizer, recipe.run.seed)
+    prompts = load_prompts(source, data, reading.model.tokenizer, recipe.run.seed, vision=reading.model.vision)
     return ProblemSet(
         block.name,
         "answer",
@@ -279,7 +282,9 @@ def _rendered(name: str, rows: Sequence[dict[str, Any]], kind: Kind, reading: Re
         lines = (json.dumps(_prompt_row(values, kind, reading)) + "\n" for values in rows)
         path.write_text("".join(lines), encoding="utf-8")
         source = SourceBlock(path=str(path))
-        return load_prompts(source, reading.data(source), reading.model.tokenizer, reading.seed)
+        return load_prompts(
+            source, reading.data(source), reading.model.tokenizer, reading.seed, vision=reading.model.vision
+        )
 
 
 def _prompt_row(values: dict[str, Any], kind: Kind, reading: Reading) -> dict[str, Any]:
@@ -303,6 +308,7 @@ def _user(text: str) -> dict[str, str]:
 
 def _own_choice(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the user's: ``choices`` a list of texts, ``answer`` the place of the right one, its letter or itself."""
+    refuse_media(row)
     question = next((row[name] for name in ("question", "prompt", "text", "query") if name in row), None)
     choices, answer = _take(row, "choices"), _take(row, "answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):

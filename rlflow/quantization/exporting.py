@@ -51,7 +51,11 @@ def check_request(model: Path, request: Request) -> None:
     Raises:
         DataError: The model cannot be quantised, or a package is missing.
     """
-    read_config(model)
+    if "vision_config" in read_config(model):
+        raise DataError(
+            f"{model} is a vision-language model, and schemes are of language models: export it without --quantize and "
+            "have vLLM quantise it as it loads (quantization='fp8')"
+        )
     if request.scheme.preset is None:
         rounding.check(request.dtype)
     elif find_spec("compressed_tensors") is None:

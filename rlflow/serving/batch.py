@@ -21,6 +21,7 @@ from rlflow.actors.rollout_worker import decode_completions
 from rlflow.algorithms.advantages import combine_rewards
 from rlflow.data.answer_text import AnswerText
 from rlflow.data.errors import DataError
+from rlflow.data.images import data_uri
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import RewardBlock
@@ -152,7 +153,9 @@ def _ask(prompt: Prompt, job: Job, streams: Streams, put: Callable[[tuple[_Sampl
         return lambda piece: put((sample, piece))
 
     pairs = zip(samples, seeds, strict=True)
-    ids = streams.submit([Ask(job.name, prompt.token_ids, seed, params, teller(sample)) for sample, seed in pairs])
+    shown = (prompt.images, prompt.engine_token_ids)
+    asks = [Ask(job.name, prompt.token_ids, seed, params, teller(sample), *shown) for sample, seed in pairs]
+    ids = streams.submit(asks)
     for sample, id_ in zip(samples, ids, strict=True):
         sample.id = id_
     return _Question(prompt, seeds, samples)
@@ -186,6 +189,7 @@ def _rows(done: Sequence[_Question], job: Job, server: RewardServer | None) -> t
     rows: list[dict[str, Any]] = []
     for question in done:
         prompt = question.prompt
+        images = {"images": [data_uri(image) for image in prompt.images]} if prompt.images else {}
         for g, (sample, seed) in enumerate(zip(question.samples, question.seeds, strict=True)):
             answer = {"role": "assistant", "content": prompt.opened + sample.text}
             rows.append(
@@ -193,6 +197,7 @@ def _rows(done: Sequence[_Question], job: Job, server: RewardServer | None) -> t
                     "id": prompt.id,
                     "sample": g,
                     "messages": [*prompt.messages, answer],
+                    **images,
                     "response": sample.text,
                     "finish_reason": sample.finish_reason,
                     "num_tokens": len(sample.token_ids),

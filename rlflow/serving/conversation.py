@@ -5,12 +5,16 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlflow.data.answer_text import AnswerText
+from rlflow.data.errors import RowError
 from rlflow.data.formats import with_system
+from rlflow.data.image_rows import place_images, with_images
+from rlflow.data.messages import GivenImage
 from rlflow.data.prompts import opened_tag
 from rlflow.driver.errors import RunError
 from rlflow.serving.models import ServedModel
@@ -34,15 +38,26 @@ class AskedPrompt:
     """int32 [P]."""
     opened: str = ""
     """A tag that begins a thought, at its end."""
+    images: tuple[bytes, ...] = ()
+    """The pictures in ``token_ids``, encoded."""
+    engine_token_ids: np.ndarray | None = None
+    """int32: ``token_ids`` with one placeholder a picture; None without pictures."""
 
 
-def render(model: ServedModel, messages: Sequence[Message]) -> AskedPrompt:
+def render(model: ServedModel, messages: Sequence[Message], images: Sequence[bytes] = ()) -> AskedPrompt:
     """
+    Args:
+        messages: Each with the number of its pictures.
+        images: Of the messages, encoded, in their order.
+
     Raises:
         RowError: The chat template refuses the messages, or leaves out what they say.
     """
-    rendered = model.chat.render_prompt(messages)
-    return AskedPrompt(model.chat.encode([rendered])[0], opened_tag(rendered.text))
+    rendered = with_images(model.chat.render_prompt(messages), messages, images, model.chat)
+    (token_ids,), opened = model.chat.encode([rendered]), opened_tag(rendered.text)
+    if model.vision is None or not rendered.images:
+        return AskedPrompt(token_ids, opened)
+    return AskedPrompt(model.vision.expand(token_ids, rendered.images), opened, rendered.images, token_ids)
 
 
 def encode_text(model: ServedModel, text: str) -> AskedPrompt:
@@ -80,7 +95,8 @@ class Answer:
         self._streams = streams
         self._decoder = AnswerText(model.tokenizer, model.hidden, sampling.stop)
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        (self._id,) = streams.submit([Ask(name, prompt.token_ids, seed, params, self._pieces.put)])
+        shown = (prompt.images, prompt.engine_token_ids)
+        (self._id,) = streams.submit([Ask(name, prompt.token_ids, seed, params, self._pieces.put, *shown)])
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of the text.
@@ -117,26 +133,54 @@ class Conversation:
 
     def __init__(self, model: ServedModel, system: str | None) -> None:
         self.model, self.system = model, system
-        self.messages: list[Message] = []
+        self.clear()
 
     def clear(self) -> None:
-        self.messages = []
+        self.messages: list[Message] = []
+        self.images: tuple[bytes, ...] = ()
+        """Of the messages."""
+        self.shown: list[bytes] = []
+        """Pictures that the next message shows."""
+
+    def show(self, path: str) -> None:
+        """Has the next message show a picture: where its text has ``<image>``, or else in front of it.
+
+        Raises:
+            RowError: The model takes no pictures, or this file is none.
+        """
+        if self.model.vision is None or not self.model.has_template:
+            lacks = "takes text alone" if self.model.vision is None else "has no chat template to show a picture in"
+            raise RowError(f"{self.model.source.path} {lacks}")
+        self.shown.append(self.model.vision.load(path, Path.cwd()))
 
     def prompt(self, text: str) -> AskedPrompt:
         """What the policy reads when somebody says ``text`` now; it joins the conversation with its answer.
 
         Raises:
-            RowError: The chat template refuses it.
+            RowError: The chat template refuses it, or it has not a place for every picture that it shows.
             TooLongError: The conversation is longer than the model reads.
         """
         if not self.model.has_template:
             asked = encode_text(self.model, text)
         else:
-            said: list[Any] = [*self.messages, {"role": "user", "content": text}]
-            asked = render(self.model, with_system(said, self.system or None))
+            message, images = self._question(text)
+            said: list[Any] = [*self.messages, message]
+            asked = render(self.model, with_system(said, self.system or None), (*self.images, *images))
         room_behind(asked.token_ids, self.model)
         return asked
 
     def add(self, text: str, answer: str, opened: str) -> None:
         """Takes an exchange. What the prompt opened belongs to the answer, which templates cut thoughts from."""
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": opened + answer}]
+        message, images = self._question(text)
+        self.messages += [message, {"role": "assistant", "content": opened + answer}]
+        self.images += images
+        self.shown = []
+
+    def _question(self, text: str) -> tuple[Message, tuple[bytes, ...]]:
+        message: Message = {"role": "user", "content": text}
+        if not self.shown:
+            # Without pictures the tag is what somebody wrote.
+            return message, ()
+        given = [GivenImage(f"picture {number}", image) for number, image in enumerate(self.shown, 1)]
+        (message,), images = place_images([message], given, self.model.vision, Path.cwd())
+        return message, images

@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError
+from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.tokenizer import generation_settings, load_tokenizer, stop_token_ids
-from rlflow.data.vocabulary import ids_without_token
+from rlflow.data.vocabulary import ids_without_token, placeholder_ids
 from rlflow.model_source import ModelSource
 from rlflow.recipe import AdapterBlock, ModelBlock
 from rlflow.recipe.adapter_files import is_adapter, read_config, same_model
@@ -44,6 +47,8 @@ class Settings:
     """Longest text in tokens, prompt and answer; the model's own when None."""
     max_num_seqs: int = 64
     """Answers that are written at a time."""
+    max_pixels: int | None = None
+    """Width times height: larger pictures are scaled down; as the run's recipe says when None."""
     chat_template: str | None = None
     """A Jinja template or a file; the tokenizer's when None."""
     trust_remote_code: bool = False
@@ -75,6 +80,13 @@ class ServedModel:
     """Rows of its embedding."""
     defaults: Sampling
     """As the run drew answers, or the model's authors advise."""
+    unwritten: np.ndarray
+    """int64: ids that no answer has: those of no token, and those that stand for a picture."""
+
+    @property
+    def vision(self) -> ImageProcessor | None:
+        """What reads its pictures; None of a model that takes text alone."""
+        return self.chat.vision
 
     @property
     def base_name(self) -> str:
@@ -107,6 +119,8 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     """
     from transformers import AutoConfig
 
+    from rlflow.actors.vision import sees
+
     refuse_reward_model(source)
     path = source.base if source.is_adapter else source.path
     if path is None:
@@ -133,11 +147,16 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     advice = generation_settings(str(own.path), None) or generation_settings(path, None)
     day = None if source.recipe is None else source.recipe.data.template_date
     dtype = settings.dtype if settings.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    max_pixels = settings.max_pixels
+    if max_pixels is None and source.recipe is not None:
+        max_pixels = source.recipe.model.max_pixels
+    vision = load_image_processor(base.model_copy(update={"max_pixels": max_pixels})) if sees(config) else None
+    unwritten = ids_without_token(tokenizer, text.vocab_size)
     return ServedModel(
         source=source,
         base=base.model_copy(update={"dtype": dtype}),
         tokenizer=tokenizer,
-        chat=Chat(tokenizer, day),
+        chat=Chat(tokenizer, day, vision),
         has_template=bool(tokenizer.chat_template),
         hidden=hidden_ids(tokenizer),
         # An adapter of others often comes without a generation config: its base's holds, too.
@@ -145,6 +164,7 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
         context=context,
         vocabulary=text.vocab_size,
         defaults=defaults_of(source.recipe, advice),
+        unwritten=np.union1d(unwritten, placeholder_ids(config)).astype(np.int64),
     )
 
 
@@ -197,7 +217,7 @@ def open_streams(model: ServedModel, engine: EngineName, adapters: Mapping[str, 
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{model.source.path}: {error}") from error
     for one in engines.values():
-        one.leave_out(ids_without_token(model.tokenizer, model.vocabulary))
+        one.leave_out(model.unwritten)
     engines = {name: StopStrings(one, model.tokenizer) for name, one in engines.items()}
     return Streams(engines, use, partial(torch.set_num_threads, num_threads))
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlflow.data.errors import RowError
-from rlflow.data.messages import to_messages
+from rlflow.data.image_rows import place_images
+from rlflow.data.messages import GivenImage, to_messages
 from rlflow.serving.conversation import AskedPrompt, TooLongError, encode_text, render, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
-from rlflow.types import SamplingParams
+from rlflow.types import Message, SamplingParams
 
 WITHOUT_MEANING = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -163,9 +165,35 @@ def _messages(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]
     # What OpenAI calls a system message now.
     renamed = [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in messages]
     try:
-        return [render(model, to_messages(renamed, "messages"))]
+        said = [_with_own_images(message) for message in to_messages(renamed, "messages")]
+        messages, images = place_images(said, (), model.vision, Path.cwd())
+        return [render(model, messages, images)]
     except RowError as error:
         raise RequestError(str(error), param="messages") from error
+
+
+def _with_own_images(message: Message) -> Message:
+    """A message whose pictures are those of its parts: ``<image>`` is what somebody wrote.
+
+    Raises:
+        RowError: A picture is not in the request itself.
+    """
+    parts = message.get("images")
+    if parts is None:
+        return {**message, "images": []} if "<image>" in message["content"] else message
+    return {**message, "images": [_own_image(part) for part in parts]}
+
+
+def _own_image(part: GivenImage | None) -> GivenImage:
+    """A picture as a mapping, which nobody keeps."""
+    url = part.value.get("url") if part is not None and isinstance(part.value, dict) else part and part.value
+    if part is None or not isinstance(url, str) or url[:5].lower() != "data:":
+        where = "a picture's part" if part is None else f"`{part.place}`"
+        raise RowError(
+            f"{where}: send the picture itself, data:image/png;base64,...: this server reads no files of its machine "
+            "and fetches nothing"
+        )
+    return GivenImage(part.place, {"url": url})
 
 
 def _prompts(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]:

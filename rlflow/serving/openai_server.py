@@ -47,6 +47,7 @@ class OpenAIServer:
         """
         self.models, self.streams, self.token = dict(models), streams, token
         self.created = int(time.time())
+        self._reading = asyncio.Lock()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=MOST_BYTES, middlewares=[_with_error_objects, self._admit])
@@ -77,7 +78,9 @@ class OpenAIServer:
     async def _answer(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
         self._require_engine()
         body = await _read_body(request)
-        wanted = parse(body, self.models, is_chat=is_chat)
+        async with self._reading:
+            # Beside the loop: a large picture takes a while.
+            wanted = await asyncio.to_thread(parse, body, self.models, is_chat=is_chat)
         answers = Answers(self.models[wanted.model], wanted, is_chat=is_chat)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         ids = self._submit(answers, pieces)
@@ -105,6 +108,8 @@ class OpenAIServer:
                 sample_seed(seed, "openai", choice.index // wanted.n, choice.index % wanted.n),
                 wanted.params[choice.index // wanted.n],
                 teller(choice.index),
+                wanted.prompts[choice.index // wanted.n].images,
+                wanted.prompts[choice.index // wanted.n].engine_token_ids,
             )
             for choice in answers.choices
         ]

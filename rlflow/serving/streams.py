@@ -45,6 +45,14 @@ class Ask:
     params: SamplingParams
     tell: Callable[[Piece], None]
     """Called in the engines' thread with every piece; it must return at once."""
+    images: tuple[bytes, ...] = ()
+    """The pictures in ``token_ids``, encoded."""
+    engine_token_ids: np.ndarray | None = None
+    """int32: ``token_ids`` with one placeholder a picture; None without pictures."""
+
+    def request(self, id_: int) -> SampleRequest:
+        """As an engine takes it, under a number of its own."""
+        return SampleRequest(id_, self.token_ids, self.seed, self.params, self.images, self.engine_token_ids)
 
 
 @dataclass(slots=True)
@@ -147,7 +155,7 @@ class Streams:
         while self._beginning:
             id_, ask = self._beginning[0]
             try:
-                self._engines[ask.model].add([SampleRequest(id_, ask.token_ids, ask.seed, ask.params)])
+                self._engines[ask.model].add([ask.request(id_)])
             except ValueError as error:
                 ask.tell(Piece(NOTHING, "error", str(error)))
             else:

@@ -17,6 +17,7 @@ from rlflow.serving.streams import Streams
 from rlflow.serving.text import Thoughts
 
 COMMANDS = {
+    "/image FILE": "shows a picture with the next message, where that has <image> or else in front of it",
     "/system TEXT": "sets the system prompt and begins anew; without TEXT shows it, with - takes it away",
     "/clear": "begins a new conversation",
     "/help": "shows this",
@@ -147,7 +148,10 @@ def _exchange(conversation: Conversation, streams: Streams, name: str, sampling:
         if line is None or line.strip() == "/exit":
             return
         if line.startswith("/"):
-            _obey(line, conversation, screen.note)
+            try:
+                _obey(line, conversation, screen.note)
+            except RowError as error:
+                screen.refuse(f"{line.strip()}: {error}")
         elif line.strip():
             try:
                 _answer(line, conversation, streams, name, sampling, _seed(sampling, count), screen)
@@ -199,6 +203,9 @@ def _obey(line: str, conversation: Conversation, note: Callable[[str], None]) ->
     if command == "/clear":
         conversation.clear()
         note("a new conversation")
+    elif command == "/image" and rest.strip():
+        conversation.show(rest.strip())
+        note(f"the next message shows {rest.strip()}")
     elif command == "/system" and not rest.strip():
         note(conversation.system or "there is no system prompt")
     elif command == "/system":

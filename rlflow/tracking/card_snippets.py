@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlflow.data.processor_files import PROCESSOR_FILES
 from rlflow.recipe import ALGORITHMS
 from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
 from rlflow.recipe.peft_methods import is_plain_lora, lora_kind
@@ -26,6 +27,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 {here}
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+{generate}"""
+
+GENERATE_FROM_PICTURES = """\
+content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is this?"}}]
+messages = [{{"role": "user", "content": content}}]
+options = {{"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = processor.apply_chat_template(messages, **options)
+tokens = model.generate(**inputs, max_new_tokens={max_new_tokens})[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens, skip_special_tokens=True))"""
+
+MODEL_OF_PICTURES = """\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+{here}
+processor = AutoProcessor.from_pretrained(path)
+model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+{generate}"""
+
+ADAPTER_OF_PICTURES = """\
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+{here}
+base = "{base}"
+processor = AutoProcessor.from_pretrained(path)
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype="auto"), path)
 {generate}"""
 
 ADAPTER = """\
@@ -106,6 +135,10 @@ messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
 conversation = tokenizer.apply_chat_template(messages, tokenize=False)"""
 
 CHAT = 'chat([{"role": "user", "content": "Hello"}]'
+CHAT_OF_PICTURES = (
+    'chat([{"role": "user", "content": [{"type": "image_pil", "image_pil": Image.open("picture.png")}, '
+    '{"type": "text", "text": "What is this?"}]}]'
+)
 
 
 def usage(directory: Path, recipe: dict[str, Any]) -> str:
@@ -121,18 +154,23 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     max_new_tokens = recipe["rollout"]["max_new_tokens"]
     generate = GENERATE.format(prompt=prompt, max_new_tokens=max_new_tokens)
     values: dict[str, Any] = {"here": HERE, "generate": generate, "call": call, "max_new_tokens": max_new_tokens}
+    model, adapter, vllm, vllm_adapter = MODEL, ADAPTER, VLLM, VLLM_ADAPTER
+    if has_template and sees_pictures(directory):
+        model, adapter = MODEL_OF_PICTURES, ADAPTER_OF_PICTURES
+        vllm, vllm_adapter = (f"from PIL import Image\n{text}" for text in (VLLM, VLLM_ADAPTER))
+        values |= {"generate": GENERATE_FROM_PICTURES.format(**values), "call": CHAT_OF_PICTURES}
     if not is_adapter(directory):
-        return "\n\n".join([_code("python", MODEL.format(**values)), "vLLM:", _code("python", VLLM.format(**values))])
+        return "\n\n".join([_code("python", model.format(**values)), "vLLM:", _code("python", vllm.format(**values))])
     config = read_config(directory)
     values["base"] = base_of(config)
-    blocks = [_code("python", ADAPTER.format(**values))]
+    blocks = [_code("python", adapter.format(**values))]
     if not is_plain_lora(config):
         blocks.append(
             f"vLLM has no {lora_kind(config)}: merge the adapter with `rlflow export DIRECTORY OUTPUT --merge`."
         )
     else:
         values["rank"] = next((rank for rank in VLLM_RANKS if rank >= config["r"]), config["r"])
-        blocks += ["vLLM:", _code("python", VLLM_ADAPTER.format(**values))]
+        blocks += ["vLLM:", _code("python", vllm_adapter.format(**values))]
     return "\n\n".join(blocks)
 
 
@@ -151,6 +189,13 @@ def readers(directory: Path) -> str:
     if text.get("attn_logit_softcapping") is None:
         return both
     return f'{both} Version 4 needs `attn_implementation="eager"`: its default leaves attention\'s logits uncapped.'
+
+
+def sees_pictures(directory: Path) -> bool:
+    """Whether it holds a vision-language model, or an adapter of one: both have its processor's files beside them."""
+    path = directory / "config.json"
+    has_tower = not path.is_file() or "vision_config" in json.loads(path.read_text())
+    return has_tower and any((directory / name).is_file() for name in PROCESSOR_FILES)
 
 
 def is_reward_model(directory: Path) -> bool:

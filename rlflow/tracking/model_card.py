@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.tracking.card_snippets import OF_SEQUENCES, is_reward_model, readers, usage
+from rlflow.tracking.card_snippets import OF_SEQUENCES, is_reward_model, readers, sees_pictures, usage
 from rlflow.tracking.history import RECIPE, HistoryError, StageHistory, read_stage
 from rlflow.tracking.lines import OF_SEQUENCES as ACCURACIES
 from rlflow.tracking.lines import number, signed
@@ -134,7 +134,8 @@ def _front_matter(directory: Path, name: str, stage: StageHistory, earlier: list
 
     recipe = stage.recipe
     adapter, algorithm = recipe["model"]["adapter"], recipe["algorithm"]["name"]
-    task = "text-classification" if is_reward_model(directory) else "text-generation"
+    task = "image-text-to-text" if sees_pictures(directory) else "text-generation"
+    task = "text-classification" if is_reward_model(directory) else task
     if (objective := ALGORITHMS[algorithm].objective) in OF_SEQUENCES:
         task = OF_SEQUENCES[objective][0]
     tags = ["rlflow", algorithm]
@@ -200,13 +201,14 @@ def _eval_results(stage: StageHistory, task: str) -> list[Any] | None:
 def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) -> str:
     """What was made of what, by which algorithm, in how many steps."""
     recipe = stage.recipe
-    what = "Reward model" if is_reward_model(directory) else "Language model"
+    what = "Vision-language model" if sees_pictures(directory) else "Language model"
+    what = "Reward model" if is_reward_model(directory) else what
     if (objective := ALGORITHMS[recipe["algorithm"]["name"]].objective) in OF_SEQUENCES:
         what = OF_SEQUENCES[objective][1]
     if is_adapter(directory):
         what = f"{_method(recipe['model']['adapter'])} adapter"
     elif recipe["model"]["adapter"]:
-        what = "Language model, with its adapter merged into it,"
+        what = f"{what}, with its adapter merged into it,"
     lines = [f"{what} trained with rlflow. Base: {_described_start((earlier[-1] if earlier else stage).recipe)}.", ""]
     for one in [*reversed(earlier), stage]:
         lines.append(f"- {_described_training(one)}")

@@ -127,11 +127,11 @@ def test_the_base_is_of_the_revision_it_was_trained_on(
     config.write_text(json.dumps(json.loads(config.read_text()) | given))
     asked = {}
 
-    def load(auto_class: Any, path: str, **options: Any) -> Any:
+    def load(path: str, **options: Any) -> Any:
         asked.update(options, path=path)
-        return auto_class.from_pretrained(tiny_model_dir)
+        return AutoModelForCausalLM.from_pretrained(tiny_model_dir)
 
-    monkeypatch.setattr("rlflow.actors.pretrained.load_whole", load)
+    monkeypatch.setattr("rlflow.actors.pretrained.load_language_model", load)
     assert main(["export", str(run), str(tmp_path / "merged"), "--merge", *arguments]) == 0
     assert asked == {"path": arguments[1] if "--base" in arguments else "org/base", "dtype": "auto", **options}
 
