@@ -64,7 +64,7 @@ def test_a_merged_vision_language_model_has_the_logits_of_base_plus_adapter(seei
     expected = logits_of(PeftModel.from_pretrained(base, str(adapter)), adapter)
     assert main(["export", str(tmp_path / "run"), str(output), "--merge"]) == 0
     merged = logits_of(AutoModelForImageTextToText.from_pretrained(output), output)
-    torch.testing.assert_close(merged, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=2e-4)
     assert (merged - plain).abs().max() > 0.1
     for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
         assert (output / name).exists() == (seeing / name).exists()
