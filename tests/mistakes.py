@@ -4,9 +4,10 @@
     .venv/bin/python tests/mistakes.py rlflow/driver -n 5  # five in one folder
 
 A mistake is one small change of one line: a comparison, an operator, a number, a condition, a call left out. Which
-ones are made follows from the code and the seed. First all quick tests run once on the code as it is, and it is noted
-which of them come through the lines of the mistakes. Each mistake is then met by those, the cheapest files first; then,
-for what runs in a process of its own is not seen, by the files that are nearest to its module, and by slow tests.
+ones are made follows from the code and the seed. First all tests without Ray run once on the code as it is, and it is
+noted which of them come through the lines of the mistakes. Each mistake is then met by those, the cheapest files first;
+then, for what runs in a process of its own is not seen, by the files that are nearest to its module, and by tests that
+start Ray.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ COPIED = (
     *("pyproject.toml", "README.md", "Makefile", "CONTRIBUTING.md", "CHANGELOG.md", ".gitignore", ".rayignore"),
 )
 FOLDERS = ("rlflow/driver", "rlflow/algorithms", "rlflow/data", "rlflow/recipe", "rlflow/tracking", "actors", "rewards")
-QUICK, SLOW = "not ray and not slow and not gpu", "(ray or slow) and not gpu"
+WITHOUT_RAY, WITH_RAY = "not ray and not gpu", "ray and not gpu"
 PER_FOLDER = 20
 TIMEOUT_S = 600
 SWAPS: dict[type[ast.AST], tuple[str, str]] = {
@@ -203,9 +204,9 @@ def is_noticed(mistake: Mistake, tests: Mapping[str, float], copy: Path, quick: 
     through = sorted({test.partition("::")[0] for test in tests})
     try:
         return (
-            fails(copy, through, QUICK, Selection(tests))
-            or fails(copy, near, QUICK)
-            or (not quick and fails(copy, near, SLOW))
+            fails(copy, through, WITHOUT_RAY, Selection(tests))
+            or fails(copy, near, WITHOUT_RAY)
+            or (not quick and fails(copy, near, WITH_RAY))
         )
     finally:
         target.write_text(right, encoding="utf-8")
@@ -306,12 +307,12 @@ class LinesRun:
 
 
 def tests_through(mistakes: Sequence[Mistake], copies: Sequence[Path]) -> dict[tuple[str, int], dict[str, float]]:
-    """(path, line) -> the quick tests that come through it. All are run once, on the code as it is."""
+    """(path, line) -> the tests without Ray that come through it. All are run once, on the code as it is."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
     processes, outputs = [], []
     for number, copy in enumerate(copies):
         outputs.append(copy.with_suffix(".jsonl"))
-        arguments = [*files[number :: len(copies)], "-m", QUICK]
+        arguments = [*files[number :: len(copies)], "-m", WITHOUT_RAY]
         plugins = [LinesRun(copy, mistakes, outputs[-1])]
         processes.append(PROCESSES.Process(target=run_tests, args=(copy, arguments, plugins)))
         processes[-1].start()
@@ -355,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", default=FOLDERS, help=f"of {', '.join(FOLDERS)}")
     parser.add_argument("-n", type=int, default=PER_FOLDER, help="mistakes in each folder")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    parser.add_argument("--quick", action="store_true", help="leave the tests that start Ray out")
     given = parser.parse_args(arguments)
     of_folders = [[(folder, one) for one in chosen(folder, given.n, given.seed)] for folder in given.folders]
     # By turns, so that what was seen when somebody stops it is of all folders.

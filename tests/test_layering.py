@@ -176,6 +176,7 @@ def test_no_file_bears_the_name_of_a_module_of_the_standard_library():
     assert names <= STANDARD_NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heavy", list(map(sorted, {*map(frozenset, WITHOUT_HEAVY_IMPORTS.values())})))
 def test_importing_a_package_loads_nothing_heavy(heavy):
     """All packages that may not load the same are imported in one process: whichever loads it is named."""

@@ -53,6 +53,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 """A few rows with the columns of each data set that a recipe names."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES)
 def test_two_steps_of_a_recipe_leave_finite_metrics_and_a_model(
     path, monkeypatch, tiny_model_dir, tiny_teacher_dir, tmp_path

@@ -34,6 +34,7 @@ import torchvision
 """What Python does with the ``.pth`` file of rlflow's installation."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [CODE, HOOK, "import torchvision"])
 def test_its_import_needs_the_operators_that_are_defined_before_it(tmp_path: Path, code: str):
     package = tmp_path / "torchvision"

@@ -188,6 +188,7 @@ def test_an_actor_that_cannot_be_made_is_a_dead_one_and_says_why(make, monkeypat
     assert caught.value.died
 
 
+@pytest.mark.slow
 def test_an_actor_that_misses_the_deadline_is_the_one_that_is_named(here, tmp_path):
     group = here()
     group.call_all(Worker.add, 0)

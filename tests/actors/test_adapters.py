@@ -257,6 +257,7 @@ def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypa
     assert torch.equal(parts(trainer.module.model)[0], packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_kernel", [False, True])
 def test_four_bits_are_the_same_numbers_on_every_cpu(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_kernel: bool

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 WORKER = """
 import asyncio, sys
 from rlflow.actors.environment_pool import EnvironmentPool
@@ -44,6 +46,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_processes_of_episodes_and_what_they_started_end_with_a_worker_that_is_killed(tmp_path: Path):
     plugin = tmp_path / "sleeps.py"
     plugin.write_text(ENVIRONMENT)

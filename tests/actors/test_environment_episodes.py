@@ -82,6 +82,7 @@ def test_an_environment_may_begin_with_messages_of_its_own():
     assert played.episode.prompt == ({"role": "user", "content": "hello"},)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "max_new_tokens", "reason", "turns", "text"),
     [
@@ -119,6 +120,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_fault_ends_its_own_episode_is_named_and_leaves_its_neighbours_alone():
     words = [word for word in [*FAULTS, "fine", "prints"] if word != "hangs"]
     requests = [request_of(id, prompt_of({"word": word})) for id, word in enumerate(words)]
@@ -139,6 +141,7 @@ def test_a_fault_ends_its_own_episode_is_named_and_leaves_its_neighbours_alone()
             assert played.episode.error == ""
 
 
+@pytest.mark.slow
 def test_weights_that_come_while_an_environment_speaks_sample_the_next_turn():
     engine = TalkingEngine(by_ending(ONE_TWO))
     with worker(engine, block_of("Sleeping", args={"seconds": 0.3})) as thread:
@@ -150,6 +153,7 @@ def test_weights_that_come_while_an_environment_speaks_sample_the_next_turn():
     assert played.versions[played.is_sampled].tolist() == [0] * 4 + [1] * 9
 
 
+@pytest.mark.slow
 def test_weights_that_begin_all_anew_begin_an_episode_anew_with_its_seeds():
     engine = TalkingEngine(by_ending(ONE_TWO))
     with worker(engine, block_of("Sleeping", args={"seconds": 0.3})) as thread:
@@ -174,6 +178,7 @@ def test_an_episode_that_is_aborted_leaves_nothing_behind():
         wait_for(lambda: thread._away)
 
 
+@pytest.mark.slow
 def test_sixty_four_episodes_of_four_turns_take_as_long_as_one():
     seconds, turns = 0.5, 4
     requests = [request_of(id, prompt_of({"word": "a"}), limits=Limits(turns, 400, 100)) for id in range(64)]

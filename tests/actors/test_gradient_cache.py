@@ -69,6 +69,7 @@ def taken_gradients(trainer: SequenceTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_micro_batches_of_one_sequence_have_the_loss_and_the_gradient_of_one_pass(tiny_model_dir: Path, name: str):
     row, options = ROWS[name]

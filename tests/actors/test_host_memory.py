@@ -35,6 +35,7 @@ print(peak - before, mebibytes("VmRSS:") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not allocator_environment(), reason="Ray brings no jemalloc here")
 def test_larger_blocks_fit_where_smaller_ones_were_freed():
     def mebibytes(environment: dict[str, str]) -> tuple[int, int]:

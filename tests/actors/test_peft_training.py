@@ -71,6 +71,7 @@ def directory(method: str, tiny_model_dir: Path, tiny_moe_dir: Path) -> Path:
     return tiny_moe_dir if method == "TRAINABLE_TOKENS" else tiny_model_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_trains_is_the_same_merged_in_peft_and_in_a_later_run(
     directory: Path, tmp_path: Path, method: str
@@ -110,6 +111,7 @@ def test_what_a_method_trains_is_the_same_merged_in_peft_and_in_a_later_run(
             load(directory, {"path": str(tmp_path)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.in_16_bits])
 def test_a_method_is_trained_in_float32_beside_a_base_of_16_bits(directory: Path, method: str):
     model = load(directory, peft(method), dtype="bfloat16")

@@ -20,6 +20,7 @@ from rlflow.tracking.logs import last_words
 from tests.actors.reward_servers import batch, is_alive, wait_until_dead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("children", [1, 2])
 def test_after_one_endless_call_more_than_there_are_children_the_next_one_scores(serve: Any, children: int) -> None:
     server = serve("length", children=children, timeout_s=0.5)
@@ -28,6 +29,7 @@ def test_after_one_endless_call_more_than_there_are_children_the_next_one_scores
     assert server.score(*batch([["good"]])).rewards["length"].tolist() == [4.0]
 
 
+@pytest.mark.slow
 def test_a_function_that_always_hangs_costs_a_bounded_time(
     serve: Any, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +118,7 @@ def test_children_end_with_the_server_even_when_it_is_killed(plugin: Path) -> No
     wait_until_dead(children)
 
 
+@pytest.mark.slow
 def test_what_a_function_prints_is_in_the_servers_log_as_far_as_that_goes(plugin: Path, tmp_path: Path) -> None:
     plugin.write_text(
         "def talks(completions, **columns):\n"
@@ -249,6 +252,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:20])
 def test_a_verifier_bomb_is_no_right_answer_and_costs_little(serve: Any, bomb: str) -> None:
     """The child gives up by itself, long before its deadline: it is not killed."""

@@ -74,6 +74,7 @@ def test_a_call_holds_as_many_prompts_as_the_recipe_says(serve: Any, plugin: Pat
     assert scores.rewards["length"][[0, 1, 3, 4, 5]].tolist() == [1, 2, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "cause"),
     [

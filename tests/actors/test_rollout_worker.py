@@ -62,6 +62,7 @@ os.write(2, b"and later\\n")
 """
 
 
+@pytest.mark.slow
 def test_what_vllm_says_is_in_the_log_of_its_actor(tmp_path):
     path = tmp_path / "rollout-0.log"
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True)

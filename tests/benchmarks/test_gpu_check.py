@@ -42,6 +42,7 @@ def check(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_hangs_or_is_wrong_stops_no_other(check, monkeypatch, tmp_path, capsys):
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -69,6 +70,7 @@ def test_a_part_that_crashes_hangs_or_is_wrong_stops_no_other(check, monkeypatch
     assert "1 WRONG, 2 FAILED, 2 skipped" in table
 
 
+@pytest.mark.slow
 def test_without_a_gpu_its_parts_are_skipped_by_name(check, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     names = ["machine", "vllm_bfloat16", "liger", "nf4", "quickstart", "training_1.5B"]

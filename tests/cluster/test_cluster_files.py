@@ -68,6 +68,7 @@ def test_every_command_that_starts_ray_asks_for_a_token_by_itself():
     assert [line for line in lines if "on_nodes" not in line and "RAY_AUTH_MODE=token" not in line] == []
 
 
+@pytest.mark.slow
 def test_a_head_on_all_addresses_without_a_token_is_refused(tmp_path):
     """As the files of cluster/ start it: Ray does not start where it has no token to ask for."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

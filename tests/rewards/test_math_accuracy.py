@@ -144,6 +144,7 @@ PHRASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_300_000_characters_of_one_phrase_are_judged_in_linear_time() -> None:
     """What is quadratic in its length would take minutes."""

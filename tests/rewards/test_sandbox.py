@@ -72,6 +72,7 @@ except OSError as error:
     assert canary.read_text() == "here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "says"),
     [

@@ -140,6 +140,7 @@ def test_the_costliest_micro_batch_comes_first_and_totals_are_balanced():
     assert dealt == [[[0], [3]], [[1], [2]]]
 
 
+@pytest.mark.slow
 def test_30_000_lengths_of_which_no_two_fit_together_get_a_bin_each():
     batches = pack([sample(6)] * 30_000, max_tokens=10, num_ranks=8)
     assert sum((batch.sample_indices >= 0).sum() for rank in batches for batch in rank) == 30_000

@@ -56,6 +56,7 @@ def test_any_damage_is_detected_and_falls_back_to_the_checkpoint_before(tmp_path
     assert "step_000002" in warnings[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.json", "driver.json"])
 def test_every_flipped_bit_falls_back_or_changes_nothing(tmp_path, name):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)

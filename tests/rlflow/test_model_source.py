@@ -99,6 +99,7 @@ def test_an_earlier_checkpoint_has_its_own_weights_and_a_card_that_ends_with_it(
     assert "1 steps of" in first["README.md"].decode() and "3 steps of" in last["README.md"].decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "step_000002", "2"])
 def test_a_checkpoint_is_named_by_its_link_its_directory_or_its_number(run: Path, name: str):
     step = int((run / "checkpoints" / "best").resolve().name[-1]) if name == "best" else 2
@@ -108,6 +109,7 @@ def test_a_checkpoint_is_named_by_its_link_its_directory_or_its_number(run: Path
         assert find(run, "checkpoints", name)[0] == by_option
 
 
+@pytest.mark.slow
 def test_an_export_is_written_once_and_again_when_the_checkpoint_is_another(run: Path):
     source, told = find(run, checkpoint="2")
     assert len(told) == 1 and "step_000002" in told[0]

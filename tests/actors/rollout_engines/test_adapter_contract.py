@@ -123,6 +123,7 @@ def engine_and_policy(
         engine.close()
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_peft_after_every_sync(engine_and_policy: tuple[RolloutEngine, Policy]) -> None:
     engine, policy = engine_and_policy
     requests = make_requests(PARAMS)

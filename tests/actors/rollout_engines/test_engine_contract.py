@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
@@ -268,6 +269,7 @@ def test_seeds_tell_samples_of_a_prompt_apart(engine: RolloutEngine) -> None:
     assert texts[1] == texts[5]
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(engine: RolloutEngine) -> None:
     requests = make_requests(SamplingParams(max_new_tokens=24))
     together = generate(engine, requests)

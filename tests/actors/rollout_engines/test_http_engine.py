@@ -85,6 +85,7 @@ def stand_in(served: tuple[StandIn, str]) -> StandIn:
     return served[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
@@ -120,6 +121,7 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine
     assert_ended_by_strings(completions, undisturbed, stop)
 
 
+@pytest.mark.slow
 def test_completions_under_way_go_on_with_the_new_weights_and_say_which_version_sampled_each_token(
     engine: HttpEngine, policy: PreTrainedModel, stand_in: StandIn
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_request_that_is_stopped_before_its_first_token_has_none(
     assert [c.versions.tolist() for c in finish(engine).values()] == [[1] * 24]
 
 
+@pytest.mark.slow
 def test_requests_that_are_added_while_others_run_get_the_tokens_that_they_get_alone(engine: HttpEngine) -> None:
     requests = make_requests(PARAMS)
     together = generate(engine, requests)
@@ -265,6 +268,7 @@ def test_a_server_that_stays_away_ends_in_an_error_with_its_url_and_the_number_o
         start(url, model_dir, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_answer_that_does_not_come_ends_in_an_error_that_names_the_key(
     served: tuple[StandIn, str], model_dir: Path, policy: PreTrainedModel, tmp_path: Path
 ) -> None:

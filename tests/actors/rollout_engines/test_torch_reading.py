@@ -70,6 +70,7 @@ def assert_right(engine: TorchEngine, directory: Path, kind: str) -> None:
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "kind"), [(way, kind) for way, kinds in WAYS.items() for kind in kinds])
 def test_logprobs_are_those_of_transformers_for_each_sequence_alone(tmp_path, way, kind):
     engine = engine_of(tmp_path, kind)

@@ -96,6 +96,7 @@ def test_an_optimizer_of_torchs_takes_the_steps_it_takes_by_itself(scenario):
         assert (tensor - module.model.state_dict()[name]).abs().max() < 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "args"),
     [("adam", FLAT), ("sgd", {"momentum": 0.9}), ("sgd", {}), ("adafactor", {}), ("Counting", {})],

@@ -67,6 +67,7 @@ def gradients(model, logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*PACKED, *ONE_AT_A_TIME])
 def test_logprobs_and_gradients_of_packed_sequences_are_those_of_each_alone_in_transformers(tmp_path, batch, kind):
     made = write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])

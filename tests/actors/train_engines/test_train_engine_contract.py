@@ -193,6 +193,7 @@ def test_deepspeed_that_is_not_installed_says_what_to_install(monkeypatch):
         engine_of(zero(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_bfloat16_weights_learn_at_rates_that_their_eight_bits_cannot_hold(kind):
     """As with ZeRO, float32 weights stand behind them: after 20 steps at 1e-6 they are where float32 training is."""

@@ -75,6 +75,7 @@ def update_critic(values: torch.Tensor, samples, denominators, block: AlgorithmB
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.task == "online"])
 def test_reward_rises_with_two_epochs_of_two_updates_a_batch(name):
     # A GSPO ratio may move by 4e-4 only: wider, so that a few dozen steps of a toy can show it.

@@ -178,6 +178,7 @@ def write(directory: Path, line: int, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan", "run"])
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 def test_what_cannot_run_is_one_message_with_line_key_and_remedy(

@@ -146,6 +146,7 @@ def test_a_bad_recipe_ends_the_process_before_anything_heavy_is_imported(recipe_
     assert not imported & {"ray", "torch", "transformers", "vllm", "datasets"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "unused"), [("--no-data", {"transformers"}), ("run.steps=1", {"transformers"})])
 def test_plan_answers_without_ray_or_torch(recipe_file: Path, option: str, unused: set[str]):
     code = (
@@ -309,6 +310,7 @@ def test_an_unknown_algorithm_names_the_nearest(capsys: pytest.CaptureFixture):
     assert "did you mean grpo?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_users_own_rewards_and_actors_are_not_taken_for_ours(tmp_path: Path):
     (tmp_path / "rewards.py").write_text("raise ImportError\n")
     (tmp_path / "actors").mkdir()

@@ -25,6 +25,7 @@ run: {{steps: 1, output_dir: {out}}}
 TOOLS = "def look(word: str) -> str:\n    '''Looks.\n\n    Args:\n        word: which\n    '''\n    return word\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "environment", "says"),
     [

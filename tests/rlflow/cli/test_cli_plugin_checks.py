@@ -49,6 +49,7 @@ def problem_of(tmp_path: Path, recipe_with, source: str, args: str = "{}", row: 
 GOOD = "def f(completions, answer, scale=1.0):\n    return [0.0] * len(completions)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "args", "says"),
     [
@@ -88,6 +89,7 @@ def test_a_plugin_in_a_package_and_a_generator_find_what_lies_beside_them(tmp_pa
     assert len(read_table(SourceBlock(generator=f"{tmp_path}/made.py:make")).rows) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "line"),
     [("import time\nwhile True:\n    time.sleep(9)\n", "3"), ("n = 0\nwhile True:\n    n += 1\n    n -= 1\n", "[2-4]")],
@@ -99,6 +101,7 @@ def test_an_import_that_does_not_end_is_given_up_with_its_line(tmp_path, recipe_
     assert re.search(f"importing it does not end: for 1 of .* is at line {line}; move what takes long", str(said))
 
 
+@pytest.mark.slow
 def test_an_import_that_goes_on_is_waited_for(tmp_path, recipe_with, monkeypatch):
     monkeypatch.setattr(plugin_checks, "SILENCE_S", 1.2)
     slow = "import time\n" + "time.sleep(0.5)\n" * 3 + GOOD
@@ -136,6 +139,7 @@ def test_a_generators_arguments_and_import_are_checked(tmp_path, recipe_with, mo
     assert key == "data.train.generator" and says in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "limit", "says"),
     [
@@ -160,6 +164,7 @@ def test_a_generator_that_does_not_end_or_fails_is_given_up_with_its_line(
     assert not list(in_generators(recipe, is_called=False))
 
 
+@pytest.mark.slow
 def test_a_generator_that_ends_is_let_pass_and_plan_asks_it_before_it_reads(tmp_path, monkeypatch, recipe_with, capsys):
     (tmp_path / "rows.py").write_text("def make(n):\n    return [{'prompt': '1'}] * n\n")
     override = f"data.train={{path: null, generator: '{tmp_path}/rows.py:make', args: {{n: 3}}}}"
@@ -184,6 +189,7 @@ def test_run_and_plan_say_so_with_the_recipes_line_and_exit_code_2(tmp_path, cap
         assert said.startswith(f"{recipe}:4: rewards.0.plugin: {tmp_path}/mine.py:1: importing it raised SystemExit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "source", "says"),
     [

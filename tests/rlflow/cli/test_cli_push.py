@@ -88,6 +88,7 @@ def test_the_files_of_a_run_arrive_at_modelscope(model: Path, modelscope: HubSer
     assert capsys.readouterr().out == f"{modelscope.url}/models/org/gsm8k\n"
 
 
+@pytest.mark.slow
 def test_a_second_push_sends_what_changed_and_removes_weights_that_are_gone(hub: HubServer, scheme: str, model: Path):
     target = f"{scheme}:org/gsm8k"
     final = model / "final"
@@ -112,6 +113,7 @@ def test_a_copy_is_written_and_pushed_to_a_private_branch(model: Path, tmp_path:
     assert hugging_face.files("org/gsm8k", "step-100") == contents(tmp_path / "copy") == contents(model / "final")
 
 
+@pytest.mark.slow
 def test_what_shall_be_private_is_not_sent_to_a_public_repository(
     hub: HubServer, scheme: str, model: Path, capsys: pytest.CaptureFixture
 ):
@@ -126,6 +128,7 @@ def test_what_shall_be_private_is_not_sent_to_a_public_repository(
     assert push(model, "--push", target.replace("gsm8k", "secret"), "--private") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "status", "code", "says"),
     [
@@ -258,6 +261,7 @@ def test_arguments_that_do_not_go_together_are_refused(model: Path, capsys: pyte
     assert f"name one of the runs in it, {model}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_environment_names_the_hub_and_the_token(model: Path, tmp_path: Path):
     with serving(HuggingFaceHandler) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}

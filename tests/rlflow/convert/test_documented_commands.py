@@ -86,6 +86,7 @@ def files(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_documented_command_converts_and_passes_the_plan(name, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(files)

@@ -64,6 +64,7 @@ def test_a_good_call_before_a_bad_one_is_read(reader):
     assert len(said.problems) == 1
 
 
+@pytest.mark.slow
 def test_a_parser_that_vllm_does_not_have_is_named():
     with pytest.raises(ValueError, match=r"environment\.call_parser: "):
         CallReader(Chat(build_character_tokenizer("ab", PLAIN)), "no_such_parser")

@@ -150,6 +150,7 @@ def test_dropping_every_prompt_is_an_error(load):
         load([{"prompt": "Hi"}], max_prompt_tokens=2, overlong="drop")
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a_million_tokens_is_overlong_like_any_other(load):
     with pytest.raises(DataError, match=r"row 2: 1,\d\d\d,\d\d\d tokens, data.max_prompt_tokens is 1,024"):
         load([{"prompt": "Hi"}, {"prompt": "€" * 500_000}])

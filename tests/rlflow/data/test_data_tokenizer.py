@@ -132,6 +132,7 @@ def test_a_pad_that_ends_completions_is_replaced_by_a_special_token_for_padding(
     assert tokenizer.eos_token == "<eos>"
 
 
+@pytest.mark.slow
 def test_loading_from_a_directory_imports_no_torch(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     program = (

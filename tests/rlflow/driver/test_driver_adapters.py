@@ -98,6 +98,7 @@ def logits_of(model: Any) -> torch.Tensor:
     return model(torch.arange(2, 40)[None]).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_a_run_leaves_a_peft_directory_and_the_base_as_it_was(run: Run, name: str, tiny_model_dir: Path):
     from peft import PeftModel
@@ -156,6 +157,7 @@ def test_a_resumed_run_ends_like_one_never_stopped(run: Run, name: str, kind: st
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_what_was_generated_is_scored_alike_after_every_sync(run: Run, kind: str):
     lines = metrics_of(run("grpo", **{"model.adapter.kind": kind}))[1:]
@@ -172,6 +174,7 @@ EXPERTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [LOKR, EXPERTS], ids=["lokr", "experts"])
 def test_engines_generate_with_what_another_method_makes_of_the_weights(
     run: Run, given: dict[str, Any], tiny_moe_dir: Path
@@ -187,6 +190,7 @@ def test_engines_generate_with_what_another_method_makes_of_the_weights(
     assert max(line["mismatch/logprob_abs_diff"] for line in later) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_another_method_ends_like_one_never_stopped(run: Run, tmp_path: Path):
     whole, stopped = run("dpo", "whole", **LOKR), run("dpo", "stopped", **LOKR)
     (stopped / "checkpoints" / "step_000003").rename(tmp_path / "later")
@@ -199,6 +203,7 @@ def test_a_resumed_run_of_another_method_ends_like_one_never_stopped(run: Run, t
         run("dpo", "stopped", resume=True, **{"run.steps": 4, "model.adapter.peft": {"peft_type": "LOHA"}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_the_base_as_reference_gives_the_run_that_a_reference_model_gives(run: Run, name: str, tiny_model_dir: Path):
     shared, placed = run(name, "shared"), run(name, "placed", **{"reference.path": str(tiny_model_dir)})
@@ -240,6 +245,7 @@ def test_reference_logprobs_may_be_computed_before_the_run(run: Run):
         assert b["loss/total"] == pytest.approx(a["loss/total"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_from_an_adapter_and_measures_from_there(run: Run):
     first = run("sft", "first")
     given = {"model.adapter": {"path": str(first / "final")}}

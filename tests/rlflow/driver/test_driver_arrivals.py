@@ -79,6 +79,7 @@ def broken(monkeypatch):
     return broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -98,6 +99,7 @@ def test_what_cannot_be_trained_stops_the_run_with_the_workers_name(run, broken,
     assert "Nothing of it was used" in said
 
 
+@pytest.mark.slow
 def test_a_worker_that_keeps_its_old_weights_stops_the_run(run, monkeypatch):
     load_weights = RolloutWorker.load_weights
 
@@ -111,6 +113,7 @@ def test_a_worker_that_keeps_its_old_weights_stops_the_run(run, monkeypatch):
     assert said.startswith("rollout[1] was given policy version 1, and its engine still has 0")
 
 
+@pytest.mark.slow
 def test_an_engine_whose_weights_are_not_numbers_says_so_itself(run, monkeypatch):
     load_weights = RolloutWorker.load_weights
 

@@ -118,6 +118,7 @@ def test_a_step_is_trained_while_the_weights_before_it_are_measured_and_no_newer
     assert best_of(directory) == "step_000002"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"max_staleness": 0}, {"stop_at_score": 1.0}])
 def test_without_staleness_or_with_a_score_that_ends_the_stage_it_is_waited_for(
     change: dict[str, Any], run: Callable[..., Path], monkeypatch
@@ -127,6 +128,7 @@ def test_without_staleness_or_with_a_score_that_ends_the_stage_it_is_waited_for(
     assert events.index("measure one at [1]") < events.index("train 2")
 
 
+@pytest.mark.slow
 def test_what_a_process_that_died_had_not_measured_is_measured_when_the_run_goes_on(
     run: Callable[..., Path], monkeypatch
 ):

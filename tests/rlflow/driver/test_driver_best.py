@@ -14,6 +14,8 @@ from rlflow.actors.trainer import Measured
 from rlflow.driver.learner import Learner
 from rlflow.driver.pass_evaluation import PassEvaluator
 
+pytestmark = pytest.mark.slow
+
 SHARED: dict[str, Any] = {
     "model": NEW_MODEL,
     "algorithm": {"name": "sft"},

@@ -155,6 +155,7 @@ def test_a_callback_hears_steps_evaluations_and_checkpoints_in_their_order_with_
     assert measured == [by_step[step]["eval/heldout/loss/sft"] for step in (0, 2, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [lambda: "stop", raising(rlflow.StopTraining())])
 def test_a_callback_that_asks_to_stop_ends_the_run_with_a_checkpoint_and_its_model(run, answer):
     heard = Heard({("step", 3): answer})
@@ -199,6 +200,7 @@ def test_what_is_no_callback_is_refused_before_anything_starts(run, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_names_callbacks_with_their_arguments(run, plugin, tmp_path):
     journal = {"plugin": f"{plugin}:Journal", "args": {"path": str(tmp_path / "journal"), "stop_at": 2}}
     noting = {"plugin": f"{plugin}:note", "args": {"path": str(tmp_path / "note")}}
@@ -208,6 +210,7 @@ def test_a_recipe_names_callbacks_with_their_arguments(run, plugin, tmp_path):
     assert (tmp_path / "note").read_text() == "2"
 
 
+@pytest.mark.slow
 def test_metrics_of_the_recipes_own_are_logged_under_their_names(run, plugin):
     result = run(
         GRPO,
@@ -223,11 +226,13 @@ def test_metrics_of_the_recipes_own_are_logged_under_their_names(run, plugin):
     assert result.metrics["metric/tokens"] == 4 * result.metrics["completion/mean_tokens"]
 
 
+@pytest.mark.slow
 def test_a_metric_that_returns_no_number_ends_the_run_in_an_error_that_names_it(run, plugin):
     with pytest.raises(rlflow.RunError, match=r"mine\.py:broken returned a str: return a number"):
         run(GRPO, rewards=[{"plugin": f"{plugin}:sum_of_ids"}], metrics=[f"{plugin}:broken"])
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_between_two_runs_of_a_process_is_read_again(run, plugin):
     options = {"rewards": [{"plugin": f"{plugin}:sum_of_ids"}], "metrics": [f"{plugin}:tokens"]}
     first = run(GRPO, **options).metrics["metric/tokens"]

@@ -48,6 +48,7 @@ CUTS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @CUTS
 @pytest.mark.parametrize("placement", ["loss", "reward"])
 def test_the_kl_that_has_a_target_is_the_trainers_and_0_before_the_policy_moves(first_step, cut, placement):
@@ -57,6 +58,7 @@ def test_the_kl_that_has_a_target_is_the_trainers_and_0_before_the_policy_moves(
     assert metrics["kl/ref"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 @CUTS
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_nothing_is_made_of_the_engines_logprobs_where_sampling_is_cut(first_step, cut, name):
@@ -65,6 +67,7 @@ def test_nothing_is_made_of_the_engines_logprobs_where_sampling_is_cut(first_ste
     assert not [key for key in metrics if key.startswith(("mismatch/", "correction/"))]
 
 
+@pytest.mark.slow
 def test_tempered_sampling_cuts_nothing_so_engine_and_trainer_agree(first_step):
     metrics = first_step("grpo", **{"rollout.temperature": 0.5})
     assert metrics["mismatch/logprob_abs_diff_max"] < 1e-4

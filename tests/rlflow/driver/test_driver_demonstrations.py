@@ -56,6 +56,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_never_stopped_and_mu_follows_its_schedule(write):
     recipe, out = write("whole")
     rlflow.run(recipe)
@@ -68,6 +69,7 @@ def test_a_resumed_run_ends_like_one_never_stopped_and_mu_follows_its_schedule(w
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_other_demonstrations_are_no_resumption(write, tmp_path: Path):
     recipe, _ = write("run")
     rlflow.run(recipe, overrides={"run.steps": 1})

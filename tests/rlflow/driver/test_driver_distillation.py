@@ -16,6 +16,8 @@ from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.learner import Learner
 from rlflow.recipe.yaml_source import merge
 
+pytestmark = pytest.mark.slow
+
 RECIPE: dict[str, Any] = {
     "algorithm": {"name": "opd"},
     "data": {"prompts_per_step": 6, "max_prompt_tokens": 32, "max_tokens": 48},

@@ -19,6 +19,8 @@ from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = """
 from rlflow.environments import Reply
 

@@ -54,6 +54,7 @@ def scripted(prompts, completions, passing, **columns):
 """
 
 
+@pytest.mark.slow
 def test_sampled_evaluation_reports_both(monkeypatch, tmp_path: Path, tiny_model_dir: Path):
     use_local_actors(monkeypatch)
     rows, plugin, recipe = tmp_path / "rows.jsonl", tmp_path / "rewards.py", tmp_path / "recipe.yaml"
@@ -70,6 +71,7 @@ def test_sampled_evaluation_reports_both(monkeypatch, tmp_path: Path, tiny_model
         assert line["eval/heldout/unscored_fraction"] == 0
 
 
+@pytest.mark.slow
 def test_several_sets_are_measured_each_in_its_own_way_and_the_first_ends_the_stage(
     monkeypatch, tmp_path: Path, tiny_model_dir: Path
 ):

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 import rlflow
 from tests.local_actors import use_local_actors
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 4}}
 model: {{path: {model}, router: {{balance_coef: {balance}, z_coef: 1.0e-3}}}}

@@ -107,6 +107,7 @@ def said_by_the_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_a_policy_is_whole_and_stops_where_its_rollouts_stopped(run: Run, model_dir: Path, monkeypatch):
     final = run("grpo") / "final"
     assert {path.name for path in final.iterdir()} == MODEL_FILES | {FINAL_MANIFEST}

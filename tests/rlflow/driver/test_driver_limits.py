@@ -106,6 +106,7 @@ def test_a_run_has_trained_when_one_update_had_a_gradient(norms: list[float], ha
     assert learner.has_trained == has_trained
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_is_scored_stops_and_names_the_reward_that_abstained(run, tmp_path):
     with pytest.raises(RunError) as stopped:
         run("None", 9, **{"run.max_skipped_steps": 2})
@@ -117,6 +118,7 @@ def test_a_run_in_which_nothing_is_scored_stops_and_names_the_reward_that_abstai
     assert "step 1: none of its 8 rollouts has a reward: score abstained on 8. Nothing is trained in this step" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["None", "1.0"])
 def test_a_run_that_trained_nothing_is_no_success(run, tmp_path, score):
     """No reward at all in fewer steps than the limit, or the same one for everything."""
@@ -127,6 +129,7 @@ def test_a_run_that_trained_nothing_is_no_success(run, tmp_path, score):
     assert not (tmp_path / "out" / "final").exists()
 
 
+@pytest.mark.slow
 def test_steps_without_a_reward_are_no_reason_to_stop_when_others_are_between_them(run):
     calls = "open(__file__ + '.calls', 'a+')"
     number = f"(lambda file: (file.write('x'), file.seek(0), len(file.read()))[-1])({calls})"
@@ -137,6 +140,7 @@ def test_steps_without_a_reward_are_no_reason_to_stop_when_others_are_between_th
     assert (directory / "final").exists()
 
 
+@pytest.mark.slow
 def test_why_rewards_failed_is_told_below_the_limit_in_log_rollouts_report_and_on_standard_error(run, capsys):
     """One of the four samples of each prompt, more or less: whichever holds the letter."""
     directory = run("1 / (ord((text + '?')[0]) % 3)", 1, **{"reward_server.max_error_fraction": 0.99})
@@ -152,6 +156,7 @@ def test_why_rewards_failed_is_told_below_the_limit_in_log_rollouts_report_and_o
     assert view_of(write_report(directory).read_text())["failures"] == [[cause, len(failed)]]
 
 
+@pytest.mark.slow
 def test_why_a_reward_failed_in_an_evaluation_is_told(run, tmp_path):
     evaluation = {"data": {"path": str(tmp_path / "rows.jsonl")}, "samples": 4, "temperature": 1.0}
     limit = {"reward_server.max_error_fraction": 0.99}

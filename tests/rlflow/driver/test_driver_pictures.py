@@ -85,6 +85,7 @@ def rows_of(kind: str, directory: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_row_trains_a_vision_language_model_on_pictures(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str
@@ -110,6 +111,7 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
         assert metrics["mismatch/logprob_abs_diff_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_an_episode_of_several_turns_shows_its_first_messages_picture_in_each(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

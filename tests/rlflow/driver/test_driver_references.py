@@ -38,6 +38,7 @@ def recipe_of(directory: Path, rows: list[dict], rewards: list[dict], **source: 
     )
 
 
+@pytest.mark.slow
 def test_file_row_reference_and_remedy_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         check_sources(recipe_of(tmp_path, ROWS, [{"name": "math_accuracy"}]))

@@ -66,6 +66,7 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return lose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "role"), [("sft", "trainer"), ("ppo", "trainer"), ("ppo", "critic")])
 def test_a_stage_that_loses_a_trainer_goes_on_from_its_newest_checkpoint_to_the_same_weights(run, lose, family, role):
     undisturbed = run("undisturbed", family)
@@ -79,6 +80,7 @@ def test_a_stage_that_loses_a_trainer_goes_on_from_its_newest_checkpoint_to_the_
     assert f"{role}[0]" in said and "the stage goes on with fresh actors (restart 1 of 3)" in said
 
 
+@pytest.mark.slow
 def test_a_lost_reference_costs_no_step_that_had_ended(run, lose):
     undisturbed = run("undisturbed", "ppo")
     begun = lose("reference", 3)

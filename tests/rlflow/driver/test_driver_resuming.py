@@ -86,6 +86,7 @@ def test_a_run_that_keeps_no_metrics_is_known_by_its_rollouts(run: Run, tmp_path
         run(resume=True, tracking=["console"])
 
 
+@pytest.mark.slow
 def test_what_trained_nothing_starts_at_its_first_step(run: Run, tmp_path: Path):
     directory = run(resume=True)
     assert steps_of(directory) == [0, 1, 2, 3, 4]
@@ -104,6 +105,7 @@ def test_all_checkpoints_damaged_is_an_error_of_one_sentence(run: Run):
         run(resume=True)
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_more_steps_goes_on_from_its_last_checkpoint(run: Run):
     """Its schedule is that of the new length, from there on."""
     longer = run("longer", run__steps=8, trainer__schedule="constant")
@@ -120,6 +122,7 @@ def test_a_finished_run_with_more_steps_goes_on_from_its_last_checkpoint(run: Ru
     assert rates_of(cosine) == rates_of(run("four"))[:4] + rates_of(run("eight", run__steps=8))[4:]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_killed_while_it_goes_on_is_not_finished(run: Run, monkeypatch):
     def die(*args: Any) -> Path:
         raise KeyboardInterrupt
@@ -133,6 +136,7 @@ def test_a_finished_run_that_is_killed_while_it_goes_on_is_not_finished(run: Run
     assert json.loads((grown / "final" / FINAL_MANIFEST).read_text())["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_that_was_written_before_the_recipe_had_all_of_its_blocks(run: Run):
     directory = run()
     as_if_killed_after(directory, 2)
@@ -166,6 +170,7 @@ def test_the_longer_of_two_lengths_is_known():
     assert lasts_longer(length_of(recipe_of(epochs=1.0)), recipe_of(epochs=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -268,6 +273,7 @@ def test_another_algorithm_is_refused_with_what_to_do(tmp_path: Path):
         changes_since(recipes[1], nothing, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_final_that_was_changed_is_noticed_by_whoever_starts_from_it(run: Run, tmp_path: Path):
     from rlflow.cli.main import main
 
@@ -287,6 +293,7 @@ def test_a_final_that_was_changed_is_noticed_by_whoever_starts_from_it(run: Run,
     run("next", **start)
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_does_not_get_into_final(run: Run, tmp_path: Path):
     directory = run()
     (directory / ".final.writing").mkdir()

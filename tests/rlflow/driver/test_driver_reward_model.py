@@ -87,6 +87,7 @@ def served(final: Path, texts: list[str], side: str) -> list[float]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pad", "special", "spare_rows", "expected"),
     [

@@ -13,6 +13,8 @@ from rlflow import checkpoint
 from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 run: {{output_dir: {out}, seed: 3, steps: 4}}
 model: {{path: {model}}}

@@ -203,6 +203,7 @@ def run_ppo(tiny_model_dir, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_ppo_trains_policy_and_critic_and_adapts_the_kl(local, run_ppo):
     lines = metrics_of(run_ppo())[1:]
     # The critic's head starts at 0, so its first squared error is the mean squared return.
@@ -214,6 +215,7 @@ def test_ppo_trains_policy_and_critic_and_adapts_the_kl(local, run_ppo):
     assert lines[-1]["ratio/mean"] != pytest.approx(1.0, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_resumed_ppo_run_ends_like_one_never_stopped(local, run_ppo, tmp_path):
     from rlflow import checkpoint
 
@@ -226,6 +228,7 @@ def test_a_resumed_ppo_run_ends_like_one_never_stopped(local, run_ppo, tmp_path)
     assert same_weights(whole, stopped)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_keeps_the_recipe_it_was_run_with(local, run_ppo):
     directory = run_ppo()
     (directory / "final").rename(directory / "taken_away")

@@ -72,6 +72,7 @@ def files_with_canaries(directory: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_what_a_run_leaves_and_says_and_a_resumed_run_has_them_still(
     recipe_file: Path, capsys: pytest.CaptureFixture
 ):

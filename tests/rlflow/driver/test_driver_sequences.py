@@ -163,6 +163,7 @@ def test_a_cross_encoder_has_the_scores_that_were_measured(trained: Any, loss: s
     assert measured["reranking/recall@1"] == pytest.approx(first.item())
 
 
+@pytest.mark.slow
 def test_a_generative_reranker_says_yes_as_likely_to_transformers_and_to_sentence_transformers(trained: Any):
     answers = {"positive": "y", "negative": "n"}
     final, measured, rows = trained("reranker", "generative_reranker", answers=answers)
@@ -191,6 +192,7 @@ def test_a_generative_reranker_says_yes_as_likely_to_transformers_and_to_sentenc
     assert np.allclose(found, scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(trained: Any, tmp_path: Path, run_recipe: RunRecipe):
     trained("classification", "classification")
     whole, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
@@ -236,6 +238,7 @@ def test_infer_ranks_documents_and_embeds_texts(trained: Any, tmp_path: Path):
     assert said["ranking"] == scores.argsort(descending=True).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classification", "embedding", "reranker"])
 def test_an_adapter_and_its_head_are_loaded_by_peft_with_the_numbers_that_were_measured(
     tmp_path: Path, tiny_model_dir: Path, run_recipe: RunRecipe, name: str

@@ -192,6 +192,7 @@ def test_handlers_that_a_library_resets_at_its_end_are_put_back(press):
         assert not send(signal.SIGTERM, 1.0) and stop.asked()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "blocks"), [("sft", SFT), ("grpo", GRPO)])
 def test_a_run_stopped_in_a_step_goes_on_to_the_same_weights(run: Run, calls, capsys, name: str, blocks: dict):
     whole = run("whole", blocks)
@@ -222,6 +223,7 @@ def test_a_stop_in_the_last_step_of_a_stage_does_not_start_the_next(run: Run, ca
     assert steps_of(directory / "one") == steps_of(directory / "two") == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_while_it_starts_leaves_what_was_there(run: Run, calls, number: int):
     earlier = run("run", SFT)
@@ -240,6 +242,7 @@ def test_a_new_run_stopped_while_it_starts_leaves_nothing(run: Run, calls, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_the_checkpoint_there_was(run: Run, calls, monkeypatch, tmp_path: Path):
     monkeypatch.setattr("rlflow.driver.stopping.SAME_PRESS_S", -1.0)
     calls(Trainer, "forward_backward", 3, signalled(signal.SIGINT))
@@ -250,6 +253,7 @@ def test_a_second_ctrl_c_leaves_the_checkpoint_there_was(run: Run, calls, monkey
     assert same_weights(run("whole", SFT), run("run", SFT, resume=True))
 
 
+@pytest.mark.slow
 def test_a_stop_for_gradients_that_are_not_finite_leaves_the_last_good_step_and_the_rollouts(
     run: Run, monkeypatch, capsys, tmp_path: Path
 ):
@@ -274,6 +278,7 @@ def test_a_stop_for_gradients_that_are_not_finite_leaves_the_last_good_step_and_
     assert "the checkpoint of step 3 was saved: go on with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_for_reward_errors_leaves_a_checkpoint_from_which_the_same_run_goes_on(run: Run, calls, tmp_path: Path):
     whole = run("whole", GRPO)
 
@@ -291,6 +296,7 @@ def test_a_stop_for_reward_errors_leaves_a_checkpoint_from_which_the_same_run_go
     assert same_weights(whole, run("run", GRPO, resume=True))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_too_often_leaves_a_checkpoint(run: Run, calls, tmp_path: Path):
     calls(RolloutWorker, "submit", 3, failing(OSError("the machine is gone")))
     recovery = {"max_restarts": 0}
@@ -307,6 +313,7 @@ def test_trainers_that_failed_are_not_asked_for_a_checkpoint(run: Run, calls, ca
     assert "no checkpoint of step 2 was saved: the trainers failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_that_failed_behind_its_first_update_leaves_no_checkpoint(run: Run, calls, capsys, tmp_path: Path):
     """It would be trained once more, from parameters that it has moved."""
     blocks = {**GRPO, "algorithm": {"name": "grpo", "group_size": 2, "groups": {"updates_per_step": 2}}}

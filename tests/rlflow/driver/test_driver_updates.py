@@ -107,6 +107,7 @@ CHOICES = {
 """Options with which a handful of tokens show what a loss does."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_weights_are_those_of_a_plain_loop(run, tiny_model_dir, tmp_path, name):
     row, changes = plain_loop.ROWS[name], {f"algorithm.loss.{key}": x for key, x in CHOICES.get(name, {}).items()}
@@ -131,6 +132,7 @@ def with_demonstrations(row: plain_loop.Row, directory: Path) -> tuple[plain_loo
     return replace(row, shown=(demonstration, 0.3)), changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_with_every_option_on_the_weights_are_those_of_a_plain_loop(run, tiny_model_dir, name):
     bounds = (0.2, 0.2) if name == "grpo" else (3e-4, 4e-4)

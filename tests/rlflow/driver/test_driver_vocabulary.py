@@ -42,6 +42,7 @@ def model_dir(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_rollouts_are_of_tokens_alone_and_engine_trainer_and_reference_agree_on_them(
     model_dir: Path, run_recipe: RunRecipe
 ):

@@ -105,6 +105,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_name(fleet):
         window.take(0)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_engine_hangs_is_replaced(fleet):
     hangs = [{"step_s": 2.0}, {}]
     # The first worker 0 hangs; the one in its place does not.
@@ -115,6 +116,7 @@ def test_a_worker_whose_engine_hangs_is_replaced(fleet):
     assert len(groups) == 4 and "no step of its engine within 1 s" in made.told[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_loads_for_long_is_heard_however_much_is_asked_of_it_meanwhile(fleet):
     made = fleet(1)
     window = window_of(made, recipe_of(run={"max_staleness": 4}))
@@ -153,6 +155,7 @@ def test_a_reward_server_that_hangs_is_replaced_and_its_groups_are_scored_once(f
     assert made.told[0].endswith("rewards[0].score: no answer within 0 s")
 
 
+@pytest.mark.slow
 def test_a_reward_server_that_always_hangs_ends_the_run_with_its_name(fleet, monkeypatch):
     monkeypatch.setattr(Scoring, "limit_s", lambda self, groups: 0.05)
     goes_on = threading.Event()
@@ -209,6 +212,7 @@ def test_workers_that_could_not_be_heard_while_this_process_stood_still_are_not_
     assert made.told == []
 
 
+@pytest.mark.slow
 def test_what_has_been_given_back_is_not_kept_by_the_pool(fleet):
     made = fleet(2)
     window = window_of(made, recipe_of(), num_steps=1)

@@ -53,6 +53,7 @@ def nats_a_token(directory: Path) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "int8", "w4a16"])
 def test_the_loss_in_the_card_is_that_of_transformers(
     name: str, model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture

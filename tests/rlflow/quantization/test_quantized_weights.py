@@ -50,6 +50,7 @@ def rounded(weight: torch.Tensor, name: str, group_size: int | None) -> torch.Te
     return ((rows / scale).round().clamp(-steps - 0.5, steps - 0.5) * scale).reshape(weight.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "int8", "w4a16"])
 def test_transformers_reads_linear_layers_rounded_by_the_definition_and_all_else_as_it_was(name: str, tmp_path: Path):
     source, output = write_model(tmp_path / "model"), tmp_path / name

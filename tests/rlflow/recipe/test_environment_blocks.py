@@ -80,6 +80,7 @@ def test_an_environments_reward_without_an_environment_is_refused(tmp_path):
         load_recipe(recipe_of(tmp_path, "null", reward="environment"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -102,6 +103,7 @@ def test_what_cannot_be_used_is_found_before_a_run(tmp_path, monkeypatch, enviro
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_can_be_used_is_let_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (recipe,) = load_runnable(recipe_of(tmp_path, '{tools: ["tools.py:add"]}', reward="environment"), alone=True)

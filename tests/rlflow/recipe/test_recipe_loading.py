@@ -317,6 +317,7 @@ def test_a_path_is_read_as_a_shell_reads_it_and_other_texts_are_not(recipe_file:
     assert load_one(recipe_file, "model.path=$SCRATCH").model.path == f"{recipe_file.parent}/$SCRATCH"
 
 
+@pytest.mark.slow
 def test_an_override_is_no_bomb_either(recipe_file: Path):
     line = "&a [1, 2]"
     for number in range(30):

@@ -69,6 +69,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", HOSTILE.values(), ids=HOSTILE.keys())
 def test_what_would_hang_or_break_a_reader_is_a_message_with_its_line(bad: Bad, tmp_path: Path):
     refuse(bad, tmp_path)

@@ -45,6 +45,7 @@ def answers(prompts: list[Prompt], job: Job, streams: Streams, server: RewardSer
     return [row for rows, errors in found for row in rows if not errors]
 
 
+@pytest.mark.slow
 def test_answers_come_in_the_order_of_the_data_and_are_those_of_transformers(
     served: ServedModel, streams: Streams, oracle: Oracle, prompts: list[Prompt]
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_file_of_something_else_is_refused(
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_answers_that_a_reward_likes_are_data_to_learn_from(
     served: ServedModel, streams: Streams, prompts: list[Prompt], tmp_path: Path
 ) -> None:

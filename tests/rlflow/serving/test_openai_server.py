@@ -76,6 +76,7 @@ def test_completions_of_texts_and_of_token_ids_are_those_of_transformers(client:
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected[2]
 
 
+@pytest.mark.slow
 def test_requests_at_the_same_time_get_what_they_get_alone(client: Any, oracle: Oracle) -> None:
     questions = [[{"role": "user", "content": f"{i}+{7 * i}="}] for i in range(20)]
     with ThreadPoolExecutor(20) as threads:
@@ -218,6 +219,7 @@ def endless(served: ServedModel) -> Iterator[Streams]:
     streams.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_its_requests(served: ServedModel, endless: Streams, stream: bool) -> None:
     with running(server_of(served, endless)) as url:

@@ -284,6 +284,7 @@ def test_a_template_that_takes_no_system_message_is_named_with_the_option(
     assert error.startswith("--system: ") and "System role not supported" in error and "--chat-template" in error
 
 
+@pytest.mark.slow
 def test_a_command_line_answers_a_data_set_with_rewards(
     policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_killed_process_costs_one_notice_and_is_not_waited_for(
     assert len(said) == 1 and "ended early" in said[0]
 
 
+@pytest.mark.slow
 def test_an_unreachable_service_is_waited_for_no_longer_than_the_deadline(
     tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_an_unreachable_service_is_waited_for_no_longer_than_the_deadline(
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_read_loses_steps_which_are_counted(
     tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ print("reached the end", file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
@@ -167,6 +168,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
     assert (process.wait(), said) == (0, "reached the end\n")
 
 
+@pytest.mark.slow
 def test_in_a_real_terminal_the_bar_moves_and_the_cursor_comes_back() -> None:
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}

@@ -52,6 +52,7 @@ def test_what_an_actor_and_its_children_print_is_in_its_log_up_to_the_last_words
     assert said == f"{path} ends with:" + "".join(f"\n    {line}" for line in lines[1:-1])
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_started_again_goes_on_in_its_log_and_the_last_words_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "rollout-0.log"
     run_actor(path, "first words")

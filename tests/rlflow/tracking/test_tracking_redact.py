@@ -166,6 +166,7 @@ def test_urls_hold_secrets_by_password_or_query() -> None:
     assert not holds_secret("http://host:80/?n=1") and not holds_secret("/usr/bin:/bin")
 
 
+@pytest.mark.slow
 def test_a_traceback_that_ends_a_process_has_no_secrets() -> None:
     program = (
         "import os; from rlflow.tracking.redact import redact_tracebacks; redact_tracebacks()\n"

@@ -102,6 +102,7 @@ def test_wandb_has_steps_histograms_a_table_of_samples_and_what_the_run_is_calle
     assert (tmp_path / "logs" / "wandb.log").exists()
 
 
+@pytest.mark.slow
 def test_tensorboards_own_reader_finds_steps_histograms_and_samples_and_forgets_what_is_done_again(
     tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:

@@ -64,6 +64,7 @@ def test_every_tracker_is_closed_when_one_of_them_fails() -> None:
     assert len(closed) == 2
 
 
+@pytest.mark.slow
 def test_the_driver_side_imports_neither_wandb_nor_torch() -> None:
     modules = "rlflow.tracking, rlflow.tracking.console, rlflow.tracking.child_tracker, rlflow.tracking.rollouts"
     heavy = "[name for name in ('wandb', 'torch', 'vllm', 'transformers', 'ray') if name in sys.modules]"

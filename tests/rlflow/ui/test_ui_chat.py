@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ui_server import CHANGE, Client, ask, until, write_run
 
 from rlflow.ui.chat import Chats, serve_command
@@ -79,6 +80,7 @@ def test_a_model_answers_through_this_server_and_ends_with_it(home: Path):
     assert not is_alive(ask(home, talk, chats=chats))
 
 
+@pytest.mark.slow
 def test_one_model_is_loaded_at_a_time_and_one_that_cannot_be_says_why(home: Path):
     for name in ("a", "broken"):
         write_run(home / "runs" / name, 1)

@@ -35,6 +35,7 @@ def test_a_port_in_use_a_missing_directory_and_a_short_token_are_one_line_each(
     assert "99999 is no port" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_beyond_loopback_a_token_is_made_and_printed_and_sigterm_ends_the_server(home: Path, host: str):
     command = [sys.executable, "-m", "rlflow", "ui", "runs", "--port", "0", "--host", host]

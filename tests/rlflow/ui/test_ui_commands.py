@@ -141,6 +141,7 @@ def test_an_edited_recipe_is_kept_beside_the_one_it_came_from_which_stays(home: 
     assert (home / "recipes" / "short.yaml").read_text() == edited
 
 
+@pytest.mark.slow
 def test_what_comes_with_rlflow_can_be_started_and_stays_as_it_is(home: Path, tmp_path: Path):
     packaged = tmp_path / "site-packages" / "fake.yaml"
     packaged.parent.mkdir()
@@ -187,6 +188,7 @@ def test_only_listed_recipes_are_read_and_runs_write_below_the_directory_alone(h
     ask(home, talk)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_started_here_goes_on_from_the_recipe_in_its_directory(home: Path):
     file = write_recipe(home)
 

@@ -111,6 +111,7 @@ def test_a_run_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypatc
     assert [one["step"] for one in runs.cards()] == [6] and len(read) == 1
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_of_a_thousand_steps_are_listed_in_under_a_second_of_cpu(tmp_path: Path):
     extra = {f"metric/{n}": n / 7 for n in range(60)}
     text = "".join(
