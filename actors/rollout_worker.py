@@ -97,9 +97,11 @@ class RolloutWorker:
         environment: EnvironmentBlock | None = None,
         template_date: date | None = None,
         gets_merged: bool = False,
+        is_whole: bool = False,
     ) -> None:
         """
         Args:
+            is_whole: The weights are those at the model's path, or a server's, and none arrive: they are version 0.
             gets_merged: Of a policy with an adapter, whole weights arrive, with what the adapter makes of them.
             environment: Of rollouts of several turns.
             template_date: What the chat template writes where it writes the date.
@@ -111,18 +113,18 @@ class RolloutWorker:
         started = time.perf_counter()
         self.rank = rank
         generator: RolloutEngine
-        if gets_merged:
-            model = model.model_copy(update={"adapter": None})
+        model = _generating(model, engine, gets_merged=gets_merged, is_whole=is_whole)
         if engine == "http":
             assert server is not None
-            generator = _http_engine(server, model, rollout, max_model_len, run_directory, rank)
+            generator = _http_engine(server, model, rollout, max_model_len, run_directory, rank, is_whole)
         else:
-            generator = _make_engine(engine, model, rollout, max_model_len, num_threads, seed)
+            generator = _make_engine(engine, model, rollout, max_model_len, num_threads, seed, is_whole)
         self.tokenizer = load_tokenizer(model)
         self.is_token = token_table(self.tokenizer)
         generator.leave_out(_no_tokens(model, self.tokenizer))
         generator = StopStrings(generator, self.tokenizer)
         self.engine = EngineThread(generator, rollout.max_num_seqs, lambda: _use_threads(num_threads))
+        self.engine.version = 0 if is_whole else -1
         if environment is not None:
             self.engine.episodes = Episodes(
                 environment,
@@ -293,8 +295,30 @@ def _no_tokens(model: ModelBlock, tokenizer: Any) -> np.ndarray:
     return np.union1d(unwritten, placeholder_ids(config)).astype(np.int64)
 
 
+def _generating(model: ModelBlock, engine: str, *, gets_merged: bool, is_whole: bool) -> ModelBlock:
+    """The model as the engine has it: without an adapter that arrives merged, or that is new and changes nothing.
+
+    Raises:
+        ValueError: The engine takes an adapter merged alone, and nobody merges it.
+    """
+    adapter = model.adapter
+    is_new = adapter is not None and adapter.path is None
+    if is_whole and gets_merged and not is_new:
+        raise ValueError(
+            f"model.adapter: engine {engine} takes this adapter merged into its base alone: rlflow export --merge "
+            "makes such a model, name it as model.path"
+        )
+    return model.model_copy(update={"adapter": None}) if gets_merged or (is_whole and is_new) else model
+
+
 def _http_engine(
-    server: RolloutServerBlock, model: ModelBlock, rollout: RolloutBlock, max_model_len: int, directory: Path, rank: int
+    server: RolloutServerBlock,
+    model: ModelBlock,
+    rollout: RolloutBlock,
+    max_model_len: int,
+    directory: Path,
+    rank: int,
+    is_whole: bool,
 ) -> RolloutEngine:
     from rlflow.actors.rollout_engines.http_engine import HttpEngine
 
@@ -311,6 +335,7 @@ def _http_engine(
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         trust_remote_code=model.trust_remote_code,
+        is_whole=is_whole,
     )
 
 
@@ -321,6 +346,7 @@ def _make_engine(
     max_model_len: int,
     num_threads: int,
     seed: int,
+    is_whole: bool,
 ) -> RolloutEngine:
     assert model.path is not None
     common: dict[str, Any] = {
@@ -341,6 +367,7 @@ def _make_engine(
             tensor_parallel_size=rollout.tensor_parallel_size,
             log_path=_STANDARD_ERROR,
             num_threads=num_threads,
+            is_whole=is_whole,
             **common,
         )
     import torch
@@ -348,4 +375,22 @@ def _make_engine(
     from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 
     torch.set_num_threads(num_threads)
-    return TorchEngine(model.path, **common)
+    return TorchEngine(model.path, **common, model=_whole_model(model, seed) if is_whole else None)
+
+
+def _whole_model(model: ModelBlock, seed: int) -> Any:
+    """The model with the weights at its path, and with its adapter's."""
+    import torch
+    from transformers import AutoConfig
+
+    from rlflow.actors import adapters
+    from rlflow.actors.pretrained import load_whole
+    from rlflow.actors.vision import language_model_class
+
+    if model.adapter is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return adapters.load_adapted(model, seed=seed, device=device, trust_remote_code=model.trust_remote_code)
+    assert model.path is not None
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    auto_class = language_model_class(AutoConfig.from_pretrained(model.path, **options))
+    return load_whole(auto_class, model.path, dtype=getattr(torch, model.dtype), **options)

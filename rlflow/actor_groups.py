@@ -47,8 +47,9 @@ Construct = Callable[[int], tuple[type, dict[str, Any]]]
 class Actors:
     """The actor groups of one stage."""
 
-    trainer: ActorGroup[Trainer]
-    """Of the policy, or of the reward model, classifier, reranker or embedding model that the stage trains."""
+    trainer: ActorGroup[Trainer] | None
+    """Of the policy, or of the reward model, classifier, reranker or embedding model that the stage trains; None where
+    it samples."""
     rollout: ActorGroup[RolloutWorker] | None
     rewards: ActorGroup[RewardServer] | None
     critic: ActorGroup[ValueTrainer] | None
@@ -63,7 +64,7 @@ class Actors:
     def of(cls, groups: Mapping[str, ActorGroup[Any]], release: Callable[[], None]) -> Actors:
         """Args: groups: By role."""
         return cls(
-            trainer=groups["trainer"],
+            trainer=groups.get("trainer"),
             rollout=groups.get("rollout"),
             rewards=groups.get("rewards"),
             critic=groups.get("critic"),
@@ -206,6 +207,7 @@ def constructor_of(
                 "environment": recipe.environment,
                 "template_date": recipe.data.template_date,
                 "gets_merged": sends_merged(recipe),
+                "is_whole": not recipe.trains,
             }
         case "rewards":
             server = recipe.reward_server

@@ -19,7 +19,7 @@ from dataclasses import replace
 from rlflow import activations
 from rlflow.memory import DTYPE_BYTES, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
 from rlflow.policy_weights import sends_merged
-from rlflow.recipe import Recipe
+from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 
 Parts = dict[str, int]
 """What -> bytes."""
@@ -115,8 +115,8 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
         return {"process": PROCESS_BYTES}
     sequences = rollout.max_num_seqs
     prompts = sequences
-    if recipe.family == "online":
-        group = recipe.online.rollouts_per_prompt
+    if recipe.generates:
+        group = recipe.rollouts_per_prompt
         share = math.ceil(recipe.data.prompts_per_step / rollout.workers) * group
         sequences = min(sequences, share)
         prompts = math.ceil(sequences / group)
@@ -159,7 +159,7 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 def longest_sequence(recipe: Recipe) -> int:
     """Tokens of the longest sequence that is trained."""
-    if recipe.family != "online":
+    if not recipe.generates:
         return recipe.data.max_tokens
     of_policy = recipe.data.max_prompt_tokens + recipe.max_completion_tokens
     has_given = recipe.trains_answers or recipe.demonstrations is not None
@@ -168,8 +168,8 @@ def longest_sequence(recipe: Recipe) -> int:
 
 def sequences_per_step(recipe: Recipe) -> int:
     """Rollouts, examples, or both answers of every pair."""
-    if recipe.family == "online":
-        return recipe.data.prompts_per_step * recipe.online.group_size
+    if isinstance(recipe.algorithm, OnlineBlock | SampleBlock) and recipe.generates:
+        return recipe.data.prompts_per_step * recipe.algorithm.group_size
     return recipe.data.prompts_per_step * recipe.algorithm.learning.sequences_a_row
 
 

@@ -94,12 +94,15 @@ def _data_line(num_rows: int, plan: Plan) -> str:
 
 def _step_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
-    if recipe.family == "online":
-        what = f"{recipe.data.prompts_per_step} prompts x {recipe.online.group_size} completions = {plan.sequences}"
+    if recipe.generates:
+        each = plan.sequences // recipe.data.prompts_per_step
+        what = f"{recipe.data.prompts_per_step} prompts x {each} completions = {plan.sequences}"
         longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.max_completion_tokens} new)"
         lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
     else:
         lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]
+    if not recipe.trains:
+        return lines
     count = recipe.algorithm.num_mini_batches
     passes = plan.updates_per_step // count
     updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"

@@ -31,7 +31,7 @@ def rollout_engine(recipe: Recipe) -> str:
 
 def roles(recipe: Recipe) -> list[Role]:
     """Who is placed for a stage."""
-    models: dict[str, Any] = {"trainer": recipe.trainer}
+    models: dict[str, Any] = {"trainer": recipe.trainer} if recipe.trains else {}
     if recipe.needs_rollouts:
         models["rollout"] = recipe.rollout
     if recipe.critic is not None:
@@ -44,7 +44,8 @@ def roles(recipe: Recipe) -> list[Role]:
     found = [_role(name, block, shared[name]) for name, block in models.items()]
     if recipe.needs_rollouts:
         server = recipe.reward_server
-        found.insert(2, Role("rewards", server.workers, server.cpus_per_worker, server.gpus_per_worker))
+        rewards = Role("rewards", server.workers, server.cpus_per_worker, server.gpus_per_worker)
+        found.insert(list(models).index("rollout") + 1, rewards)
     return found
 
 

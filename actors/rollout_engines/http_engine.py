@@ -95,6 +95,7 @@ class HttpEngine:
         max_model_len: int,
         max_num_seqs: int,
         trust_remote_code: bool,
+        is_whole: bool = False,
     ) -> None:
         """Finds the server, which has been started with this model.
 
@@ -107,6 +108,7 @@ class HttpEngine:
             max_model_len: Longest sequence in tokens, prompt and completion.
             max_num_seqs: Requests at the server at a time.
             trust_remote_code: Run code that the model repository brings.
+            is_whole: The server's weights stay what they are: version 0.
 
         Raises:
             ServerError: It is not there, or does not speak ``api``.
@@ -116,7 +118,7 @@ class HttpEngine:
         self.model_dir, self.trust_remote_code = model_dir, trust_remote_code
         self.max_model_len = max_model_len
         self.shapes = weight_shapes(model_dir, trust_remote_code)
-        self.version = -1
+        self.version = 0 if is_whole else -1
         self._left_out: tuple[int, ...] = ()
         self._is_temperature_checked = False
         self._under_way: dict[int, UnderWay] = {}

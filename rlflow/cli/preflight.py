@@ -101,13 +101,14 @@ def check_in_use(
     readings = []
     for stage in stages:
         recipe = stage.recipe
-        is_read = read(recipe)
+        is_read = read(recipe) and not recipe.waits_for_rows
         found = [*in_generators(recipe, is_called=is_read), *in_environments(recipe)]
         reading = read_data(recipe, to_come, tokenize=tokenize) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)
-        to_come[f"{recipe.run.output_dir}/final"] = recipe
+        if recipe.trains:
+            to_come[f"{recipe.run.output_dir}/final"] = recipe
     if problems:
         raise RecipeError(problems)
     return readings
@@ -128,7 +129,8 @@ def check(stages: Sequence[LocatedRecipe], *, alone: bool = False) -> None:
             problems.append(stage.problem(key, message))
         of_this_machine = _on_this_machine(stage.recipe, to_come) if alone else ()
         problems += [stage.problem(key, message) for key, message in of_this_machine]
-        to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
+        if stage.recipe.trains:
+            to_come[f"{stage.recipe.run.output_dir}/final"] = stage.recipe
     if problems:
         raise RecipeError(problems)
 
@@ -168,7 +170,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         yield "model.chat_template", f"there is no file {template}"
     for key, source in sources_of(recipe).items():
         yield from _in_source(key, source)
-    yield from in_sources(sources_of(recipe))
+    yield from in_sources({key: source for key, source in sources_of(recipe).items() if source.stage is None})
     yield from in_template(recipe)
     for key, reward in rewards_of(recipe).items():
         yield from _in_reward(key, reward)
@@ -263,6 +265,8 @@ def _in_gpus(recipe: Recipe) -> Found:
 
 
 def _in_source(key: str, source: SourceBlock) -> Found:
+    if source.stage is not None:
+        return  # an earlier stage writes it
     if source.path is not None and not Path(source.path).exists():
         if not is_hub_id(source.path) and "://" not in source.path:
             yield f"{key}.path", f"there is no file {source.path}{_similar(Path(source.path))}"

@@ -125,7 +125,7 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
 
 def _sources(recipe: Recipe) -> Mapping[str, tuple[SourceBlock | Sequence[SourceBlock], bool]]:
     """Key -> sources of what is trained and evaluated on, and whether their rows are prompts."""
-    is_online = recipe.family == "online"
+    is_online = recipe.generates
     kinds: dict[str, tuple[Any, bool]] = {"data.train": (recipe.data.train, is_online)}
     if recipe.demonstrations is not None:
         kinds["demonstrations.train"] = (recipe.demonstrations.train, False)
@@ -207,7 +207,7 @@ def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> M
         load_examples(data.model_copy(update={"train": source}), tokenizer, seed)
         return prompts(source)
 
-    of_training = prompts if recipe.family == "online" else examples
+    of_training = prompts if recipe.generates else examples
     loaders = {"data.train": partial(prompts_with_answers if recipe.trains_answers else of_training, data.train)}
     if recipe.demonstrations is not None:
         shown = data.model_copy(update={"train": recipe.demonstrations.train})

@@ -59,7 +59,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = No
     """
     data, seed = recipe.data, recipe.run.seed
     tools, in_turns = _tools_of(recipe), recipe.environment is not None
-    if recipe.family == "online":
+    if recipe.generates:
         rejected = reject_references(recipe.rewards)
         rows = load_prompts(data.train, data, tokenizer, seed, rejected, tools, vision, in_turns=in_turns)
     else:

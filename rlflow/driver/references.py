@@ -41,7 +41,7 @@ def check_sources(recipe: Recipe) -> None:
     """
     training = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
     for source in training:
-        _check(source, recipe.rewards if recipe.family == "online" else [])
+        _check(source, recipe.rewards if recipe.generates else [])
     shown = [] if recipe.demonstrations is None else recipe.demonstrations.train
     for source in shown if isinstance(shown, list) else [shown]:
         _check(source, [])

@@ -10,6 +10,7 @@ optimizer. Everything else can, and is told.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,9 @@ from rlflow.recipe.adapter_files import CONFIG, same_model
 from rlflow.recipe.algorithm import of_this_version
 from rlflow.recipe.block import Block
 from rlflow.recipe.own_functions import own_functions
+from rlflow.recipe.sample_blocks import ROWS_FILE
 from rlflow.recipe.yaml_source import dump, dump_value, read_document
+from rlflow.tracking.history import rollout_files
 from rlflow.tracking.jsonl import read_metrics
 from rlflow.tracking.redact import redact
 
@@ -48,6 +51,10 @@ _BLOCKS = frozenset(
 )
 """Of a resolved recipe, whichever version wrote it: a recipe that a user wrote never has all of them."""
 _SAMPLED = re.compile(r"data\.train(\.\d+)?\.rows")
+_DRAWN = re.compile(
+    r"(model|sampling|environment|rewards)\b.*|algorithm\.group_size|rollout\.(max_new_tokens|temperature|top_p|top_k)"
+)
+"""What answers depend on that a stage has sampled: those of two kinds are not mixed."""
 _UNTOLD = ("run.output_dir", "run.steps", "run.epochs", "stage")
 _LENGTH = ("steps", "epochs", "stop_at_score")
 """Of the run block: what ends a run."""
@@ -179,6 +186,19 @@ def trained_steps(directory: Path) -> int:
     return max(steps, default=0)
 
 
+def whole_steps(directory: Path) -> int:
+    """The steps that a stage which samples has drawn, without a gap from the first."""
+    steps = rollout_files(directory)
+    return next(step for step in itertools.count(1) if step not in steps) - 1
+
+
+def kept_steps(recipe: Recipe) -> int:
+    """The step that a run of the recipe goes on from; 0 where it begins anew."""
+    directory = Path(recipe.run.output_dir)
+    saved = checkpoint.saved_steps(directory / "checkpoints")
+    return max(saved, default=0) if recipe.trains else whole_steps(directory)
+
+
 def length_of(recipe: Recipe) -> dict[str, Any]:
     """What ends the run: a run that ended so goes on when it may last longer."""
     return {key: getattr(recipe.run, key) for key in _LENGTH}
@@ -197,7 +217,8 @@ def lasts_longer(before: Mapping[str, Any], recipe: Recipe) -> bool:
 def is_finished(recipe: Recipe) -> bool:
     """Whether the stage has left its final model or adapter, and the recipe asks for no more steps than it had."""
     final = Path(recipe.run.output_dir) / "final"
-    if not (final / ("config.json" if recipe.model.adapter is None else CONFIG)).exists():
+    written = final / ("config.json" if recipe.model.adapter is None else CONFIG)
+    if not (written if recipe.trains else Path(recipe.run.output_dir) / ROWS_FILE).exists():
         return False
     try:
         before = checkpoint.read_manifest(final, checkpoint.FINAL_MANIFEST)["length"]
@@ -243,7 +264,7 @@ def check_resumable(recipes: Sequence[Recipe]) -> None:
             )
         if is_finished(recipe):
             continue
-        if trained and not saved:
+        if trained and not saved and recipe.trains:
             raise DataError(
                 f"{directory}: {trained} steps were trained and no checkpoint is left of them. Without --resume the "
                 "run starts anew and this directory moves aside; run.save_every and run.save_every_minutes say when "
@@ -260,11 +281,13 @@ def changes_since(recipe: Recipe, inputs: Inputs, directory: Path) -> list[str]:
         DataError: Something that the checkpoints take for granted: what, and what to do.
     """
     stored = read_recipe(directory)
-    if stored is None or not checkpoint.saved_steps(directory / "checkpoints"):
+    if stored is None or not kept_steps(recipe):
         return []
     changes = dict(_changes(recipe, stored, ""))
     starts_anew = recipe.model.adapter is not None or (recipe.needs_reference and recipe.reference.path is None)
     refused = {key: text for key, text in changes.items() if key in _FIXED or _SAMPLED.fullmatch(key)}
+    if not recipe.trains:
+        refused |= {key: text for key, text in changes.items() if _DRAWN.fullmatch(key)}
     if starts_anew and "model.path" in changes and not _is_same_model(recipe, stored):
         refused["model.path"] = changes["model.path"]
     before = Inputs.read(directory)

@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import ray
 
-from rlflow.actors.reward_server import RewardServer
 from rlflow.actors.trainer import Trainer
 from rlflow.checkpoint import saved_steps
 from rlflow.data.class_labels import with_labels
-from rlflow.data.errors import DataError, Rows
+from rlflow.data.errors import DataError
 from rlflow.data.template_date import pin_template_dates
 from rlflow.data.tokenizer import load_tokenizer
-from rlflow.data.vocabulary import token_table
 from rlflow.driver.book import Book
 from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
-from rlflow.driver.evaluation import Evaluator, LossEvaluator
 from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
@@ -39,8 +36,7 @@ from rlflow.driver.material import Material, load_material, max_model_len, num_s
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
-from rlflow.driver.pass_evaluation import PassEvaluator
-from rlflow.driver.pool import RolloutPool
+from rlflow.driver.preparing import evaluators_of, pool_of, wait_ready
 from rlflow.driver.references import check_sources
 from rlflow.driver.resuming import (
     Inputs,
@@ -51,8 +47,8 @@ from rlflow.driver.resuming import (
     trained_steps,
 )
 from rlflow.driver.run_lock import RunLock
-from rlflow.driver.sampling import episode_limits, sampling_params
-from rlflow.driver.scoring import Scoring
+from rlflow.driver.sample import sample_stage
+from rlflow.driver.sampling import sampling_params
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
@@ -62,7 +58,6 @@ from rlflow.tracking import make_tracker, missing_packages
 from rlflow.tracking.redact import remember_secrets
 from rlflow.tracking.report import ReportError, write_report
 from rlflow.tracking.tracker import StderrMessages, Tracker
-from rlflow.types import SamplingParams
 
 _STOP_S = 10.0
 """How long a run that is asked to stop waits for actors that are being placed."""
@@ -98,13 +93,14 @@ def run_recipes(
             raise DataError(f"run.output_dir: {problem}")
     recipes = [with_labels(recipe) for recipe in pin_template_dates(recipes, resume=resume)]
     for recipe in recipes:
-        check_sources(recipe)
+        if not recipe.waits_for_rows:
+            check_sources(recipe)
         for key, problem in missing_packages(recipe):
             raise DataError(f"{key}: {problem}")
     stop = StopSignals()
     stop.install()
     try:
-        sums = [sums_of_rows(recipe) for recipe in recipes]
+        sums = [{} if recipe.waits_for_rows else sums_of_rows(recipe) for recipe in recipes]
         with ExitStack() as held:
             for recipe in recipes:
                 lock = RunLock(Path(recipe.run.output_dir))
@@ -133,6 +129,9 @@ def _run_stages(
         ray_started = starter.submit(start_ray, recipes)
         try:
             for recipe, sums_of_recipe in zip(recipes, sums, strict=True):
+                if recipe.waits_for_rows:
+                    check_sources(recipe)
+                    sums_of_recipe = sums_of_rows(recipe)
                 inputs = Inputs.of(recipe, sums_of_recipe)
                 if resume and is_finished(recipe):
                     tell_of_finished(recipe, inputs)
@@ -228,7 +227,8 @@ def run_stage(
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
                     tracker.message(f"the stage goes on with fresh actors ({times}): {losses[-1]}")
                 tell_of_rows(tracker, directory.notes, material)
-                _learn(
+                work = _learn if recipe.trains else sample_stage
+                work(
                     recipe,
                     inputs,
                     directory.path,
@@ -304,8 +304,9 @@ def _learn(
 ) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
     steps = num_steps(recipe, len(material.rows))
+    assert actors.trainer is not None
     with clock("startup_actors"):
-        _wait_ready(actors, recipe)
+        wait_ready(actors, recipe)
         trainer = actors.trainer
         attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
     for group in actors.groups():
@@ -322,8 +323,8 @@ def _learn(
     )
     learner.give_teacher_head()
     params = sampling_params(recipe, material.tokenizer, material.model)
-    with _pool(recipe, actors, material, tracker, clock) as pool:
-        evaluators = _evaluators(recipe, learner, pool, params, material.held_out, tracker)
+    with pool_of(recipe, actors, material, tracker, clock) as pool:
+        evaluators = evaluators_of(recipe, learner, pool, params, material.held_out, tracker)
         book = Book(recipe, inputs, directory, learner, evaluators, tracker, clock, stop.asked, callbacks, num_restarts)
         callbacks.run_starts(recipe)
         with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
@@ -339,55 +340,3 @@ def _learn(
             book.require_trained()
             with clock("export"):
                 write_final(directory, recipe, learner, material.tokenizer, material.model)
-
-
-@contextmanager
-def _pool(
-    recipe: Recipe, actors: Actors, material: Material, tracker: Tracker, clock: Clock
-) -> Iterator[RolloutPool | None]:
-    """None where nobody generates."""
-    if actors.rollout is None or actors.rewards is None:
-        yield None
-        return
-    pool = RolloutPool(
-        actors.rollout,
-        Scoring(actors.rewards, recipe.scoring, clock.trace.add, tracker.message),
-        recipe.rollout,
-        tokenizer=material.tokenizer,
-        is_token=token_table(material.tokenizer),
-        startup_timeout_s=recipe.run.startup_timeout_s,
-        tell=tracker.message,
-        span=clock.trace.add,
-    )
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-def _evaluators(
-    recipe: Recipe,
-    learner: Learner,
-    pool: RolloutPool | None,
-    params: SamplingParams,
-    held_out: Mapping[str, Rows],
-    tracker: Tracker,
-) -> list[Evaluator]:
-    """One a set, in the recipe's order."""
-    evaluators: list[Evaluator] = []
-    for key, block in recipe.evaluations.items():
-        reward, rows = recipe.reward_of(block), held_out[key]
-        if reward is None:
-            evaluators.append(LossEvaluator(learner, block, rows))
-            continue
-        assert pool is not None
-        limits = episode_limits(recipe, block.max_new_tokens or params.max_new_tokens)
-        seed, is_pinned = recipe.run.seed, recipe.run.max_staleness == 0
-        evaluators.append(PassEvaluator(pool, block, reward, rows, params, seed, tracker, limits, is_pinned=is_pinned))
-    return evaluators
-
-
-def _wait_ready(actors: Actors, recipe: Recipe) -> None:
-    actors.wait_ready(recipe.run.startup_timeout_s)
-    if actors.rewards:
-        actors.rewards.call_all(RewardServer.self_check)

@@ -21,6 +21,7 @@ from rlflow import checkpoint
 from rlflow.actors.actor_group import Pending
 from rlflow.driver.clock import Clock
 from rlflow.driver.errors import GO_ON, RunError, StoppedUnsaved, StopRequested
+from rlflow.driver.resuming import kept_steps
 from rlflow.recipe import Recipe
 
 SAME_PRESS_S = 1.0
@@ -118,8 +119,9 @@ def stopped(recipes: Sequence[Recipe]) -> RunError:
     """The end of a run that was stopped at once: what of it can go on."""
     for recipe in reversed(recipes):
         directory = Path(recipe.run.output_dir)
-        steps = checkpoint.saved_steps(directory / "checkpoints")
-        if steps or (directory / "final").exists():
-            what = f"the checkpoint of step {steps[-1]}" if steps else "final/"
+        step = kept_steps(recipe)
+        if step or (directory / "final").exists():
+            drawn = f"the checkpoint of step {step}" if recipe.trains else f"the answers of {step} steps"
+            what = drawn if step else "final/"
             return StopRequested(f"stopped; {directory} has {what}: {GO_ON}")
     return StoppedUnsaved("stopped before anything was saved")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
-from rlflow.data.images import data_uri
-from rlflow.data.logged import conversation_of
+from rlflow.data.kept_answers import chat_row, pair_row
 from rlflow.tracking.rollouts import RolloutRecord
 
 
@@ -23,13 +22,7 @@ def export_chat(records: Sequence[RolloutRecord], path: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {"messages": conversation_of(record), "prompt_id": record.prompt_id, "step": record.step}
-        row |= {"tools": record.tools} if record.tools else {}
-        row |= _images_of(record)
-        rows.append(row | {"reward": None if math.isnan(record.reward) else record.reward})
-    _write(rows, path)
+    _write([chat_row(record) for record in records], path)
 
 
 def export_pairs(records: Sequence[RolloutRecord], path: Path) -> int:
@@ -47,23 +40,9 @@ def export_pairs(records: Sequence[RolloutRecord], path: Path) -> int:
     for group in groups.values():
         worst, best = (pick(group, key=lambda record: record.reward) for pick in (min, max))
         if best.reward > worst.reward:
-            rows.append(
-                {
-                    "chosen_messages": conversation_of(best),
-                    "rejected_messages": conversation_of(worst),
-                    **({"tools": best.tools} if best.tools else {}),
-                    **_images_of(best),
-                    **{"prompt_id": best.prompt_id, "step": best.step},
-                    **{"chosen_reward": best.reward, "rejected_reward": worst.reward},
-                }
-            )
+            rows.append(pair_row(best, worst))
     _write(rows, path)
     return len(rows)
-
-
-def _images_of(record: RolloutRecord) -> dict[str, Any]:
-    """The column of its pictures, each as a data URI."""
-    return {"images": [data_uri(image) for image in record.images]} if record.images else {}
 
 
 def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:

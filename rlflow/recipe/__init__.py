@@ -10,6 +10,7 @@ from rlflow.recipe.algorithm import (
     PairBlock,
     RerankerBlock,
     RewardModelBlock,
+    SampleBlock,
     SFTBlock,
     algorithm_of,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "RouterBlock",
     "RunBlock",
     "SFTBlock",
+    "SampleBlock",
     "SourceBlock",
     "TrackerName",
     "TrainerBlock",

@@ -21,6 +21,7 @@ from rlflow.recipe.algorithm_kinds import (
     PairBlock,
     RerankerBlock,
     RewardModelBlock,
+    SampleBlock,
     SFTBlock,
     UnknownBlock,
 )
@@ -37,6 +38,7 @@ def _objective(given: Any) -> str:
 Algorithm = Annotated[
     Annotated[OnlineBlock, Tag("<policy>")]
     | Annotated[SFTBlock, Tag("<sft>")]
+    | Annotated[SampleBlock, Tag("<none>")]
     | Annotated[PairBlock, Tag("<preference>")]
     | Annotated[KTOBlock, Tag("<kto>")]
     | Annotated[RewardModelBlock, Tag("<reward_model>")]
@@ -51,6 +53,7 @@ Algorithm = Annotated[
 BLOCKS: dict[str, type[AlgorithmBlock]] = {
     "policy": OnlineBlock,
     "sft": SFTBlock,
+    "none": SampleBlock,
     "preference": PairBlock,
     "kto": KTOBlock,
     "reward_model": RewardModelBlock,

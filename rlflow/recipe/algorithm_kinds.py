@@ -16,6 +16,7 @@ from rlflow.recipe.preference_blocks import KTOLossBlock, PairLoss, RewardLossBl
 from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import did_you_mean
 from rlflow.recipe.rows.distillation import FROM_ANSWERS
+from rlflow.recipe.sample_blocks import KeepBlock
 from rlflow.recipe.sequence_blocks import (
     ClassesBlock,
     EmbeddingLoss,
@@ -178,6 +179,18 @@ class OnlineBlock(AlgorithmBlock):
             yield Conflict(("groups.overlong_buffer", "advantage.scale"), f"{reason}: remove it")
         if self.groups.reward_scaling != "sum":
             yield Conflict(("groups.reward_scaling", "advantage.scale"), f"{reason}: set it to sum")
+
+
+class SampleBlock(AlgorithmBlock):
+    group_size: PositiveInt = 1
+    """Answers a prompt."""
+    keep: KeepBlock = KeepBlock()
+    """What the stages behind it learn from."""
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        """Answers a prompt, all of which are scored."""
+        return self.group_size
 
 
 class SFTBlock(AlgorithmBlock):

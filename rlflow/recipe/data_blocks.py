@@ -14,6 +14,8 @@ from rlflow.recipe.block import Block, Conflict, NonNegativeInt, PositiveInt, ex
 class SourceBlock(Block):
     path: str | None = None
     """A local file (JSON, JSONL, CSV, Parquet; .gz too), a run's `rollouts` directory, or a hub dataset id."""
+    stage: str | None = None
+    """An earlier stage of this recipe, of algorithm sample: what it kept."""
     generator: str | None = None
     """Rows made by a function: a name of rlflow.data.generated, or `file.py:function`."""
     args: dict[str, Any] = Field(default_factory=dict)

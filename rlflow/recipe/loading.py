@@ -21,8 +21,9 @@ from rlflow.recipe.local_paths import expand, make_absolute
 from rlflow.recipe.model_blocks import OF_THE_ADAPTER
 from rlflow.recipe.overrides import Change, Overrides, apply, parse_overrides
 from rlflow.recipe.packaged import packaged_recipe, packaged_recipes
-from rlflow.recipe.presets import ALGORITHMS
+from rlflow.recipe.presets import ALGORITHMS, Learning
 from rlflow.recipe.problems import Problem, RecipeError, did_you_mean, nearest
+from rlflow.recipe.sample_blocks import ROWS_FILE, name_rows, without_shared_sources
 from rlflow.recipe.schema import Recipe
 from rlflow.recipe.yaml_source import Document, document_of, dump, read_document
 
@@ -89,11 +90,15 @@ def _located(path: Path, document: Document, overrides: Overrides, problems: lis
     located: list[LocatedRecipe] = []
     found: dict[str | None, list[Problem]] = {}
     starts_from: dict[str, Any] = {}
+    rows_of: dict[str, str | None] = {}
     for stage in _split_stages(document, changes, problems):
         of_stage = found.setdefault(stage.name, [])
         resolved = _resolve(stage, path, starts_from, of_stage)
-        if not _leaves_scores(resolved.data):
+        name_rows(resolved, resolved.data, rows_of, of_stage)
+        if _leaves_policy(resolved.data):
             starts_from = _left_by(resolved.data)
+        if stage.name is not None:
+            rows_of[stage.name] = _rows_left_by(resolved.data)
         recipe = validate(resolved, of_stage)
         if recipe is not None:
             located.append(LocatedRecipe(recipe, resolved))
@@ -218,7 +223,8 @@ def _split_stages(document: Document, changes: Sequence[Change], problems: list[
         ]
         own = _with_changes(document.below(("stages", index)).without("name"), own_changes, problems)
         own_model = bool({"path", "architecture"} & _block(own.data, "model").keys())
-        merged = _merged(own, shared.without("algorithm") if _other_algorithm(own, shared) else shared)
+        common = shared.cut_to(without_shared_sources(own.data, shared.data))
+        merged = _merged(own, common.without("algorithm") if _other_algorithm(own, shared) else common)
         merged.data["stage"] = name
         stages.append(_Stage(name, _with_changes(merged, for_all, problems), own_model or index == 0))
     return stages
@@ -259,17 +265,29 @@ def _block(data: dict[str, Any], name: str) -> dict[str, Any]:
     return data[name] if name in data and isinstance(data[name], dict) else {}
 
 
-def _leaves_scores(data: dict[str, Any]) -> bool:
-    """Whether the stage leaves a model that scores, and is no policy."""
-    algorithm = _block(data, "algorithm")
-    name = algorithm.get("name")
-    return isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].learning.head != "token"
+def _leaves_policy(data: dict[str, Any]) -> bool:
+    """Whether the stage leaves a model that writes: neither one that scores, nor rows alone."""
+    learning = _learning(data)
+    return learning is None or (learning.head == "token" and learning.objective != "none")
+
+
+def _rows_left_by(data: dict[str, Any]) -> str | None:
+    """The file of rows that the stage leaves; None where it trains a model."""
+    learning, run = _learning(data), data["run"]
+    is_sampling = learning is not None and learning.objective == "none" and isinstance(run, dict)
+    return f"{run['output_dir']}/{ROWS_FILE}" if is_sampling else None
+
+
+def _learning(data: dict[str, Any]) -> Learning | None:
+    """Of the algorithm that a stage names; None where the table has none of that name."""
+    name = _block(data, "algorithm").get("name")
+    return ALGORITHMS[name].learning if isinstance(name, str) and name in ALGORITHMS else None
 
 
 def _left_by(data: dict[str, Any]) -> dict[str, Any]:
     """The model block's keys for going on from what a stage leaves: its model, or its adapter on the same base.
 
-    A reward model is no policy: the stage after one goes on from the stage before it.
+    The stage after one that leaves no policy goes on from the stage before it.
     """
     run, model = data["run"], _block(data, "model")
     if not isinstance(run, dict):

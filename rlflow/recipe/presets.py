@@ -7,7 +7,7 @@ machines hold (GRPO 64, DAPO 16, Dr. GRPO 8), the rows 8.
 
 from __future__ import annotations
 
-from rlflow.recipe.rows import distillation, online, preferences, reward_models, sequences, supervised
+from rlflow.recipe.rows import distillation, online, preferences, reward_models, sampling, sequences, supervised
 from rlflow.recipe.rows.row import TASKS, AlgorithmRow, Learning, Task
 
 __all__ = ["ALGORITHMS", "TASKS", "AlgorithmRow", "Learning", "Task"]
@@ -15,6 +15,7 @@ __all__ = ["ALGORITHMS", "TASKS", "AlgorithmRow", "Learning", "Task"]
 _ROWS = {
     **online.ROWS,
     **distillation.ROWS,
+    **sampling.ROWS,
     **supervised.ROWS,
     **preferences.ROWS,
     **reward_models.ROWS,

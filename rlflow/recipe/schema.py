@@ -14,6 +14,7 @@ from pydantic import Field
 from rlflow.recipe.adapter_rules import adapter_conflicts
 from rlflow.recipe.algorithm import Algorithm, OnlineBlock
 from rlflow.recipe.algorithm_blocks import CriticBlock
+from rlflow.recipe.algorithm_kinds import SampleBlock
 from rlflow.recipe.block import (
     Block,
     Conflict,
@@ -35,6 +36,8 @@ from rlflow.recipe.model_blocks import ModelBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
+from rlflow.recipe.rows.row import Family
+from rlflow.recipe.sample_blocks import sampling_conflicts
 from rlflow.recipe.teacher_block import TeacherBlock, teacher_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
@@ -173,14 +176,37 @@ class Recipe(Block):
     docs/extend.md."""
 
     @property
-    def family(self) -> Literal["online", "sft", "preference"]:
+    def family(self) -> Family:
         """Which driver runs it."""
         return self.algorithm.learning.family
 
     @property
     def needs_rollouts(self) -> bool:
         """Whether anybody generates: to train on it, or to evaluate."""
-        return self.family == "online" or any(self.reward_of(block) for block in self.evaluations.values())
+        return self.generates or any(self.reward_of(block) for block in self.evaluations.values())
+
+    @property
+    def generates(self) -> bool:
+        """Whether its rows are prompts, which a model answers."""
+        return self.algorithm.learning.generates
+
+    @property
+    def trains(self) -> bool:
+        """Whether a model is trained: a stage that samples leaves rows instead."""
+        return self.algorithm.learning.objective != "none"
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        """Completions a prompt that are generated and scored, where its rows are prompts."""
+        assert isinstance(self.algorithm, OnlineBlock | SampleBlock), f"{self.algorithm.name} learns from given rows"
+        return self.algorithm.rollouts_per_prompt
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether an earlier stage makes some of its rows."""
+        demonstrations = [] if self.demonstrations is None else [self.demonstrations.train]
+        given = [self.data.train, *demonstrations]
+        return any(source.stage for one in given for source in (one if isinstance(one, list) else [one]))
 
     @property
     def cut_by(self) -> str | None:
@@ -285,6 +311,8 @@ class Recipe(Block):
         run = self.run
         if (run.steps is None) == (run.epochs is None):
             yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
+        if isinstance(self.algorithm, SampleBlock):
+            yield from sampling_conflicts(self, self.algorithm.keep)
         if isinstance(self.algorithm, OnlineBlock):
             yield from self._online_conflicts(self.algorithm)
         elif self.demonstrations is not None:
@@ -338,7 +366,7 @@ class Recipe(Block):
         name = self.algorithm.name
         if self.family == "online" and not self.rewards and not self.needs_teacher:
             yield Conflict(("rewards", "algorithm.name"), f"{name} learns from rewards: give at least one")
-        if self.family != "online" and self.rewards:
+        if not self.generates and self.rewards:
             reason = f"{name} does not use rewards: remove them, or move them to the stage that does"
             yield Conflict(("rewards", "algorithm.name"), reason)
         is_policy = self.algorithm.learning.head == "token"
@@ -350,7 +378,7 @@ class Recipe(Block):
                 yield Conflict(("rewards",), reason)
 
     def _metric_conflicts(self) -> Iterator[Conflict]:
-        if self.metrics and self.family != "online":
+        if self.metrics and not self.generates:
             reason = f"are of rollouts, and {self.algorithm.name} has none: remove them, or give a callback"
             yield Conflict(("metrics", "algorithm.name"), reason)
         for name, count in Counter(metric.name for metric in self.metrics).items():

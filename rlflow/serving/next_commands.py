@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlflow.recipe import Recipe
+from rlflow.recipe.sample_blocks import ROWS_FILE
 
 
 def next_commands(recipe: Recipe) -> list[tuple[str, str]]:
@@ -44,6 +45,8 @@ def program() -> list[str]:
 
 def next_lines(recipe: Recipe) -> list[str]:
     """For the end of a run's output."""
+    if not recipe.trains:
+        return ["next:", f"  train on  {_from_here(Path(recipe.run.output_dir)) / ROWS_FILE}"]
     commands = next_commands(recipe)
     width = max(len(purpose) for _, purpose in commands)
     return ["next:", *(f"  {purpose:<{width}}  {command}" for command, purpose in commands)]

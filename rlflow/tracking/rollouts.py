@@ -21,9 +21,9 @@ from rlflow.tracking.history import step_of
 from rlflow.tracking.row_columns import keep_columns
 from rlflow.types import Episode, Group, Prompt, Rollout, RolloutEnd
 
-RolloutState = Literal["trained", "masked", "baseline", "filtered"]
+RolloutState = Literal["trained", "masked", "baseline", "filtered", "sampled"]
 """trained; in the batch without loss (unscored, truncated); greedy, for its group's baseline; or in a group that was
-replaced."""
+replaced; sampled by a stage that trains nothing."""
 
 REWARD_PREFIX = "reward/"
 _NEEDED_COLUMNS = (
@@ -121,7 +121,7 @@ def write_rollouts(
         path: Its directory exists.
         groups: Scored by the same functions; each has as many rollouts as it has.
         advantages: An array for each group, [G]; NaN where there is none.
-        states: ``trained``, ``masked`` or ``filtered`` of every rollout, in the order of ``groups``.
+        states: Of every rollout, in the order of ``groups``.
 
     Raises:
         ValueError: Lengths disagree.

@@ -6,16 +6,28 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal[
-    "online", "distillation", "sft", "preferences", "reward_model", "classification", "embedding", "reranking"
+    "online",
+    "distillation",
+    "sampling",
+    "sft",
+    "preferences",
+    "reward_model",
+    "classification",
+    "embedding",
+    "reranking",
 ]
 
 Objective = Literal[
-    "policy", "sft", "preference", "kto", "reward_model", "classification", "embedding", "reranking", "yes_no"
+    "policy", "sft", "preference", "kto", "reward_model", "classification", "embedding", "reranking", "yes_no", "none"
 ]
+
+Family = Literal["online", "sft", "preference", "sample"]
+"""Which driver runs it."""
 
 TASKS: dict[Task, str] = {
     "online": "learn from rollouts and their rewards (ref: a reference, critic: a value model, demos: demonstrations)",
     "distillation": "learn from a teacher",
+    "sampling": "answer prompts, for the stages behind to learn from",
     "sft": "learn from demonstrations and plain text",
     "preferences": "learn from judged answers",
     "reward_model": "learn to judge answers",
@@ -30,10 +42,10 @@ TASKS: dict[Task, str] = {
 class Learning:
     """What algorithms that learn from the same kind of row have in common, from the row to the loss."""
 
-    family: Literal["online", "sft", "preference"]
-    """online: rollouts and rewards; sft: demonstrations; preference: judged answers."""
+    family: Family
+    """online: rollouts and rewards; sft: demonstrations; preference: judged answers; sample: nothing is trained."""
     objective: Objective
-    """What the trainer minimises: a key of rlflow.algorithms.objectives.OBJECTIVES."""
+    """What the trainer minimises: a key of rlflow.algorithms.objectives.OBJECTIVES, or none."""
     data_row: Literal[
         "prompt", "example", "pair", "margin_pair", "labelled", "judged", "classified", "related", "ranked"
     ]
@@ -55,6 +67,11 @@ class Learning:
     held_out: Literal["", "classification", "embedding", "reranking"] = ""
     """What is measured on held-out rows from the model's outputs, beside the loss: a key of
     rlflow.algorithms.sequence_metrics.HELD_OUT."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether a row of data is a prompt that a model answers."""
+        return self.family in ("online", "sample")
 
     @property
     def unit_size(self) -> int:
@@ -80,7 +97,7 @@ class AlgorithmRow:
     """Recipe keys under ``algorithm`` that differ from the schema's neutral defaults."""
 
     @property
-    def family(self) -> Literal["online", "sft", "preference"]:
+    def family(self) -> Family:
         return self.learning.family
 
     @property

@@ -13,7 +13,7 @@ from rlflow.recipe import ALGORITHMS, algorithm_of
 from rlflow.types import Denominators
 
 ONLINE = [name for name, row in ALGORITHMS.items() if row.task == "online"]
-OF_TOKENS = [name for name, row in ALGORITHMS.items() if not row.learning.held_out]
+OF_TOKENS = [name for name, row in ALGORITHMS.items() if row.objective != "none" and not row.learning.held_out]
 """Those of whole sequences: tests/actors/test_gradient_cache.py."""
 FIELDS = ("advantages", "old_logprobs", "proximal_logprobs", "ref_logprobs")
 SPLITS = [(40, 1), (1, 1), (10_000, 2), (40, 3), (1, 3), (10_000, 17)]

@@ -1,0 +1,261 @@
+"""A stage that samples: a model answers prompts, rewards score the answers, and what is good becomes rows.
+
+    prompts --> pool ==== RolloutWorker xN, RewardServer xM --> groups --> rollouts/step_000001.parquet, one a step
+    rollouts of all steps --> keep_answers --> final/rows.jsonl, which the stages behind it train on
+
+Nothing is trained: workers load the model themselves, and there is no trainer. The seed of every answer comes from its
+prompt's name, and a step's file is whole or not there: a stage that is resumed draws the steps that have none. With
+``run.max_staleness: k`` workers go on with the k steps to come while a step is awaited.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from rlflow import checkpoint
+from rlflow.actor_groups import Actors
+from rlflow.data.kept_answers import Kept, keep_answers
+from rlflow.data.sampler import Sampler
+from rlflow.driver.assemble import Batch, build_group, rollout_metrics
+from rlflow.driver.callbacks import Callbacks
+from rlflow.driver.clock import Clock
+from rlflow.driver.errors import GO_ON, RunError, StopRequested
+from rlflow.driver.evaluation import Evaluator
+from rlflow.driver.jobs import Job, ScoredGroup
+from rlflow.driver.material import Material
+from rlflow.driver.own_metrics import own_metrics
+from rlflow.driver.pool import RolloutPool
+from rlflow.driver.preparing import evaluators_of, pool_of, wait_ready
+from rlflow.driver.resuming import Inputs, length_of, whole_steps, write_recipe
+from rlflow.driver.rollout_report import RolloutReport
+from rlflow.driver.sampling import episode_limits, sample_seed, sampling_params
+from rlflow.driver.stopping import StopSignals
+from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
+from rlflow.recipe.sample_blocks import ROWS_FILE
+from rlflow.tracking.episodes import Episode, Episodes
+from rlflow.tracking.history import rollout_files
+from rlflow.tracking.rollouts import RolloutFileError, RolloutState, read_rollouts, rollouts_path, write_rollouts
+from rlflow.tracking.tracker import Tracker
+from rlflow.types import Group, GroupRequest, Prompt, SamplingParams, StepStats
+
+STATE: RolloutState = "sampled"
+"""Of every rollout in a file."""
+
+
+@dataclass(slots=True)
+class Sampling:
+    """A stage that samples, and what it works with."""
+
+    recipe: Recipe
+    directory: Path
+    pool: RolloutPool
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    tracker: Tracker
+    clock: Clock
+    callbacks: Callbacks
+    should_stop: Callable[[], bool]
+    step: int | None = None
+    """The step under way, counted from 1; None before the first."""
+
+    @property
+    def algorithm(self) -> SampleBlock:
+        assert isinstance(self.recipe.algorithm, SampleBlock)
+        return self.recipe.algorithm
+
+    def run(self, inputs: Inputs, evaluators: Sequence[Evaluator], *, resume: bool) -> None:
+        """Draws the steps that are left and writes ``final/``.
+
+        Args:
+            inputs: What the recipe's names stand for.
+            evaluators: Measured once, before the first step.
+
+        Raises:
+            StopRequested: Somebody asked the stage to stop; what was drawn is kept.
+            RunError: Too many answers could not be scored, or none is good.
+        """
+        self.pool.version = 0
+        first = whole_steps(self.directory) if resume else 0
+        steps = self._draw()
+        if resume:
+            write_recipe(self.recipe, inputs, self.directory)
+            self.tracker.message(f"{first} of {len(steps)} steps were drawn before")
+        if first == 0:
+            found = [evaluator.run() for evaluator in evaluators]
+            measured = {name: value for one in found for name, value in one.metrics.items()}
+            start = StepStats(0, measured | self.clock.metrics())
+            self.tracker.log(start)
+            self.callbacks.step_ended(start)
+        asked: dict[int, dict[int, ScoredGroup]] = {}
+        for step in range(first, len(steps)):
+            self.step = step + 1
+            ahead = range(step, min(step + self.recipe.run.max_staleness + 1, len(steps)))
+            asked |= {later: self._ask(steps[later], later) for later in ahead if later not in asked}
+            self._take(asked.pop(step), steps[step], step + 1)
+            if step == first:
+                self.tracker.message(self.clock.story(step + 1))
+            if self.should_stop() and step + 1 < len(steps):
+                raise StopRequested(f"stopped after step {step + 1} of {len(steps)}; {GO_ON}")
+            if self.callbacks.is_asked_to_stop:
+                self.tracker.message(f"a callback ends the stage after step {step + 1}")
+                break
+        with self.clock("export"):
+            self.tracker.message(write_rows(self.directory, self.recipe))
+
+    def notice(self) -> str:
+        """What a stop waits for; empty when no step is under way."""
+        if self.step is None:
+            return ""
+        left = f"with the answers of {self.step - 1} steps"
+        return f"stopping after step {self.step}, waiting for its answers; Ctrl-C again stops at once, {left}"
+
+    def _draw(self) -> list[list[tuple[int, int]]]:
+        """(epoch, row) of the prompts of each step; the last may have fewer."""
+        run, size = self.recipe.run, self.recipe.data.prompts_per_step
+        sampler = Sampler(len(self.prompts), seed=run.seed, shuffle=self.recipe.data.shuffle)
+        if run.steps is not None:
+            return [sampler.take(size) for _ in range(run.steps)]
+        assert run.epochs is not None
+        drawn = sampler.take(max(1, math.ceil(run.epochs * len(self.prompts))))
+        return [drawn[start : start + size] for start in range(0, len(drawn), size)]
+
+    def _ask(self, rows: Sequence[tuple[int, int]], step: int) -> dict[int, ScoredGroup]:
+        """Asks for the groups of a step, counted from 0; they come by their place in ``rows``."""
+        arrived: dict[int, ScoredGroup] = {}
+        limits = episode_limits(self.recipe, self.params.max_new_tokens)
+        seed, group_size = self.recipe.run.seed, self.algorithm.group_size
+        jobs = []
+        for place, (epoch, row) in enumerate(rows):
+            prompt = self.prompts[row]
+            request = GroupRequest(
+                self.pool.next_id(),
+                prompt.token_ids,
+                tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(group_size)),
+                self.params,
+                min_version=0,
+                prompt=prompt if limits is not None else None,
+                limits=limits,
+                images=prompt.images,
+                engine_token_ids=prompt.engine_token_ids,
+            )
+            jobs.append(
+                Job(
+                    request=request,
+                    prompt=prompt,
+                    epoch=epoch,
+                    labels=tuple(block.label for block in self.recipe.rewards),
+                    deliver=partial(arrived.__setitem__, place),
+                    priority=(1, step, place),
+                    is_pinned=self.recipe.run.max_staleness == 0,
+                )
+            )
+        self.pool.ask(jobs)
+        return arrived
+
+    def _take(self, arrived: dict[int, ScoredGroup], rows: Sequence[tuple[int, int]], step: int) -> None:
+        """Waits for a step's groups and writes them down, and what they look like."""
+        size = len(rows)
+        with self.clock("rollout"):
+            self.pool.wait_until(
+                lambda: len(arrived) == size, lambda: self.tracker.progress("generating", len(arrived), size)
+            )
+        report = RolloutReport()
+        for scored in arrived.values():
+            report.add(scored)
+        report.require_few_errors(self.recipe.reward_server.max_error_fraction)
+        if report.failed:
+            self.tracker.message(f"step {step}: {report.account}")
+        neutral = OnlineBlock.model_construct(name=self.algorithm.name)
+        groups: list[Group] = [build_group(arrived[place], self.recipe.rewards, neutral) for place in range(size)]
+        batch = Batch(groups, np.zeros(0), [])
+        advantages = [np.full(len(group.rollouts), np.nan) for group in groups]
+        drawn = self.directory / ".drawn.parquet"
+        write_rollouts(drawn, groups, advantages, [STATE] * len(batch.rollouts))
+        kept = keep_answers(read_rollouts(drawn, tokens=False), self.algorithm.keep)
+        metrics = rollout_metrics(batch, 0) | own_metrics(self.recipe.metrics, groups)
+        metrics |= report.metrics() | self.pool.metrics()
+        metrics |= {"keep/good_fraction": kept.num_good / kept.num_answers, "keep/rows": float(len(kept.rows))}
+        self.tracker.log(StepStats(step, metrics | self.clock.metrics()))
+        self.tracker.episodes(Episodes(step, list(_episodes(groups))))
+        # The file's name comes last: a step that has one is not drawn again.
+        os.replace(drawn, rollouts_path(self.directory, step))
+        self.callbacks.step_ended(StepStats(step, metrics))
+
+
+def sample_stage(
+    recipe: Recipe,
+    inputs: Inputs,
+    directory: Path,
+    material: Material,
+    actors: Actors,
+    tracker: Tracker,
+    clock: Clock,
+    stop: StopSignals,
+    callbacks: Callbacks,
+    *,
+    resume: bool,
+    num_restarts: int,
+) -> None:
+    """Waits for the actors, samples, writes what is kept.
+
+    Args:
+        num_restarts: None: workers that are lost are started again by the pool.
+    """
+    with clock("startup_actors"):
+        wait_ready(actors, recipe)
+    for group in actors.groups():
+        group.span = clock.trace.add
+    params = sampling_params(recipe, material.tokenizer, material.model)
+    with pool_of(recipe, actors, material, tracker, clock) as pool:
+        assert pool is not None
+        evaluators = evaluators_of(recipe, None, pool, params, material.held_out, tracker)
+        rows = material.rows
+        stage = Sampling(recipe, directory, pool, rows, params, tracker, clock, callbacks, stop.asked)
+        callbacks.run_starts(recipe)
+        with stop.finishing_steps(stage.notice):
+            stage.run(inputs, evaluators, resume=resume)
+
+
+def _episodes(groups: Sequence[Group]) -> Iterator[Episode]:
+    """The rollouts for people to look at; nothing has an advantage."""
+    for group in groups:
+        for rollout in group.rollouts:
+            yield Episode(group.prompt, rollout, math.nan, STATE)
+
+
+def write_rows(directory: Path, recipe: Recipe) -> str:
+    """Writes ``final/``, whole or not at all: what is kept of all rollouts. Returns what became of them.
+
+    Raises:
+        RunError: Nothing is kept.
+    """
+    assert isinstance(recipe.algorithm, SampleBlock)
+    records = []
+    try:
+        for file in rollout_files(directory).values():
+            records += read_rollouts(file, tokens=False, images=True)
+    except RolloutFileError as error:
+        raise RunError(f"{error}; without it, --resume draws the step anew") from error
+    kept: Kept = keep_answers(records, recipe.algorithm.keep)
+    if not kept.rows:
+        raise RunError(
+            f"{kept.account}; nothing is kept, and {directory} has no final/: look at its answers (rlflow inspect "
+            f"{directory}), at algorithm.keep and at the rewards; --resume draws nothing again and keeps by what "
+            "algorithm.keep says then"
+        )
+
+    def write(place: Path) -> None:
+        text = "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in kept.rows)
+        (place / Path(ROWS_FILE).name).write_text(text, encoding="utf-8", errors="replace")
+
+    facts = {"step": len(rollout_files(directory)), "length": length_of(recipe), "rows": len(kept.rows)}
+    final = checkpoint.publish_directory((directory / ROWS_FILE).parent, facts, write, checkpoint.FINAL_MANIFEST)
+    return f"{kept.account}, in {final / Path(ROWS_FILE).name}"

@@ -1,0 +1,197 @@
+"""Stages that sample: a tiny model answers, the good answers become rows, and the next stage learns from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from finished_runs import RunRecipe, metrics_of
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+import rlflow
+from rlflow.data.errors import DataError
+from rlflow.driver.errors import RunError
+from rlflow.recipe.yaml_source import merge
+
+REWARD = """
+def first(completions, **columns):
+    return [ord(text[0]) % 5 / 4 if text else None for text in completions]
+"""
+SAMPLE = {
+    "name": "answers",
+    "algorithm": {"name": "sample", "group_size": 16, "keep": {"where": "reward >= 0.5", "at_most": 2}},
+    "data": {"prompts_per_step": 4},
+    "run": {"epochs": 1},
+}
+SFT = {
+    "name": "sft",
+    "algorithm": {"name": "sft"},
+    "data": {"train": {"stage": "answers"}, "prompts_per_step": 2},
+    "trainer": {"learning_rate": 3e-3},
+    "run": {"steps": 2},
+}
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(run_recipe: RunRecipe, tmp_path: Path, tiny_model_dir: Path) -> Run:
+    """Runs the stage that samples, changed by ``blocks``, and the given ones behind it."""
+    rows = tmp_path / "prompts.jsonl"
+    asked = [{"id": f"q{i}", "prompt": f"{i}+1=", "response": "none", "topic": f"t{i}"} for i in range(10)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "rewards.py").write_text(REWARD)
+    shared = {
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"train": {"path": str(rows)}, "max_prompt_tokens": 32, "max_tokens": 64},
+        "rollout": {"engine": "torch", "max_new_tokens": 24},
+    }
+    scored = {"rewards": [{"plugin": f"{tmp_path / 'rewards.py'}:first"}]}
+
+    def run(*behind: dict[str, Any], name: str = "run", resume: bool = False, **blocks: Any) -> Path:
+        stages = [merge({**SAMPLE, **scored}, blocks), *behind]
+        return run_recipe({**shared, "stages": stages}, name, resume=resume)
+
+    return run
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "answers" / "final" / "rows.jsonl").read_text().splitlines()]
+
+
+def drawn(directory: Path) -> list[dict[str, Any]]:
+    files = sorted((directory / "answers" / "rollouts").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_the_best_good_answers_of_each_prompt_become_rows_that_the_next_stage_learns_from(
+    run: Run, tiny_model_dir: Path
+):
+    directory = run(SFT)
+    answers = drawn(directory)
+    assert len(answers) == 10 * 16
+    assert len({row["prompt_id"] for row in answers}) == 10, "each prompt is answered once an epoch"
+    assert {row["state"] for row in answers} == {"sampled"}
+    expected: dict[str, list[tuple[float, str]]] = {}
+    for row in answers:
+        said = (row["reward"], row["completion"])
+        is_good = row["finish_reason"] == "stop" and row["completion"].strip() and (row["reward"] or 0) >= 0.5
+        if is_good and said not in expected.setdefault(row["prompt_id"], []):
+            expected[row["prompt_id"]].append(said)
+    best = {name: sorted(found, key=lambda said: -said[0])[:2] for name, found in expected.items()}
+    rows = rows_of(directory)
+    assert [(row["reward"], row["messages"][1]["content"]) for row in rows] == [
+        said for found in best.values() for said in found
+    ]
+    assert len(rows) > 4
+    for row in rows:
+        assert row.keys() == {"topic", "messages", "prompt_id", "step", "reward"}
+        assert row["messages"][0] == {"role": "user", "content": f"{row['topic'][1:]}+1="}
+    trained = json.loads((directory / "sft" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert trained["step"] == 2 and trained["trainer/grad_norm"] > 0
+    before, after = (load_file(place / "model.safetensors") for place in (tiny_model_dir, directory / "sft" / "final"))
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_answers_are_of_the_model_that_the_stage_names(run: Run, tiny_teacher_dir: Path):
+    """Not of the one that the stage behind it trains, and of no weights but those of its directory."""
+    gkd = {"algorithm": {"name": "gkd", "distill": {"on_policy": 0.0}}, "teacher": {"path": str(tiny_teacher_dir)}}
+    directory = run(
+        SFT | gkd,
+        model={"path": str(tiny_teacher_dir)},
+        data={"train": {"rows": 2}},
+        rewards=[],
+        algorithm={"keep": {"where": None}},
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir)
+    compared = 0
+    for row in drawn(directory)[:8]:
+        prompt, said = row["prompt_token_ids"], row["token_ids"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        theirs = logprobs[torch.arange(len(said)), torch.tensor(said)].numpy()
+        np.testing.assert_allclose(row["logprobs"], theirs, atol=1e-4)
+        compared += len(said)
+    assert compared > 20
+    assert all(line["distill/divergence"] > 0 for line in metrics_of(directory / "sft")[1:])
+
+
+def test_pairs_are_of_the_best_and_the_worst_answer_and_dpo_learns_from_them(run: Run):
+    dpo = {**SFT, "name": "dpo", "algorithm": {"name": "dpo"}}
+    directory = run(dpo, algorithm={"keep": {"form": "pairs", "where": None, "at_most": None}})
+    rewards: dict[str, list[float]] = {}
+    for row in drawn(directory):
+        if row["finish_reason"] == "stop" and row["reward"] is not None and row["completion"].strip():
+            rewards.setdefault(row["prompt_id"], []).append(row["reward"])
+    differ = {name: (max(own), min(own)) for name, own in rewards.items() if max(own) > min(own)}
+    rows = rows_of(directory)
+    assert {row["prompt_id"]: (row["chosen_reward"], row["rejected_reward"]) for row in rows} == differ
+    assert len(rows) == len(differ) > 4
+    assert metrics_of(directory / "dpo")[-1]["trainer/grad_norm"] > 0
+
+
+def test_a_stage_that_was_killed_draws_what_is_missing_and_keeps_the_same(run: Run):
+    directory = run(SFT)
+    before, rows = drawn(directory), (directory / "answers" / "final" / "rows.jsonl").read_bytes()
+    weights = load_file(directory / "sft" / "final" / "model.safetensors")
+    shutil.rmtree(directory / "answers" / "final")
+    shutil.rmtree(directory / "sft")
+    first, *later = sorted((directory / "answers" / "rollouts").glob("*.parquet"))
+    for file in later:
+        file.unlink()
+    written = first.stat().st_mtime_ns
+    assert run(SFT, resume=True) == directory
+    assert first.stat().st_mtime_ns == written, "what was drawn is not drawn again"
+    again = drawn(directory)
+    assert [row["token_ids"] for row in again] == [row["token_ids"] for row in before]
+    assert (directory / "answers" / "final" / "rows.jsonl").read_bytes() == rows
+    assert [line["step"] for line in metrics_of(directory / "answers")] == [0, 1, 2, 3]
+    after = load_file(directory / "sft" / "final" / "model.safetensors")
+    assert all((weights[name] == after[name]).all() for name in weights)
+
+
+def test_answers_of_two_temperatures_are_not_mixed_and_what_is_kept_may_change(run: Run):
+    directory = run()
+    shutil.rmtree(directory / "answers" / "final")
+    with pytest.raises(DataError, match=r"rollout\.temperature was 1\.0, is 0\.5"):
+        run(resume=True, rollout={"temperature": 0.5})
+    num_rows = len([row for row in drawn(directory) if row["finish_reason"] == "stop" and row["completion"].strip()])
+    run(resume=True, algorithm={"keep": {"where": None, "at_most": None}})
+    assert 0 < len(rows_of(directory)) <= num_rows
+
+
+def test_a_stage_that_keeps_nothing_says_so_and_the_next_does_not_start(run: Run, tmp_path: Path):
+    with pytest.raises(RunError, match=r"160 answers, .* 0 good: 0 rows; nothing is kept"):
+        run(SFT, algorithm={"keep": {"where": "reward > 1"}})
+    assert not (tmp_path / "run" / "answers" / "final").exists() and not (tmp_path / "run" / "sft").exists()
+
+
+def test_workers_that_go_on_while_a_step_is_awaited_draw_the_same_answers(run: Run):
+    one, two = run(name="one"), run(name="two", run={"max_staleness": 2})
+    assert [row["token_ids"] for row in drawn(one)] == [row["token_ids"] for row in drawn(two)]
+
+
+def test_held_out_problems_are_measured_once_before(run: Run, tmp_path: Path):
+    held_out = {"data": {"path": str(tmp_path / "prompts.jsonl"), "rows": 3}, "samples": 2, "temperature": 1.0}
+    directory = run(evaluation={**held_out, "threshold": 0.5})
+    first, *later = metrics_of(directory / "answers")
+    assert 0 <= first["eval/heldout/pass@1"] <= 1 and not any("eval/heldout/pass@1" in line for line in later)
+
+
+def test_plan_shows_the_stage_without_a_trainer(run: Run, tmp_path: Path, tiny_model_dir: Path):
+    stages = [
+        {**SAMPLE, "data": {"train": {"path": str(tmp_path / "prompts.jsonl")}}},
+        {**SFT, "model": {"path": str(tiny_model_dir)}},
+    ]
+    stages[0]["algorithm"] = {"name": "sample"}
+    sample, sft = rlflow.plan({"model": {"path": str(tiny_model_dir)}, "stages": stages})
+    assert [planned.role.name for planned in sample.roles] == ["rollout", "rewards"]
+    assert [planned.role.name for planned in sft.roles] == ["trainer"]
+    assert "optimizer update" not in str(sample)
