@@ -74,7 +74,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from rlflow.inspection.selection import distinct, few_a_prompt, find_stage, load_records, steps_asked_for
     from rlflow.progress import ProgressBar
     from rlflow.tracking.filters import filter_records, sort_records
-    from rlflow.tracking.history import rollout_files
+    from rlflow.tracking.rollout_files import rollout_files
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.data.errors import DataError
-from rlflow.tracking.history import rollout_files
+from rlflow.tracking.rollout_files import rollout_files
 from rlflow.types import Message
 
 if TYPE_CHECKING:

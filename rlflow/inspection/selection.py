@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlflow.data.errors import DataError
-from rlflow.tracking.history import rollout_files
+from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutRecord, read_rollouts
 
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlflow.tracking.history import rollout_files
 from rlflow.tracking.page_data import episodes
+from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, num_rollouts
 
 BUDGET_BYTES = 14 << 20

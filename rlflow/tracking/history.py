@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 
 from rlflow.tracking.jsonl import read_metrics
 from rlflow.tracking.redact import redact
+from rlflow.tracking.rollout_files import rollout_files
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 
@@ -95,17 +95,6 @@ class StageHistory:
     def rollout_files(self) -> list[Path]:
         """Parquet files in the order of their steps."""
         return list(rollout_files(self.directory).values())
-
-
-def rollout_files(directory: Path) -> dict[int, Path]:
-    """The rollout files of a stage's directory by step, in order."""
-    return dict(sorted((step_of(path), path) for path in (directory / "rollouts").glob("step_*.parquet")))
-
-
-def step_of(path: Path) -> int:
-    """The step in a rollout file's name; 0 where there is none."""
-    found = re.fullmatch(r"step_(\d+)", path.stem)
-    return int(found[1]) if found else 0
 
 
 def read_stages(run_directory: Path) -> list[StageHistory]:

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.tracking.history import HistoryError, StageHistory, read_stage, read_stages, rollout_files
+from rlflow.tracking.history import HistoryError, StageHistory, read_stage, read_stages
 from rlflow.tracking.lines import duration
 from rlflow.tracking.panels import panels_of, phases_of, tiles_of
+from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutRecord, num_rollouts, read_errors, read_rollouts
 from rlflow.tracking.shown_pictures import ShownPictures
 from rlflow.tracking.token_texts import find_tokenizer, token_texts

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from rlflow.checkpoint import naming_the_disk
 from rlflow.tracking.episode_columns import episode_columns, episode_of
-from rlflow.tracking.history import step_of
+from rlflow.tracking.rollout_files import step_of
 from rlflow.tracking.row_columns import keep_columns
 from rlflow.types import Episode, Group, Prompt, Rollout, RolloutEnd
 
