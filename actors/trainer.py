@@ -22,6 +22,7 @@ from rlflow.types import Denominators, MicroBatch
 if TYPE_CHECKING:
     import torch
 
+    from rlflow.actors.rank_schedule import RankSchedule
     from rlflow.actors.weight_sync import WeightSnapshot
     from rlflow.algorithms.batch import TensorBatch
     from rlflow.memory import ModelShape
@@ -122,6 +123,7 @@ class Trainer:
             keep_freed_memory()
         shares = learning_rate_shares(self.module.model, self.block, self.trainer.learning_rate)
         self.engine = make_engine(self.module, self.trainer, rank=self.rank, world_size=self.world_size, shares=shares)
+        self.ranks = self._rank_schedule()
         return time.perf_counter() - started
 
     def attention_cost(self) -> float:
@@ -146,7 +148,8 @@ class Trainer:
             loss, of_routers, metrics = self._losses_of(micro_batch, algorithm, denominators, temperature)
             self.engine.backward(loss if of_routers is None else loss + of_routers)
             parts.append(_numbers(metrics))
-        return over_ranks(parts) | self._router_load()
+        of_adapter = {} if self.ranks is None else {"adapter/rank": Metric(self.ranks.mean_rank())}
+        return over_ranks(parts) | self._router_load() | of_adapter
 
     def evaluate(
         self,
@@ -166,10 +169,34 @@ class Trainer:
                 parts.append(_numbers(metrics))
         return Measured(sum(losses), over_ranks(parts) | self._router_load())
 
-    def optim_step(self, learning_rate: float) -> UpdateStats:
-        """Clips and applies the gradient that forward_backward gathered."""
+    def optim_step(self, learning_rate: float, number: int = 0, num_updates: int = 1) -> UpdateStats:
+        """Clips and applies the gradient that forward_backward gathered.
+
+        Args:
+            number: Of the update, counted from 0.
+            num_updates: Of the whole run.
+
+        Raises:
+            ValueError: They are too few for the adapter's own schedule.
+        """
+        if self.ranks is not None:
+            self.ranks.begin(number, num_updates)
+            self.engine.backward(self.ranks.orthogonality())
         grad_norm = self.engine.step(learning_rate)
         return UpdateStats(float("nan") if grad_norm is None else grad_norm, grad_norm is None)
+
+    def _rank_schedule(self) -> RankSchedule | None:
+        """Of an adapter that gives its ranks out as it is trained: it then stands before the optimizer."""
+        if self.block.adapter is None:
+            return None
+        from rlflow.actors.rank_schedule import RankSchedule, gives_out_ranks
+        from rlflow.actors.train_engines.fsdp_engine import FsdpEngine
+
+        if not gives_out_ranks(self.module.model):
+            return None
+        assert isinstance(self.engine, FsdpEngine) and self.world_size == 1, "the recipe refuses others"
+        self.engine.optimizer = RankSchedule(self.module.model, self.engine.optimizer)
+        return self.engine.optimizer
 
     def weights(self, version: int) -> WeightSnapshot | None:
         """All ranks take part; rank 0 returns the snapshot: of an adapter alone where engines take it as it is."""

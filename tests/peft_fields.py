@@ -27,7 +27,9 @@ def peft_fields() -> dict[str, dict[str, list[str]]]:
     found = {}
     for name in sorted(METHODS):
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
-        names = {**vars(peft), **vars(sys.modules[config.__module__])}
+        names = dict(vars(peft))
+        for parent in reversed(config.__mro__):
+            names |= vars(sys.modules[parent.__module__])
         hints = typing.get_type_hints(config, names)
         fields = [field.name for field in dataclasses.fields(config) if field.name not in _OF_EVERY_CONFIG]
         found[name] = {field: sorted(set(_kinds(hints[field]))) for field in fields}

@@ -14,13 +14,20 @@ PEFT = {
         {"r": "vera_rank", "d_initial": "vera_d_initial", "projection_prng_key": "vera_projection_prng_key"},
     ),
     "boft": ("BOFT", {"boft_block_size": "boft_block_size", "boft_block_num": "boft_block_num"}),
+    "adalora": (
+        "ADALORA",
+        {
+            "lora_alpha": "lora_alpha",
+            **{name: f"adalora_{name}" for name in ("target_r", "init_r", "tinit", "tfinal", "deltaT")},
+            **{name: f"adalora_{name}" for name in ("beta1", "beta2", "orth_reg_weight")},
+        },
+    ),
     "fourierft": ("FOURIERFT", {"n_frequency": "fourier_n_frequency", "scaling": "fourier_scaling"}),
 }
 """ms-swift's tuner -> PEFT's, and which of its options is which field."""
-_AS_LORA = ("lora", "qlora", "adalora", "longlora", "lora_llm", "dora")
+_AS_LORA = ("lora", "qlora", "longlora", "lora_llm", "dora")
 _STARTS = ("gaussian", "orthogonal")
 _WHY_NOT = {
-    "adalora": "its ranks would be given out anew in every step; LoRA is written",
     "longlora": "it shifts attention, which transformers 5 does not; LoRA is written",
     "adapter": "bottleneck adapters are not PEFT's: train LoRA",
     "reft": "representations are not tuned here: train LoRA",

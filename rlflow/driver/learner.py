@@ -180,9 +180,10 @@ class Learner:
         metrics: dict[str, Metric] = {}
         for under_way in started.values():
             metrics |= over_ranks(under_way.get())
+        number, num_updates = self._learning_rate.number(step, update), self._learning_rate.num_updates
         done: list[UpdateStats] = []
         for name, rate in rates.items():
-            stats = self._models[name].actors.call_all(Trainer.optim_step, rate)[0]
+            stats = self._models[name].actors.call_all(Trainer.optim_step, rate, number, num_updates)[0]
             done.append(stats)
             metrics |= {
                 f"{name}/grad_norm": Metric(stats.grad_norm),

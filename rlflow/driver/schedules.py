@@ -20,10 +20,18 @@ class LearningRate:
     critic_steps: int = 0
     """Steps at the beginning in which the critic alone learns: the policy's schedule begins behind them."""
 
+    @property
+    def num_updates(self) -> int:
+        """Of the policy, in the whole run."""
+        return (self.num_steps - self.critic_steps) * self.updates_per_step
+
+    def number(self, step: int, update: int = 0) -> int:
+        """Of an update of a step, counted from 0 as those are."""
+        return max(0, step - self.critic_steps) * self.updates_per_step + update
+
     def of(self, step: int, update: int = 0) -> float:
         """That of an update of a step, both counted from 0."""
-        number = max(0, step - self.critic_steps) * self.updates_per_step + update
-        num_updates = (self.num_steps - self.critic_steps) * self.updates_per_step
+        number, num_updates = self.number(step, update), self.num_updates
         warmup = self.trainer.warmup_steps * self.updates_per_step
         if number < warmup:
             return self.trainer.learning_rate * (number + 1) / warmup

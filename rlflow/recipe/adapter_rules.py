@@ -60,6 +60,8 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if recipe.model.dtype != "float32" and not METHODS[method].in_16_bits:
         reason = f"PEFT computes {method} in the dtype of its own weights, float32: set model.dtype: float32"
         yield Conflict(("model.adapter.peft", "model.dtype"), reason)
+    if METHODS[method].gives_out_ranks:
+        yield from _rank_conflicts(recipe, config)
     if has_lora_modules(config):
         return
     if trainer.engine == "deepspeed":
@@ -74,6 +76,18 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if adapter.quantize != "none":
         reason = f"is for LoRA and DoRA, and peft has {method}: set quantize: none, or train LORA"
         yield Conflict(("model.adapter.quantize", "model.adapter.peft"), reason)
+
+
+def _rank_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Conflict]:
+    """What ranks that change in every update rule out."""
+    if recipe.trainer.fsdp.offload:
+        reason = "gives out the ranks of whole tensors: set offload: false"
+        yield Conflict(("trainer.fsdp.offload", "model.adapter.peft"), reason)
+    kept = config.get("tinit", 0) + config.get("tfinal", 0)
+    steps, warmup = recipe.run.steps, 0 if recipe.critic is None else recipe.critic.warmup_steps
+    if steps is not None and kept >= (updates := (steps - warmup) * recipe.algorithm.num_updates):
+        reason = f"tinit and tfinal are {kept} updates of {updates}, and ranks are given out in between: lower them"
+        yield Conflict(("model.adapter.peft", "run.steps"), reason)
 
 
 def _head_conflicts(recipe: Recipe, adapter: AdapterBlock) -> Iterator[Conflict]:

@@ -28,10 +28,13 @@ class PeftMethod:
     """A model holds two of them, so that one that goes on from another has that as its reference."""
     targets_linear: bool = True
     """It is put on linear layers."""
+    gives_out_ranks: bool = False
+    """What it trains gets fewer ranks from update to update."""
 
 
 _USUAL = {"init_weights": (True,)}
 METHODS = {
+    "ADALORA": PeftMethod({"init_lora_weights": (True,)}, goes_on=False, gives_out_ranks=True),
     "BOFT": PeftMethod(_USUAL),
     "C3A": PeftMethod({"init_weights": (True,)}),
     "DEFT": PeftMethod(_USUAL),
@@ -68,7 +71,6 @@ ON_SEVERAL_RANKS = {
 _PROMPTS = "adds tokens to prompts and adapts no layer: train LORA"
 _SHARED = "keeps what it trains beside the layers, for all of them together"
 REFUSED = {
-    "ADALORA": "gives its ranks out anew at every step, which is not done here: train LORA with rslora",
     "ADAMSS": "needs scikit-learn and a callback in every step: train LORA",
     "ADAPTION_PROMPT": _PROMPTS,
     "BEFT": "trains biases, and PEFT cannot merge one into a layer without: train IA3",
@@ -130,7 +132,17 @@ _OF_THE_RECIPE = {
     "revision": "is model.revision",
     "task_type": "follows from the algorithm",
     "inference_mode": "is what training is not",
+    "total_step": "is how many updates the run has",
+    "rank_pattern": "is found by training",
 }
+_OF_LORA_ALONE = "is of LORA alone and not read"
+_NOT_READ = {
+    "ADALORA": {
+        "r": "is not read: set init_r, which a layer begins with, and target_r, which it has at the end in the mean",
+        **dict.fromkeys(("use_dora", "use_rslora", "alpha_pattern", "target_parameters", "lora_bias"), _OF_LORA_ALONE),
+    }
+}
+"""Fields that a method's config inherits, and what PEFT makes of them."""
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
 _BEYOND_PLAIN_LORA = (
     "use_dora",
@@ -170,17 +182,30 @@ def peft_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for field, value in config.items():
             if field != TYPE and (problem := _problem(method, field, value)):
                 yield field, problem
+        if METHODS[method].gives_out_ranks:
+            yield from _rank_problems(config)
+
+
+def _rank_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the ranks that are given out; PEFT begins with 12 and ends with 8."""
+    first, last = config.get("init_r", 12), config.get("target_r", 8)
+    if isinstance(first, int) and isinstance(last, int) and not 0 < last < first:
+        yield "target_r", f"is {last}: it must be less than init_r, {first}, and at least 1"
 
 
 def _problem(method: str, field: str, value: Any) -> str | None:
     known = fields_of(method)
     if field in _OF_THE_RECIPE:
         return f"{_OF_THE_RECIPE[field]}: remove it"
+    if reason := _NOT_READ.get(method, {}).get(field):
+        return f"{reason}: remove it"
     if field not in known:
         near = nearest(field, known)
         return f"{method} has no such field{f', did you mean {near}?' if near else ''}. It has {', '.join(known)}"
     if field in UNSUPPORTED:
         return None if value in (UNSUPPORTED[field], None, False, [], {}) else "is not supported: remove it"
+    if field == "init_lora_weights" and method != "LORA" and isinstance(value, str):
+        return f"{value} is of LORA: remove it"
     if field.startswith("init_") and isinstance(value, str):
         for name, reason in NEEDS_PREPARATION.items():
             if method == "LORA" and value.lower().startswith(name):
@@ -205,6 +230,9 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     if "save_projection" in fields_of(method_of(config)):
         # The same matrices are made again of their seed, wherever they are wanted.
         filled["save_projection"] = False
+    if method.gives_out_ranks:
+        # Whatever is told here, PEFT wants more steps than those in which ranks stay as they are.
+        filled["total_step"] = config.get("tinit", 0) + config.get("tfinal", 0) + 1
     if method.targets_linear and not config.get("target_parameters"):
         filled["target_modules"] = "all-linear"
     return {**filled, **config, TYPE: method_of(config)}

@@ -95,15 +95,15 @@ _BASE: Table = {
     **each("init_weights target_parameters", fold("model.adapter.peft")),
     **each(
         "vera_rank vera_projection_prng_key vera_d_initial boft_block_size boft_block_num fourier_n_frequency "
-        "fourier_scaling",
+        "fourier_scaling adalora_target_r adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 "
+        "adalora_beta2 adalora_orth_reg_weight",
         fold("model.adapter.peft"),
     ),
     "llamapro_num_new_blocks": fold("model.expand.new_layers", default=4),
     "llamapro_num_groups": fold("model.expand.groups"),
     **each("target_regex modules_to_save", missing("adapters are on layers that are named")),
     **each(
-        "hqq_axis adalora_target_r adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 "
-        "adalora_beta2 adalora_orth_reg_weight reft_layers reft_rank "
+        "hqq_axis reft_layers reft_rank "
         "reft_intervention_type reft_args vera_dropout boft_dropout use_galore "
         "galore_target_modules galore_rank galore_update_proj_gap galore_scale galore_proj_type "
         "galore_optim_per_parameter galore_with_embedding galore_quantization galore_proj_quant galore_proj_bits "

@@ -21,6 +21,10 @@ def missing(conversion: Any) -> str:
         ("--train_type vera --vera_rank 64", {TYPE: "VERA", "r": 64}),
         ("--tuner_type boft --boft_block_size 8", {TYPE: "BOFT", "boft_block_size": 8}),
         (
+            "--tuner_type adalora --adalora_init_r 24 --adalora_tinit 10 --adalora_deltaT 5",
+            {TYPE: "ADALORA", "lora_alpha": 32, "init_r": 24, "tinit": 10, "deltaT": 5},
+        ),
+        (
             "--tuner_type fourierft --fourier_n_frequency 500 --target_modules q_proj",
             {TYPE: "FOURIERFT", "n_frequency": 500, "target_modules": ["q_proj"]},
         ),
@@ -51,7 +55,6 @@ def test_a_tuner_of_pefts_is_written_in_pefts_fields(converted, flags: str, peft
 @pytest.mark.parametrize(
     ("flags", "says", "rank"),
     [
-        ("--tuner_type adalora", "its ranks would be given out anew in every step; LoRA is written", 8),
         ("--tuner_type longlora", "it shifts attention, which transformers 5 does not", 8),
         ("--tuner_type reft", "representations are not tuned here", None),
         ("--tuner_type adapter", "bottleneck adapters are not PEFT's", None),

@@ -51,7 +51,7 @@ class Ranks:
         if method.__name__ != "optim_step":
             self.places.append((method.__name__, *args))
             return []
-        self.rates.append(*args)
+        self.rates.append(args[0])
         return [self.updates.pop(0) if self.updates else UpdateStats(1.0, False)] * self.size
 
     @property

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlflow
 from rlflow import checkpoint
+from rlflow.cli.main import main
 from rlflow.driver.learner import Learner
 from tests.local_actors import use_local_actors
 
@@ -188,6 +189,21 @@ def test_engines_generate_with_what_another_method_makes_of_the_weights(
     later = metrics_of(run("grpo", "later", **path, **{"model.adapter": {"path": str(directory / "final")}}))[1:]
     assert later[0]["kl/ref"] == pytest.approx(0.0, abs=1e-6)
     assert max(line["mismatch/logprob_abs_diff"] for line in later) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_runs_ranks_become_fewer_and_what_is_generated_has_those_that_are_left(run: Run, tmp_path: Path):
+    peft = {"peft_type": "ADALORA", "init_r": 6, "target_r": 3, "orth_reg_weight": 0.1}
+    given = {"model.adapter.peft": peft, "run.steps": 4}
+    directory = run("grpo", "whole", **given)
+    lines = metrics_of(directory)[1:]
+    assert max(line["mismatch/logprob_abs_diff"] for line in lines) < 1e-5
+    assert [line["adapter/rank"] for line in lines] == sorted((line["adapter/rank"] for line in lines), reverse=True)
+    values = [tensor for key, tensor in adapter_of(directory).items() if "lora_E" in key]
+    assert lines[0]["adapter/rank"] == 6 and 3 * 14 <= sum(int((tensor != 0).sum()) for tensor in values) < 5 * 14
+    assert main(["export", str(directory), str(tmp_path / "copy"), "--checkpoint", "4"]) == 0
+    one, other = (path / "adapter_model.safetensors" for path in (directory / "final", tmp_path / "copy"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def test_new_layers_are_trained_and_all_else_is_kept_to_the_bit(run: Run, tiny_m
     assert all(is_new(name) for name in saved if name.startswith("model/"))
 
 
+@pytest.mark.slow
 def test_a_run_of_new_layers_that_is_resumed_ends_like_one_never_stopped(run: Run, tmp_path: Path):
     whole, stopped = run("whole"), run("stopped")
     assert main(["export", str(whole), str(tmp_path / "copy"), "--checkpoint", "2"]) == 0
@@ -92,6 +93,7 @@ def test_a_run_of_new_layers_that_is_resumed_ends_like_one_never_stopped(run: Ru
         run("stopped", resume=True, **{"run.steps": 3, "model.expand.groups": 1})
 
 
+@pytest.mark.slow
 def test_engines_generate_with_new_layers_and_the_reference_is_the_model_without(run: Run):
     directory = run("online", ONLINE, **{"algorithm.kl.coef": 0.1})
     first, last = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][1:]

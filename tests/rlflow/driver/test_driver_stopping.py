@@ -259,11 +259,11 @@ def test_a_stop_for_gradients_that_are_not_finite_leaves_the_last_good_step_and_
 ):
     original, count = Trainer.optim_step, 0
 
-    def optim_step(trainer: Trainer, learning_rate: float) -> UpdateStats:
+    def optim_step(trainer: Trainer, learning_rate: float, *update: int) -> UpdateStats:
         nonlocal count
         count += 1
         if count == 1 or count > 4:
-            return original(trainer, learning_rate)
+            return original(trainer, learning_rate, *update)
         trainer.engine.step(0.0)
         return UpdateStats(math.nan, True)
 

@@ -52,9 +52,13 @@ def test_a_method_starts_as_its_base_and_on_all_linear_layers_where_nothing_else
 @pytest.mark.parametrize(
     ("adapter", "key", "says"),
     [
-        ("{peft: {}}", "peft.peft_type", "is missing: name PEFT's method, one of BOFT"),
+        ("{peft: {}}", "peft.peft_type", "is missing: name PEFT's method, one of ADALORA, BOFT"),
         ("{peft: {peft_type: lokrr}}", "peft.peft_type", "is lokrr: did you mean LOKR?"),
-        ("{peft: {peft_type: ADALORA}}", "peft.peft_type", "ADALORA gives its ranks out anew at every step"),
+        ("{peft: {peft_type: ADALORA, r: 8}}", "peft.r", "is not read: set init_r, which a layer begins with"),
+        ("{peft: {peft_type: ADALORA, use_dora: true}}", "peft.use_dora", "is of LORA alone and not read: remove it"),
+        ("{peft: {peft_type: ADALORA, total_step: 9}}", "peft.total_step", "is how many updates the run has"),
+        ("{peft: {peft_type: ADALORA, target_r: 12}}", "peft.target_r", "must be less than init_r, 12"),
+        ("{peft: {peft_type: ADALORA, init_lora_weights: eva}}", "peft.init_lora_weights", "eva is of LORA: remove it"),
         ("{peft: {peft_type: PREFIX_TUNING}}", "peft.peft_type", "adds tokens to prompts and adapts no layer"),
         ("{peft: {peft_type: UNILORA}}", "peft.peft_type", "does not start as its base: train VERA"),
         ("{peft: {peft_type: LOKR, alpa: 3}}", "peft.alpa", "LOKR has no such field, did you mean alpha?"),
@@ -87,6 +91,7 @@ def test_what_is_wrong_with_a_method_is_said_with_its_line_and_field(adapter: st
         ("{peft: {peft_type: C3A, init_weights: false}}", [], "peft.init_weights", "another policy than its base"),
         ("{peft: {peft_type: LOHA, module_dropout: 0.1}}", [], "peft.module_dropout", "dpo compares logprobs"),
         ("{peft: {peft_type: LOKR}}", ["trainer.engine=deepspeed"], "peft", "set trainer.engine: fsdp"),
+        ("{peft: {peft_type: ADALORA, tinit: 2}}", ["run.steps=2"], "peft", "tinit and tfinal are 2 updates of 2"),
     ],
 )
 def test_what_a_method_rules_out_elsewhere_is_said(
