@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from models import (
     SHAPES,
     denominators_of,
     device,
+    load,
+    make_engine,
     make_trainer,
     plain_logprobs,
     random_batch,
@@ -22,9 +23,8 @@ from models import (
     write_config,
 )
 
-from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.rollout_engines.engine import generate
-from rlflow.actors.weight_sync import pack_weights, unpack_weights
+from rlflow.actors.weight_sync import unpack_weights
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, MicroBatch, SampleRequest, SamplingParams
 
@@ -33,14 +33,19 @@ LENGTHS = [7, 90, 33, 150, 64]
 LEARNING_RATE = 1e-3
 
 
-def engine_logprobs(record: Record, name: str, dtype: str) -> None:
+def engine_logprobs(record: Record, name: str, dtype: str, shape: str = "small") -> None:
     """An engine's logprobs may be off by twice what transformers' own are in the same dtype, and must follow a sync.
 
     Of each completion of the second weights, 16 tokens are of the first: they were loaded while it was under way.
+
+    Args:
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
     """
-    directory = write_config("small", record.directory)
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    directory = write_config(shape, record.directory)
     policies = [random_policy(directory, seed, getattr(torch, dtype)) for seed in (0, 1)]
-    engine = _make_engine(name, directory, dtype, record.directory / "vllm.log")
+    engine = make_engine(name, directory, dtype, record.directory / "vllm.log")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, VOCABULARY, (5, 40, 130)[i // 8]).astype(np.int32) for i in range(24)]
     params = SamplingParams(max_new_tokens=48)
@@ -51,9 +56,7 @@ def engine_logprobs(record: Record, name: str, dtype: str) -> None:
             engine.add(requests)
             for _ in range(16):
                 engine.step()
-        engine.load_weights(
-            unpack_weights(pack_weights(to_checkpoint(policy, policy.named_parameters()), version)), version
-        )
+        load(engine, policy, version)
         completions = _finish(engine, requests) if version else generate(engine, requests)
         record.add(
             f"tokens of older weights {when}",
@@ -79,7 +82,26 @@ def engine_logprobs(record: Record, name: str, dtype: str) -> None:
         record.add(f"mean distance to the other weights {when}", np.abs(reported - by(other)).mean(), least=0.5)
         policy.to(dtype=getattr(torch, dtype), device="cpu")
         other.to(dtype=getattr(torch, dtype), device="cpu")
+    if name == "vllm" and torch.cuda.is_available():
+        _sleep(record, engine, requests)
     engine.close()
+
+
+def _sleep(record: Record, engine: Any, requests: list[SampleRequest]) -> None:
+    """Memory that an engine gives back in its sleep, and that it says the same when it wakes."""
+    before = generate(engine, requests)
+    used = _gib_in_use()
+    engine.sleep()
+    record.add("memory in use while it sleeps, over that of before", _gib_in_use() / used, most=0.5)
+    engine.wake()
+    after = generate(engine, requests)
+    same = [np.array_equal(a.token_ids, b.token_ids) for a, b in zip(before, after, strict=True)]
+    record.add("completions that are the same behind a sleep", sum(same) / len(same), least=0.9)
+
+
+def _gib_in_use() -> float:
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
 
 
 def _finish(engine: Any, requests: list[SampleRequest]) -> list[Completion]:
@@ -88,28 +110,6 @@ def _finish(engine: Any, requests: list[SampleRequest]) -> list[Completion]:
     while len(finished) < len(requests):
         finished |= {completion.id: completion for completion in engine.step()}
     return [finished[request.id] for request in requests]
-
-
-def _make_engine(name: str, directory: Path, dtype: str, log_path: Path) -> Any:
-    if name == "torch":
-        from rlflow.actors.rollout_engines.torch_engine import TorchEngine
-
-        return TorchEngine(str(directory), dtype=dtype, max_num_seqs=64)
-    from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        str(directory),
-        dtype=dtype,
-        max_model_len=256,
-        max_num_seqs=64,
-        seed=0,
-        gpu_memory_fraction=0.2,
-        kv_cache_gib=0.2,
-        tensor_parallel_size=1,
-        trust_remote_code=False,
-        log_path=log_path,
-        num_threads=2,
-    )
 
 
 def train_steps(record: Record, settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def quickstart(record: Record) -> None:
     _report(record, out / "grpo")
 
 
-def grpo_bfloat16(record: Record) -> None:
+def grpo(record: Record, max_staleness: int) -> None:
     """GRPO in bfloat16, with vLLM where it is, from what the quickstart learned by examples."""
     start = record.directory.parent / "quickstart" / "run" / "sft" / "final"
     if not start.exists():
@@ -43,7 +43,7 @@ def grpo_bfloat16(record: Record) -> None:
         "rollout": {"engine": engine, "max_new_tokens": 6, "max_num_seqs": 512, "gpu_memory_fraction": 0.3},
         "trainer": {"learning_rate": 1e-4},
         "evaluation": {"data": {"generator": "arithmetic", "args": {"split": "heldout", "rows": 500}}},
-        "run": {"steps": 60, "output_dir": str(record.directory / "run")},
+        "run": {"steps": 60, "max_staleness": max_staleness, "output_dir": str(record.directory / "run")},
     }
     path = record.directory / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=1))

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.batching import pack
 from rlflow.recipe import Recipe, load_recipe
 from rlflow.types import Denominators, MicroBatch, Sample
@@ -23,6 +25,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 2048,
         "hidden_size": 256,
         "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+    },
+    "experts": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -48,6 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of a transformers config."""
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def device() -> torch.device:
@@ -58,7 +77,7 @@ def device() -> torch.device:
 def write_config(shape: str, directory: Path) -> Path:
     """A model directory without weights."""
     config = AutoConfig.for_model(**SHAPES[shape], bos_token_id=None, eos_token_id=1, pad_token_id=0)
-    config.architectures = [{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.model_type]]
+    config.architectures = [ARCHITECTURES[config.model_type]]
     path = directory / shape
     config.save_pretrained(path)
     return path
@@ -67,7 +86,10 @@ def write_config(shape: str, directory: Path) -> Path:
 def random_policy(directory: Path, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of the config in ``directory`` with weights of ``dtype``, on the CPU."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).to(dtype).eval()
+    config = AutoConfig.from_pretrained(directory)
+    # Its own loop over experts takes any dtype.
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 def save_policy(directory: Path, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -123,3 +145,37 @@ def plain_logprobs(policy: PreTrainedModel, token_ids: np.ndarray) -> np.ndarray
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(policy.device)
     logprobs = torch.log_softmax(policy(ids[None]).logits[0, :-1].double(), dim=-1)
     return logprobs.gather(1, ids[1:, None]).squeeze(1).cpu().numpy()
+
+
+def make_engine(name: str, directory: Path, dtype: str, log_path: Path, *, is_whole: bool = False) -> Any:
+    """A rollout engine of its own, torch or vllm.
+
+    Args:
+        is_whole: The weights are those of the directory (vllm).
+    """
+    if name == "torch":
+        from rlflow.actors.rollout_engines.torch_engine import TorchEngine
+
+        return TorchEngine(str(directory), dtype=dtype, max_num_seqs=64)
+    from rlflow.actors.rollout_engines.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        str(directory),
+        dtype=dtype,
+        max_model_len=256,
+        max_num_seqs=64,
+        seed=0,
+        gpu_memory_fraction=0.2,
+        kv_cache_gib=0.2,
+        tensor_parallel_size=1,
+        trust_remote_code=False,
+        log_path=log_path,
+        num_threads=2,
+        is_whole=is_whole,
+    )
+
+
+def load(engine: Any, policy: PreTrainedModel, version: int) -> None:
+    """Gives a policy's weights to an engine, as a trainer does."""
+    snapshot = pack_weights(to_checkpoint(policy, policy.named_parameters()), version)
+    engine.load_weights(unpack_weights(snapshot), version)

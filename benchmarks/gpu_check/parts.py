@@ -44,6 +44,11 @@ def _zero(stage: int) -> Part:
     return _steps(f"zero_{stage}", f"DeepSpeed's ZeRO {stage}", settings, "deepspeed")
 
 
+def _grpo(name: str, what: str, max_staleness: int) -> Part:
+    arguments = {"max_staleness": max_staleness}
+    return Part(name, what, "learning:grpo", 60, arguments, packages=("ray",))
+
+
 def _generation(size: str, seconds: float) -> Part:
     summary = f"tokens a second of vLLM, random {size} model in bfloat16"
     return Part(f"generation_{size}", summary, "speed:generation", seconds, {"size": size}, packages=("vllm",))
@@ -70,9 +75,30 @@ PARTS: tuple[Part, ...] = (
     Part("nf4", "an adapter on a base of four bits", "correctness:four_bits", 15, packages=("bitsandbytes", "peft")),
     Part("adamw_8bit", "moments of eight bits", "correctness:eight_bits", 12, packages=("bitsandbytes",)),
     Part("quickstart", "recipes/quickstart.yaml, shortened", "learning:quickstart", 75, packages=("ray",)),
-    Part("grpo_bfloat16", "GRPO in bfloat16 learns", "learning:grpo_bfloat16", 60, packages=("ray",)),
+    _grpo("grpo_bfloat16", "GRPO in bfloat16 learns", max_staleness=0),
     _generation("0.5B", 45),
     _training("0.5B", 20),
     _generation("1.5B", 50),
     _training("1.5B", 25),
+    Part(
+        "experts",
+        "logprobs of the vllm engine with a mixture of experts",
+        "correctness:engine_logprobs",
+        45,
+        {"name": "vllm", "dtype": "auto", "shape": "experts"},
+        needs_gpu=False,
+        packages=("vllm",),
+    ),
+    Part(
+        "pictures",
+        "logprobs of a trained vision-language model against transformers on the CPU",
+        "further_models:pictures",
+        20,
+        needs_gpu=False,
+        packages=("torchvision", "pytest"),
+    ),
+    Part(
+        "fp8", "an export in fp8, read by vLLM", "further_models:quantized", 50, {"scheme": "fp8"}, packages=("vllm",)
+    ),
+    _grpo("grpo_asynchronous", "GRPO one step ahead learns", max_staleness=1),
 )

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from measurements import Record
-from models import denominators_of, device, make_trainer, random_batch, recipe_of, save_policy, write_config
+from models import (
+    denominators_of,
+    device,
+    load,
+    make_trainer,
+    random_batch,
+    random_policy,
+    recipe_of,
+    save_policy,
+    write_config,
+)
 
 from rlflow.memory import ModelShape, read_shape
 from rlflow.planning import make_plans
@@ -52,6 +62,11 @@ def generation(record: Record, size: str) -> None:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         record.add("memory in use, half the GPU being vLLM's", (total - free) / 2**30, "GiB")
+    policy = random_policy(record.directory / size, seed=0, dtype=torch.bfloat16).to(device())
+    started = time.perf_counter()
+    load(engine, policy, 1)
+    seconds = time.perf_counter() - started
+    record.add("new weights, by way of host memory", policy.num_parameters() * 2 / 2**30 / seconds, "GiB/s")
     engine.close()
 
 
