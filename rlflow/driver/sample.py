@@ -41,7 +41,7 @@ from rlflow.driver.stopping import StopSignals
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 from rlflow.recipe.sample_blocks import ROWS_FILE
 from rlflow.tracking.episodes import Episode, Episodes
-from rlflow.tracking.history import rollout_files
+from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutState, read_rollouts, rollouts_path, write_rollouts
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import Group, GroupRequest, Prompt, SamplingParams, StepStats
