@@ -28,9 +28,9 @@ from rlflow.recipe.block import Block
 from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.sample_blocks import ROWS_FILE
 from rlflow.recipe.yaml_source import dump, dump_value, read_document
-from rlflow.tracking.history import rollout_files
 from rlflow.tracking.jsonl import read_metrics
 from rlflow.tracking.redact import redact
+from rlflow.tracking.rollout_files import rollout_files
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
 
