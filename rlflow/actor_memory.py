@@ -30,6 +30,11 @@ VLLM_PROCESS_BYTES = 3 << 28
 """Of an actor with vLLM, beside weights and cache (the same)."""
 REWARD_PROCESS_BYTES = 1 << 27
 """Of a process that only runs reward functions."""
+ENVIRONMENT_SOURCE_BYTES = 1 << 26
+"""Of the process that a rollout worker's episodes start from, with an environment that imports little."""
+EPISODE_BYTES = 1 << 22
+"""Of an episode's process that holds nothing yet: what it does not share with the one that it was forked from."""
+ENVIRONMENTS_PART = "environments"
 LOGITS_BYTES = 1 << 28
 """Trainer and reference score tokens in chunks whose logits take as much: token_model._CHUNK_BYTES."""
 SNAPSHOT_CHUNK_BYTES = 1 << 28
@@ -141,6 +146,22 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
         "logits": logits,
     }
     return _largest([{**weights, **reading}, {**weights, **writing}])
+
+
+def episodes_at_once(recipe: Recipe) -> int:
+    """The most episodes that one rollout worker has under way, each with a process of its own."""
+    most = recipe.rollout.max_num_seqs
+    if recipe.evaluations:
+        return most
+    prompts = math.ceil(recipe.data.prompts_per_step / recipe.rollout.workers) * (1 + recipe.run.max_staleness)
+    return min(most, prompts * recipe.online.rollouts_per_prompt)
+
+
+def environments_bytes(recipe: Recipe) -> Parts:
+    """Of the processes of one worker's environments, before these hold anything; empty where there are none."""
+    if recipe.environment is None:
+        return {}
+    return {ENVIRONMENTS_PART: ENVIRONMENT_SOURCE_BYTES + episodes_at_once(recipe) * EPISODE_BYTES}
 
 
 def snapshot_bytes(recipe: Recipe, shape: ModelShape) -> int:

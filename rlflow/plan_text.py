@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlflow.actor_memory import episodes_at_once
 from rlflow.planning import GIB, Plan, gib
 from rlflow.policy_weights import sends_merged
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
@@ -24,7 +25,7 @@ def render(plan: Plan) -> str:
         **({"teacher": [_teacher_line(recipe)]} if recipe.needs_teacher else {}),
         "template": [f"reads {key}: {dump_value(value)}" for key, value in recipe.model.chat_template_kwargs.items()],
         **({"data": [_data_line(plan.num_rows, plan)]} if plan.num_rows is not None else {}),
-        **({} if recipe.environment is None else {"turns": [_turns_line(recipe, recipe.environment)]}),
+        **({} if recipe.environment is None else {"turns": _turns_lines(recipe, recipe.environment)}),
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
         "actors": _actors_table(plan),
@@ -110,10 +111,14 @@ def _step_lines(plan: Plan) -> list[str]:
     return [*lines, f"{updates} of {plan.sequences // count} sequences{again}"]
 
 
-def _turns_line(recipe: Recipe, environment: EnvironmentBlock) -> str:
+def _turns_lines(recipe: Recipe, environment: EnvironmentBlock) -> list[str]:
     who = environment.name or environment.plugin or ", ".join(environment.tools)
     turns = f"{environment.max_turns} turn{'s' if environment.max_turns > 1 else ''}"
-    return f"{who}, at most {turns} of {recipe.rollout.max_new_tokens} tokens, {recipe.max_completion_tokens} in all"
+    processes = f"at most {episodes_at_once(recipe)} processes of environments a worker"
+    return [
+        f"{who}, at most {turns} of {recipe.rollout.max_new_tokens} tokens, {recipe.max_completion_tokens} in all",
+        f"{processes}, each of which may take {environment.memory_gib:g} GiB (environment.memory_gib)",
+    ]
 
 
 def _length_line(recipe: Recipe) -> str:

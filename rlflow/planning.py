@@ -57,13 +57,17 @@ class PlannedRole:
     @property
     def gpu_bytes_each(self) -> int:
         """Of an actor with GPUs, on each that it uses."""
-        away = (self.parts or {}).get(memory.HOST_PART, 0)
-        return math.ceil((self.bytes_each - away) / self.split)
+        return math.ceil((self.bytes_each - self._away) / self.split)
 
     @property
     def host_bytes_each(self) -> int:
         """Of an actor with a GPU, what is outside of it."""
-        return actor_memory.PROCESS_BYTES + (self.parts or {}).get(memory.HOST_PART, 0)
+        return actor_memory.PROCESS_BYTES + self._away
+
+    @property
+    def _away(self) -> int:
+        """What is outside of a GPU though the actor has one."""
+        return sum((self.parts or {}).get(part, 0) for part in (memory.HOST_PART, actor_memory.ENVIRONMENTS_PART))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,8 @@ def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, i
         case "trainer":
             return {**actor_memory.trainer_bytes(recipe, shape), **_compared(recipe, shape)}
         case "rollout":
-            return actor_memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
+            needed = actor_memory.rollout_bytes(recipe, shape, rollout_engine(recipe))
+            return {**needed, **actor_memory.environments_bytes(recipe)}
         case "critic":
             return actor_memory.critic_bytes(recipe, shape)
         case "teacher":

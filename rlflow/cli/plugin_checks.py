@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ CALL_LONGEST_S = 300.0
 MOST_ROWS = 10_000_000
 """More of them are taken to be without an end: all are held in memory by a run."""
 _AT_A_TIME = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a trial has shown."""
+
+    problem: str | None
+    """What is wrong with the function, or None."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """JSON schemas of what an environment describes."""
 
 
 def in_generators(recipe: Recipe, *, is_called: bool) -> Found:
@@ -108,14 +119,15 @@ def in_rewards(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
     yield from _problems(tried, keys, child_environment(os.environ, recipe.reward_server.environment))
 
 
-def in_environments(recipe: Recipe) -> Found:
-    """Of the environment: it is made once, and its tools are described."""
+def try_environment(recipe: Recipe) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
+    """What is wrong with the environment, which is made once, and the tools that it describes to the policy."""
     block = recipe.environment
     if block is None:
-        return
+        return [], []
     key = "environment.tools" if block.tools else "environment.plugin" if block.plugin else "environment.name"
     trial = Trial("environment", block.name, block.plugin, block.args, None, tools=tuple(block.tools))
-    yield from _problems({key: trial}, {key: key}, child_environment(os.environ, block.variables))
+    said = _try(trial, child_environment(os.environ, block.variables))
+    return ([] if said.problem is None else [(key, said.problem)]), said.tools
 
 
 def _signature_problem(name: str, args: Mapping[str, Any], row: Mapping[str, Any] | None) -> str | None:
@@ -146,13 +158,13 @@ def _signature_problem(name: str, args: Mapping[str, Any], row: Mapping[str, Any
 def _problems(trials: Mapping[str, Trial], keys: Mapping[str, str], environment: Mapping[str, str]) -> Found:
     with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="plugins") as threads:
         said = threads.map(lambda trial: _try(trial, environment), trials.values())
-        for key, problem in zip(trials, said, strict=True):
-            if problem is not None:
-                yield keys[key], problem
+        for key, tried in zip(trials, said, strict=True):
+            if tried.problem is not None:
+                yield keys[key], tried.problem
 
 
-def _try(trial: Trial, environment: Mapping[str, str]) -> str | None:
-    """What is wrong with a function, or None. Its process, and what that started, is gone afterwards."""
+def _try(trial: Trial, environment: Mapping[str, str]) -> Tried:
+    """Tries a function. Its process, and what that started, is gone afterwards."""
     read, write = os.pipe()
     packages = str(Path(__file__).absolute().parents[2])
     path = os.pathsep.join([packages, environment["PYTHONPATH"]]) if "PYTHONPATH" in environment else packages
@@ -178,7 +190,7 @@ def _try(trial: Trial, environment: Mapping[str, str]) -> str | None:
         process.wait()
 
 
-def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> str | None:
+def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tried:
     """Follows an import, and a generator's call, to the end, or to the end of patience."""
     started = moved = time.monotonic()
     line, furthest, modules, rows, text = None, 0, 0, None, b""
@@ -190,11 +202,11 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> str
                 part = os.read(descriptor, 1 << 16)
                 if not part:
                     doing = "importing" if rows is None else "calling"
-                    return f"{doing} it ended the process (exit code {process.wait()})"
+                    return Tried(f"{doing} it ended the process (exit code {process.wait()})")
                 *whole, text = (text + part).split(b"\n")
                 for said in map(json.loads, whole):
                     if "problem" in said:
-                        return said["problem"]
+                        return Tried(said["problem"], said["tools"])
                     if rows is None and said["rows"] is not None:
                         started = time.monotonic()
                     line = line if said["line"] is None else said["line"]
@@ -205,11 +217,11 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> str
             after = (furthest, modules, rows, _read_bytes(process.pid))
             before, moved = after, moved if after == before else now
             if rows is None and (now - moved > SILENCE_S or now - started > LONGEST_S):
-                return _endless_import(line, now - started)
+                return Tried(_endless_import(line, now - started))
             if rows is not None and (
                 now - moved > CALL_SILENCE_S or now - started > CALL_LONGEST_S or rows > MOST_ROWS
             ):
-                return _endless_call(file, line, rows, now - started)
+                return Tried(_endless_call(file, line, rows, now - started))
 
 
 def _read_bytes(pid: int) -> str:

@@ -1,7 +1,8 @@
 """The process in which a function of a recipe is tried: ``python -P -m rlflow.cli.plugin_child FD``.
 
 It reads a `Trial`, writes one JSON object a line to the descriptor: a few times a second how far the import or the call
-is, and at last what is wrong with the function, or that nothing is. Standard output and error belong to the function.
+is, and at last what is wrong with the function, or that nothing is, and the tools that an environment describes.
+Standard output and error belong to the function.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ def main(descriptor: int) -> None:
     progress = Progress()
     with os.fdopen(descriptor, "w", buffering=1) as said:
         threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial), progress), daemon=True).start()
+        tools: list[Any] = []
         try:
-            problem = _problem(trial, progress)
+            problem = _problem(trial, progress, tools)
         except BaseException as error:  # the user's code: SystemExit is no Exception
             problem = _describe(error, _file(trial), "importing" if progress.rows is None else "calling")
-        print(json.dumps({"problem": problem}), file=said)
+        print(json.dumps({"problem": problem, "tools": tools}), file=said)
         said.flush()
         os._exit(0)  # threads that the plugin started go on otherwise
 
@@ -90,7 +92,8 @@ def _tell(said: Any, main_thread: int, file: str, progress: Progress) -> None:
     os._exit(1)
 
 
-def _problem(trial: Trial, progress: Progress) -> str | None:
+def _problem(trial: Trial, progress: Progress, tools: list[Any]) -> str | None:
+    """What is wrong; an environment's tools are added to ``tools``."""
     match trial.kind:
         case "reward":
             return _reward_problem(trial)
@@ -99,7 +102,7 @@ def _problem(trial: Trial, progress: Progress) -> str | None:
         case "function":
             return _function_problem(trial)
         case "environment":
-            return _environment_problem(trial)
+            return _environment_problem(trial, tools)
 
 
 def _function_problem(trial: Trial) -> str | None:
@@ -178,13 +181,16 @@ def _generator_problem(trial: Trial, progress: Progress) -> str | None:
     return None
 
 
-def _environment_problem(trial: Trial) -> str | None:
+def _environment_problem(trial: Trial, tools: list[Any]) -> str | None:
     try:
         said = Session(load_environment(trial.name, trial.plugin, trial.tools, trial.args)).answer("describe")
     except EnvironmentFault as error:
         raised = error.__cause__.__cause__ if error.__cause__ else None
         return _describe(raised, _file(trial)) if raised is not None else str(error)
-    return said["error"].replace("describe raised", "making it raised") if "error" in said else None
+    if "error" in said:
+        return said["error"].replace("describe raised", "making it raised")
+    tools += said["tools"]
+    return None
 
 
 def _file(trial: Trial) -> str:

@@ -19,12 +19,12 @@ from rlflow.cli.id_checks import in_ids, scorer_ids_problem
 from rlflow.cli.model_checks import config_problem, in_architecture, in_expansion
 from rlflow.cli.output_checks import in_output, in_space
 from rlflow.cli.plugin_checks import (
-    in_environments,
     in_functions,
     in_generators,
     in_rewards,
     rewards_of,
     sources_of,
+    try_environment,
 )
 from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked, remember
@@ -102,8 +102,9 @@ def check_in_use(
     for stage in stages:
         recipe = stage.recipe
         is_read = read(recipe) and not recipe.waits_for_rows
-        found = [*in_generators(recipe, is_called=is_read), *in_environments(recipe)]
-        reading = read_data(recipe, to_come, tokenize=tokenize) if is_read and not found else Reading()
+        faults, tools = try_environment(recipe)
+        found = [*in_generators(recipe, is_called=is_read), *faults]
+        reading = read_data(recipe, to_come, tools, tokenize=tokenize) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)

@@ -49,11 +49,14 @@ class Reading:
     """The columns of a prompt, as rewards get them."""
 
 
-def read_data(recipe: Recipe, to_come: Mapping[str, Recipe], *, tokenize: bool = True) -> Reading:
+def read_data(
+    recipe: Recipe, to_come: Mapping[str, Recipe], tools: Sequence[Any] = (), *, tokenize: bool = True
+) -> Reading:
     """Reads what the stage trains and evaluates on.
 
     Args:
         to_come: The directory that each earlier stage will write, and the stage: its tokenizer is that of its start.
+        tools: JSON schemas of what the environment describes to the policy.
         tokenize: Rows are rendered and tokenised as well. Those of a model that takes pictures always are, as the
             sizes of these decide what a step needs, and those of a new one, whose characters are few.
     """
@@ -76,18 +79,20 @@ def read_data(recipe: Recipe, to_come: Mapping[str, Recipe], *, tokenize: bool =
             reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
             return reading
         vision = None if start.path is None else load_image_processor(start)
-        _read_rows(recipe, tokenizer, vision, reading)
+        _read_rows(recipe, tokenizer, vision, tools, reading)
     return reading
 
 
-def _read_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, reading: Reading) -> None:
+def _read_rows(
+    recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, tools: Sequence[Any], reading: Reading
+) -> None:
     """Adds what the rows bring to ``reading``."""
     try:
         recipe = with_labels(recipe)
     except DataError as error:
         reading.problems.append(("data.train", str(error)))
         return
-    for key, load in _loaders(recipe, tokenizer, vision).items():
+    for key, load in _loaders(recipe, tokenizer, vision, tools).items():
         try:
             rows = load()
         except DataError as error:
@@ -171,13 +176,6 @@ def _columns_of(record: Record, kind: str) -> Mapping[str, Any]:
     return record.columns
 
 
-def _named_tools(recipe: Recipe) -> list[dict[str, Any]]:
-    """The functions that the environment names, without what they take: no code of the user's is imported."""
-    names = [] if recipe.environment is None else [tool.rpartition(":")[2] for tool in recipe.environment.tools]
-    parameters = {"type": "object", "properties": {}}
-    return [{"type": "function", "function": {"name": n, "description": "", "parameters": parameters}} for n in names]
-
-
 def is_small(recipe: Recipe) -> bool:
     """Whether all of the data is here, and little enough to be read once more."""
     paths = [Path(source.path) for source in sources_of(recipe).values() if source.path is not None]
@@ -192,13 +190,15 @@ def _start(model: ModelBlock, to_come: Mapping[str, Recipe]) -> ModelBlock:
     return start.model_copy(update={"chat_template": template})
 
 
-def _loaders(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None) -> Mapping[str, Callable[[], Rows[Any]]]:
+def _loaders(
+    recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None, tools: Sequence[Any]
+) -> Mapping[str, Callable[[], Rows[Any]]]:
     """What reads the rows of each key."""
     data, seed = recipe.data, recipe.run.seed
 
     def prompts(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         in_turns = recipe.environment is not None
-        return load_prompts(source, data, tokenizer, seed, tools=_named_tools(recipe), vision=vision, in_turns=in_turns)
+        return load_prompts(source, data, tokenizer, seed, tools=tools, vision=vision, in_turns=in_turns)
 
     def examples(source: SourceBlock | Sequence[SourceBlock]) -> Rows[Any]:
         return loader_of(recipe.algorithm)(data.model_copy(update={"train": source}), tokenizer, seed, vision)

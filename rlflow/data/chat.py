@@ -321,7 +321,8 @@ class Chat:
         called = with_other_names(messages)
         text = self.renderer(described or None, generation_prompt=generation_prompt)(called)
         if not all(function_name(tool) in text for tool in described):
-            raise RowError("it has `tools`, which the chat template does not show to the policy")
+            shows = "set a model.chat_template that does"
+            raise RowError(f"it has `tools`, which the chat template does not show to the policy: {shows}")
         if not all(function_name(call) in text for message in called for call in message.get("tool_calls", ())):
             raise RowError("it has function calls, which the chat template leaves out")
 

@@ -1,4 +1,4 @@
-"""What a plan says of rows that an environment cannot go on from, before anything of it is imported or started."""
+"""What a plan says of rows that an environment cannot go on from, before anything starts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ rollout: {{engine: torch, max_new_tokens: 6}}
 run: {{steps: 1, output_dir: {out}}}
 """
 TOOLS = "def look(word: str) -> str:\n    '''Looks.\n\n    Args:\n        word: which\n    '''\n    return word\n"
+GAME = "class Game:\n    def reset(self, row): ...\n    def step(self, message): ...\n"
 
 
 @pytest.mark.slow
@@ -30,13 +31,14 @@ TOOLS = "def look(word: str) -> str:\n    '''Looks.\n\n    Args:\n        word: 
     ("row", "environment", "says"),
     [
         ({"prompt": "say"}, '{{tools: ["{file}:look"]}}', "has `tools`, which the chat template does not show"),
+        ({"prompt": "say"}, '{{plugin: "{file}:Looking"}}', "has `tools`, which the chat template does not show"),
         ({"text": "say"}, '{{plugin: "{file}:Game"}}', "is plain text, and what an environment answers is rendered"),
     ],
 )
 def test_a_plan_refuses_rows_whose_turns_the_template_cannot_write(tmp_path: Path, capsys, row, environment, says):
     rows, file, recipe = tmp_path / "rows.jsonl", tmp_path / "mine.py", tmp_path / "recipe.yaml"
     rows.write_text(json.dumps(row) + "\n")
-    file.write_text(TOOLS + "\nclass Game:\n    def reset(self, row): ...\n    def step(self, message): ...\n")
+    file.write_text(f"{TOOLS}\n{GAME}\n{GAME.replace('Game', 'Looking')}    tools = [look]\n")
     recipe.write_text(RECIPE.format(rows=rows, out=tmp_path / "out", environment=environment.format(file=file)))
     assert main(["plan", str(recipe)]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
