@@ -14,10 +14,11 @@ padding of sequences whose lengths differ by less than a quarter, DoRA's own act
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from rlflow import activations
-from rlflow.memory import DTYPE_BYTES, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
+from rlflow.memory import DTYPE_BYTES, HOST_PART, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
 from rlflow.policy_weights import sends_merged
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 
@@ -162,6 +163,11 @@ def environments_bytes(recipe: Recipe) -> Parts:
     if recipe.environment is None:
         return {}
     return {ENVIRONMENTS_PART: ENVIRONMENT_SOURCE_BYTES + episodes_at_once(recipe) * EPISODE_BYTES}
+
+
+def away_bytes(parts: Mapping[str, int] | None) -> int:
+    """What an actor with a GPU has in the host's memory, of its parts."""
+    return sum((parts or {}).get(part, 0) for part in (HOST_PART, ENVIRONMENTS_PART))
 
 
 def snapshot_bytes(recipe: Recipe, shape: ModelShape) -> int:

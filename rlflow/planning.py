@@ -57,17 +57,12 @@ class PlannedRole:
     @property
     def gpu_bytes_each(self) -> int:
         """Of an actor with GPUs, on each that it uses."""
-        return math.ceil((self.bytes_each - self._away) / self.split)
+        return math.ceil((self.bytes_each - actor_memory.away_bytes(self.parts)) / self.split)
 
     @property
     def host_bytes_each(self) -> int:
         """Of an actor with a GPU, what is outside of it."""
-        return actor_memory.PROCESS_BYTES + self._away
-
-    @property
-    def _away(self) -> int:
-        """What is outside of a GPU though the actor has one."""
-        return sum((self.parts or {}).get(part, 0) for part in (memory.HOST_PART, actor_memory.ENVIRONMENTS_PART))
+        return actor_memory.PROCESS_BYTES + actor_memory.away_bytes(self.parts)
 
 
 @dataclass(frozen=True, slots=True)

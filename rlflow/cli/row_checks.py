@@ -1,6 +1,7 @@
 """The data of a recipe before anything starts: read and tokenised as a run does it, or read alone.
 
-Reading alone imports no tokenizer: every row is there, and has what its format needs.
+Reading alone imports no tokenizer, but where an environment has tools, which the chat template must show: every row is
+there, and has what its format needs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlflow.cli.character_rows import rows_that_fit
-from rlflow.cli.plugin_checks import sources_of
+from rlflow.cli.plugin_checks import Found, sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import loader_of
+from rlflow.data.chat import QUESTION, Chat
 from rlflow.data.class_labels import with_labels
 from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.examples import load_examples
@@ -23,7 +25,7 @@ from rlflow.data.formats import Record
 from rlflow.data.image_counts import ImageCounts, count_images
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.new_model import sees, write_new_model
-from rlflow.data.prompts import load_prompts
+from rlflow.data.prompts import load_prompts, require_chat
 from rlflow.data.records import load_records
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.recipe import ModelBlock, Recipe, SourceBlock
@@ -68,7 +70,7 @@ def read_data(
     if (known := _known_to_fit(recipe, start)) is not None:
         return known
     if not tokenize and start.path is not None and "vision_config" not in config:
-        return _read_forms(recipe)
+        return _read_forms(recipe, list(_in_tools(start, tools)))
     with TemporaryDirectory() as scratch:
         try:
             if sees(start):
@@ -139,9 +141,19 @@ def _sources(recipe: Recipe) -> Mapping[str, tuple[SourceBlock | Sequence[Source
     return kinds
 
 
-def _read_forms(recipe: Recipe) -> Reading:
-    """What reading the rows brings, without rendering them."""
-    reading = Reading(tokenized=False)
+def _in_tools(start: ModelBlock, tools: Sequence[Any]) -> Found:
+    """Of an environment's tools, which the chat template may not show."""
+    if not tools:
+        return
+    try:
+        Chat(load_tokenizer(start)).require_calls_and_tools([QUESTION], list(tools), generation_prompt=True)
+    except (RowError, DataError) as error:
+        yield "environment", str(error)
+
+
+def _read_forms(recipe: Recipe, problems: list[tuple[str, str]]) -> Reading:
+    """What reading the rows brings, without rendering them; ``problems`` are known already."""
+    reading = Reading(problems, tokenized=False)
     for key, (sources, is_prompt) in _sources(recipe).items():
         learning = recipe.algorithm.learning
         kind = "prompt" if is_prompt else "example" if key == "demonstrations.train" else learning.data_row
@@ -149,7 +161,7 @@ def _read_forms(recipe: Recipe) -> Reading:
             rows = load_records(
                 sources,
                 recipe.run.seed,
-                partial(_columns_of, kind=kind),
+                partial(_columns_of, kind=kind, in_turns=recipe.environment is not None),
                 judged=kind in ("labelled", "judged"),
                 as_columns=not is_prompt and bool(learning.held_out),
             )
@@ -163,7 +175,7 @@ def _read_forms(recipe: Recipe) -> Reading:
     return reading
 
 
-def _columns_of(record: Record, kind: str) -> Mapping[str, Any]:
+def _columns_of(record: Record, kind: str, in_turns: bool) -> Mapping[str, Any]:
     """A record's columns, as rewards get them.
 
     Raises:
@@ -171,6 +183,8 @@ def _columns_of(record: Record, kind: str) -> Mapping[str, Any]:
     """
     if kind in ("pair", "margin_pair") and record.rejected is None:
         raise RowError("it has no rejected answer")
+    if kind == "prompt" and in_turns:
+        require_chat(record)
     if kind == "prompt" and record.messages and record.messages[-1]["role"] == "assistant":
         return {"response": record.messages[-1]["content"], **record.columns}
     return record.columns

@@ -87,7 +87,7 @@ class Chat:
         """
         render = self.renderer(tools, generation_prompt=True)
         text = self.check_characters(render(messages))
-        self._require_calls_and_tools(messages, tools, generation_prompt=True)
+        self.require_calls_and_tools(messages, tools, generation_prompt=True)
         notes = left_out(messages, (), render)
         return Rendered(text, starts=self._starts(text, messages, render), notes=tuple(notes))
 
@@ -127,7 +127,7 @@ class Chat:
         """
         render = self.renderer(tools)
         text = render(messages)
-        self._require_calls_and_tools(messages, tools)
+        self.require_calls_and_tools(messages, tools)
         last = len(messages) - 1
         answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
         trained = answers if turns is None else set(turns)
@@ -311,10 +311,14 @@ class Chat:
         except (RowError, DataError):
             return False
 
-    def _require_calls_and_tools(
+    def require_calls_and_tools(
         self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool = False
     ) -> None:
-        """Renders them once more under other names: theirs may be in the text for another reason."""
+        """Renders them once more under other names: theirs may be in the text for another reason.
+
+        Raises:
+            RowError: The template does not show a tool, or leaves out a call.
+        """
         if not tools and not any("tool_calls" in message for message in messages):
             return
         described = [renamed(tool, f"described_{number}") for number, tool in enumerate(tools or ())]

@@ -77,7 +77,7 @@ def load_prompts(
         if problem := reject(record.columns):
             raise RowError(problem)
         if in_turns:
-            _require_chat(record)
+            require_chat(record)
         return _render(record, data, chat, tools)
 
     rows = load_records(sources, seed, build, vision=vision)
@@ -118,7 +118,7 @@ def opened_tag(text: str) -> str:
     return found[0] if found else ""
 
 
-def _require_chat(record: Record) -> None:
+def require_chat(record: Record) -> None:
     """Raises RowError where no chat template has rendered a row, and none could render what is answered to it."""
     if record.text is not None:
         raise RowError(

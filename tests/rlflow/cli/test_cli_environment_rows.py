@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlflow.cli.main import main
+from rlflow.cli.row_checks import read_data
+from rlflow.recipe import load_recipe
 
 RECIPE = """\
 algorithm: {{name: grpo, group_size: 2}}
@@ -42,3 +44,30 @@ def test_a_plan_refuses_rows_whose_turns_the_template_cannot_write(tmp_path: Pat
     recipe.write_text(RECIPE.format(rows=rows, out=tmp_path / "out", environment=environment.format(file=file)))
     assert main(["plan", str(recipe)]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+SHOWING = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+LOOK = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "says"),
+    [
+        ({"prompt": "1+1"}, TURNS, "environment: it has `tools`, which the chat template does not show to the policy"),
+        ({"prompt": "1+1"}, SHOWING + TURNS, None),
+        ({"text": "1+1"}, SHOWING + TURNS, "is plain text, and what an environment answers is rendered"),
+    ],
+)
+def test_what_the_template_cannot_write_is_told_of_a_model_whose_rows_are_not_tokenised(
+    tmp_path: Path, tiny_model_dir: Path, row, template, says
+):
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text(json.dumps(row) + "\n")
+    recipe.write_text(RECIPE.format(rows=rows, out=tmp_path / "out", environment='{plugin: "mine.py:Game"}'))
+    model = {"path": tiny_model_dir, "architecture": "null", "characters": "null", "chat_template": f"'{template}'"}
+    (stage,) = load_recipe(recipe, [f"model.{key}={value}" for key, value in model.items()])
+    reading = read_data(stage, {}, [LOOK], tokenize=False)
+    said = [f"{key}: {problem}" for key, problem in reading.problems]
+    assert len(said) == (says is not None)
+    assert says is None or says in said[0]
