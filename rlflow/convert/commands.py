@@ -26,6 +26,8 @@ _TRL_SCRIPTS = {
     "rloo": "rloo",
     "reward": "reward",
     "gspo": "grpo",
+    "gkd": "gkd",
+    "distillation": "distillation",
 }
 _VERL_MODULES = {"main_ppo": "ppo", "main_dapo": "ppo", "fsdp_sft_trainer": "sft", "sft_trainer": "sft"}
 _OPENRLHF_MODULES = {

@@ -34,8 +34,8 @@ def _set_divergence(given: Given, draft: Draft) -> None:
     if given["seq_kd"]:
         draft.note(
             "to do",
-            f"{given.text('seq_kd')}: have the teacher answer in a stage of algorithm sample before this one, and "
-            "name that stage as data.train.stage (docs/sampling.md)",
+            f"{given.text('seq_kd')}: have the teacher answer first, in a stage of algorithm sample, and name that "
+            "stage as data.train.stage (docs/sampling.md)",
         )
     if given["sft_alpha"]:
         draft.note("missing", f"{given.text('sft_alpha')}: the data's answers have the divergence alone")

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlflow.convert import folds, grouped
 from rlflow.convert.given import Draft, Given, apply_rows
+from rlflow.convert.trl_distillation import generates, set_distillation, set_gkd
 from rlflow.recipe.foreign.rows import as_list
 from rlflow.recipe.foreign.trl import ALGORITHM_OF, PAIR_LOSSES, REWARDS
 from rlflow.recipe.presets import ALGORITHMS
@@ -24,7 +25,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, engine: str) -> 
         draft.note("to do", "no data set is named: set data.train.path")
     world = max(1, machines.gpus)
     per_device, accumulation = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
-    if family == "online":
+    if "num_generations" in given.table:
         batch = grouped.set_batch(given, draft, world, per_device, accumulation)
     else:
         batch = grouped.Batch(per_device * accumulation * world, 1)
@@ -36,6 +37,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, engine: str) -> 
     folds.set_intervals(given, draft, batch.updates, best_counts=False)
     folds.set_tracking(given, draft)
     setters = {"grpo": _set_grpo, "rloo": _set_rloo, "dpo": _set_dpo, "kto": _set_kto, "sft": _set_sft}
+    setters |= {"gkd": set_gkd, "distillation": set_distillation}
     setters.get(verb, lambda *_: None)(given, draft)
     if "truncation_mode" in given.table and given["truncation_mode"] != "keep_start":
         draft.note("missing", f"{given.text('truncation_mode')}: examples are cut at their end")
@@ -44,10 +46,12 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, engine: str) -> 
         "truncate",
         "(keep_start, the default)" if family != "online" else "prompts have no limit there",
     )
-    if family == "online":
+    if "vllm_mode" in given.table:
         _set_rollouts(given, draft, machines)
     else:
-        folds.set_machines(draft, machines, generates=False, shared=False)
+        folds.set_machines(draft, machines, generates=generates(draft), shared=generates(draft))
+    if draft.values["algorithm.name"] == "gkd" and machines.gpus:
+        draft.set("teacher.gpus_per_worker", 1, "a GPU of its own, beside those of the others")
     folds.set_engine(given, draft, str(given["deepspeed"] or engine))
     folds.set_single_rank(draft)
     _set_autocast(given, draft)

@@ -1,7 +1,8 @@
-"""TRL 1.16: the flags of `trl sft|dpo|kto|reward|grpo|rloo`, its scripts and YAML configurations.
+"""TRL 1.16: the flags of `trl sft|dpo|kto|reward|grpo|rloo|distillation`, its scripts (gkd.py too) and YAML
+configurations.
 
-The tables have every field of SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, RLOOConfig, ModelConfig and
-ScriptArguments.
+The tables have every field of SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, RLOOConfig, GKDConfig,
+DistillationConfig, ModelConfig and ScriptArguments.
 """
 
 from __future__ import annotations
@@ -203,8 +204,52 @@ RLOO: Table = {
     "normalize_advantages": key("algorithm.advantage.whiten"),
     "reward_clip_range": missing("rewards are not clipped"),
 }
-TABLES: dict[str, Table] = {"sft": SFT, "dpo": DPO, "kto": KTO, "reward": REWARD, "grpo": GRPO, "rloo": RLOO}
-ALGORITHM_OF = {"sft": "sft", "dpo": "dpo", "kto": "kto", "reward": "reward_model", "grpo": "grpo", "rloo": "rloo"}
+_TEACHER: Table = {
+    "teacher_model_name_or_path": key("teacher.path", read=str),
+    "teacher_model_init_kwargs": missing("of its loading there are teacher.dtype and gpus_per_worker", name="teacher"),
+    "disable_dropout": unneeded("models train without dropout; an adapter's is for sft"),
+}
+GKD: Table = {
+    **SFT,
+    **_TEACHER,
+    "temperature": key("rollout.temperature", default=0.9),
+    "lmbda": key("algorithm.distill.on_policy", default=0.5, read=float),
+    "beta": key("algorithm.distill.beta", default=0.5, read=float),
+    "max_new_tokens": key("rollout.max_new_tokens", default=128),
+    "seq_kd": fold("data.train.stage"),
+}
+_NOT_OF_DISTILLATION = {
+    *("reward_funcs", "reward_weights", "reward_model_name_or_path", "epsilon", "epsilon_high"),
+    *("num_iterations", "steps_per_generation", "generation_batch_size"),
+}
+DISTILLATION: Table = {
+    **{name: row for name, row in _ROLLOUTS.items() if name not in _NOT_OF_DISTILLATION},
+    **_TEACHER,
+    "teacher_model_revision": missing("the newest is read: download another, and name its directory"),
+    "beta": key("algorithm.distill.beta", default=1.0, read=float),
+    "temperature": fold("rollout.temperature", default=1.0),
+    "max_tool_calling_iterations": missing("write environment: {tools: [file.py:function], max_turns: n}"),
+}
+TABLES: dict[str, Table] = {
+    "sft": SFT,
+    "dpo": DPO,
+    "kto": KTO,
+    "reward": REWARD,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "gkd": GKD,
+    "distillation": DISTILLATION,
+}
+ALGORITHM_OF = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "kto": "kto",
+    "reward": "reward_model",
+    "grpo": "grpo",
+    "rloo": "rloo",
+    "gkd": "gkd",
+    "distillation": "gkd",
+}
 REWARDS: dict[str, dict[str, Any]] = {
     "accuracy_reward": {"name": "math_accuracy", "args": {"explicit": True}},
     "reasoning_accuracy_reward": {"name": "math_accuracy", "args": {"explicit": True}, "label": "reasoning_accuracy"},

@@ -17,15 +17,17 @@ TABLES: dict[str, Table] = {**trl.TABLES, "swift": swift.SWIFT, "megatron": swif
 
 
 def configurations(verb: str) -> list[Any]:
-    config = "RewardConfig" if verb == "reward" else f"{verb.upper()}Config"
     import trl
+    from trl.experimental import gkd
     from trl.scripts import utils
     from trl.scripts.grpo import GRPOScriptArguments
     from trl.scripts.rloo import RLOOScriptArguments
     from trl.trainer import model_config
 
     of_script = {"grpo": [GRPOScriptArguments], "rloo": [RLOOScriptArguments]}.get(verb, [utils.ScriptArguments])
-    return [getattr(trl, config), model_config.ModelConfig, *of_script]
+    named = {"reward": trl.RewardConfig, "distillation": trl.DistillationConfig, "gkd": gkd.GKDConfig}
+    config = named[verb] if verb in named else getattr(trl, f"{verb.upper()}Config")
+    return [config, model_config.ModelConfig, *of_script]
 
 
 @pytest.mark.parametrize("verb", trl.TABLES)

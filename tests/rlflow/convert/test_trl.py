@@ -127,3 +127,20 @@ def test_divergences_of_dpo_and_ktos_loss_without_a_kl_have_their_names_here(con
     assert any("there are reverse_kl, forward_kl, js_divergence" in note.text for note in conversion.notes)
     recipe, _ = converted(f"trl kto {BASE} --loss_type apo_zero_unpaired --max_steps 5")
     assert recipe.algorithm.name == "apo_zero_unpaired"
+
+
+def test_a_teacher_and_the_share_of_the_policys_own_answers(converted):
+    launched = "accelerate launch --num_processes 4 examples/scripts/gkd.py"
+    teacher = "--teacher_model_name_or_path big"
+    recipe, conversion = converted(f"{launched} {BASE} {teacher} --lmbda 0.7 --beta 0.1 --max_new_tokens 64")
+    distill = recipe.online.distill
+    assert (recipe.algorithm.name, recipe.teacher.path, recipe.rollout.max_new_tokens) == ("gkd", "big", 64)
+    assert (distill.on_policy, distill.beta, distill.temperature, recipe.rollout.temperature) == (0.7, 0.1, 1.0, 0.9)
+    assert (recipe.data.prompts_per_step, recipe.trainer.learning_rate, recipe.rollout.engine) == (32, 2e-5, "torch")
+    assert any("each row is" in note.text for note in conversion.notes)
+    offline, _ = converted(f"{launched} {BASE} {teacher} --lmbda 0 --seq_kd")
+    assert offline.online.distill.on_policy == 0 and not offline.needs_rollouts
+    stable, _ = converted(f"trl distillation {BASE} {teacher} --temperature 0.8 --use_vllm --num_processes 2")
+    distill = stable.online.distill
+    assert (distill.on_policy, distill.beta, distill.temperature, stable.rollout.temperature) == (1.0, 1.0, 0.8, 0.8)
+    assert (stable.data.prompts_per_step, stable.rollout.engine) == (16, "vllm")
