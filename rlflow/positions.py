@@ -64,7 +64,7 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 def longest_sequences(recipe: Recipe) -> dict[str, int]:
     """What makes the recipe's sequences so long -> tokens: a dotted key, or two that add up."""
     data = recipe.data
-    trains_rows = recipe.family != "online" or recipe.trains_answers
+    trains_rows = not recipe.generates or recipe.trains_answers
     found = {"data.max_tokens": data.max_tokens} if trains_rows else {}
     if recipe.needs_rollouts:
         key = "rollout.max_new_tokens" if recipe.environment is None else "environment.max_tokens"

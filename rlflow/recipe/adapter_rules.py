@@ -30,7 +30,7 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(("model.adapter", "model.architecture"), "has nothing to adapt in a new model: remove it")
     if recipe.algorithm.learning.head != "token":
         yield from _head_conflicts(recipe, adapter)
-    elif adapter.drops_out and recipe.family != "sft":
+    elif adapter.drops_out and recipe.family not in ("sft", "sample"):
         reason = f"{name} compares logprobs, and with dropout those of a policy differ from its own: set 0"
         key = "dropout" if adapter.peft is None else f"peft.{drops_out(adapter.peft)}"
         yield Conflict((f"model.adapter.{key}", "algorithm.name"), reason)
@@ -54,7 +54,7 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     """What one of PEFT's methods rules out beside LoRA on its modules."""
     adapter, trainer, method = recipe.model.adapter, recipe.trainer, method_of(config)
     assert adapter is not None
-    if recipe.family != "sft" and (how := starts_elsewhere(config)):
+    if recipe.family not in ("sft", "sample") and (how := starts_elsewhere(config)):
         reason = f"{how}, which {recipe.algorithm.name} has for a reference: remove the field"
         yield Conflict((f"model.adapter.peft.{next(iter(METHODS[method].start))}", "algorithm.name"), reason)
     if recipe.model.dtype != "float32" and not METHODS[method].in_16_bits:

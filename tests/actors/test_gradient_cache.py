@@ -3,6 +3,11 @@ micro-batches: GradCache's two passes against one."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from rlflow.batching import pack
 from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 from rlflow.types import Sample
 
+RANKS = Path(__file__).with_name("zero_ranks.py")
 ROWS = {
     "infonce": ("embedding", {"embedding": {"temperature": 0.1, "matryoshka_dims": [16, 4]}}),
     "own negatives": ("embedding", {"embedding": {"in_batch_negatives": False}}),
@@ -49,12 +55,20 @@ def samples_of(name: str) -> list[Sample]:
     return samples
 
 
-def trainer_of(model: Path, algorithm: Any) -> SequenceTrainer:
-    block = TrainerBlock(max_grad_norm=1e9)
+def trainer_of(
+    model: Path, algorithm: Any, rank: int = 0, num_ranks: int = 1, address: str | None = None, **block: Any
+) -> SequenceTrainer:
+    """A rank of a trainer. ``block``: keys of the trainer block."""
     trainer = SequenceTrainer(
-        ModelBlock(path=str(model)), block, rank=0, world_size=1, num_threads=1, seed=0, algorithm=algorithm
+        ModelBlock(path=str(model)),
+        TrainerBlock.model_validate({"max_grad_norm": 1e9, "workers": num_ranks, **block}),
+        rank=rank,
+        world_size=num_ranks,
+        num_threads=1,
+        seed=0,
+        algorithm=algorithm,
     )
-    trainer.setup(None)
+    trainer.setup(address)
     if algorithm.name == "reranker":
         # A head of zeros gives the layers below it no gradient at all.
         torch.nn.init.normal_(trainer.module.model.score.weight, generator=torch.Generator().manual_seed(0))
@@ -104,3 +118,43 @@ def test_micro_batches_of_one_sequence_have_the_loss_and_the_gradient_of_one_pas
         assert float(error) ** 0.5 < 1e-5 * norm
         measured = trainer.evaluate(micro_batches, algorithm, denominators)
         assert measured.loss == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_zero_have_the_loss_and_the_gradient_norm_of_one(tiny_model_dir: Path, tmp_path: Path):
+    row, options = ROWS["infonce"]
+    algorithm = algorithm_of(row, **options)
+    samples, denominators = weigh(samples_of("infonce"), algorithm, 64)
+    trainer = trainer_of(tiny_model_dir, algorithm)
+    metrics = trainer.forward_backward(pack(samples, max_tokens=4096, num_ranks=1)[0], algorithm, denominators)
+    expected = {name: float(metric.value) for name, metric in metrics.items()}
+    expected["grad_norm"] = trainer.optim_step(1e-2).grad_norm
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{RANKS.parents[2]}:{RANKS.parent}"}
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(RANKS),
+                str(tiny_model_dir),
+                "infonce",
+                str(rank),
+                "2",
+                address,
+                str(tmp_path / "said"),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(ranks):
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors[-3000:]
+        said = json.loads((tmp_path / f"said.{rank}").read_text())
+        assert said["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        # Each rank has its share of a metric.
+        assert said["loss/embedding"] == pytest.approx(expected["loss/embedding"] / 2, rel=1e-5)

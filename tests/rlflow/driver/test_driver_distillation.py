@@ -139,3 +139,24 @@ def test_a_teacher_of_damaged_weights_is_refused_by_name(run: Callable[..., Path
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((ActorFailure, RuntimeError), match=r"teacher\[0\].ready.*Choose another model"):
         run("run", {"teacher": {"path": str(broken)}})
+
+
+@pytest.mark.ray
+def test_on_ray_teacher_and_reference_are_actors_of_their_own_and_say_what_they_say_in_one_process(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+):
+    (tmp_path / "shortness.py").write_text(
+        "def shortness(completions, **columns):\n    return [-len(text) for text in completions]\n"
+    )
+    blocks = {
+        "algorithm": {"name": "grpo", "group_size": 2, "distill": {"kind": "divergence", "beta": 0.3}},
+        "rewards": [{"plugin": f"{tmp_path}/shortness.py:shortness"}],
+    }
+    one = run("one", blocks, run__steps=2)
+    monkeypatch.undo()
+    other = run("other", blocks, run__steps=2)
+    logged = {path.stem for path in (other / "logs").iterdir()}
+    assert {"teacher-0", "reference-0", "trainer-0"} <= logged
+    for name in ("distill/divergence", "kl/ref", "reward/mean", "trainer/grad_norm"):
+        assert series(other, name) == pytest.approx(series(one, name), rel=1e-4, abs=1e-6), name
+    assert all(value > 1e-3 for value in series(other, "distill/divergence"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rlflow.positions import longest_sequences
 from rlflow.recipe import RecipeError, load_recipe
 from rlflow.recipe.yaml_source import merge
 
@@ -34,6 +35,17 @@ def test_a_stage_reads_the_rows_of_the_one_that_it_names_and_goes_on_from_the_la
     assert models == ["org/student", "org/student", "/out/sft/final", "/out/sft/final"]
     for recipe in loaded.values():
         assert load_recipe(recipe.model_dump(mode="json")) == [recipe], "what is resolved stays as it is"
+
+
+def test_what_is_answered_is_as_long_as_prompts_and_answers_and_no_row_is_trained():
+    (recipe,) = load_recipe({**RECIPE, "stages": [{**ANSWERS, "rollout": {"max_new_tokens": 7}}]})
+    assert longest_sequences(recipe) == {"data.max_prompt_tokens + rollout.max_new_tokens": 1024 + 7}
+
+
+def test_an_adapter_with_dropout_may_be_shared_with_the_stage_that_trains_it():
+    adapter = {"rank": 4, "dropout": 0.1}
+    answers, sft = load_recipe({**RECIPE, "model": {"path": "m", "adapter": adapter}, "stages": [ANSWERS, SFT]})
+    assert answers.model.adapter == sft.model.adapter
 
 
 UNREWARDED = {**ANSWERS, "rewards": []}
