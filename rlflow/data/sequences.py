@@ -165,9 +165,10 @@ def _related(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) 
 
 def _ranked(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -> _Read:
     assert isinstance(algorithm, RerankerBlock)
-    query, documents, worth = _documents(dict(columns))
+    is_pointwise = algorithm.reranking.loss == "pointwise"
+    query, documents, worth = _documents(dict(columns), needs_positive=not is_pointwise)
     _refuse_repeated(documents, [])
-    if algorithm.reranking.loss == "pointwise":
+    if is_pointwise:
         worth = [_in_range(value, "label", 0.0, 1.0, None) for value in worth]
     elif len(set(worth)) < 2:
         reason = f"its {len(documents)} documents are all worth the same ({worth[0]:g}): {algorithm.reranking.loss} "
@@ -186,8 +187,11 @@ _READERS: dict[str, Callable[[Mapping[str, Any], AlgorithmBlock, Chat], _Read]] 
 """An algorithm's ``data_row`` -> function of a row's columns."""
 
 
-def _documents(columns: dict[str, Any]) -> tuple[Words, list[Words], list[float]]:
+def _documents(columns: dict[str, Any], *, needs_positive: bool) -> tuple[Words, list[Words], list[float]]:
     """The query, its documents, and what each is worth.
+
+    Args:
+        needs_positive: Otherwise each document is learned for itself, and may be irrelevant like all others.
 
     Raises:
         RowError: There is no query or no document that is relevant, or labels and documents are not as many.
@@ -213,7 +217,12 @@ def _documents(columns: dict[str, Any]) -> tuple[Words, list[Words], list[float]
     if score is not None and first_of(columns, NEGATIVES) is None:
         documents = [_column(columns, ("document", "passage", *POSITIVES), words_of)]
         return query, documents, [number_of(columns[score], score)]
-    positives, negatives = _column(columns, POSITIVES, several_of), _negatives(columns)
+    negatives = _negatives(columns)
+    if negatives and first_of(columns, POSITIVES) is None:
+        if needs_positive:
+            raise RowError("it has no positive document, which its negatives are compared with")
+        return query, negatives, [0.0] * len(negatives)
+    positives = _column(columns, POSITIVES, several_of)
     if not positives:
         raise RowError("it has no positive document")
     return query, [*positives, *negatives], [1.0] * len(positives) + [0.0] * len(negatives)

@@ -80,13 +80,14 @@ def test_a_scored_pair_has_its_score_at_both_texts(make_data, tokenizer):
         ({"query": "q", "positive": "p", "negative": ["n"]}, ["q\np", "q\nn"], (1.0, 0.0)),
         ({"query": "q", "documents": ["d", "e"], "labels": [0.25, 1]}, ["q\nd", "q\ne"], (0.25, 1.0)),
         ({"query": "q", "document": "d", "label": 0}, ["q\nd"], (0.0,)),
+        ({"query": "q", "positive": [], "negative": ["n", "m"]}, ["q\nn", "q\nm"], (0.0, 0.0)),
         (
             {"chosen": "\n\nHuman: q\n\nAssistant: p", "rejected": "\n\nHuman: q\n\nAssistant: n"},
             ["q\np", "q\nn"],
             (1.0, 0.0),
         ),
     ],
-    ids=["positives and negatives", "documents and labels", "one document", "preferences"],
+    ids=["positives and negatives", "documents and labels", "one document", "negatives alone", "preferences"],
 )
 def test_a_ranking_is_a_query_with_each_of_its_documents(make_data, tokenizer, row, texts, labels):
     (found,) = load(make_data, tokenizer, [row], "reranker")
@@ -129,7 +130,8 @@ def test_what_is_cut_keeps_its_end(make_data, tokenizer):
         ("embedding", {"embedding": {"in_batch_negatives": False}}, {"anchor": "q", "positive": "p"}, "no negative"),
         ("embedding", NEAR, {"sentence1": "a", "sentence2": "b", "label": 0.5}, "0 or 1"),
         ("embedding", {"embedding": {"loss": "cosine_similarity"}}, {"sentence1": "a", "sentence2": "b"}, "no `label`"),
-        ("reranker", {}, {"query": "q", "positive": [], "negative": ["n"]}, "`positive` is empty"),
+        ("reranker", {}, {"query": "q", "positive": []}, "`positive` is empty"),
+        ("reranker", {"reranking": {"loss": "pairwise"}}, {"query": "q", "negative": ["n"]}, "no positive document"),
         ("reranker", {}, {"query": "q", "document": "d", "label": 2}, "`label` is 2, out of range"),
         ("reranker", {"reranking": {"loss": "listwise"}}, {"query": "q", "positive": "p"}, "all worth the same"),
         ("reranker", {}, {"query": "q", "documents": ["d"], "labels": [1, 0]}, "not one for each of its 1 documents"),
