@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", [*COMMANDS, "--help", "--version"]),
         ("pl", ["plan"]),
         ("--v", ["--version"]),
-        ("plan --", ["--help", "--gpu-memory", "--no-data"]),
+        ("plan --", ["--help", "--gpu-memory", "--tokenize", "--no-data"]),
         ("plan --gpu-memory ", []),
         ("nothing ", []),
         ("run qui", ["quickstart", "quickstart_images"]),
