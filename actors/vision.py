@@ -26,9 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlflow.recipe.model_blocks import Part
-
-_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list", "connector", "projector", "mm_projector", "aligner")
-"""What towers call the projector within them; beside a tower, whatever is not the language model is one."""
+from rlflow.tower_shape import PROJECTORS
 
 HEAD = "score"
 """transformers' name of a classifier's last layer."""
@@ -125,7 +123,8 @@ def _part(name: str, languages: Iterable[str], tower: str) -> Part:
         return "language"
     if not _within(name, tower):
         return "projector"
-    return "projector" if set(name.removeprefix(tower).split(".")) & set(_PROJECTORS) else "vision"
+    # Beside a tower, whatever is not the language model is one.
+    return "projector" if set(name.removeprefix(tower).split(".")) & set(PROJECTORS) else "vision"
 
 
 def _within(name: str, prefix: str) -> bool:

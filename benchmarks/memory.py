@@ -10,6 +10,7 @@ models are random and made in a temporary directory. benchmarks/memory.md has th
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import socket
@@ -41,8 +42,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "gpt2": {"model_type": "gpt2", "n_positions": 1024},
+    "qwen3-vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "vocab_size": 32000,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]},
+        },
+        "vision_config": {
+            "depth": 12,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_heads": 8,
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 512,
+            "deepstack_visual_indexes": [4, 8],
+        },
+    },
 }
-"""Random ones. Qwen3: 184M parameters, wide heads, an own head. GPT-2: 124M, LayerNorm, biases, two-matrix MLPs."""
+"""Random ones. Qwen3: 184M parameters, wide heads, an own head. GPT-2: 124M, LayerNorm, biases, two-matrix MLPs.
+Qwen3-VL: a tower of 39M with projectors of 16M, beside a language model of 45M."""
 GROUP, PROMPT, NEW = 4, 256, 256
 """Samples of a prompt, tokens of a prompt and of a completion: a sequence has 512."""
 
@@ -57,11 +83,16 @@ class Case:
     ranks: int = 1
 
 
+PICTURE = (512, 480)
+"""Width and height of the picture in a prompt of a vision-language model: 960 patches, 240 tokens."""
+
+
 def zero(stage: int) -> tuple[str, ...]:
     return "trainer.engine=deepspeed", f"trainer.deepspeed.stage={stage}"
 
 
 CHECKPOINTING = "trainer.gradient_checkpointing=true"
+ALL_PARTS = "model.train=[language, projector, vision]"
 LORA = "model.adapter={kind: lora, rank: 16}"
 SHORT = ("data.max_prompt_tokens=448", "rollout.max_new_tokens=64", "rollout.max_num_seqs=16")
 CASES = {
@@ -79,6 +110,9 @@ CASES = {
     "qwen3-checkpointing": Case("trainer", "qwen3", 2048, (CHECKPOINTING,)),
     "gpt2": Case("trainer", "gpt2", 2048),
     "gpt2-checkpointing": Case("trainer", "gpt2", 2048, (CHECKPOINTING,)),
+    "qwen3-vl": Case("trainer", "qwen3-vl", 2048),
+    "qwen3-vl-tower": Case("trainer", "qwen3-vl", 2048, (ALL_PARTS,)),
+    "qwen3-vl-checkpointing": Case("trainer", "qwen3-vl", 2048, (ALL_PARTS, CHECKPOINTING)),
     "smollm2-reference": Case("reference", "smollm2", 4096),
     "qwen3-reference": Case("reference", "qwen3", 4096),
     "gpt2-reference": Case("reference", "gpt2", 4096),
@@ -105,24 +139,44 @@ def recipe_of(case: Case, model_dir: str) -> Recipe:
         return load_recipe(path, case.settings)[0]
 
 
+def noise(width: int, height: int) -> bytes:
+    """A picture, as PNG."""
+    from PIL import Image
+
+    pixels, buffer = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def batch_of(recipe: Recipe, sequences: int) -> MicroBatch:
     """A packed micro-batch of sequences of the recipe's length."""
     from rlflow.batching import pack
+    from rlflow.data.image_processor import load_image_processor
 
+    vision = load_image_processor(recipe.model)
     rng = np.random.default_rng(0)
     length = PROMPT + NEW
     trained = np.arange(length) >= PROMPT
     zeros = np.zeros(length, dtype=np.float32)
+
+    def sequence() -> tuple[np.ndarray, tuple[bytes, ...]]:
+        ids = rng.integers(50, 1000, length).astype(np.int32)
+        if vision is None:
+            return ids, ()
+        ids[1], image = vision.image_token_id, noise(*PICTURE)
+        return vision.expand(ids, [image])[:length], (image,)
+
     samples = [
         Sample(
-            token_ids=rng.integers(5, 1000, length).astype(np.int32),
+            token_ids=token_ids,
+            images=images,
             loss_mask=trained,
             loss_weights=trained.astype(np.float32) / NEW,
             advantages=zeros,
             old_logprobs=zeros,
             ref_logprobs=zeros,
         )
-        for _ in range(sequences)
+        for token_ids, images in (sequence() for _ in range(sequences))
     ]
     ((batch,),) = pack(samples, max_tokens=sequences * length, num_ranks=1)
     return batch
@@ -240,10 +294,21 @@ def child(name: str, model_dir: str, rank: int, address: str | None) -> None:
 
 
 def make_model(config: dict[str, Any], directory: Path) -> None:
-    """Random weights of this architecture, in a process that ends."""
+    """Random weights of this architecture, and the processor of one that sees, in a process that ends."""
+    kind = "AutoModelForCausalLM"
+    if "vision_config" in config:
+        from rlflow.data.new_model import write_new_model
+        from rlflow.recipe import ModelBlock
+
+        directory.mkdir()
+        write_new_model(ModelBlock(architecture=config, characters="0123456789"), directory)
+        written = json.loads((directory / "config.json").read_text())
+        vocabulary = config["text_config"]["vocab_size"]
+        config = written | {"text_config": written["text_config"] | {"vocab_size": vocabulary}}
+        kind = "AutoModelForImageTextToText"
     code = (
-        "import json, sys; from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+        f"import json, sys; from transformers import AutoConfig, {kind}\n"
+        f"{kind}.from_config(AutoConfig.for_model(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(config), str(directory)], check=True)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlflow.memory import ModelShape
+    from rlflow.tower_shape import TowerShape
 
 FLOAT32 = 4
 COMPOSED_GELU = {"gelu_new", "gelu_fast", "gelu_python", "quick_gelu"}
@@ -32,7 +33,11 @@ INPUTS = {
 
 
 def kept(
-    shape: ModelShape, size: int, targets: Collection[str] | None = None, rank: int = 0, of_adapter: int = FLOAT32
+    shape: ModelShape | TowerShape,
+    size: int,
+    targets: Collection[str] | None = None,
+    rank: int = 0,
+    of_adapter: int = FLOAT32,
 ) -> int:
     """Of one layer, for its backward pass.
 
@@ -54,12 +59,18 @@ def kept(
     return norms + attention + size * _mlp_factor(shape) * shape.mlp_width + inputs
 
 
-def layer_backward(shape: ModelShape, size: int) -> int:
+def kept_by_tower(tower: TowerShape, size: int) -> int:
+    """Of one layer, for its backward pass, of a patch. A value that is a part of a joint matrix' output keeps all of
+    it; elsewhere what attention wrote is what the next matrix reads."""
+    return kept(tower, size) + size * tower.hidden * (2 if tower.is_joint else -1)
+
+
+def layer_backward(shape: ModelShape | TowerShape, size: int) -> int:
     """Beside what is kept, at the MLP's backward pass: gradients of its width, and of the layer's output."""
     return size * (2 * shape.mlp_width + shape.hidden)
 
 
-def layer_forward(shape: ModelShape, size: int) -> int:
+def layer_forward(shape: ModelShape | TowerShape, size: int) -> int:
     """Of a forward pass that keeps nothing, in its largest layer: at the MLP or at attention.
 
     Beside each are the embeddings, the layer's input, its residual and what the norm wrote.
@@ -78,7 +89,7 @@ def final_norm(shape: ModelShape, size: int, *, is_trained: bool) -> int:
     return _norm(shape, size, size if is_trained else 0) + 2 * size * shape.hidden
 
 
-def _norm(shape: ModelShape, size: int, trained: int) -> int:
+def _norm(shape: ModelShape | TowerShape, size: int, trained: int) -> int:
     """RMSNorm keeps its input in float32, its reciprocal root and, if its weight is trained, the normalized input.
     torch's LayerNorm keeps its input, mean and reciprocal deviation."""
     if shape.is_gated:
@@ -86,14 +97,16 @@ def _norm(shape: ModelShape, size: int, trained: int) -> int:
     return size * (shape.hidden + 2)
 
 
-def _mlp_factor(shape: ModelShape) -> int:
+def _mlp_factor(shape: ModelShape | TowerShape) -> int:
     """Tensors of its width that an MLP keeps beside the input of its last matrix."""
     if shape.is_gated:
         return 3
     return 4 if shape.activation in COMPOSED_GELU else 0 if shape.activation == "relu" else 1
 
 
-def _inputs(shape: ModelShape, size: int, targets: Collection[str] | None, rank: int, of_adapter: int) -> int:
+def _inputs(
+    shape: ModelShape | TowerShape, size: int, targets: Collection[str] | None, rank: int, of_adapter: int
+) -> int:
     """What linear layers read. An adapter that computes in another dtype casts a copy of its own."""
     widths = {"attention": shape.hidden, "output": shape.query_width, "mlp": shape.hidden, "down": shape.mlp_width}
     if targets is None:

@@ -3,12 +3,13 @@
 A step has a few moments that can be its peak; each is the sum of what is alive then, and the largest is the estimate:
 
     scoring     all activations are kept, logits are there, chunk by chunk
+    pictures    a vision tower reads them, before the language model begins
     last layer  its backward pass begins; with gradient checkpointing its activations were just computed again
     embeddings  the backward pass ends: no activations, all gradients
     snapshot    weights go to the rollout workers, chunk by chunk: no activations, no gradients; from GPUs to the host
 
 benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
-padding of sequences whose lengths differ by less than a quarter, DoRA's own activations.
+padding of sequences whose lengths differ by less than a quarter, DoRA's own activations, adapters of a vision tower.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rlflow import activations
-from rlflow.memory import DTYPE_BYTES, HOST_PART, ModelShape, computed_bytes, is_mixed, state_bytes, weight_bytes
+from rlflow.memory import (
+    DTYPE_BYTES,
+    HOST_PART,
+    ModelShape,
+    computed_bytes,
+    is_mixed,
+    state_bytes,
+    weight_bytes,
+    with_trained_parts,
+)
 from rlflow.policy_weights import sends_merged
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 
@@ -69,7 +79,8 @@ def critic_bytes(recipe: Recipe, shape: ModelShape) -> Parts:
     """Of one rank of the critic: a trainer of all weights, without logits."""
     critic = recipe.critic
     assert critic is not None
-    state = state_bytes(recipe, replace(shape, adapter=None, frozen=0), critic.workers, bool(critic.gpus_per_worker))
+    whole = with_trained_parts(replace(shape, adapter=None, frozen=0), recipe.model.train)
+    state = state_bytes(recipe, whole, critic.workers, bool(critic.gpus_per_worker))
     return _largest(_step(recipe, shape, state, critic.workers, scores=False, on_gpu=bool(critic.gpus_per_worker)))
 
 
@@ -103,7 +114,7 @@ def _frozen_bytes(recipe: Recipe, shape: ModelShape, size: int) -> Parts:
     """Of a model that scores. ``size``: bytes of a number."""
     tokens = micro_batch_tokens(recipe)
     weights = {"weights": shape.parameters * size}
-    forward = tokens * activations.layer_forward(shape, size)
+    forward = max(tokens * activations.layer_forward(shape, size), _reading_bytes(shape, tokens, size))
     scoring = tokens * 2 * shape.hidden * size
     _, logits = _chunks(tokens, shape, size)
     return _largest([{**weights, "activations": forward}, {**weights, "activations": scoring, "logits": logits}])
@@ -136,7 +147,9 @@ def rollout_bytes(recipe: Recipe, shape: ModelShape, engine: str) -> Parts:
         return {**weights, "KV cache": cache, "logits": logits, "process": VLLM_PROCESS_BYTES}
     reading = {
         "KV cache": prompts * longest * shape.cache_per_token * size,
-        "activations": prompts * longest * activations.layer_forward(shape, size),
+        "activations": max(
+            prompts * longest * activations.layer_forward(shape, size), _reading_bytes(shape, prompts * longest, size)
+        ),
     }
     # A layer's keys are there twice while rows are laid out anew; where attention is not grouped, keys and values are
     # repeated for the query heads that share them.
@@ -228,8 +241,9 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     begun = {**state, **_gathered_bytes(recipe, shape, ranks, waits)}
     if _micro_batches(recipe, ranks // share) == 1:
         begun["gradients"] = 0
-    at_scoring = tokens * (kept + activations.final_norm(shape, size, is_trained=trains_all))
-    at_last_layer = tokens * (kept + again + activations.layer_backward(shape, size))
+    tower_kept, tower_ends = _tower_bytes(recipe, shape, tokens, size)
+    at_scoring = tower_kept + tokens * (kept + activations.final_norm(shape, size, is_trained=trains_all))
+    at_last_layer = tower_kept + tokens * (kept + again + activations.layer_backward(shape, size))
     scoring = _scoring_bytes(recipe, shape, tokens, head) if scores else 0
     # The gradient of tied embeddings waits for its second half, that of the lookup, until the end.
     waiting = head if shape.is_tied else 0
@@ -239,8 +253,36 @@ def _step(recipe: Recipe, shape: ModelShape, state: Parts, ranks: int, *, scores
     return [
         {**begun, "activations": at_scoring, "logits": scoring},
         {**begun, "activations": at_last_layer, "logits": waiting},
-        {**state, **gathered, "activations": 0, "logits": at_end},
+        {**begun, "activations": _reading_bytes(shape, tokens, size)},
+        {**state, **gathered, "activations": tower_ends, "logits": at_end},
     ]
+
+
+def _tower_bytes(recipe: Recipe, shape: ModelShape, tokens: int, size: int) -> tuple[int, int]:
+    """Of a vision tower, where every token of a pass stands for a part of a picture: its pictures and what it keeps for
+    its backward pass, and what is there as that ends, behind the language model's."""
+    tower = shape.tower
+    if tower is None:
+        return 0, 0
+    patches = tokens * tower.patches_per_token
+    pixels = patches * tower.values * activations.FLOAT32
+    if "vision" not in recipe.model.train:
+        return pixels, 0
+    layer = patches * activations.kept_by_tower(tower, size)
+    kept = tower.layers * layer
+    again = 0
+    if recipe.trainer.gradient_checkpointing:
+        kept, again = tower.layers * patches * tower.hidden * size, layer
+    return pixels + kept, pixels + kept + again + patches * activations.layer_backward(tower, size)
+
+
+def _reading_bytes(shape: ModelShape, tokens: int, size: int) -> int:
+    """Of a tower that keeps nothing for a backward pass: its pictures, and its largest layer."""
+    tower = shape.tower
+    if tower is None:
+        return 0
+    patches = tokens * tower.patches_per_token
+    return patches * (tower.values * activations.FLOAT32 + activations.layer_forward(tower, size))
 
 
 def _gathered_bytes(recipe: Recipe, shape: ModelShape, ranks: int, layers: int) -> Parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from rlflow.recipe.adapter_files import read_config
 from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.model_blocks import Part
+from rlflow.tower_shape import TowerShape, tower_shape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_PART = "offloaded"
@@ -70,6 +72,8 @@ class ModelShape:
     """Last parts of the names of a layer's modules that have an adapter."""
     frozen: int = 0
     """Parameters of these that stay as they are, where there is no adapter."""
+    tower: TowerShape | None = None
+    """What reads pictures, counted in ``parameters``; None of a model that reads text alone."""
 
     @property
     def is_gated(self) -> bool:
@@ -89,7 +93,8 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Of one layer: what is neither embeddings nor head."""
-        return (self.parameters - (1 if self.is_tied else 2) * self.head_parameters) // self.layers
+        of_tower = 0 if self.tower is None else self.tower.parameters
+        return (self.parameters - of_tower - (1 if self.is_tied else 2) * self.head_parameters) // self.layers
 
     @property
     def attention_cost(self) -> float:
@@ -118,7 +123,7 @@ def read_shape(model: ModelBlock) -> ModelShape:
     if model.architecture is not None:
         return shape_of(config)
     assert model.path is not None
-    return shape_of(config, count_stored(Path(model.path)))
+    return shape_of(config, stored_shapes(Path(model.path)))
 
 
 def read_model_config(model: ModelBlock) -> Mapping[str, Any]:
@@ -141,15 +146,18 @@ def read_model_config(model: ModelBlock) -> Mapping[str, Any]:
         raise UnknownShape(f"cannot read config.json of {model.path}: {' '.join(lines[:2])}") from error
 
 
-def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelShape:
+def shape_of(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]] | None = None) -> ModelShape:
     """From the fields of a transformers config, by the names that most architectures use.
 
     Args:
-        parameters: How many there are, when that is known; otherwise the count of a Llama-like decoder, exact for
-            llama, qwen2 and qwen3 and for mixtral, qwen2_moe and qwen3_moe.
+        stored: Shapes of the tensors in its files, where they are here; otherwise the count of a Llama-like decoder,
+            exact for llama, qwen2 and qwen3 and for mixtral, qwen2_moe and qwen3_moe.
     """
+    tower, parameters = tower_shape(config, stored or {}), sum(map(math.prod, (stored or {}).values())) or None
     if "text_config" in config and isinstance(config["text_config"], dict):
-        config = config["text_config"]
+        # Whether the head is the embeddings is said of the whole model.
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        config = config["text_config"] | tied
     hidden = _count(config, "hidden_size", "n_embd", "d_model")
     heads = _count(config, "num_attention_heads", "n_head", "num_heads")
     head_size = _count(config, "head_dim", default=hidden // heads)
@@ -170,6 +178,7 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
         activation=str(_first(config, "hidden_act", "activation_function", default=activation)),
         is_tied=bool(_first(config, "tie_word_embeddings", default=kind not in _UNTIED_UNLESS_SAID)),
         has_experts=_count(config, "num_experts", "num_local_experts", default=1) > 1,
+        tower=tower,
     )
     if parameters is not None:
         return shape
@@ -177,6 +186,7 @@ def shape_of(config: Mapping[str, Any], parameters: int | None = None) -> ModelS
     total += _feed_forward_parameters(config, shape)
     total += shape.head_parameters * (1 if shape.is_tied else 2)
     total += _count(config, "n_positions", default=0) * hidden
+    total += 0 if tower is None else tower.parameters
     return replace(shape, parameters=total)
 
 
@@ -214,7 +224,7 @@ def _feed_forward_parameters(config: Mapping[str, Any], shape: ModelShape) -> in
 
 def count_stored(directory: Path) -> int | None:
     """Parameters in a directory's safetensors files, from their headers; None when there are none."""
-    return sum(math.prod(shape) for shape in stored_shapes(directory).values()) or None
+    return sum(map(math.prod, stored_shapes(directory).values())) or None
 
 
 def stored_shapes(directory: Path) -> dict[str, list[int]]:
@@ -234,6 +244,14 @@ def stored_shapes(directory: Path) -> dict[str, list[int]]:
             raise UnknownShape(f"{path} is no safetensors file: {error}") from error
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes
+
+
+def with_trained_parts(shape: ModelShape, parts: Sequence[Part]) -> ModelShape:
+    """Of a vision-language model of which these parts are trained, and the others stay as they are."""
+    if shape.tower is None:
+        return shape
+    language = 0 if "language" in parts else shape.parameters - shape.tower.parameters
+    return replace(shape, frozen=shape.tower.frozen(parts) + language)
 
 
 def with_new_layers(shape: ModelShape, expand: ExpandBlock | None) -> ModelShape:

@@ -54,9 +54,10 @@ def _model_line(plan: Plan) -> str:
     model = plan.recipe.model
     name = model.path if model.architecture is None else f"a new {model.architecture['model_type']}, random weights"
     size = "" if isinstance(plan.shape, str) else f", {plan.shape.parameters:,} parameters"
+    if not isinstance(plan.shape, str) and plan.shape.frozen and model.adapter is None:
+        size += f", {plan.shape.parameters - plan.shape.frozen:,} of them trained"
     if model.expand is not None:
-        new = "" if isinstance(plan.shape, str) else f", {plan.shape.parameters - plan.shape.frozen:,} of them trained"
-        return f"{name} with {model.expand.new_layers} new layers{size}{new}, {model.dtype}"
+        return f"{name} with {model.expand.new_layers} new layers{size}, {model.dtype}"
     if model.adapter is None:
         return f"{name}{size}, {model.dtype}"
     what = f"rank {model.adapter.rank}" if model.adapter.path is None else f"going on from {model.adapter.path}"

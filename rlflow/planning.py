@@ -152,7 +152,9 @@ def make_plans(
         shape = shapes[model] if model[0] and model in shapes else _shape(recipe)
         final, adapter = f"{recipe.run.output_dir}/final", recipe.model.adapter
         shapes[model] = shape
-        shape = shape if isinstance(shape, str) else memory.with_new_layers(shape, recipe.model.expand)
+        if not isinstance(shape, str):
+            shape = memory.with_trained_parts(shape, recipe.model.train)
+            shape = memory.with_new_layers(shape, recipe.model.expand)
         shapes[final, None] = shape if isinstance(shape, str) else replace(shape, frozen=0)
         config = configs[model] if model[0] and model in configs else _config(recipe)
         configs[model] = configs[final, None] = config

@@ -37,7 +37,7 @@ def write_seeing_model(directory: Path, family: str = "qwen3_vl", scale: float =
 
     processor = write_processor(directory, family)
     tokenizer = processor.tokenizer
-    config = _config(family, len(tokenizer), tokenizer.convert_tokens_to_ids)
+    config = seeing_config(family, len(tokenizer), tokenizer.convert_tokens_to_ids)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def write_seeing_model(directory: Path, family: str = "qwen3_vl", scale: float =
     return directory
 
 
-def _config(family: str, vocab_size: int, id_of: Any) -> Any:
+def seeing_config(family: str, vocab_size: int, id_of: Any) -> Any:
     text = {**TEXT, "vocab_size": vocab_size, "pad_token_id": id_of("<|endoftext|>")}
     if family == "idefics3":
         from transformers import Idefics3Config

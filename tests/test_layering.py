@@ -40,6 +40,7 @@ LAYERS = (
         "rlflow.roles",
         "rlflow.rollout_checks",
         "rlflow.torchvision_operators",
+        "rlflow.tower_shape",
         "rlflow.tracking",
     ),
     ("rlflow.actors", "rlflow.environments", "rlflow.rewards"),
