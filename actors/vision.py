@@ -92,8 +92,9 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], Part]:
     if not sees(model.config):
         return lambda name: "language"
     prefixes = {id(module): prefix for prefix, module in model.named_modules()}
-    # Where transformers finds none, it answers with the model itself.
-    language, tower = prefixes[id(model.get_decoder())], prefixes[id(model.get_encoder(modality="image"))]
+    # Where transformers finds none, it answers with the model itself, or with nothing.
+    parts = (model.get_decoder(), model.get_encoder(modality="image"))
+    language, tower = (prefixes.get(id(part), "") for part in parts)
     if not language or not tower:
         return lambda name: "language"
     heads = [prefix for prefix, module in model.named_modules() if module is model.get_output_embeddings()]

@@ -133,7 +133,7 @@ def judge(name: str) -> tuple[str, str]:
     turned = float((one - other).norm() / other.norm())
     if not (apart < 1e-4 and turned < 1e-4):
         return "WRONG", f"logprobs differ by {apart:.2g}, gradients by {turned:.2g}"
-    return ("packed", "") if module.passes.packs else ("one at a time", module.passes.reason)
+    return {"packed": "packed", "padded": "padded", "alone": "one at a time"}[module.passes.way], module.passes.reason
 
 
 def build(name: str) -> Any:

@@ -45,9 +45,9 @@ def _settings_table(plan: Plan) -> list[str]:
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    if plan.one_at_a_time is None:
+    if plan.not_packed is None:
         return [_model_line(plan)]
-    return [_model_line(plan), f"trained and scored one sequence at a time: {plan.one_at_a_time}"]
+    return [_model_line(plan), f"trained and scored in padded batches, not packed: {plan.not_packed}"]
 
 
 def _model_line(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from rlflow.data.image_counts import ImageCounts
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OnlineBlock, Recipe, algorithm_of
-from rlflow.recipe.architectures import why_one_at_a_time
+from rlflow.recipe.architectures import why_not_packed
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.reference import options
 from rlflow.recipe.token_shares import longest_with_one_rotation
@@ -86,7 +86,7 @@ class Plan:
     tokenized: bool = True
     """Whether ``num_rows`` are those that the chat template and the limits leave; otherwise they are all that can be
     read."""
-    one_at_a_time: str | None = None
+    not_packed: str | None = None
     """Why sequences are not packed; None where they are."""
     one_rotation: int | None = None
     """Tokens up to which all sequences have the same rotary embedding; None where it never changes."""
@@ -174,7 +174,7 @@ def make_plans(
                 num_rows=rows,
                 images=pictures or ImageCounts(),
                 tokenized=whole is not False,
-                one_at_a_time=why_one_at_a_time(config),
+                not_packed=why_not_packed(config),
                 one_rotation=longest_with_one_rotation(config),
             )
         )

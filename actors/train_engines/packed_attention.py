@@ -68,6 +68,22 @@ class PackedLayout:
             buckets.append(torch.from_numpy(tokens).to(self.device))
         return buckets, torch.from_numpy(where).to(self.device)
 
+    @property
+    def alone(self) -> list[torch.Tensor]:
+        """The tokens of each sequence, int [1, length]."""
+        return [torch.arange(own.start, own.stop, device=self.device)[None] for own in self.sequences]
+
+    @cached_property
+    def boundaries(self) -> dict[str, Any]:
+        """Where sequences begin, by the names that transformers hands on to kernels of attention, of convolutions and
+        of layers with a state: int32 [S + 1] and [1, N]."""
+        lengths = torch.from_numpy(self._lengths).to(self.device)
+        number = torch.arange(len(lengths), dtype=torch.int32, device=self.device)
+        options: dict[str, Any] = {"seq_idx": number.repeat_interleave(lengths)[None]}
+        for side in ("q", "k"):
+            options |= {f"cu_seq_lens_{side}": self.bounds, f"max_length_{side}": self.longest}
+        return options
+
     @cached_property
     def bounds(self) -> torch.Tensor:
         """int32 [S + 1], as the kernel wants them."""
@@ -97,12 +113,25 @@ class PackedLayout:
         return values
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        *,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """query [N, H, D], key [N, K, D], value [N, K, E] -> [N, H, E]."""
-        if _has_kernel(query, value):
+        """query [N, H, D], key [N, K, D], value [N, K, E] -> [N, H, E].
+
+        Args:
+            sinks: Of each head a logit that takes a share of its attention and brings no value, [H].
+            softcap: The size below which ``softcap * tanh(logits / softcap)`` keeps attention's logits.
+        """
+        if sinks is None and softcap is None and _has_kernel(query, value):
             return self._by_kernel(query, key, value, scaling, window)
-        return self._padded_attention(query, key, value, scaling, window)
+        return self._padded_attention(query, key, value, scaling, window, sinks, softcap)
 
     def _by_kernel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
@@ -124,21 +153,25 @@ class PackedLayout:
         return out
 
     def _padded_attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Padded rows read an extra all-zero token."""
-        if _repeats_heads(query):
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
+        if _repeats_heads(query) or softcap is not None:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
         buckets, where = self.padded
         outputs = []
         for tokens in buckets:
             q, k, v = (x[tokens].transpose(1, 2) for x in (query, key, value))
-            mask = _band(tokens.shape[1], window, q.device)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
+            out = _attention(q, k, v, scale, window, sinks, softcap)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[where]
 
@@ -179,11 +212,13 @@ def packed_attention(
     """transformers' attention interface: query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D].
 
     Raises:
-        NotPackable: The model caps or biases attention's logits, has attention sinks or a mask of its own, drops out,
-            or does not hand on ``layout``.
+        NotPackable: The model biases attention's logits, caps them beside sinks, has a mask of its own, drops out, or
+            does not hand on ``layout``.
     """
-    if softcap is not None or s_aux is not None or position_bias is not None:
-        raise NotPackable("its attention has logit soft-capping, sinks or a position bias")
+    if position_bias is not None:
+        raise NotPackable("its attention has a position bias")
+    if softcap is not None and s_aux is not None:
+        raise NotPackable("its attention caps its logits and has sinks, both")
     if attention_mask is not None:
         raise NotPackable("it makes an attention mask of its own")
     if dropout:
@@ -191,7 +226,7 @@ def packed_attention(
     if layout is None:
         raise NotPackable("its layers do not hand on to attention where sequences begin")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = layout.attend(q, k, v, scaling, sliding_window)
+    out = layout.attend(q, k, v, scaling, sliding_window, sinks=s_aux, softcap=softcap)
     return out.unsqueeze(0), None
 
 
@@ -211,9 +246,61 @@ def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
     return [np.array(group) for group in groups]
 
 
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """bool [length, length], or None where plain causal attention is the same."""
-    if window is None or length <= window:
-        return None
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: what each token sees."""
+    window = length if window is None else window
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     return (distance >= 0) & (distance < window)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Of one bucket: query [S, H, L, D], key [S, K, L, D], value [S, K, L, E] -> [S, H, L, E]."""
+    length = query.shape[2]
+    if sinks is None and softcap is None and (window is None or length <= window):
+        mask = None
+    else:
+        mask = _band(length, window, query.device)
+        if softcap is not None:
+            return _capped_attention(query, key, value, mask, scale, softcap)
+        if sinks is not None:
+            query, key, value, mask = _with_sinks(query, key, value, mask, sinks / scale)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adds a first key without a value, which every query sees, and whose product with a query is its head's sink.
+
+    query [S, H, L, D], key [S, K, L, D], value [S, K, L, E], mask bool [L, L] -> the same with D + 1, and L + 1 keys.
+
+    Args:
+        sinks: Before they are scaled, [H].
+    """
+    own = sinks.to(query.dtype)[None, :, None, None].expand(*query.shape[:3], 1)
+    key = F.pad(key, (0, 1, 1, 0))
+    is_sink = torch.zeros_like(key[0, 0])
+    is_sink[0, -1] = 1
+    return torch.cat([query, own], dim=3), key + is_sink, F.pad(value, (0, 0, 1, 0)), F.pad(mask, (1, 0), value=True)
+
+
+def _capped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """query, key [S, H, L, D], value [S, H, L, E], mask bool [L, L] -> [S, H, L, E]; all pairs are written out."""
+    logits = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(
+        dim=3, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
+    return weights.to(query.dtype) @ value

@@ -63,7 +63,7 @@ def prepare_tower(module: SeeingModule, block: ModelBlock, device: torch.device)
 def _problem(module: SeeingModule, tower: Tower, device: torch.device) -> str:
     """Why pictures cannot be trained on; empty where they can."""
     if not module.passes.packs:
-        return f"it is run one sequence at a time ({module.passes.reason})"
+        return f"its sequences are not packed ({module.passes.reason})"
     if module.passes.longest is not None:
         return "its rotary embedding depends on the longest sequence"
     try:

@@ -1,7 +1,7 @@
 """Before the first step: a model's numbers of two packed sequences must be those of plain transformers, one at a time.
 
-Plain transformers is the same model with its own attention, called with token ids and nothing else. Of the two ways in
-which a decoder can be run (decoder_passes), the first that agrees is taken; a model with which neither does is refused.
+Plain transformers is the same model with its own attention, called with token ids and nothing else. Of the ways in
+which a decoder can be run (decoder_passes), the first that agrees is taken; a model with which none does is refused.
 What a number must not depend on (later tokens, other sequences) has no share in its gradient, exactly: that shows in
 16 bits and in new models too, whose weights are too small for the numbers to tell.
 Windows and chunks of attention are made shorter than the probe for as long as it lasts, so that they show.
@@ -30,7 +30,8 @@ from rlflow.actors.vision import part_finder, set_text_attention, text_attention
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-_LENGTHS = (9, 14)
+_LENGTHS = (11, 14)
+"""Near enough to stand side by side."""
 _WINDOW = 5
 """Tokens that layers with a window or chunks see during the probe."""
 _WINDOWS = (
@@ -87,10 +88,13 @@ def choose_passes(module: ProbedModule, device: torch.device) -> None:
         plain = [_plain_answer(module, tokens) for tokens in sequences]
         problem = _why_not_packed(module, sequences, plain)
         if problem is not None:
-            module.passes.packs, module.passes.reason = False, problem
-            _check_one_at_a_time(module, sequences, plain)
+            module.passes.way, module.passes.reason, module.passes.names_boundaries = "padded", problem, False
+            if _why_not_together(module, sequences, plain) is not None:
+                module.passes.way = "alone"
+                _check_one_at_a_time(module, sequences, plain)
     if problem is not None:
-        logger.warning("%s is run one sequence at a time: %s", type(model).__name__, problem)
+        how = {"padded": "sequences side by side, padded", "alone": "one sequence at a time"}[module.passes.way]
+        logger.warning("%s is run %s: %s", type(model).__name__, how, problem)
 
 
 def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> Answer:
@@ -116,43 +120,53 @@ def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> Answer:
 def _why_not_packed(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
     """None where packed attention is right, and is now in place; otherwise the model has its own again."""
     model = module.model
-    if model._is_stateful:
-        return "its layers carry a state from token to token, which packed sequences would share"
     if any(name.endswith("indexer") for name, _ in model.named_modules()):
         return "its layers choose the tokens that they attend to, among all that are packed"
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        return "its attention is not behind transformers' attention interface"
-    if not _takes_options(module.decoder):
-        return "its decoder takes no options for its attention"
+    stateful = "its layers carry a state from token to token, which packed sequences would share"
+    if not model._can_set_attn_implementation() or not _takes_options(module.decoder):
+        return stateful if model._is_stateful else "its attention is not behind transformers' attention interface"
     own = text_attention(model)
     set_text_attention(model, packed_attention.NAME)
-    try:
-        problem = _packed_problem(module, sequences, plain)
-    except NotPackable as error:
-        problem = str(error)
-    except torch.OutOfMemoryError:
-        raise
-    # What a model's code makes of packed sequences is not ours; one at a time it may be right.
-    except Exception as error:
-        problem = shorten(f"packed, it fails ({type(error).__name__}: {error})", 200)
+    problem = _why_not_together(module, sequences, plain)
+    if problem is not None:
+        # Kernels of such layers may take the boundaries; what transformers has in their place leaves them aside.
+        module.passes.names_boundaries = True
+        if _why_not_together(module, sequences, plain) is None:
+            return None
+    # A state that does not show in short texts is there all the same.
+    problem = stateful if model._is_stateful else problem
     if problem is not None:
         set_text_attention(model, own)
     return problem
 
 
-def _packed_problem(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
-    lengths, start = [len(tokens) for tokens in sequences], 0
+def _why_not_together(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
+    """None where two sequences have each its own answer in the module's present way."""
+    try:
+        return _problem_together(module, sequences, plain)
+    except NotPackable as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        raise
+    # What a model's code makes of sequences together is not ours; one at a time it may be right.
+    except Exception as error:
+        return shorten(f"{module.passes.way}, it fails ({type(error).__name__}: {error})", 200)
+
+
+def _problem_together(module: ProbedModule, sequences: Sequence[torch.Tensor], plain: Sequence[Answer]) -> str | None:
+    lengths, start, way = [len(tokens) for tokens in sequences], 0, module.passes.way
     for index, (length, alone) in enumerate(zip(lengths, plain, strict=True)):
         # Anew for each: a gradient takes the place of the logits that it is made from.
         numbers, embeddings = _traced(module, lambda: torch.cat(module.probe(sequences)))
-        own, inside = numbers.split(lengths)[index], slice(start, start + length)
+        own, places = numbers.split(lengths)[index], module.passes.places
+        inside = slice(start, start + length) if places is None else places[start : start + length]
         gradient = _gradient(own, embeddings)
         others = gradient.clone()
         others[inside] = 0
         if not (seen := float(others.norm() / gradient.norm())) < leak(module.model):
-            return f"packed, its numbers of a sequence depend on the others, by {seen:.2g} of their gradient"
+            return f"{way}, its numbers of a sequence depend on the others, by {seen:.2g} of their gradient"
         if problem := difference(module.model, Answer(own.detach(), gradient[inside]), alone):
-            return f"packed, {problem}"
+            return f"{way}, {problem}"
         start += length
     return None
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from rlflow.actors.train_engines.decoder_passes import DecoderPasses
 from rlflow.actors.train_engines.probe import ProbedModule
 from rlflow.algorithms.batch import TensorBatch, segment_mean, segment_sum
 from rlflow.algorithms.router_losses import balance_loss, one_hot_choices, z_loss
@@ -30,7 +31,8 @@ _Decision = tuple[torch.Tensor, torch.Tensor]
 class Routers:
     """Routers that take the K largest of a softmax over E experts, one in each sparse layer."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], passes: DecoderPasses) -> None:
+        self._passes = passes
         self._seen: dict[int, _Decision] | None = None
         self._counts: dict[int, torch.Tensor] = {}
         for layer, module in enumerate(modules):
@@ -61,7 +63,8 @@ class Routers:
             for layer, (logits, chosen) in seen.items():
                 assert len(logits) >= len(sequences), "a router saw other tokens than the batch has"
                 # Passes that keep ranks in step come last.
-                logits, chosen = logits[: len(sequences)].float(), chosen[: len(sequences)]
+                own = slice(len(sequences)) if self._passes.places is None else self._passes.places
+                logits, chosen = logits[own].float(), chosen[own]
                 choices = one_hot_choices(chosen, logits.shape[1])
                 per_token = (choices, logits.softmax(dim=1), z_loss(logits))
                 share, scores, of_z = (segment_mean(values, sequences, size) for values in per_token)
@@ -108,7 +111,7 @@ def find_routers(module: ProbedModule, block: RouterBlock, device: torch.device)
     """
     modules = _modules(module.model)
     if modules and all(_takes_largest_of_softmax(output) for output in _try(module, modules, device)):
-        return Routers(modules)
+        return Routers(modules, module.passes)
     if block.is_on:
         name = type(module.model).__name__
         known = "are not the K largest of a softmax" if modules else "are not there: it is no mixture of experts"

@@ -60,10 +60,10 @@ def share_tokens(module: SplitModule, size: int, device: torch.device, timeout_s
     name = type(module.model).__name__
     if problem := sharing_problem(module.model.config.to_dict(), size):
         raise ValueError(f"{name}: {problem}")
-    if not module.passes.packs:
+    if not module.passes.packs or module.passes.names_boundaries:
         raise ValueError(
-            f"{name}: it is run one sequence at a time, which ranks cannot share ({module.passes.reason}): set "
-            "trainer.sequence_parallel: 1"
+            f"{name}: ranks can share what attention alone mixes "
+            f"({module.passes.reason or 'its layers carry a state'}): set trainer.sequence_parallel: 1"
         )
     if module.tower is not None:
         reason = "ranks share each sequence's tokens: set trainer.sequence_parallel: 1"
@@ -107,7 +107,15 @@ class SplitLayout(PackedLayout):
         return _Summed.apply(values, self.ranks.group)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        *,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """query [N/P, H, D], key [N/P, K, D], value [N/P, K, E] -> [N/P, H, E].
 
@@ -124,7 +132,8 @@ class SplitLayout(PackedLayout):
         exchanged = self._exchange(torch.cat(shares, dim=2).transpose(0, 1)).flatten(0, 1)
         parts = exchanged.split([x.shape[2] for x in shares], dim=1)
         q, k, v = (part.unflatten(1, (-1, x.shape[2])) for part, x in zip(parts, (query, key, value), strict=True))
-        out = super().attend(q, k, v, scaling, window)
+        own_sinks = None if sinks is None else sinks.view(size, -1)[self.ranks.index]
+        out = super().attend(q, k, v, scaling, window, sinks=own_sinks, softcap=softcap)
         back = self._exchange(out.reshape(size, self.share, -1))
         return back.transpose(0, 1).reshape(self.share, heads, -1)
 

@@ -1,4 +1,4 @@
-"""Which architectures are trained and scored one sequence at a time, from a model's config alone. No torch.
+"""Which architectures are not packed for training and scoring, from a model's config alone. No torch.
 
 The actors find out by trying (rlflow.actors.train_engines.probe) and have the last word; this is what they find for
 the architectures of transformers, made small (docs/architectures.md).
@@ -11,7 +11,6 @@ from typing import Any
 
 _STATE = "its layers carry a state from token to token, which packed sequences would share"
 _OWN = "its attention is its own, not the one that packs"
-_SINKS = "its attention has sinks or caps its logits"
 _SPARSE = "its layers choose the tokens that they attend to"
 _REASONS = {
     _STATE: "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax "
@@ -19,14 +18,13 @@ _REASONS = {
     _OWN: "bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom codegen doge falcon gpt_neo gpt_neox_japanese "
     "gptj llama4 llama4_text marian mbart moshi mpt mvp nemotron openai-gpt pegasus phimoe plbart stablelm trocr "
     "whisper xglm",
-    _SINKS: "gemma2 gpt_oss granite_swa granitemoe_swa mimo_v2_flash vaultgemma",
     _SPARSE: "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text",
 }
-ONE_AT_A_TIME = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
+NOT_PACKED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
 """`model_type` -> why."""
 
 
-def why_one_at_a_time(config: Mapping[str, Any]) -> str | None:
+def why_not_packed(config: Mapping[str, Any]) -> str | None:
     """None where sequences are packed, or where the architecture is not known here.
 
     Args:
@@ -34,4 +32,4 @@ def why_one_at_a_time(config: Mapping[str, Any]) -> str | None:
     """
     text = config.get("text_config")
     kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
-    return next((ONE_AT_A_TIME[kind] for kind in kinds if kind in ONE_AT_A_TIME), None)
+    return next((NOT_PACKED[kind] for kind in kinds if kind in NOT_PACKED), None)

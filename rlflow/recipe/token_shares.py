@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlflow.recipe.architectures import why_one_at_a_time
+from rlflow.recipe.architectures import why_not_packed
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -19,10 +19,8 @@ def sharing_problem(config: Mapping[str, Any], ranks: int) -> str | None:
     Args:
         config: Fields of a transformers config.
     """
-    if reason := why_one_at_a_time(config):
-        return (
-            f"it is run one sequence at a time, which ranks cannot share ({reason}): set trainer.sequence_parallel: 1"
-        )
+    if reason := why_not_packed(config):
+        return f"ranks can share what attention alone mixes ({reason}): set trainer.sequence_parallel: 1"
     if isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     for block in _rotary_blocks(config):

@@ -153,7 +153,8 @@ def test_what_ranks_attend_to_together_is_what_one_attends_to(monkeypatch, size,
     bounds = np.array([0, 5, 7, 11], np.int32)
     query = torch.randn(11, 4, 8, generator=torch.Generator().manual_seed(0))
     key, value = torch.randn(2, 11, key_value_heads, 8, generator=torch.Generator().manual_seed(1))
-    whole = PackedLayout(bounds, CPU).attend(query, key, value, None, None)
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    whole = PackedLayout(bounds, CPU).attend(query, key, value, None, None, sinks=sinks)
 
     def own(split: SplitLayout, tokens: torch.Tensor) -> torch.Tensor:
         filled = torch.cat([tokens, torch.zeros(split.filler, *tokens.shape[1:])])
@@ -162,7 +163,7 @@ def test_what_ranks_attend_to_together_is_what_one_attends_to(monkeypatch, size,
     def attend(index: int) -> torch.Tensor:
         split = SplitLayout(bounds, CPU, SequenceRanks(cast(Any, index), size, index))
         with torch.no_grad():
-            return split.attend(*(own(split, part) for part in (query, key, value)), None, None)
+            return split.attend(*(own(split, part) for part in (query, key, value)), None, None, sinks=sinks)
 
     with ThreadPoolExecutor(size) as threads:
         parts = list(threads.map(attend, range(size)))
@@ -193,7 +194,7 @@ def test_slices_may_differ_from_the_whole_by_rounding_alone(monkeypatch, one_ran
     monkeypatch.setattr(sequence_parallel, "_difference", lambda *_: difference)
     module: Any = SimpleNamespace(
         model=SimpleNamespace(config=LlamaConfig(), dtype=dtype),
-        passes=SimpleNamespace(packs=True),
+        passes=SimpleNamespace(packs=True, names_boundaries=False),
         ranks=None,
         tower=None,
     )
@@ -210,5 +211,5 @@ def test_what_is_run_one_sequence_at_a_time_cannot_be_shared():
         ranks=None,
         tower=None,
     )
-    with pytest.raises(ValueError, match=r"run one sequence at a time, which ranks cannot share \(it recurs\)"):
+    with pytest.raises(ValueError, match=r"ranks can share what attention alone mixes \(it recurs\)"):
         sequence_parallel.share_tokens(module, 2, CPU, 60.0)

@@ -390,8 +390,8 @@ def test_a_plan_shows_what_the_chat_template_reads(recipe_file: Path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2"])
-def test_the_plan_says_whether_sequences_are_run_one_at_a_time(recipe_file: Path, kind: str):
+def test_the_plan_says_whether_sequences_are_packed(recipe_file: Path, kind: str):
     """An architecture whose convolutions would run from one packed sequence into the next, and one without."""
     recipe_file.write_text(TINY.replace("model_type: llama", f"model_type: {kind}"))
     text = render(make_plans(load_recipe(recipe_file), LAPTOP)[0])
-    assert ("trained and scored one sequence at a time: its layers carry a state" in text) == (kind == "lfm2")
+    assert ("trained and scored in padded batches, not packed: its layers carry a state" in text) == (kind == "lfm2")

@@ -19,7 +19,7 @@ from rlflow.actors.rollout_engines.torch_engine import GROUPED_SLOTS, NO_CACHE, 
 from rlflow.actors.rollout_engines.torch_reading import UnpaddedReading
 from rlflow.actors.rollout_engines.torch_slots import SlotReading
 from rlflow.types import Completion, SampleRequest, SamplingParams
-from tests.actors.train_engines.architectures import LLAMA, MAMBA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
+from tests.actors.train_engines.architectures import LLAMA, MAMBA, PACKED, PADDED, VOCABULARY, write
 
 WAYS = {
     GROUPED_SLOTS: ["gpt2", "gemma3_text", "cohere2", "llama4_text"],
@@ -30,7 +30,7 @@ PARAMS = SamplingParams(max_new_tokens=12, temperature=5.0, stop_token_ids=tuple
 
 
 def write_kind(directory: Path, kind: str, seed: int = 0) -> PreTrainedModel:
-    return write(directory, kind, (PACKED | ONE_AT_A_TIME)[kind], seed)
+    return write(directory, kind, (PACKED | PADDED)[kind], seed)
 
 
 def engine_of(directory: Path, kind: str, max_num_seqs: int = 4) -> TorchEngine:

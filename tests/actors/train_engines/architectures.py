@@ -46,8 +46,10 @@ PACKED: dict[str, dict[str, Any]] = {
     "granite": LLAMA | {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "cohere2": LLAMA | {"logit_scale": 0.25, "sliding_window": 6},
     "mixtral": LLAMA | EXPERTS,
+    "gemma2": LLAMA | {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gpt_oss": LLAMA | EXPERTS | {"sliding_window": 6},  # attention sinks
 }
-ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
+PADDED: dict[str, dict[str, Any]] = {
     "lfm2": LLAMA | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_ff_dim": 48},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0},
     "granitemoehybrid": LLAMA | EXPERTS | MAMBA | {"layer_types": ["mamba", "attention"], "logits_scaling": 2.0},
@@ -63,8 +65,6 @@ ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
-    "gemma2": LLAMA | {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    "gpt_oss": LLAMA | EXPERTS | {"sliding_window": 6},  # attention sinks
     "llama4_text": LLAMA | EXPERTS | {"attention_chunk_size": 6, "intermediate_size_mlp": 48},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},  # ALiBi
     "gptj": GPT2 | {"rotary_dim": 4},

@@ -38,8 +38,8 @@ class Scenario:
     dtype: str = "float32"
     tolerance: float = 1e-5
     """How far losses, norms (relative) and weights may be from plain torch's."""
-    packs: bool = True
-    """Otherwise the decoder is run one sequence at a time, of which ranks have unlike numbers."""
+    way: str = "packed"
+    """How the decoder is run over sequences: otherwise in passes of which ranks have unlike numbers."""
 
 
 def fsdp(**options: Any) -> Scenario:
@@ -67,10 +67,10 @@ SCENARIOS = {
     "fsdp, bfloat16": Scenario(dtype="bfloat16", tolerance=5e-2),
     "fsdp, experts": Scenario(model="experts"),
     "fsdp, experts and checkpointing": Scenario({"gradient_checkpointing": True}, model="experts"),
-    "fsdp, one sequence at a time": Scenario(packs=False),
-    "fsdp, checkpointing, one sequence at a time": Scenario({"gradient_checkpointing": True}, packs=False),
-    "fsdp, experts, one sequence at a time": Scenario(model="experts", packs=False),
-    "ZeRO 3, one sequence at a time": zero(3, packs=False),
+    "fsdp, one sequence at a time": Scenario(way="alone"),
+    "fsdp, checkpointing, sequences side by side": Scenario({"gradient_checkpointing": True}, way="padded"),
+    "fsdp, experts, sequences side by side": Scenario(model="experts", way="padded"),
+    "ZeRO 3, one sequence at a time": zero(3, way="alone"),
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZeRO 3": zero(3),
@@ -162,7 +162,7 @@ def new_module(scenario: Scenario) -> nn.Module:
     from rlflow.actors.train_engines.token_model import TokenModel
 
     config, model_class = config_of(scenario)
-    config._attn_implementation = packed_attention.NAME if scenario.packs else "sdpa"
+    config._attn_implementation = packed_attention.NAME if scenario.way == "packed" else "sdpa"
     torch.manual_seed(0)
     model = model_class(config)
     if scenario.trainer.get("gradient_checkpointing"):
@@ -173,7 +173,7 @@ def new_module(scenario: Scenario) -> nn.Module:
     if scenario.model == "values":
         return ScalarModel(model)
     module = TokenModel(model)
-    module.passes.packs = scenario.packs
+    module.passes.way = scenario.way
     if scenario.model == "experts":
         _routers[module] = find_routers(module, ROUTER, CPU)
     return module

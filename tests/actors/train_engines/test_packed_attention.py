@@ -49,6 +49,34 @@ def test_gradients_equal_each_sequence_alone():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kind", ["sinks", "softcap"])
+def test_sinks_and_caps_are_those_of_their_formulas_with_the_same_gradients(kind, window):
+    """Weights are exp(l_ij) / (exp(s) + sum_j exp(l_ij)) of a head with the sink s; a cap c: c tanh(l / c)."""
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    inputs = [x.requires_grad_() for x in (heads(4, 0), heads(2, 1), heads(2, 2))]
+    weight = heads(4, 3)
+    options: Any = {"sinks": sinks} if kind == "sinks" else {"softcap": 0.7}
+    ours = PackedLayout(CU_SEQLENS, torch.device("cpu")).attend(*inputs, 0.3, window, **options)
+    outputs = []
+    for start, end in pairwise(CU_SEQLENS):
+        q, k, v = (x[start:end].repeat_interleave(4 // x.shape[1], dim=1) for x in inputs)
+        logits = 0.3 * torch.einsum("ihd,jhd->hij", q, k)
+        if kind == "softcap":
+            logits = 0.7 * torch.tanh(logits / 0.7)
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+        seen = (distance >= 0) & (distance < (window or 10**6))
+        terms = logits.exp() * seen
+        total = terms.sum(dim=2) + (sinks.exp()[:, None] if kind == "sinks" else 0)
+        outputs.append(torch.einsum("hij,jhd->ihd", terms / total[..., None], v))
+    theirs = torch.cat(outputs)
+    torch.testing.assert_close(ours, theirs)
+    trained = [*inputs, sinks] if kind == "sinks" else inputs
+    both = (torch.autograd.grad((x * weight).sum(), trained, retain_graph=True) for x in (ours, theirs))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_change_in_one_sequence_is_seen_by_no_other():
     q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
     layout = PackedLayout(CU_SEQLENS, torch.device("cpu"))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, StableLmModel
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from rlflow.actors.train_engines import token_model
 from rlflow.actors.train_engines.packed_attention import PackedLayout
@@ -20,12 +21,12 @@ from rlflow.actors.train_engines.sequence_parallel import share_tokens
 from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.batching import pack
 from rlflow.recipe import ModelBlock
-from rlflow.recipe.architectures import why_one_at_a_time
+from rlflow.recipe.architectures import why_not_packed
 from rlflow.types import MicroBatch, Sample
-from tests.actors.train_engines.architectures import GPT2, LLAMA, ONE_AT_A_TIME, PACKED, VOCABULARY, write
+from tests.actors.train_engines.architectures import GPT2, LLAMA, PACKED, PADDED, VOCABULARY, write
 
 CPU = torch.device("cpu")
-LENGTHS = (7, 19, 12)
+LENGTHS = (7, 19, 16)
 EXACT = {"atol": 2e-5, "rtol": 0}
 
 
@@ -68,16 +69,16 @@ def gradients(model, logprobs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*PACKED, *ONE_AT_A_TIME])
+@pytest.mark.parametrize("kind", [*PACKED, *PADDED])
 def test_logprobs_and_gradients_of_packed_sequences_are_those_of_each_alone_in_transformers(tmp_path, batch, kind):
-    made = write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])
+    made = write(tmp_path, kind, (PACKED | PADDED)[kind])
     # transformers' default for Gemma 2 leaves out the cap on attention's logits.
     attention = "eager" if kind == "gemma2" else None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
     ours = load(tmp_path)
     assert type(ours.model) is type(made)
-    assert ours.passes.packs == (kind in PACKED)
-    assert (why_one_at_a_time(made.config.to_dict()) is None) == ours.passes.packs, "the plan says otherwise"
+    assert ours.passes.way == ("packed" if kind in PACKED else "padded")
+    assert (why_not_packed(made.config.to_dict()) is None) == ours.passes.packs, "the plan says otherwise"
     expected, got = plain_logprobs(plain, batch), ours.of_batch(batch, CPU, entropies="none").logprobs
     torch.testing.assert_close(got, expected, **EXACT)
     one, other = gradients(ours.model, got), gradients(plain, expected)
@@ -86,7 +87,7 @@ def test_logprobs_and_gradients_of_packed_sequences_are_those_of_each_alone_in_t
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "lfm2"])
 def test_in_bfloat16_the_same_way_is_chosen(tmp_path, batch, kind):
-    write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])
+    write(tmp_path, kind, (PACKED | PADDED)[kind])
     assert load(tmp_path, "bfloat16").passes.packs == (kind in PACKED)
 
 
@@ -95,7 +96,7 @@ def test_in_bfloat16_the_same_way_is_chosen(tmp_path, batch, kind):
     [
         ("codegen", GPT2 | {"rotary_dim": 4}),
         ("xglm", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}),
-        ("bloom", ONE_AT_A_TIME["bloom"]),
+        ("bloom", PADDED["bloom"]),
     ],
 )
 def test_a_later_token_moves_no_earlier_logprob(tmp_path, kind, config):
@@ -145,8 +146,8 @@ def test_packed_attention_that_leaks_is_found(tmp_path, batch, monkeypatch):
     write(tmp_path, "llama", PACKED["llama"])
     attend = PackedLayout.attend
 
-    def as_one(layout, *args):
-        return attend(PackedLayout(np.array([0, layout.num_tokens]), CPU), *args)
+    def as_one(layout, *args, **options):
+        return attend(PackedLayout(np.array([0, layout.num_tokens]), CPU), *args, **options)
 
     monkeypatch.setattr(PackedLayout, "attend", as_one)
     ours = load(tmp_path)
@@ -160,7 +161,7 @@ def test_packed_attention_whose_gradients_are_wrong_is_found(tmp_path, monkeypat
     """Its numbers are right."""
     write(tmp_path, "llama", PACKED["llama"])
     attend = PackedLayout.attend
-    monkeypatch.setattr(PackedLayout, "attend", lambda layout, q, *args: attend(layout, q.detach(), *args))
+    monkeypatch.setattr(PackedLayout, "attend", lambda layout, q, *args, **_: attend(layout, q.detach(), *args))
     ours = load(tmp_path)
     assert not ours.passes.packs and "its gradients differ from those of transformers'" in ours.passes.reason
 
@@ -168,14 +169,59 @@ def test_packed_attention_whose_gradients_are_wrong_is_found(tmp_path, monkeypat
 def test_packed_attention_without_a_window_is_found_though_the_window_is_longer_than_the_texts(tmp_path, monkeypatch):
     write(tmp_path, "gemma3_text", PACKED["gemma3_text"] | {"sliding_window": 40})
     attend = PackedLayout.attend
-    monkeypatch.setattr(PackedLayout, "attend", lambda layout, *args: attend(layout, *args[:-1], None))
+    monkeypatch.setattr(PackedLayout, "attend", lambda layout, *args, **_: attend(layout, *args[:-1], None))
     ours = load(tmp_path)
     assert not ours.passes.packs and "its numbers differ" in ours.passes.reason
 
 
+def test_what_differs_side_by_side_is_run_one_sequence_at_a_time(tmp_path, batch, monkeypatch):
+    """A decoder whose rows see each other."""
+    write(tmp_path, "stablelm", PADDED["stablelm"])
+    forward = StableLmModel.forward
+
+    def mixed(decoder, input_ids, **options):
+        outputs = forward(decoder, input_ids, **options)
+        if len(input_ids) > 1:
+            outputs.last_hidden_state = outputs.last_hidden_state + outputs.last_hidden_state.flip(0)
+        return outputs
+
+    monkeypatch.setattr(StableLmModel, "forward", mixed)
+    ours = load(tmp_path)
+    assert ours.passes.way == "alone"
+    with torch.no_grad():
+        expected = plain_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path), batch)
+        torch.testing.assert_close(ours.of_batch(batch, CPU, entropies="none").logprobs, expected, **EXACT)
+
+
+def test_layers_with_a_state_are_packed_where_their_kernels_heed_the_boundaries(tmp_path, batch, monkeypatch):
+    """As kernels on GPUs do: each sequence between two boundaries alone. transformers' stand-ins leave them aside."""
+    write(tmp_path, "qwen3_next", PADDED["qwen3_next"])
+    convolve, rule = modeling_qwen3_next.causal_conv1d_fn, modeling_qwen3_next.torch_chunk_gated_delta_rule
+
+    def convolve_each(hidden, *args, seq_idx=None, **options):
+        lengths = [hidden.shape[2]] if seq_idx is None else seq_idx[0].bincount().tolist()
+        return torch.cat([convolve(part, *args, **options) for part in hidden.split(lengths, dim=2)], dim=2)
+
+    def rule_of_each(query, key, value, *, g, beta, cu_seqlens=None, **options):
+        lengths = [query.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+        parts = zip(*(x.split(lengths, dim=1) for x in (query, key, value, g, beta)), strict=True)
+        outputs, states = zip(*(rule(q, k, v, g=g, beta=b, **options) for q, k, v, g, b in parts), strict=True)
+        return torch.cat(outputs, dim=1), states[-1]
+
+    monkeypatch.setattr(modeling_qwen3_next, "causal_conv1d_fn", convolve_each)
+    monkeypatch.setattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule", rule_of_each)
+    ours = load(tmp_path)
+    assert ours.passes.way == "packed"
+    with torch.no_grad():
+        expected = plain_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path), batch)
+        torch.testing.assert_close(ours.of_batch(batch, CPU, entropies="none").logprobs, expected, **EXACT)
+    with pytest.raises(ValueError, match="ranks can share what attention alone mixes"):
+        share_tokens(ours, 2, CPU, timeout_s=5)
+
+
 def test_windows_and_chunks_are_as_wide_after_the_probe_as_before(tmp_path):
     for kind, name in (("gemma3_text", "sliding_window"), ("llama4_text", "attention_chunk_size")):
-        write(tmp_path / kind, kind, (PACKED | ONE_AT_A_TIME)[kind])
+        write(tmp_path / kind, kind, (PACKED | PADDED)[kind])
         model = load(tmp_path / kind).model
         holders = [model.config, *model.modules()]
         assert {size for holder in holders if (size := vars(holder).get(name)) is not None} == {6}
@@ -183,7 +229,7 @@ def test_windows_and_chunks_are_as_wide_after_the_probe_as_before(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "stablelm"])
 def test_values_and_scores_are_those_of_transformers_classifier_of_each_sequence_alone(tmp_path, batch, kind):
-    write(tmp_path, kind, (PACKED | ONE_AT_A_TIME)[kind])
+    write(tmp_path, kind, (PACKED | PADDED)[kind])
     ours = load_scalar_model(ModelBlock(path=str(tmp_path)), seed=0, device=CPU)
     assert ours.passes.packs == (kind in PACKED)
     torch.nn.init.normal_(ours.model.get_submodule("score").weight, generator=torch.Generator().manual_seed(0))
@@ -202,8 +248,8 @@ def test_values_and_scores_are_those_of_transformers_classifier_of_each_sequence
 
 
 def test_ranks_cannot_share_the_tokens_of_a_model_that_is_run_one_sequence_at_a_time(tmp_path):
-    write(tmp_path, "stablelm", ONE_AT_A_TIME["stablelm"])
-    with pytest.raises(ValueError, match=r"one sequence at a time, which ranks cannot share .*sequence_parallel: 1"):
+    write(tmp_path, "stablelm", PADDED["stablelm"])
+    with pytest.raises(ValueError, match=r"ranks can share what attention alone mixes .*sequence_parallel: 1"):
         share_tokens(load(tmp_path), 2, CPU, timeout_s=5)
 
 
