@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -53,6 +55,17 @@ def to_checkpoint(model: PreTrainedModel, weights: Named) -> Iterator[tuple[str,
         else:
             yield from revert_weight_conversion(architecture, dict(members)).items()
     yield from revert_weight_conversion(architecture, others).items()
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a model's files have beside its parameters: numbers that its forward pass reads and training leaves alone,
+    as the biases by which the routers of DeepSeek-V3 and GLM-4.5 choose experts. By their names in the model."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer.detach()
 
 
 def to_model(model: PreTrainedModel, weights: Named) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rlflow.actors.checkpoint_names import kept_buffers
+
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base's parameters by their names without the adapter, each with what the adapter makes of it.
+    """What a checkpoint has of the base, by names without the adapter, each with what the adapter makes of it.
 
     Every rank takes part, with its own shards alone; all read the same.
     """
@@ -27,10 +30,15 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapted:
             yield name, _whole(parameter)
+    inside = tuple(f"{name}." for name, _ in layers)
+    yield from ((name, buffer) for name, buffer in kept_buffers(model) if not name.startswith(inside))
     for name, layer in layers:
         with _merged(layer):
             # Taking the adapter out again works in place.
-            merged = {part: parameter.detach().clone() for part, parameter in layer.get_base_layer().named_parameters()}
+            base = layer.get_base_layer()
+            merged = {
+                part: tensor.detach().clone() for part, tensor in chain(base.named_parameters(), kept_buffers(base))
+            }
         for part, tensor in merged.items():
             yield f"{name}.{part}", tensor
 

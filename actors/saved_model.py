@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from rlflow.actors.checkpoint_names import kept_buffers
 from rlflow.actors.model_files import write_trained
 from rlflow.actors.sequence_files import pad_model, write_readers
 from rlflow.actors.train_engines import sharded_state
@@ -71,6 +72,8 @@ def export_saved(
         weights = _places_for(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     _read(checkpoint, {name: tensor for name, tensor in weights.items() if name in trained}, progress)
+    if block.adapter is None:
+        weights |= dict(kept_buffers(model))
     with naming_the_disk(directory, sum(tensor.nbytes for tensor in weights.values())):
         write_trained(model, block, directory, weights)
         if tokenizer is not None:

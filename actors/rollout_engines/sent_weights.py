@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
-from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.checkpoint_names import kept_buffers, to_checkpoint
 
 
 def weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Size]:
-    """The parameters a trainer of this model sends: a checkpoint's names, tied ones once."""
+    """What a trainer of this model sends: a checkpoint's names, tied ones once."""
     from transformers import AutoConfig
 
     from rlflow.actors.vision import language_model_class
@@ -16,7 +18,8 @@ def weight_shapes(model_dir: str, trust_remote_code: bool) -> dict[str, torch.Si
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = language_model_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    return {name: parameter.shape for name, parameter in to_checkpoint(model, model.named_parameters())}
+    sent = chain(model.named_parameters(), kept_buffers(model))
+    return {name: tensor.shape for name, tensor in to_checkpoint(model, sent)}
 
 
 def check_weights(tensors: list[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from rlflow.actors.checkpoint_names import to_model
+from rlflow.actors.checkpoint_names import kept_buffers, to_model
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
 from rlflow.actors.rollout_engines.torch_generation import Generation
 from rlflow.actors.rollout_engines.torch_reading import Images, Reader, UnpaddedReading
@@ -79,7 +80,7 @@ class TorchEngine:
         """The way is known to be right for this model."""
         self.is_adapted = adapted is not None
         if model is not None:
-            self.model, self.synced = model.to(self.device).eval(), dict(model.named_parameters())
+            self.model, self.synced = model.to(self.device).eval(), _synced(model)
         elif adapted is not None:
             from rlflow.actors import adapters
 
@@ -94,7 +95,7 @@ class TorchEngine:
                 )
             self.model.tie_weights()
             self.model.to(self.device).eval()
-            self.synced = dict(self.model.named_parameters())
+            self.synced = _synced(self.model)
         use_own_attention(self.model)
         self.own_attention = text_attention(self.model)
         self.tower: Tower | None = None
@@ -139,7 +140,11 @@ class TorchEngine:
             if self.synced[name].shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)} sent, {tuple(self.synced[name].shape)} here"
                 raise ValueError(f"weight sync: {name} has another shape: {shapes}")
-            self.synced[name].copy_(tensor)
+            place = self.synced[name]
+            if not isinstance(place, nn.Parameter):
+                # In the trainer's dtype: by rounding, a router would choose other experts.
+                place.data = torch.empty_like(place, dtype=tensor.dtype)
+            place.copy_(tensor)
             missing.discard(name)
         if missing:
             raise ValueError(f"weight sync: {len(missing)} parameters were not sent, among them {sorted(missing)[0]}")
@@ -292,6 +297,12 @@ class TorchEngine:
         name = attention or self.own_attention
         if text_attention(self.model) != name:
             set_text_attention(self.model, name)
+
+
+def _synced(model: Any) -> dict[str, torch.Tensor]:
+    """Where weights are copied to, by their names in the model."""
+    buffers = {name: model.get_buffer(name) for name, _ in kept_buffers(model)}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _texts(model: Any) -> list[np.ndarray]:

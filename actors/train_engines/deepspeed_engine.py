@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rlflow.actors.checkpoint_names import kept_buffers
 from rlflow.actors.train_engines.engine import ensure_process_group, load_with_random_state, save_with_random_state
 from rlflow.actors.train_engines.optimizers import (
     Shares,
@@ -88,7 +89,8 @@ class DeepSpeedEngine:
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
 
     def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.module.get_submodule("model").named_parameters():
+        model = self.module.get_submodule("model")
+        for name, parameter in model.named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
             if self.stage < 3:
@@ -97,6 +99,8 @@ class DeepSpeedEngine:
             with self._gathered([parameter]):
                 whole = parameter.detach().clone()
             yield name, whole
+        if not trained_only:
+            yield from kept_buffers(model)
 
     def save_state(self, directory: Path) -> None:
         save_with_random_state(directory, self.rank, self.world_size, self._shards())

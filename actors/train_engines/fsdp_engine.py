@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rlflow.actors.checkpoint_names import kept_buffers
 from rlflow.actors.train_engines.engine import (
     decoder_layers,
     ensure_process_group,
@@ -62,11 +63,14 @@ class FsdpEngine:
 
     def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         self._reshard()
-        for name, parameter in self.module.get_submodule("model").named_parameters():
+        model = self.module.get_submodule("model")
+        for name, parameter in model.named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
             tensor = parameter.detach().bfloat16() if self.is_half else parameter.detach()
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not trained_only:
+            yield from kept_buffers(model)
 
     def save_state(self, directory: Path) -> None:
         moments = self._moments()
