@@ -32,7 +32,7 @@ def words_of(value: Any, name: str) -> Words:
     Raises:
         RowError: It is something else, or empty.
     """
-    value = from_json_text(value, name) if _may_be_messages(value) else value
+    value = _listed(value, name) if _may_be_messages(value) else value
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -52,12 +52,27 @@ def several_of(value: Any, name: str) -> list[Words]:
     Raises:
         RowError: It is something else, or one of them is empty.
     """
-    value = from_json_text(value, name)
+    value = _listed(value, name)
     if not isinstance(value, list):
         return [words_of(value, name)]
     if value and all(isinstance(item, dict) for item in value):
         return [words_of(value, name)]
     return [words_of(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def _listed(value: Any, name: str) -> Any:
+    """The list that a text column holds as JSON, as of CSV; a text that only begins like one is itself.
+
+    Raises:
+        RowError: A column of messages is no JSON.
+    """
+    if not isinstance(value, str) or name.endswith("messages"):
+        return from_json_text(value, name)
+    try:
+        found = from_json_text(value, name)
+    except RowError:
+        return value
+    return found if found and all(isinstance(item, str | dict | list) for item in found) else value
 
 
 def alone(words: Words, chat: Chat) -> Text:

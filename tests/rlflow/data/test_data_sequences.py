@@ -80,6 +80,11 @@ def test_a_scored_pair_has_its_score_at_both_texts(make_data, tokenizer):
         ({"query": "q", "positive": "p", "negative": ["n"]}, ["q\np", "q\nn"], (1.0, 0.0)),
         ({"query": "q", "documents": ["d", "e"], "labels": [0.25, 1]}, ["q\nd", "q\ne"], (0.25, 1.0)),
         ({"query": "q", "document": "d", "label": 0}, ["q\nd"], (0.0,)),
+        (
+            {"query": "[q", "positive": "[1]", "negative": '["n", "[m]"]'},
+            ["[q\n[1]", "[q\nn", "[q\n[m]"],
+            (1.0, 0.0, 0.0),
+        ),
         ({"query": "q", "positive": [], "negative": ["n", "m"]}, ["q\nn", "q\nm"], (0.0, 0.0)),
         (
             {"chosen": "\n\nHuman: q\n\nAssistant: p", "rejected": "\n\nHuman: q\n\nAssistant: n"},
@@ -87,7 +92,14 @@ def test_a_scored_pair_has_its_score_at_both_texts(make_data, tokenizer):
             (1.0, 0.0),
         ),
     ],
-    ids=["positives and negatives", "documents and labels", "one document", "negatives alone", "preferences"],
+    ids=[
+        "positives and negatives",
+        "documents and labels",
+        "one document",
+        "brackets",
+        "negatives alone",
+        "preferences",
+    ],
 )
 def test_a_ranking_is_a_query_with_each_of_its_documents(make_data, tokenizer, row, texts, labels):
     (found,) = load(make_data, tokenizer, [row], "reranker")

@@ -20,6 +20,7 @@ import rlflow
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
 from rlflow.recipe.yaml_source import merge
+from tests.actors.rollout_engines.http_stand_in import serving
 
 REWARD = """
 def first(completions, **columns):
@@ -110,9 +111,15 @@ def test_answers_are_of_the_model_that_the_stage_names(run: Run, tiny_teacher_di
         rewards=[],
         algorithm={"keep": {"where": None}},
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir)
+    compare_with_transformers(drawn(directory)[:8], tiny_teacher_dir)
+    assert all(line["distill/divergence"] > 0 for line in metrics_of(directory / "sft")[1:])
+
+
+def compare_with_transformers(answers: list[dict[str, Any]], model_dir: Path) -> None:
+    """Each token has the logprob that the model gives it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
     compared = 0
-    for row in drawn(directory)[:8]:
+    for row in answers:
         prompt, said = row["prompt_token_ids"], row["token_ids"]
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -120,7 +127,6 @@ def test_answers_are_of_the_model_that_the_stage_names(run: Run, tiny_teacher_di
         np.testing.assert_allclose(row["logprobs"], theirs, atol=1e-4)
         compared += len(said)
     assert compared > 20
-    assert all(line["distill/divergence"] > 0 for line in metrics_of(directory / "sft")[1:])
 
 
 def test_pairs_are_of_the_best_and_the_worst_answer_and_dpo_learns_from_them(run: Run):
@@ -195,3 +201,15 @@ def test_plan_shows_the_stage_without_a_trainer(run: Run, tmp_path: Path, tiny_m
     assert [planned.role.name for planned in sample.roles] == ["rollout", "rewards"]
     assert [planned.role.name for planned in sft.roles] == ["trainer"]
     assert "optimizer update" not in str(sample)
+
+
+def test_a_servers_own_weights_answer_and_it_is_sent_none(run: Run, tiny_model_dir: Path):
+    with serving(tiny_model_dir) as (server, url):
+        server.engine.load_weights(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters(), 0)
+        served = {"rollout": {"engine": "http"}, "rollout_server": {"urls": [url]}}
+        directory = run(data={"train": {"rows": 2}}, algorithm={"group_size": 4, "keep": {"where": None}}, **served)
+    assert len(drawn(directory)) == 8
+    assert any("completions" in path for path, _ in server.bodies)
+    compare_with_transformers(drawn(directory), tiny_model_dir)
+    assert not any("update" in path or "load" in path for path, _ in server.bodies)
+    assert not (directory / "answers" / "served_weights").exists()

@@ -36,6 +36,7 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
                     "positive_messages": [[{"role": "user", "content": f"it is {one}"}]],
                     "negative_messages": [[{"role": "user", "content": f"it is no {third} {index}"}]] * (index % 2),
                 },
+                "pairs": {"anchor": f"what is {one} {index}", "positive": f"it is {index} {other}"},
                 "sts": {"sentence1": one, "sentence2": f"{other} {index}", "score": index / 11},
                 "reranker": {"query": f"{one} {index}", "positive": f"a {one}", "negative": [f"a {third}", "none"]},
             }[kind]
@@ -129,6 +130,18 @@ def test_sentence_transformers_has_the_embeddings_that_were_measured(trained: An
     assert measured["embedding/positive_similarity"] == pytest.approx(similarity, abs=1e-5)
     assert 'encode(["How do I reset it?"], prompt_name="query")' in (final / "README.md").read_text()
     assert np.allclose(anchors, model.encode([f"find: {text}" for text in texts]), atol=1e-6)
+
+
+def test_the_loss_of_a_batch_is_the_one_that_sentence_transformers_computes_of_the_same_texts(trained: Any):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    final, measured, rows = trained("pairs", "embedding", embedding={"temperature": 0.1})
+    model = sentence_transformers.SentenceTransformer(str(final), device="cpu")
+    batch = [model.tokenize([row[name] for row in rows]) for name in ("anchor", "positive")]
+    with torch.no_grad():
+        theirs = MultipleNegativesRankingLoss(model, scale=10.0)(batch, torch.zeros(len(rows)))
+    assert 0.01 < theirs.item() == pytest.approx(measured["loss/embedding"], abs=1e-4)
 
 
 def test_sentence_transformers_measures_the_correlation_of_scored_pairs(trained: Any):
