@@ -66,11 +66,18 @@ _OTHER_PROGRAMS = ("swift", "megatron", "trl", "accelerate", "torchrun", "deepsp
 
 
 def _key_of(option: str) -> str:
-    """The key that an option is meant to be: its own name, or what another framework's flag of this name is here."""
+    """The key that an option is meant to be: its own name, what another framework's flag of this name is here, or the
+    one key that ends so."""
+    from rlflow.recipe import Recipe
+    from rlflow.recipe.explain import blocks_at
     from rlflow.recipe.foreign.names import foreign_row
 
-    row = foreign_row(option, "online")
-    return row.key if row is not None and row.key and "." not in option else option
+    if "." in option or option in Recipe.model_fields:
+        return option
+    if (row := foreign_row(option, "online")) is not None and row.key:
+        return row.key
+    owners = [path for path, blocks in blocks_at().items() if any(option in block.model_fields for block in blocks)]
+    return f"{owners[0]}.{option}" if len(owners) == 1 else option
 
 
 def parser_of(

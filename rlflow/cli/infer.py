@@ -16,9 +16,9 @@ from rlflow.cli.calling import WRONG_INPUT
 from rlflow.cli.common import parser_of
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
+    find_named_model,
     loading,
     positive,
-    quiet_libraries,
     read_models,
     read_named_model,
     settings_of,
@@ -83,9 +83,10 @@ def execute(arguments: argparse.Namespace) -> int:
     from rlflow.serving.models import choose_engine, open_streams
 
     settings = settings_of(arguments)
-    if (scorer := _model_of_sequences(arguments)) is not None:
-        return _say_of_rows(arguments, scorer)
-    model = read_named_model(arguments, settings)
+    source = find_named_model(arguments)
+    if source.recipe is not None and source.recipe.algorithm.learning.held_out:
+        return _say_of_rows(arguments, source)
+    model = read_named_model(source, settings)
     given = {} if arguments.adapters is None else {_name_of(arguments.adapters, model): arguments.adapters}
     models, adapters = read_models(model, given, settings)
     name = next(iter(adapters), model.source.name)
@@ -110,24 +111,13 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model_of_sequences(arguments: argparse.Namespace) -> ModelSource | None:
-    """The model where it says something of whole sequences: a classifier, a reranker, an embedding model."""
-    from rlflow.model_source import find_model
-
-    with quiet_libraries():
-        source = find_model(arguments.model, checkpoint=arguments.checkpoint)
-    if source.recipe is None or not source.recipe.algorithm.learning.held_out:
-        return None
-    if arguments.data is None:
-        what = f"{source.path} is of {source.recipe.algorithm.name}, and chats with nobody"
-        raise DataError(f"{what}: give it rows, --data FILE --output FILE.jsonl")
-    return source
-
-
 def _say_of_rows(arguments: argparse.Namespace, source: ModelSource) -> int:
     """Writes each row with what the model says of it."""
     from rlflow.serving.sequence_outputs import outputs_of_rows
 
+    if arguments.data is None:
+        what = f"{source.path} is of {source.recipe and source.recipe.algorithm.name}, and chats with nobody"
+        raise DataError(f"{what}: give it rows, --data FILE --output FILE.jsonl")
     if arguments.rewards is not None or arguments.samples > 1 or arguments.resume or arguments.adapters is not None:
         raise DataError("--rewards, --samples, --resume and --adapters are of models that write answers")
     num_rows = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rlflow.cli.common import parser_of, port_number
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
+    find_named_model,
     loading,
     read_models,
     read_named_model,
@@ -64,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with open_socket(arguments.host, arguments.port) as listening:
         token = token_for(arguments.host, arguments.token)
         settings = settings_of(arguments)
-        model = _renamed(read_named_model(arguments, settings), arguments.name)
+        model = _renamed(read_named_model(find_named_model(arguments), settings), arguments.name)
         models, adapters = read_models(model, given, settings)
         if _choose_engine(arguments.engine, model) == "vllm":
             _become_vllm(model, adapters, settings, listening, arguments.host, token)

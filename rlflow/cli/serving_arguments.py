@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlflow.model_source import ModelSource
     from rlflow.serving.models import ServedModel, Settings
 
 
@@ -76,16 +77,26 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def read_named_model(arguments: argparse.Namespace, settings: Settings) -> ServedModel:
+def find_named_model(arguments: argparse.Namespace) -> ModelSource:
     """
     Raises:
-        DataError: There is no such model, or it cannot be used.
+        DataError: There is no such model.
     """
     from rlflow.model_source import find_model
+
+    with quiet_libraries():
+        return find_model(arguments.model, checkpoint=arguments.checkpoint)
+
+
+def read_named_model(source: ModelSource, settings: Settings) -> ServedModel:
+    """
+    Raises:
+        DataError: It cannot be used.
+    """
     from rlflow.serving.models import read_model
 
     with quiet_libraries():
-        return read_model(find_model(arguments.model, checkpoint=arguments.checkpoint), settings)
+        return read_model(source, settings)
 
 
 def read_models(

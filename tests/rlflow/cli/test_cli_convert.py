@@ -93,6 +93,7 @@ def test_a_converted_command_plans_on_local_data_and_model(tmp_path: Path, tiny_
         (["swift", "rlhf", "--rlhf_type", "grpo"], "rlflow convert -- swift rlhf --rlhf_type grpo"),
         (["r.yaml", "--learning_rate=1e-6"], "set without dashes: trainer.learning_rate=1e-6"),
         (["r.yaml", "--trainer.learning_rate=1e-6"], "set without dashes: trainer.learning_rate=1e-6"),
+        (["r.yaml", "--steps=5"], "set without dashes: run.steps=5"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "run"])
