@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlflow.plugins import PluginError
     from rlflow.recipe import Problem, Recipe, RecipeError, dump_recipe, load_recipe
     from rlflow.results import Result, read_result
+    from rlflow.tracking.rollouts import RolloutRecord
     from rlflow.types import Group, Prompt, Rollout
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "RecipeError",
     "Result",
     "Rollout",
+    "RolloutRecord",
     "RunError",
     "StopRequested",
     "StopTraining",
@@ -66,6 +68,7 @@ _MODULES = {
     "RecipeError": "rlflow.recipe",
     "Result": "rlflow.results",
     "Rollout": "rlflow.types",
+    "RolloutRecord": "rlflow.tracking.rollouts",
     "RunError": "rlflow.driver.errors",
     "StopRequested": "rlflow.driver.errors",
     "StoppedUnsaved": "rlflow.driver.errors",
