@@ -91,6 +91,7 @@ export function curvesView(host, state, { onLeave }) {
     if (shown) for (const [title, keys] of summary.more_panels) if (isWanted(title, keys)) charts.addLines(more, title, lines(keys));
     if (!history.steps.length) main.append(empty);
     main.style.minHeight = "";
+    charts.redraw(); // the first ones were measured before those beside them were there
     moreTitle.textContent = `More metrics (${summary.more_panels.length})`;
     details.hidden = !summary.more_panels.length;
     window.scrollTo(window.scrollX, top);

@@ -146,6 +146,9 @@ def test_a_run_is_started_from_the_form_watched_stopped_and_talked_to(home: Path
         wait(tab, "document.querySelector('.badge.running') && document.querySelector('.chart svg path')")
         before = int(text_of(tab, ".facts").partition("step ")[2].split()[0])
         wait(tab, f"+/step (\\d+)/.exec(document.querySelector('.facts').textContent)[1] > {before}")
+        plots = "[...document.querySelectorAll('.plot')]"
+        assert tab.evaluate(f"{plots}.length") > 1
+        assert tab.evaluate(f"{plots}.every((plot) => plot.firstChild.clientWidth <= plot.clientWidth)")
         press(tab, "Stop")
         wait(tab, "document.querySelector('.badge.stopped')")
         assert "go on with --resume" in text_of(tab, ".head .notice")
