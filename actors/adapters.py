@@ -38,6 +38,8 @@ from rlflow.recipe.peft_methods import METHODS, TYPE
 
 TRAINED, START = "default", "start"
 """PEFT's names of the adapter that is trained and of the one it started from."""
+SUBTRACTED = "subtracted"
+"""Of one that takes away what the trained one adds at the start."""
 
 
 def load_adapted(
@@ -77,15 +79,9 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
     adapter = block.adapter
     assert adapter is not None and block.path is not None
     directory = None if adapter.path is None else _local(adapter.path, block.path)
-    config: Any = _new_config(adapter.config) if directory is None else PeftConfig.from_pretrained(str(directory))
-    _check_targets(model, config)
-    if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
-        config.target_modules = _within_parts(model, config, block.train)
-    if config.target_modules == "all-linear" and (fused := _read_by_kernels(model)):
-        config.exclude_modules = fused
-    config.base_model_name_or_path, config.revision = block.path, block.revision
-    config.task_type, config.inference_mode = "CAUSAL_LM", False
-    if directory is not None:
+    fields = adapter.config if directory is None else None
+    config: Any = settled_config(model, block, fields, directory)
+    if directory is not None and adapter.prepared_start is None:
         _settle_dropout(config, adapter.dropout)
     torch.manual_seed(seed)
     _put_in(model, config, TRAINED)
@@ -96,13 +92,53 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
         return
     values = load_file(directory / WEIGHTS)
     _fill(model, TRAINED, values, directory)
-    if keep_start and METHODS[kind_of(config)].goes_on:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            _put_in(model, deepcopy(config), START)
-        _fill(model, START, values, directory)
-        for layer in adapter_layers(model):
-            layer.set_adapter(TRAINED)
+    if adapter.subtracts_start:
+        _subtract(model, config, values, directory)
+    if keep_start and adapter.prepared_start is None and METHODS[kind_of(config)].goes_on:
+        _put_beside(model, config, START, values, directory)
+
+
+def settled_config(
+    model: PreTrainedModel, block: ModelBlock, fields: dict[str, Any] | None, directory: Path | None = None
+) -> Any:
+    """PEFT's config of the adapter in a recipe's model block, with the layers of this model that it is for.
+
+    Args:
+        fields: Of a new adapter.
+        directory: Of one on disk.
+
+    Raises:
+        ValueError: PEFT does not take the fields, or the model has no such layers.
+    """
+    config: Any = _new_config(fields) if fields is not None else PeftConfig.from_pretrained(str(directory))
+    _check_targets(model, config)
+    if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
+        config.target_modules = _within_parts(model, config, block.train)
+    if config.target_modules == "all-linear" and (fused := _read_by_kernels(model)):
+        config.exclude_modules = fused
+    config.base_model_name_or_path, config.revision = block.path, block.revision
+    config.task_type, config.inference_mode = "CAUSAL_LM", False
+    return config
+
+
+def _put_beside(
+    model: PreTrainedModel, config: PeftConfig, name: str, values: dict[str, torch.Tensor], directory: Path
+) -> None:
+    """Puts a second adapter in, frozen, which computes nothing yet."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        _put_in(model, deepcopy(config), name)
+    _fill(model, name, values, directory)
+    for layer in adapter_layers(model):
+        layer.set_adapter(TRAINED)
+
+
+def _subtract(model: PreTrainedModel, config: PeftConfig, values: dict[str, torch.Tensor], directory: Path) -> None:
+    """Has the model take away what the adapter starts from, s B0 A0."""
+    negative = {name: -tensor if ".lora_B." in name else tensor for name, tensor in values.items()}
+    _put_beside(model, config, SUBTRACTED, negative, directory)
+    for layer in adapter_layers(model):
+        layer._active_adapter = [TRAINED, SUBTRACTED]
 
 
 def _new_config(fields: dict[str, Any]) -> PeftConfig:
@@ -152,14 +188,15 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     layers = adapter_layers(model)
     goes_on = any(name.endswith(f".{START}") or f".{START}." in name for name, _ in model.named_parameters())
     # PEFT's own switches also change which parameters want gradients, which sharded ones must not.
+    active = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [START if goes_on else TRAINED]
         layer._disable_adapters = not goes_on
     try:
         yield
     finally:
-        for layer in layers:
-            layer._active_adapter = [TRAINED]
+        for layer, names in zip(layers, active, strict=True):
+            layer._active_adapter = names
             layer._disable_adapters = False
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from rlflow.actors.checkpoint_names import kept_buffers
 from rlflow.actors.model_files import save_model
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines.engine import decoder_layers
@@ -107,7 +107,7 @@ def _expanded_weights(model: PreTrainedModel, origins: list[LayerOrigin]) -> dic
     """
     layers = decoder_layers(model)
     (prefix,) = (name for name, module in model.named_modules() if module is layers)
-    kept = {**_buffers(model), **dict(model.named_parameters())}
+    kept = {**dict(kept_buffers(model)), **dict(model.named_parameters())}
     weights = {name: tensor for name, tensor in kept.items() if not name.startswith(f"{prefix}.")}
     for index, origin in enumerate(origins):
         source = f"{prefix}.{origin.source}."
@@ -119,12 +119,6 @@ def _expanded_weights(model: PreTrainedModel, origins: list[LayerOrigin]) -> dic
             own = {name: tensor.clone().zero_() if name in ends else tensor.clone() for name, tensor in own.items()}
         weights |= {f"{prefix}.{index}.{name}": tensor for name, tensor in own.items()}
     return {name: tensor.detach() for name, tensor in weights.items()}
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those that checkpoints hold."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def _expanded_config(config: Mapping[str, Any], origins: list[LayerOrigin]) -> dict[str, Any]:

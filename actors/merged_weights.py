@@ -33,11 +33,13 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     inside = tuple(f"{name}." for name, _ in layers)
     yield from ((name, buffer) for name, buffer in kept_buffers(model) if not name.startswith(inside))
     for name, layer in layers:
+        dtypes = {part: parameter.dtype for part, parameter in layer.get_base_layer().named_parameters()}
         with _merged(layer):
             # Taking the adapter out again works in place.
             base = layer.get_base_layer()
             merged = {
-                part: tensor.detach().clone() for part, tensor in chain(base.named_parameters(), kept_buffers(base))
+                part: tensor.detach().to(dtypes.get(part, tensor.dtype), copy=True)
+                for part, tensor in chain(base.named_parameters(), kept_buffers(base))
             }
         for part, tensor in merged.items():
             yield f"{name}.{part}", tensor
@@ -58,14 +60,17 @@ def _merged(layer: Any) -> Iterator[None]:
     before = [
         (module, dict(module._parameters), dict(module._buffers), dict(module._modules)) for module in layer.modules()
     ]
+    parts = [part for part in layer.modules() if isinstance(part, BaseTunerLayer)]
+    # One that takes away what the other adds would leave what was rounded in between.
+    are_several = any(len(part.active_adapters) > 1 for part in parts)
     for module, parameters, buffers, _ in before:
         for name, parameter in parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(_whole(parameter).clone(), requires_grad=False)
+                copy = _whole(parameter).clone()
+                module._parameters[name] = nn.Parameter(copy.float() if are_several else copy, requires_grad=False)
         for name, buffer in buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
-    parts = [part for part in layer.modules() if isinstance(part, BaseTunerLayer)]
     for part in reversed(parts):
         part.merge()
     try:

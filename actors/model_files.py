@@ -36,6 +36,11 @@ def write_trained(model: Any, block: ModelBlock, directory: Path, weights: dict[
     from rlflow.actors import adapters
 
     adapters.write(directory, model, weights.items())
+    if block.adapter.subtracts_start:
+        from rlflow.actors.prepared_adapters import fold_start
+
+        assert block.adapter.path is not None
+        fold_start(directory, Path(block.adapter.path))
     save_generation_config(model, directory)
 
 

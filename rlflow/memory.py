@@ -372,7 +372,7 @@ def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:
     if block is None or adapter is None:
         return parameters * DTYPE_BYTES[recipe.model.dtype]
     base = _NF4_BYTES if block.quantize == "nf4" else DTYPE_BYTES[recipe.model.dtype]
-    return int(parameters * base) + adapter * 4 * (1 if block.path is None else 2)
+    return int(parameters * base) + adapter * 4 * (2 if block.path is not None or block.subtracts_start else 1)
 
 
 def _count(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

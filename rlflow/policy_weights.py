@@ -16,6 +16,8 @@ def sends_merged(recipe: Recipe) -> bool:
     adapter, engine = recipe.model.adapter, rollout_engine(recipe)
     if not recipe.needs_rollouts or adapter is None or adapter.quantize != "none":
         return False
+    if adapter.subtracts_start:
+        return True
     config = config_of_adapter(adapter)
     if config is None or engine == "http":
         return engine == "http"

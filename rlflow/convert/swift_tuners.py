@@ -7,6 +7,7 @@ from typing import Any
 from rlflow.convert import folds
 from rlflow.convert.given import Draft, Given
 from rlflow.recipe.foreign.rows import as_list
+from rlflow.recipe.prepared_starts import INIT, prepared_start
 
 PEFT = {
     "vera": (
@@ -27,6 +28,7 @@ PEFT = {
 """ms-swift's tuner -> PEFT's, and which of its options is which field."""
 _AS_LORA = ("lora", "qlora", "longlora", "lora_llm", "dora")
 _STARTS = ("gaussian", "orthogonal")
+_LORA_GA = {"direction": "lora_ga_direction", "scale": "lora_ga_scale", "stable_gamma": "lora_ga_stable_gamma"}
 _WHY_NOT = {
     "longlora": "it shifts attention, which transformers 5 does not; LoRA is written",
     "adapter": "bottleneck adapters are not PEFT's: train LoRA",
@@ -73,7 +75,7 @@ def set_tuner(given: Given, draft: Draft, family: str, flag: str) -> None:
         _set_method(given, draft, *PEFT[tuner], given.text(flag))
         if named:
             draft.set("model.adapter.peft.target_modules", named, origin)
-    elif family != "head" and (given["target_parameters"] or given["init_weights"] in _STARTS):
+    elif family != "head" and (given["target_parameters"] or _start(given) is not None):
         _set_lora(given, draft, family)
         if named:
             draft.set("model.adapter.peft.target_modules", named, origin)
@@ -81,10 +83,8 @@ def set_tuner(given: Given, draft: Draft, family: str, flag: str) -> None:
         folds.set_adapter(given, draft, family, rank="lora_rank")
         if named:
             draft.set("model.adapter.target_modules", named, origin)
-    start = given["init_weights"]
-    if start not in (True, "true", None, *_STARTS):
-        what = "PEFT prepares it: docs/adapters.md" if start == "eva" else "it changes the base"
-        draft.note("missing", f"{given.text('init_weights')}: {what}; A is random and B 0 here")
+    if given["init_weights"] not in (True, "true", None) and (family == "head" or _start(given) is None):
+        draft.note("missing", f"{given.text('init_weights')}: A is random and B 0 here")
     if (ratio := given["lorap_lr_ratio"]) and tuner in _AS_LORA:
         draft.set("model.adapter.lora_plus_ratio", float(ratio), given.text("lorap_lr_ratio"))
     if given["quant_bits"] == 4 and tuner in _AS_LORA:
@@ -110,12 +110,26 @@ def _set_lora(given: Given, draft: Draft, family: str) -> None:
     draft.set("model.adapter.peft.peft_type", "LORA", given.texts("target_parameters", "init_weights"))
     for field, option in {"r": "lora_rank", "lora_alpha": "lora_alpha"}.items():
         draft.set(f"model.adapter.peft.{field}", given[option], given.text(option))
-    if family == "sft" and given["lora_dropout"]:
+    start = _start(given)
+    prepared = prepared_start({INIT: start})
+    if prepared is not None and prepared.is_subtracted and given["lora_dropout"]:
+        draft.note("default", f"{given.text('lora_dropout')}: {start} starts from the base's weights, without dropout")
+    elif family == "sft" and given["lora_dropout"]:
         draft.set("model.adapter.peft.lora_dropout", given["lora_dropout"], given.text("lora_dropout"))
     for option in ("use_dora", "use_rslora"):
         if given[option]:
             draft.set(f"model.adapter.peft.{option}", True, given.text(option))
     if parameters := as_list(given["target_parameters"]):
         draft.set("model.adapter.peft.target_parameters", parameters, given.text("target_parameters"))
-    if given["init_weights"] in _STARTS:
-        draft.set("model.adapter.peft.init_lora_weights", given["init_weights"], given.text("init_weights"))
+    if start is not None:
+        draft.set("model.adapter.peft.init_lora_weights", start, given.text("init_weights"))
+    if start == "lora_ga":
+        for field, option in _LORA_GA.items():
+            if given[option] is not None:
+                draft.set(f"model.adapter.peft.lora_ga_config.{field}", given[option], given.text(option))
+
+
+def _start(given: Given) -> str | None:
+    """Of a LoRA, as PEFT calls it; None where A is random and B 0, or where there is no such start here."""
+    start = str(given["init_weights"]).lower().replace("-", "_")
+    return start if start in _STARTS or prepared_start({INIT: start}) is not None else None

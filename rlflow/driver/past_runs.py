@@ -84,7 +84,9 @@ def model_of(recipe: Recipe, run: Path) -> ModelBlock:
         changes["path"] = str(run / "initial_model")
     elif model.path is not None:
         changes["path"] = find_directory(model.path, run) or model.path
-    if model.adapter is not None and model.adapter.path is not None:
+    if model.adapter is not None and model.adapter.prepared_start is not None:
+        changes["adapter"] = model.adapter.model_copy(update={"path": str(run / "initial_adapter")})
+    elif model.adapter is not None and model.adapter.path is not None:
         path = find_directory(model.adapter.path, run) or model.adapter.path
         changes["adapter"] = model.adapter.model_copy(update={"path": path})
     model = model.model_copy(update=changes)

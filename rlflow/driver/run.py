@@ -36,6 +36,7 @@ from rlflow.driver.material import Material, load_material, max_model_len, num_s
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
+from rlflow.driver.prepared_adapter import prepare_adapter
 from rlflow.driver.preparing import evaluators_of, pool_of, wait_ready
 from rlflow.driver.references import check_sources
 from rlflow.driver.resuming import (
@@ -210,7 +211,7 @@ def run_stage(
     directory = prepare_directory(recipe, inputs, resume=resume)
     is_placed = False
     try:
-        model = prepare_model(recipe, directory.path)
+        model = prepare_adapter(recipe, prepare_model(recipe, directory.path), directory.path)
         with _placing(recipe, model, directory.path, ray_started, stop) as placing:
             with clock("startup_tokenizer"):
                 tokenizer = load_tokenizer(model)

@@ -60,6 +60,9 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if recipe.model.dtype != "float32" and not METHODS[method].in_16_bits:
         reason = f"PEFT computes {method} in the dtype of its own weights, float32: set model.dtype: float32"
         yield Conflict(("model.adapter.peft", "model.dtype"), reason)
+    if adapter.subtracts_start and adapter.quantize != "none":
+        reason = "starts from the weights themselves, not from those in 4 bits: set quantize: none"
+        yield Conflict(("model.adapter.peft.init_lora_weights", "model.adapter.quantize"), reason)
     if METHODS[method].gives_out_ranks:
         yield from _rank_conflicts(recipe, config)
     if has_lora_modules(config):

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from rlflow.recipe.block import Block, Conflict, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.peft_methods import TYPE, completed, drops_out, peft_problems
+from rlflow.recipe.prepared_starts import PreparedStart, prepared_start
 
 
 def _all(given: Any) -> Any:
@@ -81,6 +82,17 @@ class AdapterBlock(Block):
         alpha = int(self.alpha) if self.alpha.is_integer() else self.alpha
         own = {"r": self.rank, "lora_alpha": alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
         return {TYPE: "LORA", **own, "target_modules": self.target_modules, "use_dora": self.kind == "dora"}
+
+    @property
+    def prepared_start(self) -> PreparedStart | None:
+        """How the adapter starts, where that is computed before training; ``path`` is then where it lies."""
+        return None if self.peft is None else prepared_start(self.config)
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the model computes W + s (B A - B0 A0): what it starts from is taken away from what it adds."""
+        start = self.prepared_start
+        return start is not None and start.is_subtracted
 
     @property
     def drops_out(self) -> bool:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlflow.recipe.prepared_starts import INIT, OPTIONS, prepared_start, start_problems
 from rlflow.recipe.problems import nearest
 
 TYPE = "peft_type"
@@ -93,17 +94,11 @@ REFUSED = {
 }
 """PEFT's other methods: why not, and what to do."""
 
-NEEDS_PREPARATION = {
-    "eva": "starts from what the layers read of the data: prepare it with PEFT's initialize_lora_eva_weights, save it, "
-    "and go on from it with model.adapter.path; as it is it would be an ordinary LoRA",
-    "lora_ga": "starts from gradients and changes the base: set true",
+NOT_DONE = {
     "mica": "trains B alone: set true",
-    "olora": "changes the base, which would be no reference and no base for others: set orthogonal",
-    "pissa": "changes the base, which would be no reference and no base for others: set orthogonal",
-    "corda": "changes the base after what it reads of the data: set true",
     "loftq": "changes the base: set true, and quantize for a base in 4 bits",
 }
-"""Ways in which a LoRA may start, by how their names begin."""
+"""Ways in which a LoRA may not start, by how their names begin."""
 
 UNSUPPORTED: dict[str, Any] = {
     "modules_to_save": None,
@@ -115,9 +110,6 @@ UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "megatron_config": None,
     "loftq_config": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "monteclora_config": None,
     "use_bdlora": None,
@@ -133,11 +125,11 @@ _OF_THE_RECIPE = {
     "task_type": "follows from the algorithm",
     "inference_mode": "is what training is not",
     "total_step": "is how many updates the run has",
-    "rank_pattern": "is found by training",
 }
 _OF_LORA_ALONE = "is of LORA alone and not read"
 _NOT_READ = {
     "ADALORA": {
+        "rank_pattern": "is found by training",
         "r": "is not read: set init_r, which a layer begins with, and target_r, which it has at the end in the mean",
         **dict.fromkeys(("use_dora", "use_rslora", "alpha_pattern", "target_parameters", "lora_bias"), _OF_LORA_ALONE),
     }
@@ -184,6 +176,8 @@ def peft_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield field, problem
         if METHODS[method].gives_out_ranks:
             yield from _rank_problems(config)
+        if method == "LORA":
+            yield from start_problems(config)
 
 
 def _rank_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -202,12 +196,16 @@ def _problem(method: str, field: str, value: Any) -> str | None:
     if field not in known:
         near = nearest(field, known)
         return f"{method} has no such field{f', did you mean {near}?' if near else ''}. It has {', '.join(known)}"
+    if field in OPTIONS:
+        return None
     if field in UNSUPPORTED:
         return None if value in (UNSUPPORTED[field], None, False, [], {}) else "is not supported: remove it"
-    if field == "init_lora_weights" and method != "LORA" and isinstance(value, str):
+    if field == INIT and method != "LORA" and isinstance(value, str):
         return f"{value} is of LORA: remove it"
+    if field == INIT and prepared_start({INIT: value}) is not None:
+        return None
     if field.startswith("init_") and isinstance(value, str):
-        for name, reason in NEEDS_PREPARATION.items():
+        for name, reason in NOT_DONE.items():
             if method == "LORA" and value.lower().startswith(name):
                 return f"{value} {reason}"
     if not any(_is_of_kind(value, kind) for kind in known[field]):
@@ -242,6 +240,8 @@ def starts_elsewhere(config: Mapping[str, Any]) -> str | None:
     """How the policy starts as another one than its base; None where it starts as its base."""
     method = METHODS[method_of(config)]
     given = completed(config)
+    if prepared_start(given) is not None:
+        return None
     for field, values in method.start.items():
         if not any(given[field] is value or (isinstance(value, str) and given[field] == value) for value in values):
             return f"with {field}: {json.dumps(given[field])} it starts as another policy than its base"

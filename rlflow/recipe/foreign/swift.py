@@ -108,9 +108,13 @@ _BASE: Table = {
         "galore_target_modules galore_rank galore_update_proj_gap galore_scale galore_proj_type "
         "galore_optim_per_parameter galore_with_embedding galore_quantization galore_proj_quant galore_proj_bits "
         "galore_proj_group_size galore_cos_threshold galore_gamma_proj galore_queue_size lisa_activated_layers "
-        "lisa_step_interval lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale "
-        "lora_ga_stable_gamma",
+        "lisa_step_interval",
         missing(_TUNERS),
+    ),
+    **each("lora_ga_direction lora_ga_scale lora_ga_stable_gamma", fold("model.adapter.peft")),
+    **each(
+        "lora_ga_batch_size lora_ga_iters lora_ga_max_length",
+        unneeded("gradients are of 64 rows of at most 512 tokens", "data.train"),
     ),
     **each(
         "freeze_parameters freeze_parameters_regex freeze_parameters_ratio trainable_parameters "

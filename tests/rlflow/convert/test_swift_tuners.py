@@ -21,6 +21,20 @@ def missing(conversion: Any) -> str:
         ("--train_type vera --vera_rank 64", {TYPE: "VERA", "r": 64}),
         ("--tuner_type boft --boft_block_size 8", {TYPE: "BOFT", "boft_block_size": 8}),
         (
+            "--init_weights lora-ga --lora_ga_direction ArBr --lora_ga_batch_size 2",
+            {
+                TYPE: "LORA",
+                "r": 8,
+                "lora_alpha": 32,
+                "init_lora_weights": "lora_ga",
+                "lora_ga_config": {"direction": "ArBr"},
+            },
+        ),
+        (
+            "--init_weights eva --lora_dropout 0",
+            {TYPE: "LORA", "r": 8, "lora_alpha": 32, "init_lora_weights": "eva"},
+        ),
+        (
             "--tuner_type adalora --adalora_init_r 24 --adalora_tinit 10 --adalora_deltaT 5",
             {TYPE: "ADALORA", "lora_alpha": 32, "init_r": 24, "tinit": 10, "deltaT": 5},
         ),
@@ -59,8 +73,7 @@ def test_a_tuner_of_pefts_is_written_in_pefts_fields(converted, flags: str, peft
         ("--tuner_type reft", "representations are not tuned here", None),
         ("--tuner_type adapter", "bottleneck adapters are not PEFT's", None),
         ("--tuner_type vera --task_type embedding", "a model with a head takes LoRA and DoRA; LoRA is written", 8),
-        ("--init_weights pissa", "it changes the base; A is random and B 0 here", 8),
-        ("--init_weights eva", "PEFT prepares it: docs/adapters.md", 8),
+        ("--init_weights loftq", "A is random and B 0 here", 8),
     ],
 )
 def test_what_has_no_counterpart_is_named(converted, flags: str, says: str, rank: int | None):
