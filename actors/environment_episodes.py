@@ -30,6 +30,7 @@ from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
 from rlflow.data.errors import RowError
 from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import keep_places, with_images
 from rlflow.data.transcript import Transcript
 from rlflow.environments.protocol import EnvironmentFault
 from rlflow.recipe import EnvironmentBlock
@@ -296,13 +297,18 @@ class _Play:
         if messages and messages[0]["role"] != "system":
             messages = [*system, *messages]
         chat = self.episodes.chat
-        rendered = chat.render_prompt(messages, list(prompt.tools) or None)
-        token_ids = chat.encode([rendered])[0]
+        messages, images = keep_places(messages, self.request.images)
+        rendered = with_images(chat.render_prompt(messages, list(prompt.tools) or None), messages, images, chat)
+        (token_ids,), engine_token_ids = chat.encode([rendered]), None
+        if images:
+            assert chat.vision is not None
+            token_ids, engine_token_ids = chat.vision.expand(token_ids, images), token_ids
         if len(token_ids) > (most := self.limits.max_prompt_tokens):
             raise EnvironmentFault(
                 f"reset began with {len(token_ids):,} tokens, and data.max_prompt_tokens is {most:,}: raise it"
             )
-        self.transcript, self.began_with = self._transcript(messages, token_ids), tuple(messages)
+        self.transcript = self._transcript(messages, token_ids, images, engine_token_ids)
+        self.began_with = tuple(messages)
 
     async def _ask(self, process: EnvironmentProcess, verb: str, *arguments: Any) -> dict[str, Any]:
         started = time.monotonic()

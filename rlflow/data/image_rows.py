@@ -76,6 +76,23 @@ def place_images(
     )
 
 
+def keep_places(messages: Sequence[Message], images: tuple[bytes, ...]) -> tuple[list[Message], tuple[bytes, ...]]:
+    """What an environment begins with, with the pictures of its row where it has their tags; without any tag it shows
+    none of them.
+
+    Raises:
+        RowError: It has tags for more or fewer than there are.
+    """
+    counts = [message["content"].count(IMAGE_TAG) if message["role"] != "assistant" else 0 for message in messages]
+    if not images or not any(counts):
+        return list(messages), ()
+    if sum(counts) != len(images):
+        raise RowError(
+            f"it begins with {counted(sum(counts), IMAGE_TAG)}, and its row has {counted(len(images), 'picture')}"
+        )
+    return [{**m, "images": n} if n else m for m, n in zip(messages, counts, strict=True)], images
+
+
 def with_images(rendered: Rendered, messages: Sequence[Message], images: Sequence[bytes], chat: Chat) -> Rendered:
     """A text with the pictures that its messages show.
 

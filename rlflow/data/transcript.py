@@ -20,6 +20,7 @@ import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
+from rlflow.data.errors import RowError
 from rlflow.data.messages import REASONING_KEYS
 from rlflow.data.prompts import opened_tag
 from rlflow.types import Completion, Message
@@ -107,10 +108,12 @@ class Transcript:
         text = self.chat.check_characters(self._render(conversation))
         between = self._between(messages)
         if between is not None:
+            self._require_places(between, 0)
             self._sequences[-1].append(_Piece(between))
             added = len(between)
         else:
             token_ids = self.chat.encode([Rendered(text)])[0]
+            self._require_places(token_ids, len(self.images))
             if self.images:
                 assert self.chat.vision is not None
                 self._engine_token_ids = token_ids
@@ -119,6 +122,19 @@ class Transcript:
             self._sequences.append([_Piece(token_ids)])
         self.messages, self.text = conversation, text
         return added
+
+    def _require_places(self, token_ids: np.ndarray, number: int) -> None:
+        """
+        Raises:
+            RowError: What was said has the token that stands for a picture, and there is none.
+        """
+        vision = self.chat.vision
+        if vision is not None and (found := int((token_ids == vision.image_token_id).sum())) != number:
+            token = self.chat.tokenizer.convert_ids_to_tokens(vision.image_token_id)
+            raise RowError(
+                f"what was said holds {token}, the place of a picture, {found - number} times too often: write it "
+                "otherwise"
+            )
 
     def forget_last(self) -> None:
         """Takes back what was heard last, for which there is no room; the episode ends before it."""

@@ -166,8 +166,10 @@ def assemble(
 
 
 def _images(prompt: Prompt, rollout: Rollout) -> tuple[bytes, ...]:
-    """A rollout's pictures: an environment that began with messages of its own has shown none."""
-    return () if rollout.episode is not None and rollout.episode.prompt is not None else prompt.images
+    """A rollout's pictures: an environment that began with messages of its own has shown them where those say so."""
+    began = None if rollout.episode is None else rollout.episode.prompt
+    is_shown = began is None or any(message.get("images") for message in began)
+    return prompt.images if is_shown else ()
 
 
 def with_advantages(batch: Batch, samples: Sequence[Sample], algorithm: OnlineBlock) -> list[Sample]:

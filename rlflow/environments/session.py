@@ -121,9 +121,15 @@ def messages_of(said: Any, verb: str) -> list[Message]:
             f"{verb} returned a {type(said).__name__}: return text, a list of messages, a Reply, or None"
         )
     try:
-        return [to_message(message, f"{verb}()[{index}]") for index, message in enumerate(said)]
+        messages = [to_message(message, f"{verb}()[{index}]") for index, message in enumerate(said)]
     except RowError as error:
         raise EnvironmentFault(f"{verb} returned what is no list of messages: {error}") from error
+    if any("images" in message for message in messages):
+        raise EnvironmentFault(
+            f"{verb} returned a picture: an episode has those of its row alone (<image> in what reset returns is where "
+            "they stand), as rollouts travel without pictures of their own. Say in words what is to be seen"
+        )
+    return messages
 
 
 def number(reward: Any) -> float:

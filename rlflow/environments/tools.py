@@ -47,6 +47,9 @@ async def call_tool(functions: Mapping[str, Callable[..., Any]], call: Mapping[s
         result = function(**arguments)
         if inspect.isawaitable(result):
             result = await result
+        refuse_picture(result, name)
+    except EnvironmentFault:
+        raise
     # The user's code: the policy is told what it raised.
     except Exception as error:
         return bounded(f"Error: {type(error).__name__}: {error}"), False
@@ -57,6 +60,20 @@ def result_of(call: Mapping[str, Any], text: str) -> Message:
     """The message that answers a call."""
     message: Message = {"role": "tool", "name": call["function"]["name"], "content": text}
     return {**message, "tool_call_id": call["id"]} if isinstance(call.get("id"), str) else message
+
+
+def refuse_picture(result: Any, name: str) -> None:
+    """
+    Raises:
+        EnvironmentFault: A tool returned a picture, of PIL or as an encoded file, alone or in a list.
+    """
+    for one in result if isinstance(result, list | tuple) else [result]:
+        is_file = isinstance(one, bytes) and one.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8"))
+        if is_file or any(base.__module__ == "PIL.Image" for base in type(one).__mro__):
+            raise EnvironmentFault(
+                f"the tool {name} returned a picture: what tools say is text, as rollouts travel without pictures of "
+                "their own. Return in words what is to be seen"
+            )
 
 
 def as_text(result: Any) -> str:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rlflow
+from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
 from tests.seeing_models import NEEDS_TORCHVISION, write_seeing_model
 from tests.vision_models import picture
@@ -56,6 +57,11 @@ class Echo:
     def step(self, message):
         self.heard += 1
         return Reply(f"again, {self.heard}", reward=float(len(message["content"])), done=self.heard == 3)
+
+class Introduced(Echo):
+    def reset(self, row):
+        super().reset(row)
+        return [{"role": "system", "content": "Look."}, *row["messages"]]
 """
 
 
@@ -112,10 +118,12 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("environment", ["Echo", "Introduced"])
 def test_an_episode_of_several_turns_shows_its_first_messages_picture_in_each(
-    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
 ):
-    """The trainer scores all turns as the engine sampled them, under an adapter of the language model alone."""
+    """The trainer scores all turns as the engine sampled them, under an adapter of the language model alone; of an
+    environment that begins with messages of its own, too."""
     use_local_actors(monkeypatch)
     plugin = tmp_path / "plugins.py"
     plugin.write_text(PLUGINS)
@@ -127,7 +135,7 @@ run: {{output_dir: {tmp_path / "run"}, seed: 3, steps: 2}}
 model: {{path: {model}, adapter: {{rank: 2, target_modules: [q_proj, v_proj]}}}}
 algorithm: {{name: grpo, group_size: 2, kl: {{coef: 0.1}}}}
 data: {{train: {{path: {rows_of("grpo", tmp_path)}}}, prompts_per_step: 4, max_prompt_tokens: 128}}
-environment: {{plugin: "{plugin}:Echo", max_turns: 3, max_tokens: 96}}
+environment: {{plugin: "{plugin}:{environment}", max_turns: 3, max_tokens: 96}}
 rewards: [{{name: environment}}]
 rollout: {{engine: torch, max_new_tokens: 8}}
 trainer: {{learning_rate: 1.0e-2}}
@@ -140,6 +148,10 @@ tracking: [jsonl]
     assert max(line["environment/turns"] for line in metrics) > 1
     assert all(line["environment/failed_fraction"] == 0 for line in metrics)
     assert all(line["mismatch/logprob_abs_diff_max"] < 1e-4 for line in metrics)
+    rollouts = read_rollouts(tmp_path / "run" / "rollouts" / "step_000001.parquet", images=True)
+    shown = [r.episode.prompt for r in rollouts if r.episode is not None and r.images]
+    assert shown and all((prompt is None) == (environment == "Echo") for prompt in shown)
+    assert all(sum(m.get("images", 0) for m in prompt) == 1 for prompt in shown if prompt is not None)
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 4
     assert all(".text_model." in name for name in config["target_modules"])
