@@ -23,7 +23,11 @@ from rlflow.data.messages import (
 from rlflow.data.sources import Row, Table, kind
 from rlflow.types import Message
 
-UNSUPPORTED = ("videos", "audios", "video", "audio")
+UNSUPPORTED = {
+    "video": "videos are not read: give the frames that matter as `images`, with an <image> for each",
+    "audio": "sound is not read, as no rollout engine generates from it: leave it out, or give what is said as text",
+}
+"""Columns of these names, and of their plurals, are refused."""
 ANSWERS = ("output", "response", "completion")
 
 
@@ -87,9 +91,9 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     """
     columns = dict(row.columns)
     logged = columns.pop(TOKENS, None)
-    for media in UNSUPPORTED:
-        if columns.get(media):
-            raise RowError(f"`{media}` is not empty; only text and pictures are supported")
+    for media, reason in UNSUPPORTED.items():
+        if given_media := [column for column in (media, f"{media}s") if columns.get(column)]:
+            raise RowError(f"`{given_media[0]}` is not empty; {reason}")
     given = take_images(columns, IMAGE_COLUMNS)
     given_rejected = take_images(columns, [REJECTED_IMAGES]) or given
     system = _take_text(columns, "system") if _has(columns, "system") else None

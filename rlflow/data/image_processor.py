@@ -69,7 +69,8 @@ class ImageProcessor:
         install()
         try:
             processor = AutoProcessor.from_pretrained(self._path, **self._loading)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        # Code of many authors, over files of many more: whatever it raises, this model has no processor here.
+        except Exception as error:
             raise DataError(
                 f"model.path: the image processor of {self._path} cannot be loaded: {error}. It needs "
                 "preprocessor_config.json or processor_config.json beside the model, and the packages that it names."

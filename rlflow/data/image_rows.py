@@ -16,7 +16,7 @@ import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
-from rlflow.data.errors import RowError, counted
+from rlflow.data.errors import DataError, RowError, counted
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.messages import IMAGE_TAG, GivenImage, from_json_text
 from rlflow.types import Message
@@ -104,12 +104,19 @@ def with_images(rendered: Rendered, messages: Sequence[Message], images: Sequenc
 
     Raises:
         RowError: The template leaves out a picture, or the text has the placeholder of one where there is none.
+        DataError: The template shows no picture at all as the model reads it.
     """
     if chat.vision is None:
         return rendered
     shown = sum(message.get("images", 0) for message in messages)
     placeholder = str(chat.tokenizer.convert_ids_to_tokens(chat.vision.image_token_id))
     found = rendered.text.count(placeholder)
+    if shown and not found:
+        raise DataError(
+            f"the chat template writes no {placeholder} where a message shows a picture, and that is what the model "
+            "reads one in the place of: set a model.chat_template that does. A model whose processor writes it itself, "
+            "as Gemma 3's, is trained on text alone"
+        )
     if found != shown:
         raise RowError(
             f"it has {counted(shown, 'picture')}, and the text that the chat template makes of it {placeholder}, the "

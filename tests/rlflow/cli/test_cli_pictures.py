@@ -93,9 +93,7 @@ def test_the_code_of_a_model_card_shows_a_picture_to_the_model(
         assert capsys.readouterr().out
 
 
-def test_infer_and_eval_read_pictures_and_name_a_bad_one_by_row_and_field(
-    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_infer_and_eval_answer_to_pictures_alike(seeing: Path, tmp_path: Path):
     (tmp_path / "good.png").write_bytes(PICTURE)
     rows = [{"prompt": "<image>How many?", "images": ["good.png"], "solution": "3"}, {"prompt": "2?", "solution": "2"}]
     data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
@@ -108,15 +106,44 @@ def test_infer_and_eval_read_pictures_and_name_a_bad_one_by_row_and_field(
     assert main(arguments) == 0
     samples = [json.loads(line) for line in (tmp_path / "measured" / "rows.jsonl").read_text().splitlines()]
     assert [sample["response"] for sample in samples] == [answer["response"] for answer in answers]
-    data.write_text(json.dumps({**rows[0], "images": ["gone.png"]}) + "\n")
+
+
+def test_each_bad_picture_is_named_with_its_row_and_field(
+    seeing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """By every command alike, before any weights are loaded."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "good.png").write_bytes(PICTURE)
+    (tmp_path / "cut.png").write_bytes(PICTURE[: len(PICTURE) // 2])
+    (tmp_path / "huge.png").write_bytes(picture(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    bad = {
+        "gone.png": "`images[0]`: there is no file",
+        "cut.png": "`images[0]`: it is damaged",
+        "huge.png": "`images[0]`: it has more than 2,000 pixels",
+        "moves.gif": "`images[0]`: it is animated, or has pages: 2 frames",
+    }
+    rows: list[dict[str, Any]] = [{"prompt": "<image>What?", "images": [name], "solution": "3"} for name in bad]
+    rows.append({"prompt": "<image>What?", "images": ["good.png", "good.png"], "solution": "3"})
+    data, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe.write_text(
+        f"run: {{output_dir: {tmp_path}/run, steps: 1}}\nmodel: {{path: {seeing}}}\nalgorithm: {{name: grpo}}\n"
+        f"data: {{train: {{path: {data}}}, prompts_per_step: 1, max_prompt_tokens: 64}}\n"
+        "rewards: [{name: exact_match}]\nrollout: {max_new_tokens: 8}\n"
+    )
     for arguments in (
-        ["infer", str(seeing), "--data", str(data), "--output", str(tmp_path / "none.jsonl"), *options],
-        ["eval", str(seeing), "--sets", str(data), "--output", str(tmp_path / "none"), *options],
+        ["infer", str(seeing), "--data", str(data), "--output", str(tmp_path / "none.jsonl")],
+        ["eval", str(seeing), "--sets", str(data), "--output", str(tmp_path / "none")],
+        ["plan", str(recipe)],
     ):
         capsys.readouterr()
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert f"row 1: `images[0]`: there is no file {tmp_path / 'gone.png'}" in said and "Traceback" not in said
+        for number, reason in enumerate([*bad.values(), "its text has 1 <image>, and its column 2 pictures"], 1):
+            assert f"row {number}: {reason}" in said or number > 3
+        assert "5 bad rows" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

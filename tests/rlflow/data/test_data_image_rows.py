@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import importlib.util
 import io
 from collections.abc import Callable
@@ -200,7 +201,7 @@ def test_a_losing_answer_may_be_to_other_pictures(idefics: ImageProcessor):
         ({"prompt": "a", "images": ["no.png"]}, r"`images\[0\]`: there is no file no\.png"),
         ({"prompt": "a", "images": "https://x.org/a.png"}, "`images`: https://x.org/a.png is an address"),
         ({"prompt": "a", "images": [FIRST], "image": FIRST}, "both `images` and `image` hold pictures"),
-        ({"prompt": "a", "videos": ["a.mp4"]}, "`videos` is not empty; only text and pictures are supported"),
+        ({"prompt": "a", "videos": ["a.mp4"]}, "`videos` is not empty; videos are not read: give the frames"),
     ],
 )
 def test_pictures_that_cannot_be_placed_are_named(idefics: ImageProcessor, columns: dict[str, Any], reason: str):
@@ -222,6 +223,18 @@ def test_a_placeholder_in_the_text_itself_is_refused(vision: ImageProcessor, mak
         DataError, match=r"it has 0 pictures, and the text that the chat template makes of it .* 1 time"
     ):
         load_examples(make_data(rows), vision.processor.tokenizer, 0, vision)
+
+
+def test_a_template_that_shows_no_picture_as_the_model_reads_it_is_refused_once(vision: ImageProcessor, make_data: Any):
+    """Gemma 3's writes what its processor writes the placeholders in the place of."""
+    tokenizer = copy.deepcopy(vision.processor.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or '<start>' }}{% endfor %}{% endfor %}"
+    )
+    rows = [{"prompt": "<image>Hi", "response": "Ho", "images": [base64.b64encode(FIRST).decode()]}] * 2
+    with pytest.raises(DataError, match=r"the chat template writes no .* where a message shows a picture") as refused:
+        load_examples(make_data(rows), tokenizer, 0, vision)
+    assert "row 1" not in str(refused.value)
 
 
 def test_a_vision_model_reads_rows_of_text_alone_without_its_processor(vision: ImageProcessor, make_data: Any):
