@@ -37,12 +37,22 @@ from rlflow.data.errors import DataError, nearest
 from rlflow.driver.args_json import read_args
 from rlflow.driver.errors import RunError
 from rlflow.driver.final import is_export_of, write_export
-from rlflow.driver.past_runs import CHECKPOINTS, FINAL, find_directory, model_of, name_of, read_run, stages_of
+from rlflow.driver.past_runs import (
+    CHECKPOINTS,
+    FINAL,
+    find_directory,
+    leaves_rows,
+    model_of,
+    name_of,
+    read_run,
+    stages_of,
+)
 from rlflow.driver.resuming import RECIPE
 from rlflow.progress import ProgressBar
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
 from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.sample_blocks import ROWS_FILE
 
 EXPORTS = "exports"
 """In a stage's directory."""
@@ -135,6 +145,8 @@ class _Finder:
             return self.of_directory(path / FINAL)
         if not stages:
             raise DataError(f"{path} holds no run and no model{_what_is_there(path)}")
+        if not (stages := [stage for stage in stages if not leaves_rows(stage)]):
+            raise DataError(f"{path} has sampled answers and left no model: train on {path / ROWS_FILE}")
         kept = [stage for stage in stages if _has(stage, checkpoint)]
         stage = kept[-1] if kept else stages[-1]
         if len(stages) > 1:

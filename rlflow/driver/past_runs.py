@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rlflow.data.errors import DataError
 from rlflow.driver.resuming import RECIPE, read_recipe
-from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe import ALGORITHMS, ModelBlock, Recipe
 from rlflow.recipe.local_paths import is_hub_id
 
 CHECKPOINTS, FINAL = "checkpoints", "final"
@@ -30,6 +30,13 @@ def stages_of(path: Path) -> Iterator[Path]:
     names = {one.name for one in own}
     kept = [one for one in own if not (_ASIDE.search(one.name) and _ASIDE.sub("", one.name) in names)]
     yield from sorted(kept, key=_began)
+
+
+def leaves_rows(stage: Path) -> bool:
+    """Whether a stage is one that samples: it leaves no model."""
+    stored = read_recipe(stage)
+    name = None if stored is None else stored["algorithm"].get("name")
+    return name in ALGORITHMS and ALGORITHMS[name].objective == "none"
 
 
 def _began(stage: Path) -> float:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import rlflow
 from rlflow.data.errors import DataError
 from rlflow.driver.errors import RunError
+from rlflow.model_source import find_model
 from rlflow.recipe.yaml_source import merge
 from tests.actors.rollout_engines.http_stand_in import serving
 
@@ -99,6 +100,9 @@ def test_the_best_good_answers_of_each_prompt_become_rows_that_the_next_stage_le
     assert trained["step"] == 2 and trained["trainer/grad_norm"] > 0
     before, after = (load_file(place / "model.safetensors") for place in (tiny_model_dir, directory / "sft" / "final"))
     assert any((before[name] != after[name]).any() for name in before)
+    assert find_model(str(directory)).directory == directory / "sft" / "final"
+    with pytest.raises(DataError, match=r"answers has sampled answers and left no model: train on .*rows\.jsonl"):
+        find_model(str(directory / "answers"))
 
 
 def test_answers_are_of_the_model_that_the_stage_names(run: Run, tiny_teacher_dir: Path):
