@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import other_commands, swift_folds, trl_folds, verl_folds
+from rlflow.convert import other_commands, swift_folds, swift_sampling, trl_folds, verl_folds
 from rlflow.convert.commands import Invocation, invocation_of, read_yaml, take_launcher_flags
 from rlflow.convert.given import Draft, Given, Note, flags_of, plain, shown, walk
 from rlflow.convert.shell import read_commands
@@ -16,10 +16,11 @@ from rlflow.convert.text import problems_of, render, without_defaults
 from rlflow.data.errors import DataError
 from rlflow.recipe.foreign import swift, trl, verl
 from rlflow.recipe.foreign.rows import Table, find_row
+from rlflow.recipe.foreign.swift_sample import SAMPLE
 from rlflow.recipe.problems import did_you_mean, nearest
 
 _TRAINING = {
-    "swift": ("sft", "pt", "rlhf"),
+    "swift": ("sft", "pt", "rlhf", "sample"),
     "megatron": ("sft", "pt", "rlhf"),
     "trl": tuple(trl.TABLES),
     "verl": tuple(verl.TABLES),
@@ -94,7 +95,9 @@ def _converted(invocation: Invocation) -> Conversion:
             draft.note("to do", f"{unread} is not here: what it says is taken to be verl's defaults")
     else:
         table = (
-            swift.SWIFT
+            SAMPLE
+            if verb == "sample"
+            else swift.SWIFT
             if framework == "swift"
             else swift.MEGATRON_SWIFT
             if framework == "megatron"
@@ -105,7 +108,9 @@ def _converted(invocation: Invocation) -> Conversion:
         environment = dict(invocation.environment)
         given = Given(values, table, lambda name, value: f"--{name} {shown(name, value)}")
         unclear = _take_no_numbers(given)
-        if framework == "trl":
+        if verb == "sample":
+            draft = swift_sampling.draft_of(given, invocation.machines)
+        elif framework == "trl":
             draft = trl_folds.draft_of(verb, given, invocation.machines, invocation.engine)
         else:
             draft = swift_folds.draft_of(verb, given, invocation.machines, environment)

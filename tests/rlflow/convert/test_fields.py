@@ -11,9 +11,16 @@ from rlflow.recipe import Recipe
 from rlflow.recipe.explain import blocks_at
 from rlflow.recipe.foreign import swift, trl, verl
 from rlflow.recipe.foreign.rows import Table
+from rlflow.recipe.foreign.swift_sample import SAMPLE
 
-TABLES: dict[str, Table] = {**trl.TABLES, "swift": swift.SWIFT, "megatron": swift.MEGATRON_SWIFT,
-                            "verl": verl.PPO, "verl_sft": verl.SFT}  # fmt: skip
+TABLES: dict[str, Table] = {
+    **trl.TABLES,
+    "swift": swift.SWIFT,
+    "swift sample": SAMPLE,
+    "megatron": swift.MEGATRON_SWIFT,
+    "verl": verl.PPO,
+    "verl_sft": verl.SFT,
+}
 
 
 def configurations(verb: str) -> list[Any]:
