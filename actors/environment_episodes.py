@@ -28,6 +28,7 @@ from rlflow.actors.completion_texts import decode_completions
 from rlflow.actors.environment_pool import EnvironmentPool, EnvironmentProcess
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
+from rlflow.data.control_texts import ControlTexts
 from rlflow.data.errors import RowError
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import keep_places, with_images
@@ -89,6 +90,7 @@ class Episodes:
         """
         self.block, self.tokenizer, self.chat = block, tokenizer, Chat(tokenizer, template_date, vision)
         self.reader = CallReader(self.chat, block.call_parser)
+        self.control_texts = ControlTexts(tokenizer)
         self._go_on, self._over, self._fail = go_on, over, fail
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._turns: dict[int, asyncio.Future[Completion]] = {}
@@ -265,6 +267,7 @@ class _Play:
                 if said["done"]:
                     return "stop"
                 heard = [*said["messages"], *heard]
+            heard = self._defused(heard)
             if self.num_turns >= self.limits.max_turns:
                 return "turns"
             if time.monotonic() - self.started > self.episodes.block.episode_timeout_s:
@@ -296,6 +299,7 @@ class _Play:
         system = [message for message in prompt.messages[:1] if message["role"] == "system"]
         if messages and messages[0]["role"] != "system":
             messages = [*system, *messages]
+        messages = self._defused(messages)
         chat = self.episodes.chat
         messages, images = keep_places(messages, self.request.images)
         rendered = with_images(chat.render_prompt(messages, list(prompt.tools) or None), messages, images, chat)
@@ -330,6 +334,12 @@ class _Play:
     def _room(self, num_prompt: int) -> int:
         """How many more tokens the episode may have."""
         return self.limits.max_tokens - max(len(self.transcript.token_ids) - num_prompt, self.num_sampled)
+
+    def _defused(self, messages: Sequence[Message]) -> list[Message]:
+        """What an environment says, without control tokens."""
+        broken, number = self.episodes.control_texts.broken_up(messages)
+        self._count("control_texts", number)
+        return broken
 
     def _count(self, name: str, number: int) -> None:
         if number:

@@ -99,7 +99,7 @@ def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendere
     """A record as text, with the parts that ``data.loss_on`` trains; several texts where the chat template rewrites
     what was said before, as of a rollout: each turn is trained in the text that the policy has before it. A rollout
     that was logged has its tokens already, where they are those of this tokenizer and template."""
-    if record.logged is not None and (sequences := _logged(record, record.logged, data, chat)):
+    if record.logged is not None and (sequences := logged_sequences(record, record.logged, data, chat)):
         return sequences
     if record.text is not None:
         return [with_images(chat.render_text(record.text, complete=True), (), (), chat)]
@@ -123,7 +123,7 @@ def render_examples(record: Record, data: DataBlock, chat: Chat) -> list[Rendere
     return _as_the_policy_reads(turns, render)
 
 
-def _logged(record: Record, logged: LoggedTokens, data: DataBlock, chat: Chat) -> list[Rendered]:
+def logged_sequences(record: Record, logged: LoggedTokens, data: DataBlock, chat: Chat) -> list[Rendered]:
     """The sequences of a rollout; none where its prompt has other tokens now, or pictures, or other tokens are to be
     trained."""
     if data.loss_on != "all_assistant" or data.ignore_empty_think or record.images:

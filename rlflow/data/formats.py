@@ -98,7 +98,8 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     given_rejected = take_images(columns, [REJECTED_IMAGES]) or given
     system = _take_text(columns, "system") if _has(columns, "system") else None
     tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
-    record = FORMATS[name](columns)
+    # What else a rollout's row has is for rewards, whatever it is called.
+    record = FORMATS[name](columns) if logged is None else _rollout(columns)
     if record.text is not None and given:
         raise RowError(f"`{given[0].place}` is a picture, and plain text has no place for one: give messages")
     messages, images = place_images(with_system(record.messages, system), given, vision, directory)
@@ -144,15 +145,27 @@ def _preference(columns: dict[str, Any]) -> Record:
     return Record(columns, chosen, rejected=rejected)
 
 
+def _rollout(columns: dict[str, Any]) -> Record:
+    label = _label(columns) if "label" in columns else None
+    return Record(columns, to_messages(_take(columns, "messages"), "messages"), label=label)
+
+
 def _kto(columns: dict[str, Any]) -> Record:
+    label = _label(columns)
+    messages = _question(columns, QUESTIONS) + _optional_answer(columns, ANSWERS)
+    return Record(columns, messages, label=label)
+
+
+def _label(columns: dict[str, Any]) -> bool:
     label = _take(columns, "label")
+    if label is None:
+        raise RowError("`label` is missing, or a value that the source's condition for it names")
     # CSV has no booleans.
     known = {"true": True, "false": False, "1": True, "0": False}
     word = str(label).lower()
     if not isinstance(label, bool | int | str) or word not in known:
         raise RowError(f"`label` is {label!r}, not true or false")
-    messages = _question(columns, QUESTIONS) + _optional_answer(columns, ANSWERS)
-    return Record(columns, messages, label=known[word])
+    return known[word]
 
 
 def _text(columns: dict[str, Any]) -> Record:

@@ -47,14 +47,20 @@ def logged_files(path: Path) -> list[Path]:
     return [path] if re.fullmatch(r"step_\d{6,}\.parquet", path.name) and path.parent.name == "rollouts" else []
 
 
-def read_logged(files: Sequence[Path], where: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_logged(
+    files: Sequence[Path], where: str | None, label: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1 in all files, row) of the rollouts that were scored and fulfil a condition.
 
+    Args:
+        where: The condition.
+        label: Another, which says which of them are desirable.
+
     Raises:
-        DataError: A file cannot be read, or the condition is none.
+        DataError: A file cannot be read, or a condition is none.
     """
     # These load pyarrow.
-    from rlflow.tracking.filters import filter_records
+    from rlflow.tracking.filters import filter_records, judge_records
     from rlflow.tracking.rollouts import RolloutFileError, read_rollouts
 
     number = 0
@@ -66,8 +72,10 @@ def read_logged(files: Sequence[Path], where: str | None) -> Iterator[tuple[int,
         numbered = {id(record): index for index, record in enumerate(records, number + 1)}
         number += len(records)
         scored = [record for record in records if not math.isnan(record.reward)]
-        for record in filter_records(scored, where) if where else scored:
-            yield numbered[id(record)], _row(record)
+        chosen = filter_records(scored, where) if where else scored
+        labels = [{"label": judged} for judged in judge_records(chosen, label)] if label else [{}] * len(chosen)
+        for record, judged in zip(chosen, labels, strict=True):
+            yield numbered[id(record)], _row(record) | judged
 
 
 def conversation_of(record: RolloutRecord) -> list[Message]:

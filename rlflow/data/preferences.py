@@ -12,7 +12,7 @@ import numpy as np
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, Rows, listing
-from rlflow.data.examples import Example, encode_rows
+from rlflow.data.examples import Example, encode_rows, logged_sequences
 from rlflow.data.formats import Record, with_system
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import with_images
@@ -98,7 +98,8 @@ def load_pairs(
 def load_labelled(
     data: DataBlock, tokenizer: PreTrainedTokenizerFast, seed: int, vision: ImageProcessor | None = None
 ) -> Rows[Labelled]:
-    """The labelled answers of ``data.train``; the last assistant turn is the one that is judged.
+    """The labelled answers of ``data.train``; the last assistant turn is the one that is judged, and of a rollout that
+    was logged all that the policy wrote.
 
     Raises:
         DataError: as ``load_pairs``, or all labels are the same: KTO needs both kinds.
@@ -124,7 +125,8 @@ def _render_pair(
     record: Record, data: DataBlock, chat: Chat, for_reward_model: bool
 ) -> tuple[Rendered, Rendered, float]:
     if record.rejected is None:
-        raise RowError("it has no rejected answer")
+        pairs = ": rlflow inspect RUN --pairs FILE.jsonl makes pairs of rollouts" if record.logged else ""
+        raise RowError(f"it has no rejected answer{pairs}")
     chosen, rejected = record.messages, record.rejected
     if list(chosen) == list(rejected) and record.images == record.rejected_images:
         raise RowError("the chosen and the rejected answer are identical")
@@ -149,8 +151,15 @@ def _render_pair(
 
 def _render_labelled(record: Record, data: DataBlock, chat: Chat) -> tuple[Rendered, bool]:
     if record.label is None:
-        raise RowError("it has no `label`")
-    first = len(record.messages) - 1
+        raise RowError("it has no `label`: say which rows are desirable, e.g. label: reward > 0.5 in the source")
+    if record.logged is None:
+        first = len(record.messages) - 1
+    elif sequences := logged_sequences(record, record.logged, data, chat):
+        if len(sequences) > 1:
+            raise RowError(f"a rollout of {len(sequences)} sequences, as its template rewrites turns: one is judged")
+        return sequences[0], record.label
+    else:
+        first = record.logged.num_prompt_messages
     rendered = _render_answers(record.messages, record.images, first, record, data, chat, written=True)
     return rendered, record.label
 

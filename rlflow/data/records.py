@@ -17,6 +17,7 @@ from rlflow.data.formats import Record, format_of, to_record
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.sampler import permutation
 from rlflow.data.sources import Table, read_table
+from rlflow.data.thoughts import in_text
 from rlflow.recipe.data_blocks import SourceBlock
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ def _build_rows(
         for row in table.rows:
             try:
                 record = Record(dict(row.columns)) if as_columns else to_record(row, form, vision, table.directory)
-                value = build(record)
+                value = build(_with_thoughts_in_text(record) if source.reasoning == "inline" else record)
             except RowError as error:
                 rows.skipped.append(BadRow(table.place, row.number, str(error)))
             else:
@@ -99,6 +100,11 @@ def _build_rows(
     if not rows:
         raise DataError(f"{table.place}: every row is bad.{_named(rows.skipped)}")
     return rows
+
+
+def _with_thoughts_in_text(record: Record) -> Record:
+    rejected = None if record.rejected is None else in_text(record.rejected)
+    return replace(record, messages=in_text(record.messages), rejected=rejected)
 
 
 def refuse_bad_rows(place: str, bad: Sequence[BadRow], most: int) -> None:

@@ -72,6 +72,8 @@ def left_out(
         if piece.index in trained:
             switch = _switch_for(piece, messages, render, read())
             keep = f"model.chat_template_kwargs: {switch} keeps it, " if switch else ""
+            if not switch and piece.field in REASONING_KEYS:
+                keep = "`reasoning: inline` in its source writes it as <think> text, "
             last_alone = ", and data.loss_on: last_assistant trains the last turn alone"
             raise RowError(
                 f"the chat template leaves out {place}, a thought that is to be trained: {keep}model.chat_template "

@@ -72,8 +72,9 @@ def read_table(source: SourceBlock) -> Table:
     rows = _rename(rows, bad, source.columns, place)
     if is_arrow:
         rows = [replace(row, columns=_without_filled_nulls(row.columns)) for row in rows]
-    if source.where is not None and not (source.path and logged_files(Path(source.path).expanduser())):
-        rows = rows_where(rows, source.where, place)
+    if not (source.path and logged_files(Path(source.path).expanduser())):
+        rows = rows if source.where is None else rows_where(rows, source.where, place)
+        rows = rows if source.label is None else rows_with_labels(rows, source.label, place)
     directory = Path() if source.path is None else _directory_of(Path(source.path).expanduser())
     kept = _without_repeated_ids(rows, bad, place)
     return Table(place, stem, kept, sorted(bad, key=lambda row: row.row), directory)
@@ -97,6 +98,21 @@ def rows_where(rows: Sequence[Row], where: str, place: str) -> list[Row]:
     return [rows[index] for index in chosen]
 
 
+def rows_with_labels(rows: Sequence[Row], label: str, place: str) -> list[Row]:
+    """The rows with a column ``label``: whether they fulfil a condition; null where a value that it names is missing.
+
+    Raises:
+        DataError: The condition is none, or names what no row has.
+    """
+    from rlflow.tracking.filters import judge_rows
+
+    try:
+        labels = judge_rows([row.columns for row in rows], label)
+    except DataError as error:
+        raise DataError(f"{place}: label: {error}") from error
+    return [replace(row, columns={**row.columns, "label": is_so}) for row, is_so in zip(rows, labels, strict=True)]
+
+
 def kind(value: Any) -> str:
     """What a value is, in a user's words."""
     return "null" if value is None else KINDS.get(type(value), type(value).__name__)
@@ -116,7 +132,7 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
         raise DataError("a data source has either `path` or `generator`.")
     path = Path(source.path).expanduser()
     if files := logged_files(path):
-        return str(path), path.name.split(".")[0], read_logged(files, source.where)
+        return str(path), path.name.split(".")[0], read_logged(files, source.where, source.label)
     if path.is_file():
         return str(path), path.name.split(".")[0], read_file(path)
     if not path.is_dir() and (data_suffix(path.name) or source.path.startswith((".", "/", "~"))):

@@ -31,8 +31,14 @@ class SourceBlock(Block):
     where: str | None = None
     """Which rows are used, e.g. `reward > 0.9` of a run's rollouts or of the answers that `rlflow infer` wrote: a
     condition on the columns, as `rlflow inspect --where` has it."""
+    label: str | None = None
+    """For algorithms that learn from labelled answers (kto): which are desirable, e.g. `reward > 0.5`, a condition as
+    `where`; the column `label` when absent."""
     format: Literal["auto", "messages", "sharegpt", "instruction", "prompt", "preference", "kto", "text"] = "auto"
     """How a row becomes messages."""
+    reasoning: Literal["field", "inline"] = "field"
+    """A thought that a row keeps apart (`reasoning_content`, `reasoning`, `thinking`, a part of a content): as the
+    field that the chat template reads, or inline, as `<think>` text before the answer, for templates that read none."""
     max_bad_rows: NonNegativeInt = 0
     """How many malformed rows may be skipped (each is named) before the run refuses to start."""
 
@@ -47,6 +53,8 @@ class SourceBlock(Block):
             yield Conflict(("subset", "generator"), "is a hub dataset's, and rows come from a generator: remove it")
         if self.generator is not None and self.where is not None:
             yield Conflict(("where", "generator"), "is for stored rows, and these come from a generator: remove it")
+        if self.label is not None and "label" in self.columns:
+            yield Conflict(("label", "columns"), "has a condition and a column: remove one of them")
         if self.generator is not None and ":" in self.generator:
             yield from malformed_function("generator", self.generator)
 

@@ -308,6 +308,7 @@ class Recipe(Block):
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         yield from self._metric_conflicts()
+        yield from self._label_conflicts()
         run = self.run
         if (run.steps is None) == (run.epochs is None):
             yield Conflict(("run.steps", "run.epochs"), exactly_one(steps=run.steps, epochs=run.epochs))
@@ -318,6 +319,14 @@ class Recipe(Block):
         elif self.demonstrations is not None:
             reason = f"stand beside rollouts, and {self.algorithm.name} has none: name them in data.train"
             yield Conflict(("demonstrations", "algorithm.name"), reason)
+
+    def _label_conflicts(self) -> Iterator[Conflict]:
+        train = self.data.train
+        several = {f".{n}": source for n, source in enumerate(train)} if isinstance(train, list) else {"": train}
+        for index, source in several.items():
+            if source.label is not None and self.algorithm.learning.data_row not in ("labelled", "judged"):
+                reason = f"says which answers are desirable, and {self.algorithm.name} does not ask: remove it"
+                yield Conflict((f"data.train{index}.label", "algorithm.name"), reason)
 
     def _online_conflicts(self, algorithm: OnlineBlock) -> Iterator[Conflict]:
         kl, prompts = algorithm.kl, self.data.prompts_per_step

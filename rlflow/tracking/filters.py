@@ -93,6 +93,28 @@ def filter_rows(rows: Sequence[Mapping[str, Any]], where: str) -> list[int]:
     return [index for index, known in enumerate(values) if condition(known)]
 
 
+def judge_records(records: Sequence[RolloutRecord], condition: str) -> list[bool | None]:
+    """Whether a condition holds of each rollout; None where something that it names is missing.
+
+    Raises:
+        FilterError: The condition cannot be read, or evaluated.
+    """
+    return _judge([values_of(record) for record in records], condition, OWN_NAMES)
+
+
+def judge_rows(rows: Sequence[Mapping[str, Any]], condition: str) -> list[bool | None]:
+    """As `judge_records`, of rows of data."""
+    return _judge([_values_of_row(row) for row in rows], condition, ())
+
+
+def _judge(values: Sequence[Mapping[str, Any]], condition: str, own: Sequence[str]) -> list[bool | None]:
+    expression = Expression(condition, list(dict.fromkeys([*own, *(name for known in values for name in known)])))
+    return [
+        None if any(known.get(name) is None for name in expression.needs) else bool(expression(known))
+        for known in values
+    ]
+
+
 def _values_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a condition can name of a row."""
     nested = (("rewards", REWARD_PREFIX), ("columns", COLUMN_PREFIX))
@@ -151,6 +173,12 @@ class Expression:
                 self._check(node, names)
         except RecursionError as error:
             raise FilterError(f"{text!r} is nested too deeply") from error
+
+    @property
+    def needs(self) -> set[str]:
+        """The names of values that are in it."""
+        identifiers = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)} - _FUNCTIONS.keys()
+        return {self._names.get(identifier, identifier) for identifier in identifiers}
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Its value for one rollout; None where what it needs is missing.

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from rlflow.data.errors import DataError
 from rlflow.data.examples import load_examples, render_examples
 from rlflow.data.formats import Record
+from rlflow.data.preferences import load_pairs
 from rlflow.recipe import DataBlock, SourceBlock
 from tests.rlflow.data.conversations import FAMILIES, TOOL, Conversation, sequences_of, tokenizer_of
 
@@ -123,6 +125,31 @@ def test_a_thought_reaches_the_template_under_the_key_that_it_reads(family, trai
     tokenizer = tokenizers(family)
     (example,) = load_examples(make_data([{"messages": [ASK, {**DONE, key: "hm"}]}]), tokenizer, 0)
     assert tokenizer.decode(example.token_ids[example.loss_mask], skip_special_tokens=False) == trained
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3.1"])
+def test_a_thought_that_a_template_reads_under_no_key_is_named_with_the_setting_that_writes_it_in_the_text(
+    family, make_data, tokenizers
+):
+    tokenizer = tokenizers(family)
+    rows = [{"messages": [ASK, {**DONE, "reasoning_content": "hm"}]}]
+    with pytest.raises(
+        DataError, match=r"leaves out messages\[1\].reasoning_content.*`reasoning: inline` in its source"
+    ):
+        load_examples(make_data(rows), tokenizer, 0)
+    (example,) = load_examples(make_data(rows, {"reasoning": "inline"}), tokenizer, 0)
+    trained = tokenizer.decode(example.token_ids[example.loss_mask])
+    assert trained in (f"{THOUGHT}It is 3.<|im_end|>", f"{THOUGHT}It is 3.<|eot_id|>")
+
+
+def test_thoughts_of_both_sides_of_a_pair_are_written_in_the_text(make_data, tokenizers):
+    tokenizer = tokenizers("qwen2.5")
+    sides = {"chosen": [ASK, {**DONE, "reasoning": "hm"}], "rejected": [ASK, {**DONE, "thinking": "so"}]}
+    (pair,) = load_pairs(make_data([sides], {"reasoning": "inline"}), tokenizer, 0)
+    assert [tokenizer.decode(side.token_ids[side.loss_mask]) for side in (pair.chosen, pair.rejected)] == [
+        f"{THOUGHT}It is 3.<|im_end|>",
+        f"{THOUGHT.replace('hm', 'so')}It is 3.<|im_end|>",
+    ]
 
 
 def trained_like(played: Conversation) -> list[tuple[list[int], list[bool]]]:

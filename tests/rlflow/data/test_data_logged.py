@@ -13,7 +13,7 @@ import pytest
 from rlflow.cli.main import main
 from rlflow.data.errors import DataError
 from rlflow.data.examples import load_examples
-from rlflow.data.preferences import load_pairs
+from rlflow.data.preferences import load_labelled, load_pairs
 from rlflow.inspection.exporting import export_chat
 from rlflow.recipe import DataBlock, SourceBlock
 from rlflow.tracking.rollouts import read_rollouts, rollouts_path, write_rollouts
@@ -152,3 +152,49 @@ def test_the_best_and_the_worst_episode_of_a_group_are_a_pair_for_dpo(tmp_path, 
         for side in (pair.chosen, pair.rejected)
     )
     assert rejected == ["It is 9."] and len(chosen) == 3 and chosen[2] == f"{THOUGHT}It is 3."
+
+
+def test_episodes_are_answers_for_kto_desirable_by_a_condition_on_their_reward(tmp_path):
+    conversation = played("qwen2.5")
+    # A column of the data that another format would take for the answer is for rewards alone.
+    prompt = replace(prompt_of(conversation), columns={"response": "3"})
+    rewards = (0.2, 0.9, math.nan)
+    rollouts = write(tmp_path, 1, prompt, *(rollout_of(conversation, reward) for reward in rewards))
+    worse, better = load_labelled(data_of(rollouts, label="reward > 0.5"), conversation.tokenizer, 0)
+    assert (worse.label, better.label) == (False, True)
+    ((tokens, mask),) = sequences_of(conversation.transcript)
+    for item in (worse, better):
+        size = len(item.example.token_ids)
+        assert item.example.token_ids.tolist() == tokens[:size] and not any(mask[size:])
+        assert item.example.loss_mask.tolist() == mask[:size]
+    # For another template all turns behind the prompt are judged as well.
+    other = tokenizer_of(*FAMILIES["qwen3-2507"])
+    again, _ = load_labelled(data_of(rollouts, label="reward > 0.5"), other, 0)
+    assert other.decode(again.example.token_ids[again.example.loss_mask]).count("<|im_end|>") == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "label", "says"),
+    [
+        ("qwen3", "reward > 0.5", "row 1: a rollout of 2 sequences, as its template rewrites turns"),
+        ("qwen2.5", None, "row 1: it has no `label`: say which rows are desirable, e.g. label: reward > 0.5"),
+        ("qwen2.5", "reward > 2", "all 2 rows have the label false"),
+        ("qwen2.5", "column/level > 2", "there is no 'column/level'"),
+    ],
+)
+def test_rollouts_that_kto_cannot_judge_are_refused_and_say_why(family, label, says, tmp_path):
+    conversation = played(family)
+    rewards = (0.2, 0.9)
+    rollouts = write(tmp_path, 1, prompt_of(conversation), *(rollout_of(conversation, reward) for reward in rewards))
+    with pytest.raises(DataError, match=says):
+        load_labelled(data_of(rollouts, label=label), conversation.tokenizer, 0)
+
+
+def test_rows_of_a_file_are_desirable_by_a_condition_and_a_missing_value_is_a_bad_row(write_jsonl, tokenizer):
+    rows = [{"prompt": "1+1?", "response": "2", "score": score} for score in (1, 3, None)]
+    source = SourceBlock(path=str(write_jsonl(rows)), label="score >= 2", max_bad_rows=1)
+    labelled = load_labelled(DataBlock(train=source), tokenizer, 0)
+    assert [item.label for item in labelled] == [False, True]
+    assert [(bad.row, bad.reason) for bad in labelled.skipped] == [
+        (3, "`label` is missing, or a value that the source's condition for it names")
+    ]

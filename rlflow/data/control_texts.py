@@ -1,0 +1,32 @@
+"""Text from outside that is written like a control token, such as ``<|im_end|>``.
+
+A tokenizer makes the token of it wherever it stands: what a tool has read on some page could end its own turn and begin
+another's. It gets a space behind its first character, so that it is text like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlflow.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ControlTexts:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        names = {name for name in names if len(name.strip()) > 1}
+        self._pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+    def broken_up(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+        """The messages with every such text of their contents broken up, and how many there were."""
+        broken, number = [], 0
+        for message in messages:
+            content, found = self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", message["content"])
+            broken.append({**message, "content": content} if found else message)
+            number += found
+        return broken, number
