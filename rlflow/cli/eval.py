@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlflow.cli.common import parser_of
-from rlflow.cli.serving_arguments import add_model_arguments, loading, positive, quiet_libraries, settings_of
+from rlflow.cli.serving_arguments import (
+    add_model_arguments,
+    loading,
+    positive,
+    quiet_libraries,
+    reward_named,
+    settings_of,
+)
 from rlflow.data.errors import DataError, nearest
 from rlflow.driver.errors import RunError
 
@@ -250,15 +257,8 @@ def _named_files(given: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _reading(arguments: argparse.Namespace, model: ServedModel, recipe: Recipe | None) -> Reading:
     from rlflow.evaluation_sets.sets import Reading
-    from rlflow.recipe import RewardBlock
-    from rlflow.rewards import REWARDS
 
-    reward = None
-    if arguments.reward is not None:
-        if ":" not in arguments.reward and arguments.reward not in REWARDS:
-            raise DataError(f"--reward {arguments.reward}: there is none.{nearest(arguments.reward, REWARDS)}")
-        key = "plugin" if ":" in arguments.reward else "name"
-        reward = RewardBlock.model_validate({key: arguments.reward})
+    reward = None if arguments.reward is None else reward_named(arguments.reward, "--reward")
     system = model.source.system if recipe is None else recipe.data.system
     return Reading(
         model=model,

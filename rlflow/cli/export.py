@@ -233,7 +233,10 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
         remedy = "Give the model it was trained on with --base"
         raise DataError(f"{source} cannot be merged into {path}: {error}\n{remedy}") from error
     save_model(merged.to(stored if arguments.dtype is None else getattr(torch, arguments.dtype)), directory)
-    copy_processor_files(ModelBlock(path=path, revision=options.get("revision")), directory)
+    base = ModelBlock(path=path, revision=options.get("revision"))
+    copy_processor_files(base, directory)
+    if not any(source.glob("tokenizer*")):
+        _write_tokenizer_of(base, directory)
     for pattern in (*_KEPT, *PROCESSOR_FILES):
         for file in source.glob(pattern):
             shutil.copy(file, directory)
@@ -243,10 +246,25 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
 
         write_readers(directory, load_tokenizer(ModelBlock(path=str(source))), ModelBlock(path=path), algorithm)
     write_merged_args(source, directory)
+    if (run := model_source.run) is None:
+        return
     try:
-        write_card(directory, model_source.run or source.parent, model_source.step)
+        write_card(directory, run, model_source.step)
     except HistoryError as error:
         print(f"note: the merged model has no model card: {error}", file=sys.stderr)
+
+
+def _write_tokenizer_of(base: ModelBlock, directory: Path) -> None:
+    """Writes the tokenizer of an adapter's base, for an adapter that has none beside it, as PEFT saves them."""
+    from rlflow.data.tokenizer import load_tokenizer, save_tokenizer
+
+    assert base.path is not None
+    if not Path(base.path).is_dir():
+        save_tokenizer(load_tokenizer(base), directory)
+        return
+    for pattern in _KEPT:
+        for file in Path(base.path).glob(pattern):
+            shutil.copy(file, directory)
 
 
 def _of_sequences(source: ModelSource) -> AlgorithmBlock | None:

@@ -21,10 +21,11 @@ from rlflow.cli.serving_arguments import (
     positive,
     read_models,
     read_named_model,
+    reward_named,
     settings_of,
 )
 from rlflow.data.errors import DataError, RowError, listing
-from rlflow.recipe import DataBlock, RewardBlock, SourceBlock
+from rlflow.recipe import DataBlock, SourceBlock
 
 if TYPE_CHECKING:
     from rlflow.actors.reward_server import RewardServer
@@ -317,7 +318,7 @@ def _job(arguments: argparse.Namespace, model: ServedModel, name: str, sampling:
     """
     from rlflow.serving.batch import Job
 
-    rewards = tuple(RewardBlock.model_validate(_reward(word)) for word in arguments.rewards or ())
+    rewards = tuple(reward_named(word, "--rewards") for word in arguments.rewards or ())
     recipe = model.source.recipe
     if arguments.rewards == []:
         rewards = tuple(recipe.rewards) if recipe is not None else ()
@@ -327,21 +328,6 @@ def _job(arguments: argparse.Namespace, model: ServedModel, name: str, sampling:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise DataError(f"--rewards: {twice[0]} is there twice")
     return Job(model, name, sampling, arguments.samples, rewards, settings.max_num_seqs)
-
-
-def _reward(word: str) -> dict[str, str]:
-    """
-    Raises:
-        DataError: There is no such reward.
-    """
-    from rlflow.data.errors import nearest
-    from rlflow.rewards import REWARDS
-
-    if ":" in word:
-        return {"plugin": word}
-    if word not in REWARDS:
-        raise DataError(f"--rewards {word}: there is none; file.py:function names your own.{nearest(word, REWARDS)}")
-    return {"name": word}
 
 
 def _num_done(arguments: argparse.Namespace, prompts: Sequence[Prompt], job: Job) -> int:

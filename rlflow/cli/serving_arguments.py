@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlflow.data.errors import DataError, nearest
+
 if TYPE_CHECKING:
     from rlflow.model_source import ModelSource
+    from rlflow.recipe import RewardBlock
     from rlflow.serving.models import ServedModel, Settings
 
 
@@ -131,12 +135,33 @@ def loading(model: ServedModel, engine: str) -> Iterator[None]:
 def quiet_libraries() -> Iterator[None]:
     """Within, transformers shows no bars and no warnings, and what libraries print goes to stderr: standard output is
     for answers."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # PEFT imports it with any adapter, and on a CPU it asks for a kernel that 4-bit weights alone need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with redirect_stdout(sys.stderr):
         yield
+
+
+def reward_named(word: str, option: str) -> RewardBlock:
+    """A reward of rlflow's by its name, or a function of the user's.
+
+    Raises:
+        DataError: There is no such reward, or it is named otherwise than ``file.py:function``.
+    """
+    from pydantic import ValidationError
+
+    from rlflow.recipe import RewardBlock
+    from rlflow.rewards import REWARDS
+
+    if ":" not in word and word not in REWARDS:
+        raise DataError(f"{option} {word}: there is none; file.py:function names your own.{nearest(word, REWARDS)}")
+    try:
+        return RewardBlock.model_validate({"plugin" if ":" in word else "name": word})
+    except ValidationError as error:
+        raise DataError(f"{option} {word}: is not of the form file.py:function") from error
 
 
 def positive(text: str) -> int:

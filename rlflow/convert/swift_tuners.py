@@ -67,7 +67,7 @@ def set_tuner(given: Given, draft: Draft, family: str, flag: str) -> None:
     """
     tuner = given[flag]
     targets = as_list(given["target_modules"] or given["lora_target_modules"])
-    named = [] if targets == ["all-linear"] else targets
+    named = [] if targets in (["all-linear"], ["ALL"]) else targets  # ALL up to version 2
     origin = given.texts("target_modules", "lora_target_modules")
     if family == "head" and tuner in PEFT:
         draft.note("missing", f"{given.text(flag)}: a model with a head takes LoRA and DoRA; LoRA is written")

@@ -52,9 +52,13 @@ class RecipeError(ValueError):
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The word that ``word`` is most likely meant to be, or None."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """The word that ``word`` is most likely meant to be, or None. Capitals make no difference where nothing is near."""
+    known = list(words)
+    if found := difflib.get_close_matches(word, known, n=1, cutoff=cutoff):
+        return found[0]
+    small = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(word.lower(), small, n=1, cutoff=cutoff)
+    return small[found[0]] if found else None
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:

@@ -20,7 +20,13 @@ def is_loopback(host: str) -> bool:
 
 
 def token_for(host: str, given: str | None) -> str | None:
-    """The token that clients must send: the one that is given, or a new one where other machines reach the host."""
+    """The token that clients must send: the one that is given, or a new one where other machines reach the host.
+
+    Raises:
+        DataError: The one that is given is empty, as of a variable that is not set: it would let everybody in.
+    """
+    if given is not None and not given.strip():
+        raise DataError("--token is empty: give one, or leave it out")
     if given is not None or is_loopback(host):
         return given
     return secrets.token_urlsafe(24)

@@ -152,7 +152,8 @@ def test_results_go_to_the_runs_own_directory(run: Path, capsys: pytest.CaptureF
         (["--sets", "mine.jsonl"], "--sets mine.jsonl: no set is called so"),
         (["--sets", "mmlu", "--backend", "lm_eval"], "pip install lm-eval"),
         (["--backend", "lm_eval"], "needs --sets with its tasks"),
-        (["--reward", "exact_mach"], "--reward exact_mach: there is none. Nearest: exact_match"),
+        (["--reward", "exact_mach"], "there is none; file.py:function names your own. Nearest: exact_match"),
+        (["--reward", "mine:fn"], "--reward mine:fn: is not of the form file.py:function"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_with_a_remedy(

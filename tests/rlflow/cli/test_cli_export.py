@@ -53,6 +53,16 @@ def test_a_merged_model_has_the_logits_of_base_plus_adapter(tiny_model_dir: Path
     )
 
 
+def test_an_adapter_without_a_tokenizer_is_merged_with_that_of_its_base(tiny_model_dir: Path, tmp_path: Path, capsys):
+    adapter = write_run(tmp_path / "run", tiny_model_dir) / "final"
+    for file in [*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")]:
+        file.unlink()
+    assert main(["export", str(adapter), str(tmp_path / "merged"), "--merge"]) == 0
+    merged, base = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", tiny_model_dir))
+    assert merged.get_vocab() == base.get_vocab() and merged.chat_template == base.chat_template
+    assert "model card" not in capsys.readouterr().err
+
+
 def test_merged_weights_have_the_dtype_that_is_asked_for(tiny_model_dir: Path, tmp_path: Path):
     run = write_run(tmp_path / "run", tiny_model_dir)
     assert main(["export", str(run), str(tmp_path / "half"), "--merge", "--dtype", "bfloat16"]) == 0

@@ -94,3 +94,9 @@ def test_llama_pros_new_layers_are_those_of_the_recipe(converted):
 def test_an_adapter_on_disk_settles_what_peft_was_told(converted):
     recipe, _ = converted(SFT + "--tuner_type vera --vera_rank 64 --adapters a/b")
     assert (recipe.model.adapter.path, recipe.model.adapter.peft) == ("a/b", None)
+
+
+@pytest.mark.parametrize("flag", ["--target_modules all-linear", "--lora_target_modules ALL"])
+def test_all_linear_layers_are_rlflows_own_default(converted, flag: str):
+    recipe, conversion = converted(f"{SFT} --tuner_type lora {flag}")
+    assert recipe.model.adapter.target_modules == "all-linear" and missing(conversion) == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlflow.recipe import RecipeError, load_recipe
+from rlflow.recipe.problems import nearest
 
 GOOD = """\
 algorithm: {name: grpo, group_size: 4}
@@ -384,3 +385,11 @@ def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path):
         load_recipe(tmp_path / "arithmetik.yaml")
     with pytest.raises(RecipeError, match="is a directory"):
         load_recipe(tmp_path)
+
+
+def test_a_word_in_capitals_is_near_the_same_word_in_small_letters():
+    assert (nearest("GRPO", ["ppo", "grpo"]), nearest("Lora", ["LoRA", "x"]), nearest("GKD", ["sft"])) == (
+        "grpo",
+        "LoRA",
+        None,
+    )

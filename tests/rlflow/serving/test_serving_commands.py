@@ -62,6 +62,8 @@ def test_a_port_in_use_is_said_before_a_model_is_looked_for(capsys: pytest.Captu
 def test_a_token_is_made_where_other_machines_reach_the_host() -> None:
     assert [token_for(host, None) for host in ("127.0.0.1", "localhost", "::1")] == [None] * 3
     assert token_for("127.0.0.1", "mine") == token_for("0.0.0.0", "mine") == "mine"
+    with pytest.raises(DataError, match="--token is empty"):
+        token_for("0.0.0.0", " ")
     made = [token_for("0.0.0.0", None), token_for("gpu-7", None)]
     assert len({*made}) == 2 and all(token and len(token) >= 32 for token in made)
     assert (url_of("0.0.0.0", 80), url_of("::1", 80)) == ("http://127.0.0.1:80", "http://[::1]:80")
