@@ -18,7 +18,7 @@ from rlflow.cli.plugin_checks import Found, sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import loader_of
 from rlflow.data.chat import QUESTION, Chat
-from rlflow.data.class_labels import with_labels
+from rlflow.data.class_labels import label_of, with_labels
 from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.examples import load_examples
 from rlflow.data.formats import Record
@@ -183,6 +183,13 @@ def _columns_of(record: Record, kind: str, in_turns: bool) -> Mapping[str, Any]:
     """
     if kind in ("pair", "margin_pair") and record.rejected is None:
         raise RowError("it has no rejected answer")
+    if kind in ("labelled", "judged") and record.label is None:
+        raise RowError("it has no `label`")
+    if kind == "classified":
+        label_of(record.columns)
+    answers = (message["role"] == "assistant" for message in record.messages)
+    if kind == "example" and record.text is None and not any(answers):
+        raise RowError("it has no assistant answer to learn")
     if kind == "prompt" and in_turns:
         require_chat(record)
     if kind == "prompt" and record.messages and record.messages[-1]["role"] == "assistant":

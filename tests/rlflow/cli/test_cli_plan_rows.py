@@ -68,13 +68,22 @@ def test_a_row_without_what_its_format_needs_is_told_without_a_tokenizer(recipe_
     assert said.startswith(f"{recipe_file}:3: data.train: ") and "row 4: `prompt` is empty" in said
 
 
-def test_pairs_without_a_rejected_answer_are_told_without_a_tokenizer(recipe_file: Path):
-    write([{"prompt": "1+1", "response": "2"}])
-    pairs = ["algorithm={name: dpo}", "data={train: {path: rows.jsonl}}", "rewards=[]"]
-    (recipe,) = load_recipe(recipe_file, pairs)
+@pytest.mark.parametrize(
+    ("algorithm", "lacks"),
+    [
+        ("dpo", "it has no rejected answer"),
+        ("kto", "it has no `label`"),
+        ("sft", "it has no assistant answer to learn"),
+        ("classification", "it has no `label`"),
+    ],
+)
+def test_rows_without_what_is_learned_from_are_told_without_a_tokenizer(recipe_file: Path, algorithm: str, lacks: str):
+    write([{"prompt": "1+1"} if algorithm == "sft" else {"prompt": "1+1", "response": "2"}])
+    changes = [f"algorithm={{name: {algorithm}}}", "data={train: {path: rows.jsonl}}", "rewards=[]"]
+    (recipe,) = load_recipe(recipe_file, changes)
     reading = read_data(recipe, {}, tokenize=False)
     assert [key for key, _ in reading.problems] == ["data.train"]
-    assert "row 1: it has no rejected answer" in reading.problems[0][1]
+    assert f"row 1: {lacks}" in reading.problems[0][1]
 
 
 def test_rewards_are_shown_the_same_columns_whether_rows_are_tokenised_or_not(recipe_file: Path):
