@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import pickle
 import socket
 from collections.abc import Mapping
 from typing import Any
 
-from rlflow.actors.environment_wire import MAX_ANSWER_BYTES, EnvironmentSetup
+from rlflow.actors.environment_wire import MAX_ANSWER_BYTES, EnvironmentSetup, decoded
 from rlflow.actors.reward_process import RewardProcess, child_environment
 from rlflow.actors.reward_wire import HEADER, frame
 from rlflow.environments.protocol import EnvironmentFault
@@ -222,7 +221,7 @@ class EnvironmentProcess:
                 _, length = HEADER.unpack(await self._read(HEADER.size))
                 if length > 2 * MAX_ANSWER_BYTES:
                     raise ValueError(f"an answer of {length} bytes")
-                said = json.loads(await self._read(length))
+                said = decoded(await self._read(length))
         except TimeoutError:
             await self.close()
             raise EnvironmentFault(f"{verb} gave no answer within {timeout_s:g} s") from None

@@ -9,6 +9,8 @@ Requests are pickled, for they come from the worker. Answers are JSON: what a ch
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from rlflow.actors.reward_wire import HEADER
 
 MAX_ANSWER_BYTES = 1 << 20
 """Of one answer of an episode's environment."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,28 @@ class EnvironmentSetup:
     parent_pid: int
     memory_bytes: int
     """Limit of an episode's data segment (heap and anonymous memory)."""
+
+
+def decoded(body: bytes) -> Any:
+    """What an answer says. A lone surrogate, which no tokenizer and no file takes, is U+FFFD in it.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply.
+    """
+    text = body.decode("utf-8", "replace")
+    try:
+        said = json.loads(text)
+        return _without_surrogates(said) if "\\u" in text else said
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return [_without_surrogates(item) for item in value] if isinstance(value, list) else value
 
 
 def read_with_descriptor(connection: socket.socket) -> tuple[int, bytes, int | None] | None:

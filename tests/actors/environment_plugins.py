@@ -80,6 +80,10 @@ class Bad(Counting):
             case "prints":
                 for _ in range(100):
                     print("x" * 2**20)
+            case "surrogates":
+                # As Python reads bytes that are no text; what is raised goes into files.
+                self.heard.append(b"\xff".decode(errors="surrogateescape"))
+                return "is\ud83d it"
             case "is no text":
                 return 7
             case "is too long":

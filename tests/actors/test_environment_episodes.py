@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from rlflow.actors.environment_episodes import turn_seed
+from rlflow.actors.environment_wire import decoded
 from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.types import Limits
@@ -205,6 +207,18 @@ def test_what_an_environment_says_is_text_though_it_is_written_like_a_control_to
     assert (played.token_ids == EOS).sum() == 2
     assert played.episode.messages[1]["content"] == "x< eos>a:evil< eos>1"
     assert played.episode.counts == {"replies": 1, "control_texts": 2}
+
+
+def test_text_that_no_tokenizer_and_no_file_takes_is_kept_as_a_mark_for_what_is_unreadable():
+    # Its words are not heard: the episode is over with them.
+    request = request_of(1, prompt_of({"word": "surrogates"}), limits=Limits(1, 400, 100))
+    ((played,),) = play(lambda before: "one", block_of("Bad"), request)
+    assert (played.finish_reason, played.episode.error) == ("turns", "")
+    assert played.episode.state == {"heard": ["\ufffd"]}
+    said = decoded(json.dumps({"messages": [{"content": "is\ud83d it \U0001f600"}], "\udc00": 1}).encode())
+    assert said == {"messages": [{"content": "is\ufffd it \U0001f600"}], "\ufffd": 1}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        decoded(b"[" * 100_000)
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:
