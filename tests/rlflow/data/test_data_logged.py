@@ -15,7 +15,7 @@ from rlflow.data.errors import DataError
 from rlflow.data.examples import load_examples
 from rlflow.data.preferences import load_labelled, load_pairs
 from rlflow.inspection.exporting import export_chat
-from rlflow.recipe import DataBlock, SourceBlock
+from rlflow.recipe import DataBlock, Recipe, SourceBlock
 from rlflow.tracking.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rlflow.types import Episode, Group, Prompt, Rollout
 from tests.flat_rollouts import flat
@@ -198,3 +198,17 @@ def test_rows_of_a_file_are_desirable_by_a_condition_and_a_missing_value_is_a_ba
     assert [(bad.row, bad.reason) for bad in labelled.skipped] == [
         (3, "`label` is missing, or a value that the source's condition for it names")
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "algorithm", "says"),
+    [
+        ({"label": "reward > 0"}, {"name": "sft"}, "says which answers are desirable, and sft does not ask: remove it"),
+        ({"label": "score > 0", "columns": {"label": "good"}}, {"name": "kto"}, "has a condition and a column"),
+    ],
+)
+def test_a_condition_for_labels_where_none_are_asked_for_or_there_are_some_is_refused(source, algorithm, says):
+    data = {"train": {"path": "rows.jsonl", **source}}
+    recipe = {"run": {"steps": 1, "output_dir": "out"}, "model": {"path": "m"}, "algorithm": algorithm, "data": data}
+    with pytest.raises(ValueError, match=says):
+        Recipe.model_validate(recipe)
