@@ -26,7 +26,8 @@ from typing import Any
 
 from rlflow.actors.reward_process import child_environment
 from rlflow.cli.plugin_child import Trial
-from rlflow.recipe import Recipe, RewardBlock, SourceBlock
+from rlflow.data.errors import DataError
+from rlflow.recipe import Recipe, RewardBlock, SampleBlock, SourceBlock
 from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean
 from rlflow.rewards import REWARDS
@@ -117,6 +118,22 @@ def in_rewards(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
             tried[key] = Trial("reward", reward.name, reward.plugin, reward.args, row)
     keys = {key: f"{key}.args" if trial.plugin is None else f"{key}.plugin" for key, trial in tried.items()}
     yield from _problems(tried, keys, child_environment(os.environ, recipe.reward_server.environment))
+
+
+def in_keep(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
+    """Of the condition by which a stage that samples keeps answers.
+
+    Args:
+        row: The columns of a prompt; None where the data was not read.
+    """
+    if row is None or not isinstance(recipe.algorithm, SampleBlock):
+        return
+    from rlflow.data.kept_answers import require_condition
+
+    try:
+        require_condition(recipe.algorithm.keep, [block.label for block in recipe.rewards], row)
+    except DataError as error:
+        yield "algorithm.keep.where", str(error)
 
 
 def try_environment(recipe: Recipe) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:

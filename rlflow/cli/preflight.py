@@ -21,6 +21,7 @@ from rlflow.cli.output_checks import in_output, in_space
 from rlflow.cli.plugin_checks import (
     in_functions,
     in_generators,
+    in_keep,
     in_rewards,
     rewards_of,
     sources_of,
@@ -106,6 +107,7 @@ def check_in_use(
         found = [*in_generators(recipe, is_called=is_read), *faults]
         reading = read_data(recipe, to_come, tools, tokenize=tokenize) if is_read and not found else Reading()
         found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
+        found += in_keep(recipe, reading.row)
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)
         if recipe.trains:

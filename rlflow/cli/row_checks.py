@@ -126,7 +126,7 @@ def _known_to_fit(recipe: Recipe, model: ModelBlock) -> Reading | None:
         if key == "data.train":
             reading.num_rows = len(columns)
         if reading.row is None and is_prompt:
-            reading.row = columns[0]
+            reading.row = _all_columns(columns)
     return reading
 
 

@@ -16,8 +16,8 @@ from rlflow.data.images import data_uri
 from rlflow.data.logged import conversation_of
 from rlflow.data.sources import CONVERSATION_COLUMNS
 from rlflow.recipe.sample_blocks import KeepBlock
-from rlflow.tracking.filters import filter_records
-from rlflow.tracking.rollouts import RolloutRecord
+from rlflow.tracking.filters import COLUMN_PREFIX, OWN_NAMES, Expression, filter_records
+from rlflow.tracking.rollouts import REWARD_PREFIX, RolloutRecord
 
 _OF_THE_ROW = {"id", *CONVERSATION_COLUMNS}
 """Columns of the row that was answered, which its answers do not have: its name, and what it answered itself."""
@@ -91,6 +91,22 @@ def _shown_with(record: RolloutRecord) -> dict[str, Any]:
     """The columns of its tools, and of its pictures, each as a data URI."""
     tools = {"tools": record.tools} if record.tools else {}
     return tools | ({"images": [data_uri(image) for image in record.images]} if record.images else {})
+
+
+def require_condition(keep: KeepBlock, rewards: Iterable[str], columns: Iterable[str]) -> None:
+    """What can be told of the condition before there is an answer.
+
+    Args:
+        rewards: The labels of the reward functions.
+        columns: Those of the prompts.
+
+    Raises:
+        FilterError: It cannot be read, or names what no answer has.
+    """
+    if keep.where is not None:
+        of_rewards = [f"{REWARD_PREFIX}{name}" for name in rewards]
+        own = list(dict.fromkeys(columns))
+        Expression(keep.where, [*OWN_NAMES, *of_rewards, *own, *(f"{COLUMN_PREFIX}{name}" for name in own)])
 
 
 def _usable(records: Iterable[RolloutRecord]) -> list[RolloutRecord]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from rlflow import checkpoint
 from rlflow.actor_groups import Actors
-from rlflow.data.kept_answers import Kept, keep_answers
+from rlflow.data.kept_answers import Kept, keep_answers, require_condition
 from rlflow.data.sampler import Sampler
 from rlflow.driver.assemble import Batch, build_group, rollout_metrics
 from rlflow.driver.callbacks import Callbacks
@@ -209,6 +209,9 @@ def sample_stage(
     Args:
         num_restarts: None: workers that are lost are started again by the pool.
     """
+    assert isinstance(recipe.algorithm, SampleBlock)
+    columns = (name for prompt in material.rows for name in prompt.columns)
+    require_condition(recipe.algorithm.keep, [block.label for block in recipe.rewards], columns)
     with clock("startup_actors"):
         wait_ready(actors, recipe)
     for group in actors.groups():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import rlflow
 from rlflow.data.errors import DataError
-from rlflow.driver.errors import RunError
+from rlflow.driver.errors import RunError, StopRequested
 from rlflow.model_source import find_model
+from rlflow.recipe import RecipeError
 from rlflow.recipe.yaml_source import merge
+from rlflow.tracking.rollouts import write_rollouts
 from tests.actors.rollout_engines.http_stand_in import serving
 
 REWARD = """
@@ -29,7 +33,7 @@ def first(completions, **columns):
 """
 SAMPLE = {
     "name": "answers",
-    "algorithm": {"name": "sample", "group_size": 16, "keep": {"where": "reward >= 0.5", "at_most": 2}},
+    "algorithm": {"name": "sample", "group_size": 16, "keep": {"where": "reward/first >= 0.5", "at_most": 2}},
     "data": {"prompts_per_step": 4},
     "run": {"epochs": 1},
 }
@@ -183,6 +187,18 @@ def test_a_stage_that_keeps_nothing_says_so_and_the_next_does_not_start(run: Run
     assert not (tmp_path / "run" / "answers" / "final").exists() and not (tmp_path / "run" / "sft").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("rewrd > 1", "did you mean 'reward'"), ("reward >", "is no condition"), ("reward/last > 0", "there is no")],
+)
+def test_a_condition_that_no_answer_can_fulfil_is_refused_before_anything_starts(
+    run: Run, tmp_path: Path, where: str, says: str
+):
+    with pytest.raises(RecipeError, match=rf"algorithm\.keep\.where: .*{says}"):
+        run(algorithm={"keep": {"where": where}})
+    assert not (tmp_path / "run").exists()
+
+
 def test_workers_that_go_on_while_a_step_is_awaited_draw_the_same_answers(run: Run):
     one, two = run(name="one"), run(name="two", run={"max_staleness": 2})
     assert [row["token_ids"] for row in drawn(one)] == [row["token_ids"] for row in drawn(two)]
@@ -217,3 +233,24 @@ def test_a_servers_own_weights_answer_and_it_is_sent_none(run: Run, tiny_model_d
     compare_with_transformers(drawn(directory), tiny_model_dir)
     assert not any("update" in path or "load" in path for path, _ in server.bodies)
     assert not (directory / "answers" / "served_weights").exists()
+
+
+def test_a_stop_waits_for_the_answers_of_the_step_and_a_resumed_stage_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written: list[Path] = []
+
+    def write(path: Path, *content: Any) -> None:
+        write_rollouts(path, *content)
+        written.append(path)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("rlflow.driver.sample.write_rollouts", write)
+    with pytest.raises(StopRequested, match="stopped after step 2 of 3"):
+        run(SFT)
+    directory = tmp_path / "run"
+    assert not (directory / "answers" / "final").exists() and not (directory / "sft").exists()
+    run(SFT, resume=True)
+    assert len(written) == 3, "the last step alone was left"
+    assert len(drawn(directory)) == 160 and rows_of(directory) and (directory / "sft" / "final").exists()
