@@ -113,10 +113,18 @@ def _usable(records: Iterable[RolloutRecord]) -> list[RolloutRecord]:
     """Those that were scored and not cut, each answer to a prompt once."""
     found: dict[tuple[str, str], RolloutRecord] = {}
     for record in records:
-        if record.finish_reason != "length" and not math.isnan(record.reward) and record.completion.strip():
+        if record.finish_reason != "length" and not math.isnan(record.reward) and _says_something(record):
             said = record.completion if record.episode is None else json.dumps(record.episode.messages, default=str)
             found.setdefault((record.prompt_id, said), record)
     return list(found.values())
+
+
+def _says_something(record: RolloutRecord) -> bool:
+    """Whether every turn of the model has a text or calls a function."""
+    if record.episode is None:
+        return bool(record.completion.strip())
+    turns = [message for message in record.episode.messages if message["role"] == "assistant"]
+    return all(message.get("tool_calls") or str(message.get("content") or "").strip() for message in turns)
 
 
 def _by_prompt(records: Iterable[RolloutRecord]) -> dict[str, list[RolloutRecord]]:

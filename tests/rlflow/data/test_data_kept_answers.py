@@ -11,6 +11,7 @@ import pytest
 from rlflow.data.kept_answers import keep_answers
 from rlflow.recipe.sample_blocks import KeepBlock
 from rlflow.tracking.rollouts import RolloutRecord
+from rlflow.types import Episode
 
 
 def answer(prompt: str, said: str, reward: float, **given: Any) -> RolloutRecord:
@@ -72,6 +73,15 @@ def test_pairs_are_the_best_and_the_worst_then_the_second_best_and_the_second_wo
     rows = keep_answers(ANSWERS, KeepBlock(form="pairs", **keep)).rows
     said = [(row["chosen_messages"][-1]["content"], row["rejected_messages"][-1]["content"]) for row in rows]
     assert said == expected
+
+
+def test_an_episode_with_a_turn_that_says_nothing_is_not_kept():
+    calls: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    spoken = [calls, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}]
+    silent = [*spoken[:2], {"role": "assistant", "content": " "}]
+    episodes = [Episode(tuple(said)) for said in (spoken, silent)]
+    (row,) = keep_answers([answer("a", "4", 1.0, episode=episode) for episode in episodes], KeepBlock()).rows
+    assert row["messages"][1:] == spoken
 
 
 def test_the_account_counts_what_became_of_all_answers():
