@@ -15,6 +15,8 @@ from typing import Any
 from rlflow.data.tokenizer import GENERATION_CONFIG
 from rlflow.recipe import ModelBlock
 
+CLASSIFIER = "modeling_classifier"
+"""The module of a classifier that transformers has none of."""
 _THETA, _PARTIAL = "rope_theta", "partial_rotary_factor"
 _OLD_ROPE_NAMES = {"gpt_neox": {_THETA: "rotary_emb_base", _PARTIAL: "rotary_pct"}}
 """By model_type, where version 4 has its own."""
@@ -55,6 +57,7 @@ def save_model(model: Any, directory: Path, weights: dict[str, Any] | None = Non
     if not model.can_generate():
         model.save_pretrained(directory, state_dict=weights)
         _write_config(model, directory, weights)
+        _write_code(model, directory)
         return
     own = model.generation_config
     # transformers loads settings that contradict each other, as several published models have, and refuses to save
@@ -79,6 +82,19 @@ def _write_config(model: Any, directory: Path, weights: dict[str, Any] | None) -
     path = directory / "config.json"
     config = with_old_names(model.config, json.loads(path.read_text()))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_code(model: Any, directory: Path) -> None:
+    """Writes the class of a classifier that transformers has none of, as code that `trust_remote_code` loads."""
+    from rlflow.actors.vision import classifier_code, own_classifier
+
+    if (kind := own_classifier(model)) is None:
+        return
+    (directory / f"{CLASSIFIER}.py").write_text(classifier_code(kind), encoding="utf-8")
+    path = directory / "config.json"
+    names = {"AutoModelForSequenceClassification": f"{CLASSIFIER}.{kind.__name__}"}
+    written = json.loads(path.read_text()) | {"auto_map": names, "architectures": [kind.__name__]}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def with_old_names(config: Any, written: Mapping[str, Any]) -> dict[str, Any]:

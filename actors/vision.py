@@ -71,6 +71,23 @@ def classifier_class(config: Any) -> Any:
     return AutoModelForSequenceClassification
 
 
+def own_classifier(model: PreTrainedModel) -> type | None:
+    """The class of a classifier that `classifier_class` made, and transformers has not."""
+    return next((kind for kind in type(model).__mro__ if kind.__module__ == __name__), None)
+
+
+def classifier_code(kind: type) -> str:
+    """The module that defines such a class for whoever loads the model with transformers alone."""
+    family = next(parent for parent in kind.__mro__[1:] if issubclass(parent, PreTrainedModel))
+    return (
+        '"""A classifier of the last token, as transformers has them of other models."""\n\n'
+        f"from {family.__module__} import {family.__name__}\n"
+        "from transformers.modeling_layers import GenericForSequenceClassification\n\n\n"
+        f"class {kind.__name__}(GenericForSequenceClassification, {family.__name__}):\n"
+        "    pass\n"
+    )
+
+
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
     """Sets the attention of a model's language part; a vision tower keeps its own."""
     if sees(model.config):

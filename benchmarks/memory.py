@@ -83,8 +83,9 @@ class Case:
     ranks: int = 1
 
 
-PICTURE = (512, 480)
-"""Width and height of the picture in a prompt of a vision-language model: 960 patches, 240 tokens."""
+PICTURE = (512, 992)
+"""Width and height of the picture in each sequence of a vision-language model: 1,984 patches, 496 of 512 tokens, as the
+estimate takes every token for a part of a picture."""
 
 
 def zero(stage: int) -> tuple[str, ...]:

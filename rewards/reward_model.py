@@ -12,7 +12,8 @@ import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
-from rlflow.data.errors import DataError
+from rlflow.data.errors import DataError, RowError
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.tokenizer import load_tokenizer
 from rlflow.data.vocabulary import Vocabulary, tokens_without_row
 from rlflow.memory import count_stored
@@ -57,6 +58,11 @@ class RewardModel:
             if type(value) is not int or value < 1:
                 raise RewardError(f"reward_model: {name} is {value!r}: give a whole number above 0")
         self._batch_size = batch_size
+        if ImageProcessor(path).takes_images:
+            raise RewardError(
+                f"reward_model: {path} is a vision-language model, and this reward scores text alone: write a reward "
+                "function with `images` that loads it as its model card says"
+            )
         _require_memory(path)
         with _memory_named(f"loading {path}", "raise reward_server.memory_gib"):
             self._model = _load_model(path)
@@ -77,7 +83,8 @@ class RewardModel:
         """One score a completion, of any size.
 
         Raises:
-            RowError: The chat template refuses a conversation, or a character tokenizer lacks one of its characters.
+            RowError: The chat template refuses a conversation, a character tokenizer lacks one of its characters, or
+                a prompt has pictures.
             RewardError: A batch needs more memory than there is.
         """
         read = [self._render(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
@@ -87,6 +94,8 @@ class RewardModel:
             return [score for batch in batches for score in self._score(batch)]
 
     def _render(self, prompt: Sequence[Message], completion: str) -> Rendered:
+        if any(message.get("images") for message in prompt):
+            raise RowError("its prompt has pictures, and a reward model here reads text alone")
         if self._chat.tokenizer.chat_template is None:
             return Rendered("".join([*(str(message["content"]) for message in prompt), completion]))
         return self._chat.render_whole([*prompt, {"role": "assistant", "content": completion}])

@@ -77,6 +77,21 @@ model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
 inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)
 print(model(**inputs).logits[0, 0].item())"""
 
+SCORE_WITH_PICTURES = """\
+from PIL import Image
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+{here}
+processor = AutoProcessor.from_pretrained(path)
+# {code}
+model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto"{trusted})
+content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is this?"}}]
+answer = [{{"type": "text", "text": "A sign"}}]
+conversation = [{{"role": "user", "content": content}}, {{"role": "assistant", "content": answer}}]
+inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+print(model(**inputs).logits[0, 0].item())"""
+OWN_CODE = "transformers has no classifier of this architecture: its class is the code beside the weights"
+
 CLASSIFY = """\
 from transformers import pipeline
 
@@ -206,6 +221,10 @@ def is_reward_model(directory: Path) -> bool:
 
 
 def _score(directory: Path) -> str:
+    if sees_pictures(directory) and _has_chat_template(directory):
+        is_own = "auto_map" in json.loads((directory / "config.json").read_text())
+        trusted, code = (", trust_remote_code=True", OWN_CODE) if is_own else ("", "as transformers has it")
+        return SCORE_WITH_PICTURES.format(here=HERE, trusted=trusted, code=code)
     plain = 'conversation = "Hello" + "Hello you"'
     return SCORE.format(here=HERE, conversation=CONVERSATION if _has_chat_template(directory) else plain)
 

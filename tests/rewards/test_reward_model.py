@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlflow.actors.reward_server import RewardServer
+from rlflow.data.errors import RowError
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError, resolve
 from rlflow.rewards.reward_model import score_head_problem
@@ -311,3 +312,14 @@ def test_the_module_is_imported_without_torch_and_transformers() -> None:
 def test_a_reward_model_has_a_score_head_of_one_label(fields: dict, problem: str | None) -> None:
     said = score_head_problem({"architectures": ["LlamaForSequenceClassification"], **fields})
     assert said is None if problem is None else str(said).startswith(problem)
+
+
+def test_a_reward_model_reads_no_pictures_and_says_so(copied: Path) -> None:
+    """A picture would reach a template of texts as a list of parts."""
+    seen = [{"role": "user", "content": "<image>What?", "images": 1}]
+    with pytest.raises(RowError, match="its prompt has pictures, and a reward model here reads text alone"):
+        score(copied, [seen], ["four"])
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"vision_config": {}}))
+    with pytest.raises(RewardError, match="is a vision-language model, and this reward scores text alone"):
+        score(copied)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlflow.actors import adapters
@@ -19,6 +21,7 @@ from rlflow.cli.main import main
 from rlflow.data.processor_files import copy_processor_files
 from rlflow.data.tokenizer import load_tokenizer, save_tokenizer
 from rlflow.recipe import AdapterBlock, ModelBlock
+from rlflow.recipe.model_blocks import Part
 from rlflow.tracking.card_snippets import usage
 from tests.seeing_models import FAMILIES, write_seeing_model
 from tests.vision_models import picture
@@ -31,9 +34,9 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_seeing_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def write_adapter(directory: Path, base: Path) -> Path:
-    """As a run leaves it: an adapter of the language model that has learned something, and what reads for it."""
-    block = ModelBlock(path=str(base), adapter=AdapterBlock(rank=4, alpha=6))
+def write_adapter(directory: Path, base: Path, parts: Sequence[Part] = ("language",)) -> Path:
+    """As a run leaves it: an adapter of these parts that has learned something, and what reads for it."""
+    block = ModelBlock(path=str(base), adapter=AdapterBlock(rank=4, alpha=6), train=tuple(parts))
     model = adapters.load_adapted(block, seed=0, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -57,8 +60,15 @@ def logits_of(model: Any, reader: Path) -> torch.Tensor:
         return model.eval()(**inputs).logits[0]
 
 
-def test_a_merged_vision_language_model_has_the_logits_of_base_plus_adapter(seeing: Path, tmp_path: Path):
-    adapter, output = write_adapter(tmp_path / "run" / "final", seeing), tmp_path / "merged"
+@pytest.mark.parametrize("parts", [("language",), ("vision", "projector", "language")], ids=len)
+def test_a_merged_vision_language_model_has_the_logits_of_base_plus_adapter(
+    seeing: Path, tmp_path: Path, parts: Sequence[Part]
+):
+    adapter, output = write_adapter(tmp_path / "run" / "final", seeing, parts), tmp_path / "merged"
+    adapted = {
+        name for name in load_file(adapter / "adapter_model.safetensors") if "visual" in name or "vision" in name
+    }
+    assert bool(adapted) == ("vision" in parts)
     base = AutoModelForImageTextToText.from_pretrained(seeing)
     plain = logits_of(base, seeing)
     expected = logits_of(PeftModel.from_pretrained(base, str(adapter)), adapter)

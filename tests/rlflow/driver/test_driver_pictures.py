@@ -108,6 +108,7 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
     rlflow.run(recipe)
     final = tmp_path / "run" / "final"
     assert (final / "processor_config.json").is_file()
+    assert (final / "modeling_classifier.py").is_file() == (name == "reward_model")
     before, after = load_file(models(family) / "model.safetensors"), load_file(final / "model.safetensors")
     moved = {key: float((after[key].float() - before[key].float()).abs().max()) for key in before if key in after}
     of_tower = [value for key, value in moved.items() if "visual.blocks" in key or "vision_model.encoder" in key]
