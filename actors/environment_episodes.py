@@ -299,9 +299,9 @@ class _Play:
         system = [message for message in prompt.messages[:1] if message["role"] == "system"]
         if messages and messages[0]["role"] != "system":
             messages = [*system, *messages]
-        messages = self._defused(messages)
         chat = self.episodes.chat
         messages, images = keep_places(messages, self.request.images)
+        messages = self._defused(messages)
         rendered = with_images(chat.render_prompt(messages, list(prompt.tools) or None), messages, images, chat)
         (token_ids,), engine_token_ids = chat.encode([rendered]), None
         if images:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlflow.data.messages import IMAGE_TAG
 from rlflow.types import Message
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ class ControlTexts:
         """The messages with every such text of their contents broken up, and how many there were."""
         broken, number = [], 0
         for message in messages:
-            content, found = self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", message["content"])
-            broken.append({**message, "content": content} if found else message)
+            # Where pictures stand, their tags do.
+            pieces = message["content"].split(IMAGE_TAG) if message.get("images") else [message["content"]]
+            made = [self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", piece) for piece in pieces]
+            found = sum(count for _, count in made)
+            broken.append({**message, "content": IMAGE_TAG.join(text for text, _ in made)} if found else message)
             number += found
         return broken, number
