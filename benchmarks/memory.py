@@ -68,7 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Random ones. Qwen3: 184M parameters, wide heads, an own head. GPT-2: 124M, LayerNorm, biases, two-matrix MLPs.
-Qwen3-VL: a tower of 39M with projectors of 16M, beside a language model of 45M."""
+Qwen3-VL: a tower of 40M with projectors of 16M, beside a language model of 42M."""
 GROUP, PROMPT, NEW = 4, 256, 256
 """Samples of a prompt, tokens of a prompt and of a completion: a sequence has 512."""
 
