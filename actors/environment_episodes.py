@@ -76,9 +76,11 @@ class Episodes:
         over: Callable[[int, PlayedEpisode], object],
         fail: Callable[[BaseException], object],
         vision: ImageProcessor | None = None,
+        at_once: int,
     ) -> None:
         """
         Args:
+            at_once: How many episodes are under way, each with a process; others wait.
             template_date: What the chat template writes where it writes the date.
             go_on: Asks the engine for a turn; `wrote` brings it.
             over: Called with an episode that has ended, and its id.
@@ -92,6 +94,7 @@ class Episodes:
         self.reader = CallReader(self.chat, block.call_parser)
         self.control_texts = ControlTexts(tokenizer)
         self._go_on, self._over, self._fail = go_on, over, fail
+        self._room = asyncio.Semaphore(at_once)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._turns: dict[int, asyncio.Future[Completion]] = {}
         self._loop = asyncio.new_event_loop()
@@ -158,7 +161,8 @@ class Episodes:
             self._fail(error)
 
     async def _play(self, play: _Play) -> None:
-        self._over(play.id, await play.played())
+        async with self._room:
+            self._over(play.id, await play.played())
 
     async def written(self, sample: SampleRequest) -> Completion:
         """What the policy says next in an episode."""
@@ -184,7 +188,7 @@ class _Play:
         images, engine_token_ids = request.images, request.engine_token_ids
         self.transcript = self._transcript(self.prompt.messages, request.token_ids, images, engine_token_ids)
         self.began_with: tuple[Message, ...] | None = None
-        self.started = time.monotonic()
+        self.started = math.inf
         self.reward, self.environment_s, self.error = 0.0, 0.0, ""
         self.counts: dict[str, int] = {}
         self.state: Any = None
@@ -192,6 +196,7 @@ class _Play:
 
     async def played(self) -> PlayedEpisode:
         """Plays it to its end."""
+        self.started = time.monotonic()
         process: EnvironmentProcess | None = None
         try:
             try:

@@ -134,6 +134,7 @@ class RolloutWorker:
                 over=self.engine.end_episode,
                 fail=self.engine.fail,
                 vision=load_image_processor(model),
+                at_once=rollout.max_num_seqs,
             )
         self._ready = WorkerReady(engine, time.perf_counter() - started)
 

@@ -108,7 +108,9 @@ def measure(kind: str, file: Path, sleeps: np.ndarray) -> list[dict[str, float]]
         return GroupRequest(number, token_ids, (number,), params, prompt=prompt, limits=limits)
 
     thread = EngineThread(engine, num_episodes)
-    thread.episodes = Episodes(block, tokenizer, None, go_on=thread.go_on, over=thread.end_episode, fail=thread.fail)
+    thread.episodes = Episodes(
+        block, tokenizer, None, go_on=thread.go_on, over=thread.end_episode, fail=thread.fail, at_once=num_episodes
+    )
     rounds = []
     try:
         thread.load_weights(lambda: [], 0).result(60)

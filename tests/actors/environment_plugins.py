@@ -61,6 +61,14 @@ class Sleeping(Counting):
         return super().step(message)
 
 
+class Process(Sleeping):
+    """Its state is the process that it is in."""
+
+    @property
+    def state(self):
+        return os.getpid()
+
+
 class Bad(Counting):
     """Does what no environment may, where the row says so."""
 

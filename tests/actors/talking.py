@@ -88,10 +88,12 @@ def block_of(plugin: str = "", tools: Sequence[str] = (), **keys: Any) -> Enviro
 
 
 @contextmanager
-def worker(engine: RolloutEngine, block: EnvironmentBlock) -> Iterator[EngineThread]:
+def worker(engine: RolloutEngine, block: EnvironmentBlock, at_once: int = 64) -> Iterator[EngineThread]:
     """The engine's thread with a turn loop, and the first weights."""
     thread = EngineThread(engine, 64)
-    thread.episodes = Episodes(block, TOKENIZER, None, go_on=thread.go_on, over=thread.end_episode, fail=thread.fail)
+    thread.episodes = Episodes(
+        block, TOKENIZER, None, go_on=thread.go_on, over=thread.end_episode, fail=thread.fail, at_once=at_once
+    )
     thread.load_weights(lambda: [], 0).result(10)
     try:
         yield thread

@@ -221,6 +221,21 @@ def test_text_that_no_tokenizer_and_no_file_takes_is_kept_as_a_mark_for_what_is_
         decoded(b"[" * 100_000)
 
 
+def test_no_more_episodes_are_under_way_than_may_be_and_the_others_time_begins_with_them():
+    block = block_of("Process", args={"seconds": 0.4}, episode_timeout_s=1.5)
+    requests = [request_of(id, prompt_of({"word": "a"}), limits=Limits(2, 400, 100)) for id in range(6)]
+    with worker(TalkingEngine(lambda before: "no"), block, at_once=2) as thread:
+        thread.submit(requests).result(10)
+        done = []
+        while len(done) < 6:
+            found = thread.take_finished(6, 60)
+            assert found
+            done += [made for group in found for made in group.completions]
+    assert len({made.episode.state for made in done}) <= 2
+    # Three pairs one after the other take longer than one episode may.
+    assert [made.finish_reason for made in done[4:]] == ["turns", "turns"]
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     ended = threading.Event()
     deadline = time.monotonic() + seconds
