@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,12 @@ ADAPTERS: dict[str, str] = {
     "reasoning_gym": f"{_OF_ADAPTERS}.reasoning_gym:ReasoningGymEnvironment",
 }
 """Name -> ``module:class``."""
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "verifiers": ("verifiers", "verifiers.clients", "verifiers.v1.utils.loaders"),
+    "openenv": ("openenv.core.generic_client",),
+    "reasoning_gym": ("reasoning_gym",),
+}
+"""What an adapter imports in an episode: seconds of it, that the process has before that episodes start from."""
 
 
 def load_environment(
@@ -39,6 +46,7 @@ def load_environment(
     if name is not None:
         if name not in ADAPTERS:
             raise EnvironmentFault(f"no environment is called {name!r}; there are {', '.join(ADAPTERS)}")
+        _import_first(name, str(args.get("id", "")))
         made: Any = _load(ADAPTERS[name], "environment")
     else:
         made = _load(str(plugin), "environment")
@@ -46,6 +54,20 @@ def load_environment(
     if not callable(made):
         raise EnvironmentFault(f"environment {label} is a {type(made).__name__}, not a class of environments")
     return partial(_make, made, dict(args), label)
+
+
+def _import_first(name: str, id: str) -> None:
+    """Imports an adapter's packages, and the module that verifiers' id of an environment stands for, where they are
+    there: what is not, the adapter names itself."""
+    own = re.sub(r"@.*", "", id.rpartition("/")[2]).replace("-", "_").lower()
+    for package in (*_PACKAGES[name], *([own] if own else [])):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            continue
+        # Other people's code.
+        except Exception as error:
+            raise EnvironmentFault(f"environment {name}: importing {package} raised {error!r:.300}") from error
 
 
 def _make(made: Callable[..., Any], args: Mapping[str, Any], label: str) -> Environment:

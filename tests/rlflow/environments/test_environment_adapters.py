@@ -13,6 +13,7 @@ import pytest
 
 from rlflow.data.environment_rows import dataset_of, environment_of, reasoning_gym, verifiers
 from rlflow.data.errors import DataError
+from rlflow.environments import loading
 from rlflow.environments.loading import load_environment
 from rlflow.environments.session import Session
 
@@ -321,6 +322,22 @@ def test_an_episode_of_it_that_is_cut_or_stops_is_scored_as_far_as_it_went(monke
 def test_a_verifiers_environment_of_several_agents_is_refused(monkeypatch):
     install_later_verifiers(monkeypatch, PlayedThrice(("user", "assistant")))
     assert "has the agents" in session_of("verifiers", id="x").answer("describe")["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "imported"),
+    [
+        ("reasoning_gym", {"task": "sums"}, {"reasoning_gym"}),
+        ("verifiers", {"id": "someone/count-up@0.1"}, {"verifiers", "verifiers.v1.utils.loaders", "count_up"}),
+    ],
+)
+def test_what_an_adapter_needs_is_imported_before_the_first_episode(monkeypatch, name, args, imported):
+    asked = []
+    importing = SimpleNamespace(import_module=asked.append)
+    monkeypatch.setattr(loading, "importlib", importing)
+    monkeypatch.setattr(loading, "_load", lambda spec, kind: Sums)
+    load_environment(name, None, (), args)
+    assert imported <= set(asked)
 
 
 @pytest.mark.parametrize(("name", "package"), [("reasoning_gym", "reasoning-gym"), ("verifiers", "verifiers")])
