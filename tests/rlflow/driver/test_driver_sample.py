@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from finished_runs import RunRecipe, metrics_of
+from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from rlflow.recipe.yaml_source import merge
 from rlflow.tracking.rollouts import write_rollouts
 from tests.actors.rollout_engines.http_stand_in import serving
 
+pytestmark = pytest.mark.slow
 REWARD = """
 def first(completions, **columns):
     return [ord(text[0]) % 5 / 4 if text else None for text in completions]
@@ -61,8 +63,15 @@ def run(run_recipe: RunRecipe, tmp_path: Path, tiny_model_dir: Path) -> Run:
     }
     scored = {"rewards": [{"plugin": f"{tmp_path / 'rewards.py'}:first"}]}
 
-    def run(*behind: dict[str, Any], name: str = "run", resume: bool = False, **blocks: Any) -> Path:
-        stages = [merge({**SAMPLE, **scored}, blocks), *behind]
+    def run(
+        *behind: dict[str, Any],
+        name: str = "run",
+        resume: bool = False,
+        before: dict[str, Any] | None = None,
+        **blocks: Any,
+    ) -> Path:
+        own = {} if before is None else {"model": blocks.pop("model")}
+        stages = [*([] if before is None else [before | own]), merge({**SAMPLE, **scored, **own}, blocks), *behind]
         return run_recipe({**shared, "stages": stages}, name, resume=resume)
 
     return run
@@ -123,9 +132,22 @@ def test_answers_are_of_the_model_that_the_stage_names(run: Run, tiny_teacher_di
     assert all(line["distill/divergence"] > 0 for line in metrics_of(directory / "sft")[1:])
 
 
-def compare_with_transformers(answers: list[dict[str, Any]], model_dir: Path) -> None:
-    """Each token has the logprob that the model gives it."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+def test_an_adapter_that_the_stage_before_has_trained_answers_with_its_base(run: Run, tiny_model_dir: Path):
+    directory = run(
+        model={"adapter": {"rank": 4}},
+        before={**SFT, "data": {"prompts_per_step": 5}, "trainer": {"learning_rate": 0.05}},
+        data={"train": {"rows": 3}},
+        algorithm={"group_size": 4, "keep": {"where": None}},
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    compare_with_transformers(drawn(directory), PeftModel.from_pretrained(base, directory / "sft" / "final"))
+    with pytest.raises(AssertionError):
+        compare_with_transformers(drawn(directory), tiny_model_dir)
+
+
+def compare_with_transformers(answers: list[dict[str, Any]], model: Any) -> None:
+    """Each token has the logprob that the model gives it. ``model``: one, or its directory."""
+    model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, Path) else model.eval()
     compared = 0
     for row in answers:
         prompt, said = row["prompt_token_ids"], row["token_ids"]
