@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlflow.actors.adapted_layers import layers_left_out
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.vision import language_model_class, part_finder, sees
 from rlflow.recipe import ModelBlock
@@ -114,8 +115,8 @@ def settled_config(
     _check_targets(model, config)
     if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
         config.target_modules = _within_parts(model, config, block.train)
-    if config.target_modules == "all-linear" and (fused := _read_by_kernels(model)):
-        config.exclude_modules = fused
+    if config.target_modules == "all-linear" and (left_out := layers_left_out(model)):
+        config.exclude_modules = left_out
     config.base_model_name_or_path, config.revision = block.path, block.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", False
     return config
@@ -310,15 +311,6 @@ def _within_parts(model: PreTrainedModel, config: Any, parts: Iterable[Part]) ->
             f"model.adapter.target_modules: none is in {', '.join(sorted(wanted))}, which model.train names"
         )
     return found
-
-
-def _read_by_kernels(model: nn.Module) -> list[str]:
-    """Names of the linear layers whose weights Mamba's kernels multiply by themselves: an adapter on one has no effect
-    and no gradient where there are such kernels."""
-    # Of all layers with a state, Mamba's alone have D.
-    mixers = [name.removesuffix(".D") for name, _ in model.named_parameters() if name.endswith(".D")]
-    layers = dict(model.named_modules())
-    return [f"{name}.out_proj" for name in mixers if f"{name}.out_proj" in layers]
 
 
 def _check_layers(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -50,12 +50,27 @@ def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options:
         problems.append(f"it has {_named(unused)}, which that leaves out")
     for name, stored, wanted in sorted(loading["mismatched_keys"])[:1]:
         problems.append(f"its {name} has shape {list(stored)}, and config.json says {list(wanted)}")
+    if _head_is_its_own(model):
+        problems.append(
+            "it has a head of its own, and its config.json ties it to the embeddings, as vLLM would (give config.json "
+            '"tie_word_embeddings": false)'
+        )
     if problems:
         raise ValueError(
             f"{path} is no {type(model).__name__}: {'; '.join(problems)}. Name a model whose weights are those of its "
             "config.json, or fetch it again"
         )
     return model
+
+
+def _head_is_its_own(model: PreTrainedModel) -> bool:
+    """Whether transformers has left a head apart, as the files have another than the embeddings, though the config ties
+    them."""
+    head = model.get_output_embeddings()
+    ties = model.config.get_text_config().tie_word_embeddings and model._tied_weights_keys
+    if not ties or not isinstance(head, nn.Linear):
+        return False
+    return head.weight is not model.get_input_embeddings().weight
 
 
 def _refuse_format(directory: Path) -> None:

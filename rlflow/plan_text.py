@@ -45,9 +45,13 @@ def _settings_table(plan: Plan) -> list[str]:
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    if plan.not_packed is None:
-        return [_model_line(plan)]
-    return [_model_line(plan), f"trained and scored in padded batches, not packed: {plan.not_packed}"]
+    how, reason = plan.passes
+    said = {
+        "packed": "trained and scored with its sequences packed",
+        "side by side": f"trained and scored with its sequences side by side, padded, not packed: {reason}",
+        "refused": f"refused as soon as it is loaded: {reason}. Choose another model",
+    }
+    return [_model_line(plan), said[how]]
 
 
 def _model_line(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from rlflow.data.image_counts import ImageCounts
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OnlineBlock, Recipe, algorithm_of
-from rlflow.recipe.architectures import why_not_packed
+from rlflow.recipe.architectures import How, how_run
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.reference import options
 from rlflow.recipe.token_shares import longest_with_one_rotation
@@ -86,8 +86,8 @@ class Plan:
     tokenized: bool = True
     """Whether ``num_rows`` are those that the chat template and the limits leave; otherwise they are all that can be
     read."""
-    not_packed: str | None = None
-    """Why sequences are not packed; None where they are."""
+    passes: tuple[How, str] = ("packed", "")
+    """How sequences go through the policy together, and why not packed."""
     one_rotation: int | None = None
     """Tokens up to which all sequences have the same rotary embedding; None where it never changes."""
 
@@ -174,7 +174,7 @@ def make_plans(
                 num_rows=rows,
                 images=pictures or ImageCounts(),
                 tokenized=whole is not False,
-                not_packed=why_not_packed(config),
+                passes=how_run(config),
                 one_rotation=longest_with_one_rotation(config),
             )
         )

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-ARCHITECTURES = ("Qwen3MoeForCausalLM",)
-"""Whose logprobs were compared with transformers' after several weight syncs."""
+ARCHITECTURES = (
+    "Glm4MoeForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteMoeForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Whose logprobs were compared with transformers' after several weight syncs, on CPUs."""
+_ON_CPUS_ALONE = ("GptOssForCausalLM",)
+"""Their experts have another kernel on GPUs than the Triton ones."""
 _CPU_BLOCK = 32
 """vLLM's CPU kernels want multiples of it, and other experts are widened once they are loaded."""
 
@@ -31,13 +41,14 @@ def expert_options(model: ModelConfig, *, on_cpu: bool, with_adapter: bool) -> d
     if not model.is_moe:
         return {}
     name = model.architecture
-    if name not in ARCHITECTURES or with_adapter:
+    if name not in ARCHITECTURES or with_adapter or (name in _ON_CPUS_ALONE and not on_cpu):
         what = "an adapter of a mixture of experts" if with_adapter else f"new weights of {name}'s experts"
         raise ValueError(f"{what} cannot be handed to it yet; set rollout.engine: torch")
     if not on_cpu:
         return {"moe_backend": "triton"}
     config = model.hf_text_config
-    for field in ("hidden_size", "moe_intermediate_size"):
+    of_experts = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+    for field in ("hidden_size", of_experts):
         size = getattr(config, field)
         if size % _CPU_BLOCK:
             raise ValueError(

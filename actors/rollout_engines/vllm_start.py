@@ -151,6 +151,9 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
     given = fixed | options
     try:
         config = EngineArgs(model_dir, **given).create_model_config()
+        if on_cpu and (config.is_hybrid or config.has_inner_state):
+            # What it keeps of states begins at whole pieces of a prompt, and on a CPU a prompt is read in one.
+            given["enable_prefix_caching"] = False
         given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
         return LLM.from_engine_args(EngineArgs(model_dir, **given))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Which architectures are not packed for training and scoring, from a model's config alone. No torch.
+"""How architectures are run for training and scoring, from a model's config alone. No torch.
 
 The actors find out by trying (rlflow.actors.train_engines.probe) and have the last word; this is what they find for
 the architectures of transformers, made small (docs/architectures.md).
@@ -7,21 +7,50 @@ the architectures of transformers, made small (docs/architectures.md).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 _STATE = "its layers carry a state from token to token, which packed sequences would share"
 _OWN = "its attention is its own, not the one that packs"
 _SPARSE = "its layers choose the tokens that they attend to"
 _REASONS = {
     _STATE: "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax "
-    "nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma zamba zamba2 zaya",
-    _OWN: "bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom codegen doge falcon gpt_neo gpt_neox_japanese "
+    "nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text "
+    "qwen3_5_text qwen3_next recurrent_gemma zamba zamba2 zaya",
+    _OWN: "bart bigbird_pegasus blenderbot blenderbot-small bloom codegen doge falcon gpt_neo gpt_neox_japanese "
     "gptj llama4 llama4_text marian mbart moshi mpt mvp nemotron openai-gpt pegasus phimoe plbart stablelm trocr "
-    "whisper xglm",
+    "got_ocr2 xglm",
     _SPARSE: "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text",
 }
 NOT_PACKED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
 """`model_type` -> why."""
+
+
+_HEAD = "it makes logits of hidden states in a way of its own"
+_REFUSED_FOR = {
+    _HEAD: "bert big_bird camembert data2vec-text electra ernie inkling_text megatron-bert modernbert-decoder "
+    "prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl",
+    "it is no left-to-right model as it is configured": "cpmant xlm xlnet",
+    "in evaluation mode it gives no gradients": "ctrl git reformer rwkv",
+    "its own forward pass fails on a text's token ids alone": "xlstm xmod",
+}
+REFUSED = {kind: reason for reason, kinds in _REFUSED_FOR.items() for kind in kinds.split()}
+"""`model_type` -> why no trainer, reference, critic or reward model takes it."""
+
+How = Literal["packed", "side by side", "refused"]
+
+
+def how_run(config: Mapping[str, Any]) -> tuple[How, str]:
+    """How sequences of a model go through it together, and why not packed. What is not known here is packed.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    text = config.get("text_config")
+    kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
+    if refused := next((REFUSED[kind] for kind in kinds if kind in REFUSED), None):
+        return "refused", refused
+    reason = next((NOT_PACKED[kind] for kind in kinds if kind in NOT_PACKED), None)
+    return ("packed", "") if reason is None else ("side by side", reason)
 
 
 def why_not_packed(config: Mapping[str, Any]) -> str | None:
@@ -30,6 +59,5 @@ def why_not_packed(config: Mapping[str, Any]) -> str | None:
     Args:
         config: Fields of a transformers config.
     """
-    text = config.get("text_config")
-    kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
-    return next((NOT_PACKED[kind] for kind in kinds if kind in NOT_PACKED), None)
+    how, reason = how_run(config)
+    return None if how == "packed" else reason

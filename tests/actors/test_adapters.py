@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from rlflow.actors import adapters
@@ -20,6 +21,7 @@ from rlflow.actors.train_engines.optimizers import AdamW, decay_groups, set_lear
 from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.recipe import AdapterBlock, ModelBlock, OptimizerBlock, TrainerBlock, algorithm_of
 from rlflow.types import Denominators, MicroBatch
+from tests.actors.train_engines.architectures import PADDED, write
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYER = "model.layers.1.mlp.up_proj"
@@ -108,6 +110,18 @@ def test_an_adapter_is_float32_on_a_base_of_16_bits(tiny_model_dir: Path):
     assert (w.dtype, a.dtype, b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert not w.requires_grad
     assert len(adapters.adapter_parameters(model)) == 28
+
+
+def test_layers_that_are_more_than_linear_get_no_adapter(tmp_path: Path):
+    """Llama 4's routers return two tensors: PEFT takes them for linear layers, as by their class they are."""
+    model = write(tmp_path, "llama4_text", PADDED["llama4_text"])
+    made = adapted(tmp_path)
+    layers = {name for name, layer in made.named_modules() if isinstance(layer, BaseTunerLayer)}
+    assert any(name.endswith("self_attn.q_proj") for name in layers)
+    assert not any(name.endswith("router") for name in layers)
+    tokens = torch.tensor([[3, 7, 5, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(made(tokens).logits, model(tokens).logits)
 
 
 def test_lora_plus_multiplies_the_learning_rate_of_b(tiny_model_dir: Path):

@@ -108,6 +108,16 @@ def test_weights_of_another_shape_are_refused(load: Callable, write: Write):
         load(path)
 
 
+@pytest.mark.parametrize("load", [policy, adapted])
+def test_a_head_of_its_own_that_the_config_ties_is_refused(load: Callable, tmp_path: Path):
+    """transformers leaves it apart, and vLLM drops it."""
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r'a head of its own, and its .* ties it .*"tie_word_embeddings": false'):
+        load(tmp_path)
+
+
 @LOADERS
 def test_what_a_model_has_no_use_for_is_left_out(load: Callable, write: Write):
     """A vision tower, rotary frequencies, a mask, a layer for multi-token prediction, a head beside the head."""

@@ -389,9 +389,8 @@ def test_a_plan_shows_what_the_chat_template_reads(recipe_file: Path):
     assert "template   reads enable_thinking: false\n           reads effort: low\n" in render(plan)
 
 
-@pytest.mark.parametrize("kind", ["llama", "lfm2"])
-def test_the_plan_says_whether_sequences_are_packed(recipe_file: Path, kind: str):
-    """An architecture whose convolutions would run from one packed sequence into the next, and one without."""
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "bert"])
+def test_the_plan_says_how_sequences_go_through_the_model(recipe_file: Path, kind: str):
     recipe_file.write_text(TINY.replace("model_type: llama", f"model_type: {kind}"))
-    text = render(make_plans(load_recipe(recipe_file), LAPTOP)[0])
-    assert ("trained and scored in padded batches, not packed: its layers carry a state" in text) == (kind == "lfm2")
+    says = {"llama": "its sequences packed", "lfm2": "not packed: its layers carry a state", "bert": "refused as soon"}
+    assert says[kind] in render(make_plans(load_recipe(recipe_file), LAPTOP)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from rlflow.actors.checkpoint_names import to_checkpoint
+from rlflow.actors.checkpoint_names import kept_buffers, to_checkpoint
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.types import Completion, SampleRequest, SamplingParams
 
@@ -106,7 +106,10 @@ def kind_of(policy: PreTrainedModel) -> str:
 
 def sent(policy: PreTrainedModel) -> dict[str, torch.Tensor]:
     """As a trainer names them."""
-    return {name: tensor.detach() for name, tensor in to_checkpoint(policy, policy.named_parameters())}
+    return {
+        name: tensor.detach()
+        for name, tensor in to_checkpoint(policy, chain(policy.named_parameters(), kept_buffers(policy)))
+    }
 
 
 def sync(engine: RolloutEngine, policy: PreTrainedModel, version: int = 0, cache: CacheAtUpdate = "recompute") -> int:

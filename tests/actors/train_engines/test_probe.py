@@ -193,7 +193,10 @@ def test_what_differs_side_by_side_is_run_one_sequence_at_a_time(tmp_path, batch
         torch.testing.assert_close(ours.of_batch(batch, CPU, entropies="none").logprobs, expected, **EXACT)
 
 
-def test_layers_with_a_state_are_packed_where_their_kernels_heed_the_boundaries(tmp_path, batch, monkeypatch):
+@pytest.mark.parametrize(("heeding", "way"), [("both", "packed"), ("convolution", "padded"), ("rule", "padded")])
+def test_layers_with_a_state_are_packed_where_all_their_kernels_heed_boundaries(
+    tmp_path, batch, monkeypatch, heeding, way
+):
     """As kernels on GPUs do: each sequence between two boundaries alone. transformers' stand-ins leave them aside."""
     write(tmp_path, "qwen3_next", PADDED["qwen3_next"])
     convolve, rule = modeling_qwen3_next.causal_conv1d_fn, modeling_qwen3_next.torch_chunk_gated_delta_rule
@@ -208,10 +211,12 @@ def test_layers_with_a_state_are_packed_where_their_kernels_heed_the_boundaries(
         outputs, states = zip(*(rule(q, k, v, g=g, beta=b, **options) for q, k, v, g, b in parts), strict=True)
         return torch.cat(outputs, dim=1), states[-1]
 
-    monkeypatch.setattr(modeling_qwen3_next, "causal_conv1d_fn", convolve_each)
-    monkeypatch.setattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule", rule_of_each)
+    if heeding != "rule":
+        monkeypatch.setattr(modeling_qwen3_next, "causal_conv1d_fn", convolve_each)
+    if heeding != "convolution":
+        monkeypatch.setattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule", rule_of_each)
     ours = load(tmp_path)
-    assert ours.passes.way == "packed"
+    assert ours.passes.way == way
     with torch.no_grad():
         expected = plain_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path), batch)
         torch.testing.assert_close(ours.of_batch(batch, CPU, entropies="none").logprobs, expected, **EXACT)
