@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlflow.actors.adapted_layers import layers_left_out
 from rlflow.actors.pretrained import load_whole
+from rlflow.actors.quantized_bases import check_quantized, keep_as_stored, quantized
 from rlflow.actors.vision import language_model_class, part_finder, sees
 from rlflow.recipe import ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
@@ -53,19 +53,19 @@ def load_adapted(
         options: Of from_pretrained.
 
     Raises:
-        ValueError: Nothing here to adapt, an adapter of another model, a checkpoint that lacks weights, or bitsandbytes
-            is missing; each with a remedy.
+        ValueError: Nothing here to adapt, an adapter of another model, a checkpoint that lacks weights, or what
+            quantises the base is missing; each with a remedy.
     """
     adapter = block.adapter
     assert adapter is not None and block.path is not None
     dtype = getattr(torch, block.dtype)
-    if adapter.quantize == "nf4":
-        check_four_bits()
-        options["quantization_config"] = four_bits(dtype)
+    if adapter.quantize != "none":
+        check_quantized(adapter.quantize)
+        options["quantization_config"] = quantized(adapter.quantize, dtype)
     config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
     model = load_whole(language_model_class(config), block.path, revision=block.revision, dtype=dtype, **options)
     if adapter.quantize == "nf4":
-        keep_four_bits_as_stored(model)
+        keep_as_stored(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     inject(model, block, seed=seed, keep_start=keep_start)
     return model
@@ -232,41 +232,6 @@ def config_of(model: PreTrainedModel) -> PeftConfig:
 def largest_rank(model: PreTrainedModel) -> int:
     """Of a LoRA."""
     return max(layer.r[TRAINED] for layer in adapter_layers(model))
-
-
-def check_four_bits() -> None:
-    """
-    Raises:
-        ValueError: bitsandbytes or a GPU is missing. On a CPU it works, many times slower than without.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("model.adapter.quantize: nf4 needs bitsandbytes: pip install bitsandbytes, or set none")
-    if not torch.cuda.is_available():
-        raise ValueError("model.adapter.quantize: nf4 needs a GPU, and there is none here: set none")
-
-
-def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """https://huggingface.co/docs/bitsandbytes: NF4 with doubly quantized scales, as in arXiv 2305.14314."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def keep_four_bits_as_stored(model: nn.Module) -> None:
-    """Four-bit layers of a model compute the same on every CPU.
-
-    On one with AVX512_BF16 bitsandbytes rearranges a layer's weights at its first call without a gradient, rounds what
-    it multiplies to bfloat16 whatever the model's dtype, has no gradient from then on, and fails on layers whose sizes
-    its blocks of 32 and 64 do not divide. `Linear4bit.forward` asks each layer whether it may.
-    """
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _local(path: str, model: str) -> Path:

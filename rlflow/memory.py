@@ -18,14 +18,12 @@ from rlflow.recipe.adapter_files import read_config
 from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.recipe.model_blocks import Part
+from rlflow.recipe.model_blocks import QUANTIZED_BASES, Part
 from rlflow.tower_shape import TowerShape, tower_shape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_PART = "offloaded"
 """What a GPU's rank keeps in the host's memory."""
-_NF4_BYTES = 0.52
-"""A weight in 4 bits and its doubly quantized scale (arXiv 2305.14314, section 3: 0.127 bits)."""
 
 _TWO_MATRIX_MLP = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "phi", "falcon", "starcoder2"}
 _UNTIED_UNLESS_SAID = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3"}
@@ -371,7 +369,8 @@ def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:
     block = recipe.model.adapter
     if block is None or adapter is None:
         return parameters * DTYPE_BYTES[recipe.model.dtype]
-    base = _NF4_BYTES if block.quantize == "nf4" else DTYPE_BYTES[recipe.model.dtype]
+    is_whole = block.quantize == "none"
+    base = DTYPE_BYTES[recipe.model.dtype] if is_whole else QUANTIZED_BASES[block.quantize].bytes
     return int(parameters * base) + adapter * 4 * (2 if block.path is not None or block.subtracts_start else 1)
 
 

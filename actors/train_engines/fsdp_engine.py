@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from rlflow.actors.checkpoint_names import kept_buffers
+from rlflow.actors.quantized_bases import in_few_bits
 from rlflow.actors.train_engines.engine import (
     decoder_layers,
     ensure_process_group,
@@ -126,6 +127,8 @@ def _shard(module: nn.Module, block: FsdpBlock, world_size: int, mixed_precision
         "mp_policy": policy if mixed_precision else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if block.offload else OffloadPolicy(),
     }
+    # Weights in few bits, with scales beside them, are whole on every rank.
+    options["ignored_params"] = {parameter for parameter in module.parameters() if in_few_bits(parameter)}
     for layer in decoder_layers(module):
         fully_shard(layer, reshard_after_forward=block.reshard_after_forward, **options)
     fully_shard(module, **options)

@@ -38,6 +38,7 @@ from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, Reward
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.model_blocks import QUANTIZED_BASES
 from rlflow.recipe.overrides import Overrides
 from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean, nearest
@@ -254,8 +255,10 @@ def _in_gpus(recipe: Recipe) -> Found:
         return
     remedy = "or set RAY_ADDRESS to join a cluster that has some"
     adapter = recipe.model.adapter
-    if adapter is not None and adapter.quantize == "nf4" and not machine.gpus:
-        yield "model.adapter.quantize", f"nf4 needs a GPU, and there is none here: set quantize: none, {remedy}"
+    base = None if adapter is None else QUANTIZED_BASES.get(adapter.quantize)
+    if adapter is not None and base is not None and base.needs_gpu and not machine.gpus:
+        kind = adapter.quantize
+        yield "model.adapter.quantize", f"{kind} needs a GPU, and there is none here: set quantize: none, {remedy}"
         return
     all_of_them = ", ".join(f"{role.name} {role.workers} x {role.gpus:g}" for role in asking)
     for role in asking if machine.gpus == 0 else asking[:1]:

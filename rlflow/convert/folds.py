@@ -77,13 +77,10 @@ def set_machines(draft: Draft, machines: Machines, *, generates: bool, shared: b
         )
 
 
-def set_single_rank(draft: Draft) -> None:
-    """A base in 4 bits is trained on one GPU."""
-    if draft.values.get("model.adapter.quantize") == "nf4":
-        if draft.values.get("trainer.workers", 1) > 1:
-            draft.note("to do", "a base in 4 bits is trained by one rank, whatever the number of GPUs")
-        draft.values.pop("trainer.workers", None)
-        draft.set("trainer.gpus_per_worker", 1, "a base in 4 bits is trained by one rank")
+def set_quantized_base(draft: Draft) -> None:
+    """A base in few bits is trained by engine fsdp, on GPUs."""
+    if "model.adapter.quantize" in draft.values:
+        draft.set("trainer.gpus_per_worker", 1, "a base in few bits is trained on GPUs")
         for name in ("trainer.engine", "trainer.deepspeed.stage", "trainer.deepspeed.offload", "trainer.fsdp.offload"):
             draft.values.pop(name, None)
         if "rollout.gpus_per_worker" in draft.values:
@@ -227,7 +224,7 @@ def set_engine(given: Given, draft: Draft, name: str) -> None:
             "trainer.engine", "fsdp", f"{why}: ZeRO 0 shards nothing; FSDP2 needs less memory, with the same steps"
         )
     elif "model.adapter.quantize" in draft.values:
-        draft.note("missing", f"{why}: a base in 4 bits is trained by engine fsdp, on one GPU")
+        draft.note("missing", f"{why}: a base in few bits is trained by engine fsdp")
     else:
         draft.set("trainer.engine", "deepspeed", why)
         draft.set("trainer.deepspeed.stage", stage, why)

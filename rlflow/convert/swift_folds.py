@@ -97,7 +97,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, environment: dic
     else:
         folds.set_machines(draft, machines, generates=False, shared=False)
     folds.set_engine(given, draft, str(given["deepspeed"] or ""))
-    folds.set_single_rank(draft)
+    folds.set_quantized_base(draft)
     return draft
 
 
@@ -342,5 +342,5 @@ def _set_rollouts(given: Given, draft: Draft, machines: folds.Machines) -> None:
         draft.set("rollout.engine", "torch", given.text("use_vllm"))
     elif given["use_vllm"]:
         draft.set("rollout.engine", "vllm" if machines.gpus else "auto", given.text("use_vllm"))
-    if draft.values.get("model.adapter.quantize") == "nf4":
-        draft.set("rollout.engine", "torch", "the base in 4 bits is generated with by the torch engine")
+    if "model.adapter.quantize" in draft.values:
+        draft.set("rollout.engine", "torch", "the base in few bits is generated with by the torch engine")

@@ -89,6 +89,8 @@ def set_tuner(given: Given, draft: Draft, family: str, flag: str) -> None:
         draft.set("model.adapter.lora_plus_ratio", float(ratio), given.text("lorap_lr_ratio"))
     if given["quant_bits"] == 4 and tuner in _AS_LORA:
         draft.set("model.adapter.quantize", "nf4", given.texts("quant_bits", "quant_method"))
+    elif given["quant_bits"] == 8 and given["quant_method"] in (None, "bnb") and tuner in _AS_LORA:
+        draft.set("model.adapter.quantize", "int8", given.texts("quant_bits", "quant_method"))
     elif given["quant_bits"]:
         draft.note("missing", f"{given.text('quant_bits')}: a base is trained in 4 bits (nf4, with LoRA) or whole")
 

@@ -53,7 +53,7 @@ def draft_of(verb: str, given: Given, machines: folds.Machines, engine: str) -> 
     if draft.values["algorithm.name"] == "gkd" and machines.gpus:
         draft.set("teacher.gpus_per_worker", 1, "a GPU of its own, beside those of the others")
     folds.set_engine(given, draft, str(given["deepspeed"] or engine))
-    folds.set_single_rank(draft)
+    folds.set_quantized_base(draft)
     _set_autocast(given, draft)
     return draft
 
@@ -227,5 +227,5 @@ def _set_rollouts(given: Given, draft: Draft, machines: folds.Machines) -> None:
         draft.set("rollout.engine", "vllm", given.text("use_vllm"))
     elif not given["use_vllm"]:
         draft.set("rollout.engine", "torch", "without use_vllm transformers generates")
-    if draft.values.get("model.adapter.quantize") == "nf4":
-        draft.set("rollout.engine", "torch", "the base in 4 bits is generated with by the torch engine")
+    if "model.adapter.quantize" in draft.values:
+        draft.set("rollout.engine", "torch", "the base in few bits is generated with by the torch engine")

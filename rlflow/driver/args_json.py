@@ -117,4 +117,6 @@ def _of_adapter(adapter: AdapterBlock, dtype: str) -> dict[str, Any]:
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
+    elif adapter.quantize == "int8":
+        values |= {"quant_method": "bnb", "quant_bits": 8}
     return values

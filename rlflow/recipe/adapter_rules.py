@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlflow.recipe.block import Conflict
+from rlflow.recipe.model_blocks import QUANTIZED_BASES
 from rlflow.recipe.peft_methods import (
     METHODS,
     ON_SEVERAL_RANKS,
@@ -41,12 +42,19 @@ def adapter_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield from _method_conflicts(recipe, adapter.peft)
     if adapter.quantize == "none":
         return
-    one_rank = trainer.workers == 1 and not (trainer.fsdp.offload or trainer.fsdp.mixed_precision)
-    if not (trainer.gpus_per_worker and trainer.engine == "fsdp" and one_rank):
-        reason = "needs a GPU, one rank and engine fsdp as it is: set trainer.gpus_per_worker: 1, or quantize: none"
-        yield Conflict(("model.adapter.quantize", "trainer.gpus_per_worker"), reason)
-    if recipe.needs_rollouts and (rollout.engine != "torch" or not rollout.gpus_per_worker):
-        reason = "generates with the base in 4 bits too: set rollout.engine: torch and rollout.gpus_per_worker: 1"
+    needs_gpu = QUANTIZED_BASES[adapter.quantize].needs_gpu
+    if (needs_gpu and not trainer.gpus_per_worker) or trainer.engine != "fsdp" or trainer.fsdp.offload:
+        on = "trainer.gpus_per_worker: 1 and " if needs_gpu else ""
+        reason = f"is trained with engine fsdp{', on GPUs' if needs_gpu else ''}, without offload: set {on}"
+        yield Conflict(
+            ("model.adapter.quantize", "trainer.gpus_per_worker"), f"{reason}trainer.engine: fsdp, or quantize: none"
+        )
+    elif trainer.fsdp.mixed_precision:
+        reason = "keeps its weights as they are: set mixed_precision: false and model.dtype: bfloat16"
+        yield Conflict(("trainer.fsdp.mixed_precision", "model.adapter.quantize"), reason)
+    if recipe.needs_rollouts and (rollout.engine != "torch" or (needs_gpu and not rollout.gpus_per_worker)):
+        on = " and rollout.gpus_per_worker: 1" if needs_gpu else ""
+        reason = f"generates with the base in few bits too: set rollout.engine: torch{on}"
         yield Conflict(("model.adapter.quantize", "rollout.engine"), reason)
 
 

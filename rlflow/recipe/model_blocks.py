@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -31,6 +32,25 @@ OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora", "peft")
 """What an adapter on disk has settled already."""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedBase:
+    """A way to hold a base in few bits."""
+
+    package: str
+    needs_gpu: bool
+    bytes: float
+    """Of a weight, with its share of the scales."""
+
+
+QUANTIZED_BASES = {
+    # arXiv 2305.14314, section 3: scales take 0.127 bits.
+    "nf4": QuantizedBase("bitsandbytes", needs_gpu=True, bytes=0.52),
+    "int8": QuantizedBase("bitsandbytes", needs_gpu=True, bytes=1.01),
+    "torchao_int8": QuantizedBase("torchao", needs_gpu=False, bytes=1.01),
+}
+"""By ``model.adapter.quantize``."""
+
+
 class AdapterBlock(Block):
     kind: Literal["lora", "dora"] = "lora"
     """lora: W + scale B A (arXiv 2106.09685); dora: also a trained length of each row (arXiv 2402.09353)."""
@@ -51,8 +71,9 @@ class AdapterBlock(Block):
     peft: dict[str, Any] | None = None
     """Any of PEFT's methods in the place of kind, rank, alpha, target_modules, rslora and dropout: `peft_type` and
     fields of its config, e.g. {peft_type: LOKR, r: 16, alpha: 32}. docs/adapters.md has the list."""
-    quantize: Literal["none", "nf4"] = "none"
-    """nf4: the base in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314); one rank, on a GPU."""
+    quantize: Literal["none", "nf4", "int8", "torchao_int8"] = "none"
+    """The base in few bits, for LoRA and DoRA (QLoRA, arXiv 2305.14314). nf4: 4 bits by bitsandbytes; int8: 8 bits of
+    weights and activations by bitsandbytes; torchao_int8: 8 bits of weights. bitsandbytes' are on GPUs."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.target_modules == []:

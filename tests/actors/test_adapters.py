@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
-from rlflow.actors import adapters
+from rlflow.actors import adapters, quantized_bases
 from rlflow.actors.learning_rates import learning_rate_shares
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
@@ -260,7 +261,7 @@ def test_checkpointing_recomputes_an_adapter(tiny_model_dir: Path):
 def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, gpus: float):
     pytest.importorskip("bitsandbytes")
     if not gpus:
-        monkeypatch.setattr(adapters, "check_four_bits", lambda: None)
+        monkeypatch.setattr(adapters, "check_quantized", lambda kind: None)
     trainer = trainer_of(tiny_model_dir, AdapterBlock(rank=4, quantize="nf4"), gpus_per_worker=gpus)
     w, a, b, _ = parts(trainer.module.model)
     assert (w.dtype, a.dtype, b.dtype) == (torch.uint8, torch.float32, torch.float32)
@@ -272,6 +273,30 @@ def test_an_adapter_trains_on_a_base_of_four_bits(tiny_model_dir: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "torchao_int8"])
+def test_an_adapter_trains_on_a_base_of_eight_bits(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: Any):
+    package = quantized_bases.QUANTIZED_BASES[kind].package
+    pytest.importorskip(package)
+    monkeypatch.setattr(adapters, "check_quantized", lambda kind: None)
+    trainer = trainer_of(tiny_model_dir, AdapterBlock(rank=4, quantize=kind))
+    model = trainer.module.model
+    assert quantized_bases.in_few_bits(parts(model)[0]) and not quantized_bases.in_few_bits(model.lm_head.weight)
+    batch = micro_batch(5)
+    before = trainer.logprobs([batch])
+    train(trainer)
+    assert np.abs(trainer.logprobs([batch]) - before).max() > 1e-3
+    np.testing.assert_array_equal(trainer.reference_logprobs([batch]), before)
+    # What else is computed with a text does not change it: the second of two says the same alone.
+    alone = replace(
+        batch,
+        **{name: getattr(batch, name)[10:] for name in ("token_ids", "position_ids", "loss_mask", "loss_weights")},
+        cu_seqlens=np.array([0, 14], dtype=np.int32),
+        sample_indices=np.zeros(1, dtype=np.int32),
+        labels=np.zeros(1, dtype=np.float32),
+    )
+    np.testing.assert_allclose(trainer.logprobs([alone]), trainer.logprobs([batch])[-14:], rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("has_kernel", [False, True])
 def test_four_bits_are_the_same_numbers_on_every_cpu(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_kernel: bool
@@ -279,14 +304,14 @@ def test_four_bits_are_the_same_numbers_on_every_cpu(
     """bitsandbytes has a kernel for CPUs with AVX512_BF16 that rounds to bfloat16 and fails on layers of this size."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: has_kernel)
-    monkeypatch.setattr(adapters, "check_four_bits", lambda: None)
+    monkeypatch.setattr(adapters, "check_quantized", lambda kind: None)
     model = adapted(tiny_model_dir, quantize="nf4").eval()
     stored = parts(model)[0].clone()
     tokens = torch.arange(2, 20)[None]
     with torch.no_grad():
         ours = model(tokens).logits
         assert torch.equal(parts(model)[0], stored)
-        options = {"quantization_config": adapters.four_bits(torch.float32), "dtype": torch.float32}
+        options = {"quantization_config": quantized_bases.quantized("nf4", torch.float32), "dtype": torch.float32}
         plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, **options).dequantize()
         torch.testing.assert_close(ours, plain(tokens).logits, rtol=0, atol=1e-4)
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlflow.actors import adapters
+from rlflow.actors import adapters, quantized_bases
 from rlflow.actors.rollout_engines.engine import generate
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
@@ -76,7 +76,8 @@ class Policy:
         assert self.block.path is not None
         adapter = self.block.adapter
         assert adapter is not None
-        quantized = {"quantization_config": adapters.four_bits(torch.float32)} if adapter.quantize == "nf4" else {}
+        is_quantized = adapter.quantize == "nf4"
+        quantized = {"quantization_config": quantized_bases.quantized("nf4", torch.float32)} if is_quantized else {}
         base = AutoModelForCausalLM.from_pretrained(self.block.path, **quantized)
         if quantized:
             # Plain matrices of the numbers that four bits stand for: no CPU has a kernel of its own for them.
@@ -115,7 +116,7 @@ def engine_and_policy(
     if adapter.quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     # Four bits are refused without a GPU for being slow there, not wrong.
-    allowed = mock.patch.object(adapters, "check_four_bits")
+    allowed = mock.patch.object(adapters, "check_quantized")
     threads = mock.patch.object(torch, "set_num_threads", torch.set_num_threads)
     with mock.patch.dict(os.environ), threads, allowed:
         engine = make_engine(name, block)

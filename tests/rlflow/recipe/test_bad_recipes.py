@@ -333,12 +333,12 @@ def test_kernels_for_gpus_are_refused_without_them(tmp_path: Path):
         (
             "{quantize: nf4}",
             "rollout={engine: torch, gpus_per_worker: 1}",
-            "model.adapter.quantize: needs a GPU, one rank and engine fsdp as it is: set trainer.gpus_per_worker: 1",
+            "model.adapter.quantize: is trained with engine fsdp, on GPUs, without offload: set trainer",
         ),
         (
             "{quantize: nf4}",
             "trainer.gpus_per_worker=1",
-            "model.adapter.quantize: generates with the base in 4 bits too: set rollout.engine: torch",
+            "model.adapter.quantize: generates with the base in few bits too: set rollout.engine: torch",
         ),
     ],
 )
