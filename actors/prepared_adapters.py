@@ -67,7 +67,7 @@ def write_prepared(block: ModelBlock, texts: Sequence[Text], directory: Path, *,
     try:
         options = {name: _CONFIGS[name](**(fields.get(name) or {})) for name in of_start}
         config = adapters.settled_config(model, block, {**fields, INIT: start, **options})
-        if not isinstance(config.target_modules, set | list):
+        if config.target_modules == "all-linear":
             config.target_modules = _linear_names(model, config.exclude_modules)
         _put_in(model, config, texts)
     except (ValueError, RuntimeError) as error:

@@ -137,6 +137,12 @@ def test_what_is_taken_away_leaves_nothing_of_its_rounding_in_16_bits(tiny_model
     assert all(torch.equal(merged[name], parameter) for name, parameter in base.named_parameters())
 
 
+def test_layers_that_an_expression_names_are_the_ones_that_are_prepared(tiny_model_dir: Path, tmp_path: Path):
+    model = load(prepared(tiny_model_dir, tmp_path / "start", "pissa", target_modules=r".*\.1\..*q_proj"))
+    (name, *others) = {name.rpartition(".lora_")[0] for name in adapters.adapter_parameters(model)}
+    assert (name, others) == ("model.layers.1.self_attn.q_proj", [])
+
+
 def test_a_search_that_does_not_converge_ends(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepared_adapters, "_MOST_PASSES", 2)
     with pytest.raises(ValueError, match="have not converged in 2 forward passes: more or longer rows"):
