@@ -152,8 +152,10 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
     try:
         config = EngineArgs(model_dir, **given).create_model_config()
         if on_cpu and (config.is_hybrid or config.has_inner_state):
-            # What it keeps of states begins at whole pieces of a prompt, and on a CPU a prompt is read in one.
-            given["enable_prefix_caching"] = False
+            raise ValueError(
+                "its layers carry a state, which vLLM keeps where prompts are read in pieces alone, and on a CPU they "
+                "are read in one; set rollout.engine: torch"
+            )
         given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
         return LLM.from_engine_args(EngineArgs(model_dir, **given))
     except ValueError as error:
@@ -164,3 +166,7 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
             f"vLLM cannot run {model_dir}: {'; '.join(problems)} (with {settings}; "
             f"max_model_len comes from {length_from})"
         ) from error
+    # Its code for a model, or transformers' that it calls, wants what is not there.
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"vLLM fails on {model_dir} ({said}): set rollout.engine: torch") from error

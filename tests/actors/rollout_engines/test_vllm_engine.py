@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_without_vllm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed.*rlflow\[cpu\].*rollout\.engine: torch"):
         start(tmp_path)
+
+
+def test_what_fails_within_vllm_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise AttributeError("'SmolLM3Model' object has no attribute 'do_not_compile'")
+
+    monkeypatch.setitem(sys.modules, "vllm", cast(Any, SimpleNamespace(EngineArgs=fail, LLM=None)))
+    with pytest.raises(ValueError, match=r"vLLM fails on some/model \(AttributeError: .*rollout\.engine: torch"):
+        vllm_start.start("some/model", {}, on_cpu=True, is_whole=False)
 
 
 @pytest.mark.slow
