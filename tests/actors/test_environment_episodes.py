@@ -221,6 +221,7 @@ def test_text_that_no_tokenizer_and_no_file_takes_is_kept_as_a_mark_for_what_is_
         decoded(b"[" * 100_000)
 
 
+@pytest.mark.slow
 def test_no_more_episodes_are_under_way_than_may_be_and_the_others_time_begins_with_them():
     block = block_of("Process", args={"seconds": 0.4}, episode_timeout_s=1.5)
     requests = [request_of(id, prompt_of({"word": "a"}), limits=Limits(2, 400, 100)) for id in range(6)]

@@ -61,6 +61,7 @@ def logits_of(model: Any, reader: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision", "projector", "language")], ids=len)
+@pytest.mark.slow
 def test_a_merged_vision_language_model_has_the_logits_of_base_plus_adapter(
     seeing: Path, tmp_path: Path, parts: Sequence[Part]
 ):

@@ -51,6 +51,7 @@ def write(rows: list[dict[str, str]]) -> None:
         (["--tokenize"], "data       2 rows\n", "{'transformers'}"),
     ],
 )
+@pytest.mark.slow
 def test_a_plan_reads_rows_without_transformers_and_tokenises_them_without_torch(
     recipe_file: Path, options: list[str], says: str, imported: str
 ):

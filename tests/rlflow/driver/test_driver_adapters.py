@@ -142,7 +142,8 @@ def test_checkpoints_hold_the_adapter_alone(run: Run):
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
-@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_never_stopped(run: Run, name: str, kind: str, tmp_path: Path):
     given: dict[str, Any] = {"model.adapter.kind": kind}
     if name == "sft":
