@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -61,7 +60,8 @@ def kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a model's files have beside its parameters: numbers that its forward pass reads and training leaves alone,
     as the biases by which the routers of DeepSeek-V3 and GLM-4.5 choose experts. By their names in the model."""
     for prefix, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        # PEFT's layers keep an adapter's numbers; engines of whole models need not import it.
+        if type(module).__module__.startswith("peft."):
             continue
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -67,10 +67,11 @@ def _head_is_its_own(model: PreTrainedModel) -> bool:
     """Whether transformers has left a head apart, as the files have another than the embeddings, though the config ties
     them."""
     head = model.get_output_embeddings()
-    ties = model.config.get_text_config().tie_word_embeddings and model._tied_weights_keys
-    if not ties or not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear):
         return False
-    return head.weight is not model.get_input_embeddings().weight
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    is_tied = any(model.get_parameter(name) is head.weight for name in tied)
+    return is_tied and head.weight is not model.get_input_embeddings().weight
 
 
 def _refuse_format(directory: Path) -> None:

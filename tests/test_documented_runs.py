@@ -114,6 +114,8 @@ def reason_to_leave_out(command: DocumentedCommand, page: Page) -> str | None:
         return "goes on until it is stopped, or builds"
     if {"--push", "--follow"} & set(words):
         return "needs a hub, or goes on until it is stopped"
+    if "runs/signs" in words:
+        return "needs a run of a model that sees"
     if {"gptq", "awq"} & set(words):
         return "needs auto-round"
     if name in ("run", "plan") and words[0] not in {*page.files, "recipes/quickstart.yaml"}:

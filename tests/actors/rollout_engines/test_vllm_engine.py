@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Lfm2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig, Qwen3MoeConfig
 
 from rlflow.actors.rollout_engines import vllm_start
 from rlflow.actors.rollout_engines.engine import generate
@@ -100,7 +100,7 @@ def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_mod
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (Lfm2MoeConfig(num_hidden_layers=2), "Lfm2MoeForCausalLM's experts cannot be handed"),
+        (Ernie4_5_MoeConfig(num_hidden_layers=2), "Ernie4_5_MoeForCausalLM's experts cannot be handed"),
         (Qwen3MoeConfig(moe_intermediate_size=24, num_experts=2), "its moe_intermediate_size is 24"),
         (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
     ],
@@ -108,7 +108,7 @@ def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_mod
 )
 def test_a_model_whose_weights_vllm_rearranges_is_refused(tmp_path: Path, config: Any, says: str) -> None:
     pytest.importorskip("vllm")
-    name = {"lfm2_moe": "Lfm2Moe", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}[config.model_type]
+    name = {"ernie4_5_moe": "Ernie4_5_Moe", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}[config.model_type]
     config.architectures = [f"{name}ForCausalLM"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{says}.*rollout\.engine: torch"):

@@ -175,9 +175,9 @@ def test_episodes_of_a_worker_that_is_killed_are_played_again_with_the_same_resu
     wait_until(pool, lambda: len(groups) == NUM_GROUPS)
     assert told(groups) == told(undisturbed)
     assert {len(turns) for *_, turns in told(groups)} == {SIZE}
-    # Half of the processes were the dead worker's; the other's wait for the next episode.
-    wait_until(pool, lambda: sum(is_alive(pid) for pid, _ in under_way) <= len(under_way) // 2)
     sources = {source for _, source in under_way}
     assert len(sources) == 2
     wait_until(pool, lambda: sum(map(is_alive, sources)) == 1)
+    (gone,) = (source for source in sources if not is_alive(source))
+    wait_until(pool, lambda: not any(is_alive(pid) for pid, source in under_way if source == gone))
     assert workers.call_all(TalkingWorker.pid)[0] != pids[0]
