@@ -7,12 +7,13 @@ Where every character is known and every row is short enough, rendering them wou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from rlflow.data.errors import DataError
+from rlflow.data.errors import DataError, Rows
 from rlflow.data.formats import Record
 from rlflow.data.generated import GENERATORS
-from rlflow.data.records import load_records
+from rlflow.data.records import Loaded, load_records
 from rlflow.recipe import ModelBlock, Recipe, SourceBlock
 
 CLOSING = 1
@@ -36,7 +37,7 @@ def rows_that_fit(
     if any(source.generator not in GENERATORS for source in listed):
         return None
     try:
-        records = load_records(sources, recipe.run.seed, lambda record: record)
+        records = _records(tuple(source.model_dump_json() for source in listed), recipe.run.seed)
     except DataError:
         return None
     limit = recipe.data.max_prompt_tokens if is_prompt else recipe.data.max_tokens
@@ -46,6 +47,12 @@ def rows_that_fit(
             return None
         columns.append(of_row)
     return None if records.skipped else columns
+
+
+@lru_cache(maxsize=4)
+def _records(sources: tuple[str, ...], seed: int) -> Rows[Loaded[Record]]:
+    """The rows of sources in JSON: stages often share theirs. Nobody changes them."""
+    return load_records([SourceBlock.model_validate_json(source) for source in sources], seed, lambda record: record)
 
 
 def _fitting(record: Record, known: set[str], limit: int, *, is_prompt: bool) -> Mapping[str, Any] | None:
