@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's sizes of the buffers that hold an adapter's A and B."""
+OTHER_WINDOWS = ("Cohere2ForCausalLM",)
+"""Architectures whose logprobs differ from transformers' in texts that are longer than their sliding window."""
 
 
 def prepare_process(num_threads: int, log_path: Path | None) -> None:
@@ -155,6 +157,15 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
             raise ValueError(
                 "its layers carry a state, which vLLM keeps where prompts are read in pieces alone, and on a CPU they "
                 "are read in one; set rollout.engine: torch"
+            )
+        if (
+            config.architecture in OTHER_WINDOWS
+            and (window := config.hf_text_config.sliding_window) < config.max_model_len
+        ):
+            raise ValueError(
+                f"texts that are longer than its sliding window, {window} tokens, have other logprobs in vLLM than in "
+                "transformers: keep data.max_prompt_tokens and rollout.max_new_tokens within it, or set "
+                "rollout.engine: torch"
             )
         given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
         return LLM.from_engine_args(EngineArgs(model_dir, **given))

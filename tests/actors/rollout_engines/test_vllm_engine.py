@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Cohere2Config, DeepseekV3Config, Ernie4_5_MoeConfig, Qwen3MoeConfig
 
 from rlflow.actors.rollout_engines import vllm_start
 from rlflow.actors.rollout_engines.engine import generate
@@ -103,13 +103,14 @@ def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_mod
         (Ernie4_5_MoeConfig(num_hidden_layers=2), "Ernie4_5_MoeForCausalLM's experts cannot be handed"),
         (Qwen3MoeConfig(moe_intermediate_size=24, num_experts=2), "its moe_intermediate_size is 24"),
         (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
+        (Cohere2Config(num_hidden_layers=4, sliding_window=64), "longer than its sliding window, 64 tokens"),
     ],
-    ids=["other experts", "narrow experts", "latent attention"],
+    ids=["other experts", "narrow experts", "latent attention", "another window"],
 )
-def test_a_model_whose_weights_vllm_rearranges_is_refused(tmp_path: Path, config: Any, says: str) -> None:
+def test_a_model_that_vllm_reads_otherwise_is_refused(tmp_path: Path, config: Any, says: str) -> None:
     pytest.importorskip("vllm")
-    name = {"ernie4_5_moe": "Ernie4_5_Moe", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}[config.model_type]
-    config.architectures = [f"{name}ForCausalLM"]
+    names = {"ernie4_5_moe": "Ernie4_5_Moe", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3", "cohere2": "Cohere2"}
+    config.architectures = [f"{names[config.model_type]}ForCausalLM"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{says}.*rollout\.engine: torch"):
         start(tmp_path)
