@@ -207,6 +207,14 @@ def _try(trial: Trial, environment: Mapping[str, str]) -> Tried:
         process.wait()
 
 
+def _silenced(process: subprocess.Popen[bytes]) -> str:
+    """What a plugin did whose process can say nothing more."""
+    try:
+        return f"ended the process (exit code {process.wait(SILENCE_S)})"
+    except subprocess.TimeoutExpired:
+        return "closed files that are not its own, and went on"
+
+
 def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tried:
     """Follows an import, and a generator's call, to the end, or to the end of patience."""
     started = moved = time.monotonic()
@@ -219,7 +227,7 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tri
                 part = os.read(descriptor, 1 << 16)
                 if not part:
                     doing = "importing" if rows is None else "calling"
-                    return Tried(f"{doing} it ended the process (exit code {process.wait()})")
+                    return Tried(f"{doing} it {_silenced(process)}")
                 *whole, text = (text + part).split(b"\n")
                 for said in map(json.loads, whole):
                     if "problem" in said:

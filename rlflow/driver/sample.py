@@ -207,7 +207,7 @@ def sample_stage(
     """Waits for the actors, samples, writes what is kept.
 
     Args:
-        num_restarts: None: workers that are lost are started again by the pool.
+        num_restarts: How often the stage was started again; nothing that it writes depends on it.
     """
     assert isinstance(recipe.algorithm, SampleBlock)
     columns = (name for prompt in material.rows for name in prompt.columns)

@@ -57,6 +57,11 @@ GOOD = "def f(completions, answer, scale=1.0):\n    return [0.0] * len(completio
         ("import sys\nsys.exit(3)\n", "{}", "mine.py:2: importing it raised SystemExit: 3"),
         ("import no_such_module\n", "{}", "mine.py:1: importing it raised ModuleNotFoundError"),
         ("import os\nos._exit(7)\n", "{}", "importing it ended the process (exit code 7)"),
+        (
+            "import os, time\nos.closerange(3, 64)\ntime.sleep(600)\n",
+            "{}",
+            "importing it closed files that are not its own, and went on",
+        ),
         (GOOD, "{scael: 2}", "takes no argument 'scael'; did you mean 'scale'?"),
         (GOOD, "{}", "needs the column answer, and the data has question"),
         ("f = 3\n", "{}", "is a int, not a function"),
