@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from rlflow.actors.checkpoint_names import kept_buffers, to_model
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
+from rlflow.actors.rollout_engines.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from rlflow.actors.rollout_engines.torch_generation import Generation
 from rlflow.actors.rollout_engines.torch_reading import Images, Reader, UnpaddedReading
 from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
@@ -185,6 +186,13 @@ class TorchEngine:
     def abort(self, ids: Sequence[int]) -> list[Completion]:
         """Ends requests that are under way or waiting. Returns what was written of them."""
         return self.generation.abort(ids)
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, token_ids: np.ndarray, k: int) -> PromptLogprobs:
+        """What the model gives the tokens int [L] of a text, by transformers' forward pass of it alone. Nothing that is
+        under way changes."""
+        self._attend_by(None)
+        return prompt_logprobs(self._logits(token_ids), token_ids, k)
 
     @property
     def num_running(self) -> int:

@@ -27,7 +27,7 @@ class TeacherBlock(Block):
     """A Hugging Face directory or hub id, of the policy's tokenizer. Named as model.path, a trainer of a new adapter is
     its own teacher, with the adapter off."""
     url: str | None = None
-    """An OpenAI-compatible server that gives prompt logprobs, as vLLM's does, e.g. http://10.0.0.5:8000."""
+    """An OpenAI-compatible server that gives prompt logprobs, as vLLM's and `rlflow serve` do, e.g. http://10.0.0.5:8000."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of what computes; the policy's when absent."""
     workers: PositiveInt = 1

@@ -210,16 +210,19 @@ def open_streams(model: ServedModel, engine: EngineName, adapters: Mapping[str, 
         if engine == "vllm":
             opened: RolloutEngine = _vllm_engine(model, adapters, settings, num_threads)
             engines, use = dict.fromkeys(names_of(model, adapters)[-1:], opened), _use_nothing
+            readers = {}
         else:
             from rlflow.serving.torch_models import torch_engines
 
-            engines, use = torch_engines(model, adapters, settings)
+            torch_models, use = torch_engines(model, adapters, settings)
+            engines = dict(torch_models)
+            readers = {name: one.prompt_logprobs for name, one in torch_models.items()}
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{model.source.path}: {error}") from error
     for one in engines.values():
         one.leave_out(model.unwritten)
     engines = {name: StopStrings(one, model.tokenizer) for name, one in engines.items()}
-    return Streams(engines, use, partial(torch.set_num_threads, num_threads))
+    return Streams(engines, use, partial(torch.set_num_threads, num_threads), readers)
 
 
 def names_of(model: ServedModel, adapters: Iterable[str]) -> list[str]:

@@ -6,13 +6,19 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlflow.data.answer_text import AnswerText
 from rlflow.serving.conversation import AskedPrompt
 from rlflow.serving.models import ServedModel
 from rlflow.serving.openai_requests import Wanted
 from rlflow.serving.streams import Piece
+
+if TYPE_CHECKING:
+    from rlflow.actors.rollout_engines.prompt_logprobs import PromptLogprobs
+
+LEAST_LOGPROB = -9999.0
+"""What vLLM says of a token that cannot be."""
 
 
 @dataclass(slots=True)
@@ -22,7 +28,7 @@ class Choice:
     index: int
     decoder: AnswerText
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     is_begun: bool = False
     """Something of it was sent."""
@@ -31,7 +37,7 @@ class Choice:
 
     def take(self, piece: Piece, *, with_logprobs: bool) -> str:
         """Takes a piece. Returns the text that can be shown now."""
-        self.num_tokens += len(piece.written.token_ids)
+        self.token_ids += piece.written.token_ids
         if with_logprobs:
             self.tokens += zip(piece.written.token_ids, piece.written.logprobs, strict=True)
         new = self.decoder.push(piece.written.token_ids)
@@ -56,6 +62,8 @@ class Answers:
             for p, prompt in enumerate(wanted.prompts)
             for i in range(wanted.n)
         ]
+        self.of_prompts: list[PromptLogprobs] = []
+        """Of each prompt, where they are wanted."""
         self._decode = model.tokenizer.backend_tokenizer.decode
 
     @property
@@ -94,11 +102,30 @@ class Answers:
         body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": self._logprobs(choice, 0)}
         if self.is_chat:
             return body | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return body | {"text": choice.text}
+        return body | {"text": choice.text} | self._of_prompt(choice)
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """vLLM's fields: ids, and of each of the prompt's tokens but the first what the model gives it."""
+        index, fields = choice.index // self.wanted.n, {}
+        if self.wanted.returns_token_ids:
+            ids = self.wanted.prompts[index].token_ids.tolist()
+            fields = {"prompt_token_ids": ids, "token_ids": choice.token_ids}
+        if self.of_prompts:
+            rows = zip(*(each.tolist() for each in self.of_prompts[index]), strict=True)
+            places = [
+                {str(id_): self._prompt_token(id_, *said) for id_, *said in zip(*row, strict=True)} for row in rows
+            ]
+            fields |= {"prompt_logprobs": [None, *places]}
+        return fields
+
+    def _prompt_token(self, id_: int, logprob: float, rank: int) -> dict[str, Any]:
+        # JSON has no infinity.
+        text = self._decode([id_], skip_special_tokens=False)
+        return {"logprob": max(logprob, LEAST_LOGPROB), "rank": rank, "decoded_token": text}
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(len(prompt.token_ids) for prompt in self.wanted.prompts)
-        written = sum(choice.num_tokens for choice in self.choices)
+        written = sum(len(choice.token_ids) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def _logprobs(self, choice: Choice, start: int) -> dict[str, Any] | None:

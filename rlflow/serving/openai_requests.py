@@ -1,7 +1,8 @@
 """What clients of OpenAI's API ask for, checked: https://platform.openai.com/docs/api-reference.
 
-Beside its fields: vLLM's ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos``. A field
-that would change the answer and is not known here is refused; those that say nothing about the answer are left out.
+Beside its fields: vLLM's ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos``, and of
+completions ``prompt_logprobs`` and ``return_token_ids``. A field that would change the answer and is not known here is
+refused; those that say nothing about the answer are left out.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 KNOWN = {
     *("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "seed"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos"),
-    *("logprobs", "top_logprobs"),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "return_token_ids"),
 }
 MOST_ANSWERS = 128
 """Of one request."""
 MOST_STOPS = 16
+MOST_PROMPT_LOGPROBS = 256
+"""Most probable tokens of each place of a prompt."""
 
 
 class RequestError(ValueError):
@@ -73,6 +76,9 @@ class Wanted:
     stream: bool
     include_usage: bool
     logprobs: bool
+    prompt_logprobs: int | None = None
+    """So many of the most probable tokens in the place of each of a prompt's; None: nothing is said of the prompt."""
+    returns_token_ids: bool = False
 
 
 def parse(body: Any, models: Mapping[str, ServedModel], *, is_chat: bool) -> Wanted:
@@ -87,6 +93,7 @@ def parse(body: Any, models: Mapping[str, ServedModel], *, is_chat: bool) -> Wan
         raise RequestError("the body is not a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
     _refuse_unknown(given)
+    _refuse_of_whole_completions(given, is_chat=is_chat)
     name = _field(given, "model", str, "the name of a model")
     model = model_of(name, models)
     stop = given.get("stop", [])
@@ -113,7 +120,26 @@ def parse(body: Any, models: Mapping[str, ServedModel], *, is_chat: bool) -> Wan
         stream=bool(_flag(given, "stream")),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         logprobs=_wants_logprobs(given, sampling, is_chat=is_chat),
+        prompt_logprobs=_integer(given, "prompt_logprobs", 0, min(MOST_PROMPT_LOGPROBS, model.vocabulary)),
+        returns_token_ids=bool(_flag(given, "return_token_ids")),
     )
+
+
+def tokenized(body: Any, models: Mapping[str, ServedModel]) -> dict[str, Any]:
+    """What vLLM's /tokenize says of a text.
+
+    Raises:
+        RequestError: It is no such request, or of a model that is not here.
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the body is not a JSON object")
+    model = model_of(_field(body, "model", str, "the name of a model"), models)
+    text = _field(body, "prompt", str, "a text")
+    special = body.get("add_special_tokens", True)
+    if not isinstance(special, bool):
+        raise RequestError("add_special_tokens is not true or false", param="add_special_tokens")
+    ids = model.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return {"count": len(ids), "max_model_len": model.context, "tokens": ids}
 
 
 def model_of(name: str, models: Mapping[str, ServedModel]) -> ServedModel:
@@ -201,10 +227,12 @@ def _prompts(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]:
     prompt = given.get("prompt")
     if isinstance(prompt, str):
         return [encode_text(model, prompt)]
-    if isinstance(prompt, list) and 0 < len(prompt) <= MOST_ANSWERS:
-        if all(isinstance(one, str) for one in prompt):
-            return [encode_text(model, one) for one in prompt]
-        rows = [prompt] if type(prompt[0]) is int else prompt
+    rows: list[Any] = prompt if isinstance(prompt, list) else []
+    if rows and type(rows[0]) is int:
+        rows = [rows]
+    if 0 < len(rows) <= MOST_ANSWERS:
+        if all(isinstance(row, str) for row in rows):
+            return [encode_text(model, row) for row in rows]
         if all(isinstance(row, list) and row and all(_is_id(one, model) for one in row) for row in rows):
             return [AskedPrompt(np.array(row, dtype=np.int32)) for row in rows]
     raise RequestError(
@@ -226,6 +254,12 @@ def _wants_logprobs(given: Mapping[str, Any], sampling: Sampling, *, is_chat: bo
             param="top_logprobs" if is_chat else "logprobs",
         )
     return bool(_flag(given, "logprobs")) if is_chat else "logprobs" in given
+
+
+def _refuse_of_whole_completions(given: Mapping[str, Any], *, is_chat: bool) -> None:
+    for name in ("prompt_logprobs", "return_token_ids"):
+        if given.get(name, False) is not False and (is_chat or _flag(given, "stream")):
+            raise RequestError(f"{name} is of /v1/completions without stream: ask there, or leave it out", param=name)
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A server that speaks as OpenAI's does, over engines of this process: what runs is written token by token for all of
 its requests together.
 
-    GET  /health /v1/models          POST /v1/chat/completions /v1/completions
+    GET  /health /v1/models          POST /v1/chat/completions /v1/completions /tokenize
 
 A client that goes away ends its requests.
 """
@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -28,8 +28,11 @@ from rlflow.driver.sampling import sample_seed
 from rlflow.serving.addresses import is_loopback
 from rlflow.serving.models import ServedModel
 from rlflow.serving.openai_answers import Answers, Choice, models_object
-from rlflow.serving.openai_requests import RequestError, model_of, parse
+from rlflow.serving.openai_requests import RequestError, Wanted, model_of, parse, tokenized
 from rlflow.serving.streams import Ask, Piece, Streams
+
+if TYPE_CHECKING:
+    from rlflow.actors.rollout_engines.prompt_logprobs import PromptLogprobs
 
 MOST_BYTES = 64 << 20
 """Of a request."""
@@ -56,6 +59,7 @@ class OpenAIServer:
         app.router.add_get("/v1/models/{name:.+}", self.show_model)
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.complete)
+        app.router.add_post("/tokenize", self.tokenize)
         return app
 
     async def health(self, request: web.Request) -> web.Response:
@@ -75,6 +79,11 @@ class OpenAIServer:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, is_chat=False)
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """As vLLM's: the ids of a text."""
+        body = await _read_body(request)
+        return web.json_response(tokenized(body, self.models))
+
     async def _answer(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
         self._require_engine()
         body = await _read_body(request)
@@ -86,6 +95,7 @@ class OpenAIServer:
         ids = self._submit(answers, pieces)
         try:
             if not wanted.stream:
+                answers.of_prompts = await self._of_prompts(wanted)
                 async for _ in self._pieces(answers, pieces, ids):
                     pass
                 return web.json_response(answers.whole())
@@ -117,6 +127,27 @@ class OpenAIServer:
             return self.streams.submit(asks)
         except RuntimeError as error:
             raise RequestError(str(error), code="engine_error", status=503) from error
+
+    async def _of_prompts(self, wanted: Wanted) -> list[PromptLogprobs]:
+        """What the model gives the tokens of each prompt, where that is wanted."""
+        if (k := wanted.prompt_logprobs) is None:
+            return []
+        said = []
+        try:
+            said += [self.streams.read(wanted.model, prompt.token_ids, k) for prompt in wanted.prompts]
+            async with asyncio.timeout(SILENCE_S):
+                return [await asyncio.wrap_future(one) for one in said]
+        except TimeoutError:
+            silence = f"the engine has read no text for {SILENCE_S:g} s"
+            raise RequestError(silence, code="engine_error", status=500) from None
+        except RuntimeError as error:
+            raise RequestError(str(error), code="engine_error", status=503) from error
+        except ValueError as error:
+            raise RequestError(str(error), param="prompt_logprobs") from error
+        finally:
+            # Of a client that has gone nothing more is read.
+            for one in said:
+                one.cancel()
 
     async def _pieces(
         self, answers: Answers, pieces: asyncio.Queue[tuple[int, Piece]], ids: list[int]

@@ -1,6 +1,7 @@
 """The thread that steps engines while there is work, and tells whoever asked of every token between two steps.
 
     submit, cancel --> [ between two steps ] --> engine.step, engine.written --> tell(Piece), a call a request and step
+    read           -->                       --> a future
 
 Several engines, of adapters that share a base model, take turns: one step each.
 """
@@ -10,15 +11,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from rlflow.actors.rollout_engines.engine import RolloutEngine, Written
 from rlflow.types import Completion, SampleRequest, SamplingParams
 
+if TYPE_CHECKING:
+    from rlflow.actors.rollout_engines.prompt_logprobs import PromptLogprobs
+
 NOTHING = Written((), ())
+Reader = Callable[[np.ndarray, int], "PromptLogprobs"]
+"""What an engine's model gives the tokens int [L] of a text, and the k most probable ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +77,25 @@ class Streams:
         engines: Mapping[str, RolloutEngine],
         use: Callable[[str], None] = lambda name: None,
         prepare: Callable[[], None] = lambda: None,
+        readers: Mapping[str, Reader] | None = None,
     ) -> None:
         """
         Args:
             engines: By the names of the models.
             use: Called before a step of an engine, where several share a model.
             prepare: Called first in the thread, for what is set for each thread alone.
+            readers: By the names of the models that can be asked about texts.
         """
         self.failure: BaseException | None = None
         """Why nothing is generated any more."""
-        self._engines, self._use = dict(engines), use
+        self._engines, self._use, self._readers = dict(engines), use, dict(readers or {})
         self._under_way = {name: _UnderWay() for name in engines}
         self._changed = threading.Condition()
         self._added: list[tuple[int, Ask]] = []
         self._cancelled: list[int] = []
         self._beginning: list[tuple[int, Ask]] = []
         """Those that the thread is handing to an engine."""
+        self._to_read: list[tuple[str, np.ndarray, int, Future[PromptLogprobs]]] = []
         self._ids = itertools.count()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="engines", daemon=True)
@@ -98,12 +108,27 @@ class Streams:
             RuntimeError: Nothing is generated any more.
         """
         with self._changed:
-            if self.failure is not None or self._is_closed:
-                raise RuntimeError(f"the engine has stopped: {self.failure or 'it was closed'}") from self.failure
+            self._require_running()
             numbered = [(next(self._ids), ask) for ask in asks]
             self._added += numbered
             self._changed.notify_all()
         return [id_ for id_, _ in numbered]
+
+    def read(self, model: str, token_ids: np.ndarray, k: int) -> Future[PromptLogprobs]:
+        """What a model gives the tokens int [L] of a text, and the k most probable ones, between two steps.
+
+        Raises:
+            RuntimeError: Nothing is read any more.
+            ValueError: The model's engine cannot say.
+        """
+        if model not in self._readers:
+            raise ValueError(f"the engine of {model} has no logprobs of prompts")
+        future: Future[PromptLogprobs] = Future()
+        with self._changed:
+            self._require_running()
+            self._to_read.append((model, token_ids, k, future))
+            self._changed.notify_all()
+        return future
 
     def cancel(self, ids: Sequence[int]) -> None:
         """Ends requests after the step under way, and tells nobody; those that have ended are left out."""
@@ -126,18 +151,21 @@ class Streams:
             for engine in self._engines.values():
                 engine.close()
 
+    def _require_running(self) -> None:
+        if self.failure is not None or self._is_closed:
+            raise RuntimeError(f"the engine has stopped: {self.failure or 'it was closed'}") from self.failure
+
     def _run(self, prepare: Callable[[], None]) -> None:
         try:
             prepare()
             while True:
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._added or self._cancelled or self.num_under_way or self._is_closed
-                    )
+                    self._changed.wait_for(self._has_work)
                     self._beginning, self._added = self._added, []
                     cancelled, self._cancelled = self._cancelled, []
                     if self._is_closed:
                         break
+                self._read_one()
                 self._begin()
                 self._end(cancelled)
                 for name, one in self._under_way.items():
@@ -150,6 +178,18 @@ class Streams:
             with self._changed:
                 self.failure = error
             self._fail(f"{type(error).__name__}: {error}")
+
+    def _has_work(self) -> bool:
+        return bool(self._added or self._cancelled or self._to_read or self.num_under_way or self._is_closed)
+
+    def _read_one(self) -> None:
+        """One text, so that many of them do not keep what is being written waiting."""
+        if self._to_read:
+            model, token_ids, k, future = self._to_read[0]
+            if future.set_running_or_notify_cancel():
+                self._use(model)
+                future.set_result(self._readers[model](token_ids, k))
+            del self._to_read[0]
 
     def _begin(self) -> None:
         while self._beginning:
@@ -182,6 +222,9 @@ class Streams:
             one.asks[id_].tell(Piece(new))
 
     def _fail(self, reason: str) -> None:
+        for *_, future in self._to_read:
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(reason))
         waiting = [ask for _, ask in [*self._beginning, *self._added]]
         for ask in [*waiting, *(ask for one in self._under_way.values() for ask in one.asks.values())]:
             ask.tell(Piece(NOTHING, "error", reason))

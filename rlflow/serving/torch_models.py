@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from rlflow.actors.pretrained import load_language_model
-from rlflow.actors.rollout_engines.engine import RolloutEngine
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.serving.models import ServedModel, Settings, adapters_of, names_of
 
 
 def torch_engines(
     model: ServedModel, given: Mapping[str, Path], settings: Settings
-) -> tuple[dict[str, RolloutEngine], Callable[[str], None]]:
+) -> tuple[dict[str, TorchEngine], Callable[[str], None]]:
     """Engines by the names of the models, and what makes the model that of a name.
 
     Args:
@@ -32,7 +31,7 @@ def torch_engines(
     loaded: Any = load_language_model(model.base.path, **options)
     adapters = adapters_of(model, given)
     use = _switch(loaded, adapters) if adapters else _use_the_one
-    engines: dict[str, RolloutEngine] = {}
+    engines: dict[str, TorchEngine] = {}
     for name in names_of(model, given):
         use(name)
         engines[name] = TorchEngine(
