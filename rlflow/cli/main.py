@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from rlflow import __version__
 from rlflow.cli.common import EXIT_CODES, Command, CommandParser
+from rlflow.garbage import without_collection
 
 COMMANDS = (
     "run",
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_command(name: str) -> Command:
     """The module of a command."""
-    module: Any = importlib.import_module(f"rlflow.cli.{name}")
+    with without_collection():
+        module: Any = importlib.import_module(f"rlflow.cli.{name}")
     return module
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.actors.reward_process import child_environment
-from rlflow.cli.plugin_child import Trial
+from rlflow.cli.plugin_trial import Trial
 from rlflow.data.errors import DataError
 from rlflow.recipe import Recipe, RewardBlock, SampleBlock, SourceBlock
 from rlflow.recipe.own_functions import own_functions

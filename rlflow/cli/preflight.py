@@ -31,7 +31,7 @@ from rlflow.cli.row_checks import Reading, is_small, read_data
 from rlflow.cli.secret_checks import in_environment, in_masked, remember
 from rlflow.cli.sequence_checks import config_of, in_sequence_parallel
 from rlflow.data.generated import GENERATORS
-from rlflow.environments.loading import ADAPTERS
+from rlflow.environments.adapters import ADAPTERS
 from rlflow.machine import named_cluster, this_machine
 from rlflow.ray_cluster import require_answer
 from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, RewardBlock, SourceBlock

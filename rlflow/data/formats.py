@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ UNSUPPORTED = {
     "audio": "sound is not read, as no rollout engine generates from it: leave it out, or give what is said as text",
 }
 """Columns of these names, and of their plurals, are refused."""
+_UNSUPPORTED = {f"{name}{ending}": reason for name, reason in UNSUPPORTED.items() for ending in ("", "s")}
 ANSWERS = ("output", "response", "completion")
 
 
@@ -91,9 +92,9 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     """
     columns = dict(row.columns)
     logged = columns.pop(TOKENS, None)
-    for media, reason in UNSUPPORTED.items():
-        if given_media := [column for column in (media, f"{media}s") if columns.get(column)]:
-            raise RowError(f"`{given_media[0]}` is not empty; {reason}")
+    for media, reason in _UNSUPPORTED.items():
+        if columns.get(media):
+            raise RowError(f"`{media}` is not empty; {reason}")
     given = take_images(columns, IMAGE_COLUMNS)
     given_rejected = take_images(columns, [REJECTED_IMAGES]) or given
     system = _take_text(columns, "system") if _has(columns, "system") else None
@@ -107,8 +108,8 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     if record.rejected is not None:
         losing = with_system(record.rejected, system)
         rejected, rejected_images = place_images(losing, given_rejected, vision, directory)
-    seen = {"images": images, "rejected_images": rejected_images}
-    return replace(record, messages=messages, rejected=rejected, tools=tools, logged=logged, **seen)
+    # Not by `replace`, which takes a third of the time of a row.
+    return Record(record.columns, messages, rejected, record.label, record.text, tools, logged, images, rejected_images)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:

@@ -32,6 +32,8 @@ def take_images(columns: dict[str, Any], names: Sequence[str]) -> list[GivenImag
     Raises:
         RowError: More than one of the columns has pictures.
     """
+    if not any(name in columns for name in names):
+        return []
     values = {name: from_json_text(columns.pop(name), name) for name in names if name in columns}
     filled = {name: value for name, value in values.items() if value not in (None, "", [])}
     if len(filled) > 1:

@@ -230,9 +230,11 @@ def _problem(value: Any) -> str | None:
     for column, content in value.items():
         if not isinstance(column, str):
             return f"has a column whose name is {kind(column)}, not text"
-        for text in (column, *_texts(content)):
+        for text in (column, content) if isinstance(content, str) else (column, *_texts(content)):
             if "\0" in text:
                 return f"`{_printable(column)}` holds a NUL character"
+            if text.isascii():
+                continue
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -258,7 +260,9 @@ def _texts(value: Any) -> Iterator[str]:
             pending.extend(item)
 
 
-def _rename(rows: Sequence[Row], bad: list[BadRow], columns: dict[str, str], place: str) -> list[Row]:
+def _rename(rows: list[Row], bad: list[BadRow], columns: dict[str, str], place: str) -> list[Row]:
+    if not columns:
+        return rows
     present = dict.fromkeys(name for row in rows for name in row.columns)
     for ours, theirs in columns.items():
         if rows and theirs not in present:

@@ -9,18 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlflow.environments.adapters import ADAPTERS
 from rlflow.environments.methods import MethodsEnvironment
 from rlflow.environments.protocol import Environment, EnvironmentFault
 from rlflow.environments.tools import ToolEnvironment
 from rlflow.plugins import PluginError, import_plugin
 
-_OF_ADAPTERS = "rlflow.environments.adapters"
-ADAPTERS: dict[str, str] = {
-    "verifiers": f"{_OF_ADAPTERS}.verifiers:verifiers_environment",
-    "openenv": f"{_OF_ADAPTERS}.openenv:OpenEnvEnvironment",
-    "reasoning_gym": f"{_OF_ADAPTERS}.reasoning_gym:ReasoningGymEnvironment",
-}
-"""Name -> ``module:class``."""
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "verifiers": ("verifiers", "verifiers.clients", "verifiers.v1.utils.loaders"),
     "openenv": ("openenv.core.generic_client",),

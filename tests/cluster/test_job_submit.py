@@ -68,6 +68,7 @@ class Head:
     address: str
     environment: dict[str, str]
     directory: Path
+    process: subprocess.Popen[bytes]
 
     @property
     def token(self) -> str:
@@ -90,9 +91,18 @@ class Head:
     def call(self, command: Sequence[str | Path], directory: Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a command of the person who submits, whose environment has secrets of its own."""
         environment = self.environment | {"HF_TOKEN": HUB_TOKEN} | options.pop("environment", {})
-        return subprocess.run(
+        finished = subprocess.run(
             command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, **options
         )
+        self.assert_up(finished.stdout + finished.stderr)
+        return finished
+
+    def assert_up(self, said: str = "") -> None:
+        """With the last of what each of its processes wrote, where the head has ended."""
+        if self.process.poll() is not None:
+            logs = [self.directory / "head.log", *sorted(self.directory.glob("session_2*/logs/*.*"))]
+            ends = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in logs if path.is_file()]
+            pytest.fail("\n\n".join([f"the head ended, status {self.process.returncode}; {said[-1500:]}", *ends]))
 
     def submit(self, working_dir: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
         command = [BIN / "ray", "job", "submit", "--address", self.address, "--working-dir", ".", "--", *entrypoint]
@@ -133,8 +143,8 @@ def head() -> Iterator[Head]:
             command, env=environment | {"JUDGE_KEY": JUDGE_KEY}, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        started = Head(f"http://127.0.0.1:{dashboard}", environment, directory)
-        wait_until_up(started, process)
+        started = Head(f"http://127.0.0.1:{dashboard}", environment, directory, process)
+        wait_until_up(started)
         yield started
     finally:
         process.terminate()
@@ -145,10 +155,10 @@ def head() -> Iterator[Head]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def wait_until_up(head: Head, process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> None:
+def wait_until_up(head: Head, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        assert process.poll() is None, (head.directory / "head.log").read_text()
+        head.assert_up()
         try:
             head.get("/api/version", None)
             return
