@@ -153,6 +153,6 @@ def _copy_beside_weights(block: ModelBlock, target: Path) -> None:
 def is_written(directory: Path) -> bool:
     """Whether an earlier start of the run has written the expanded model, whole."""
     try:
-        return bool(json.loads((directory / FINAL_MANIFEST).read_text())["files"])
+        return bool(json.loads((directory / FINAL_MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError):
         return False

@@ -80,8 +80,8 @@ def _write_config(model: Any, directory: Path, weights: dict[str, Any] | None) -
         model.config.dtype = next(iter(weights.values())).dtype
         model.config.save_pretrained(directory)
     path = directory / "config.json"
-    config = with_old_names(model.config, json.loads(path.read_text()))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = with_old_names(model.config, json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_code(model: Any, directory: Path) -> None:
@@ -93,8 +93,8 @@ def _write_code(model: Any, directory: Path) -> None:
     (directory / f"{CLASSIFIER}.py").write_text(classifier_code(kind), encoding="utf-8")
     path = directory / "config.json"
     names = {"AutoModelForSequenceClassification": f"{CLASSIFIER}.{kind.__name__}"}
-    written = json.loads(path.read_text()) | {"auto_map": names, "architectures": [kind.__name__]}
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    written = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": names, "architectures": [kind.__name__]}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def with_old_names(config: Any, written: Mapping[str, Any]) -> dict[str, Any]:

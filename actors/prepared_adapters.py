@@ -100,13 +100,13 @@ def fold_start(directory: Path, start: Path) -> None:
         is_a = ".lora_A." in name
         folded[name] = torch.cat([tensor, begun[name] if is_a else -begun[name]], dim=0 if is_a else 1).contiguous()
     save_file(folded, directory / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((directory / CONFIG).read_text())
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     # The scale is alpha over the rank, or over its root.
     factor = math.sqrt(2) if config["use_rslora"] else 2
     config["r"], config["lora_alpha"] = 2 * config["r"], factor * config["lora_alpha"]
     config["rank_pattern"] = {name: 2 * rank for name, rank in (config["rank_pattern"] or {}).items()}
     config["alpha_pattern"] = {name: factor * alpha for name, alpha in (config["alpha_pattern"] or {}).items()}
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _linear_names(model: PreTrainedModel, left_out: Any) -> list[str]:

@@ -116,7 +116,7 @@ class RewardProcess:
     def shared_bytes(self) -> int:
         """Shared memory that it holds now, which no resource limit counts; 0 where /proc does not tell."""
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
                 if line.startswith("RssShmem:"):
                     return int(line.split()[1]) << 10
         return 0

@@ -48,7 +48,7 @@ def main(settings: dict) -> int:
     _call("unshare", sum(_CLONE[kind] for kind in kinds))
     if uid != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                 file.write(text)
     _enter_root(settings)
     child = os.fork()
@@ -76,7 +76,7 @@ def _enter_root(settings: dict) -> None:
             _mount("none", target, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | kept)
     os.makedirs(root + "/dev")
     for device in ("null", "urandom"):
-        open(f"{root}/dev/{device}", "w").close()
+        open(f"{root}/dev/{device}", "w", encoding="utf-8").close()
         _mount(f"/dev/{device}", f"{root}/dev/{device}", None, _MS_BIND)
     os.makedirs(root + "/old")
     os.makedirs(root + "/tmp")

@@ -64,7 +64,7 @@ def publish(root: Path, step: int, driver_state: Mapping[str, Any], write: Calla
 
     def write_all(directory: Path) -> None:
         write(directory)
-        (directory / DRIVER).write_text(json.dumps(driver_state, indent=1) + "\n")
+        (directory / DRIVER).write_text(json.dumps(driver_state, indent=1) + "\n", encoding="utf-8")
 
     target = publish_directory(step_directory(root, step), {"step": step}, write_all)
     link(root, "latest", target)
@@ -93,7 +93,7 @@ def publish_directory(
             written = sorted(temporary.rglob("*"))
             files = {str(path.relative_to(temporary)): path for path in written if path.is_file() and path.name != CARD}
             sums = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
-            (temporary / manifest).write_text(json.dumps({**facts, "files": sums}, indent=1) + "\n")
+            (temporary / manifest).write_text(json.dumps({**facts, "files": sums}, indent=1) + "\n", encoding="utf-8")
             share_weights(temporary)
             for path in [*written, temporary / manifest, temporary]:
                 _flush(path)
@@ -146,7 +146,7 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
     """
     path = directory / name
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
         is_sound = bool(files) and all(
             not Path(file).is_absolute()
@@ -215,7 +215,7 @@ def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_driver_state(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / DRIVER).read_text())
+    return json.loads((directory / DRIVER).read_text(encoding="utf-8"))
 
 
 def prune(root: Path, keep: int) -> None:

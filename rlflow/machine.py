@@ -26,7 +26,7 @@ def this_machine() -> Machine:
     """CPUs, memory (the container's limit where there is one) and NVIDIA GPUs; under WSL only nvidia-smi knows them."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
         total = min(total, int(text))
     gpus, sizes = Path("/proc/driver/nvidia/gpus"), _gpu_memories()
     count = len(list(gpus.iterdir())) if gpus.exists() else len(sizes)
@@ -51,7 +51,7 @@ def usable_cores() -> int:
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
     """Cores whose time a cgroup gives; None for all."""
     try:
-        quota, period = path.read_text().split()
+        quota, period = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return None if quota == "max" else int(quota) / int(period)

@@ -138,7 +138,7 @@ def read_model_config(model: ModelBlock) -> Mapping[str, Any]:
     try:
         if not directory.exists() and is_hub_id(model.path):
             return hub_config(model.path, model.revision)
-        return json.loads((directory / "config.json").read_text())
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UnknownShape(f"cannot read config.json of {model.path}: {' '.join(lines[:2])}") from error

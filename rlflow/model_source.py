@@ -358,7 +358,7 @@ def _alone_in(directory: Path, tell: Tell) -> Iterator[None]:
         RunError: Another process holds it for too long.
     """
     directory.mkdir(exist_ok=True)
-    with (directory / ".lock").open("a") as file:
+    with (directory / ".lock").open("ab") as file:
         deadline, is_told = time.monotonic() + _LOCK_S, False
         while True:
             try:

@@ -80,7 +80,7 @@ def find_token() -> tuple[str, str]:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE).expanduser()
-    return (path.read_text().strip(), str(path)) if path.is_file() else ("", "")
+    return (path.read_text(encoding="utf-8").strip(), str(path)) if path.is_file() else ("", "")
 
 
 def ask_for_a_token() -> None:

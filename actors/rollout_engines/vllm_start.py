@@ -59,7 +59,7 @@ def prepare_process(num_threads: int, log_path: Path | None) -> None:
 def quiet(log_path: Path | None) -> Iterator[None]:
     """While vLLM is imported and started, Python warnings are dropped and what C++ writes to stderr joins the log."""
     saved = os.dup(2)
-    with open(log_path or os.devnull, "a") as log:
+    with open(log_path or os.devnull, "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
     try:
         with warnings.catch_warnings():

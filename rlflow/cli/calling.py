@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ _REMEDIES = {
 def call(command: Command, arguments: Sequence[str]) -> int:
     """Runs a command. Returns the exit code; a failure that nobody foresaw leaves with its traceback."""
     redact_tracebacks()
-    _open_closed_outputs()
+    _open_streams()
     try:
         return command.execute(command.make_parser().parse_intermixed_args(arguments))
     except (RecipeError, DataError) as error:
@@ -56,8 +57,19 @@ def call(command: Command, arguments: Sequence[str]) -> int:
         return FAILED
 
 
-def _open_closed_outputs() -> None:
-    """Gives the program an output where the shell has closed it (``>&-``): nobody listens, writing does not fail."""
+def _open_streams() -> None:
+    """Has input and outputs take whatever there is.
+
+    Where the shell has closed an output (``>&-``) nobody listens; what the terminal's encoding lacks is written as an
+    escape (``\\u2013``); bytes of the input that are no text come as half surrogate pairs, for the command to name.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)

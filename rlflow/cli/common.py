@@ -99,6 +99,15 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def unicode_text(text: str) -> str:
+    """A text for a tokenizer as argparse's type: bytes that are no UTF-8 come as half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"what follows {text[: error.start]!r} is no UTF-8 text") from error
+    return text
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file, or the name of one that comes with rlflow: `rlflow recipes`"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlflow.cli.common import parser_of
+from rlflow.cli.common import parser_of, unicode_text
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
     loading,
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     drawn.add_argument("--top-k", type=int)
     drawn.add_argument("--max-new-tokens", metavar="TOKENS", type=positive)
     drawn.add_argument("--seed", type=int, default=0)
-    drawn.add_argument("--system", metavar="TEXT", help="system message; the recipe's when left out")
+    drawn.add_argument("--system", metavar="TEXT", type=unicode_text, help="system message; the recipe's when left out")
     drawn.add_argument("--instruction", metavar="TEXT", help="behind a named set's question, in the place of its own")
     parser.add_argument(
         "--output",

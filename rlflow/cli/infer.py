@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rlflow.cli.calling import WRONG_INPUT
-from rlflow.cli.common import parser_of
+from rlflow.cli.common import parser_of, unicode_text
 from rlflow.cli.serving_arguments import (
     add_model_arguments,
     find_named_model,
@@ -48,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = parser_of("infer", SUMMARY, example)
     add_model_arguments(parser)
     parser.add_argument("--adapters", metavar="DIR", type=str, help="an adapter of the model, which is not merged")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt; the recipe's data.system when left out")
+    system_help = "system prompt; the recipe's data.system when left out"
+    parser.add_argument("--system", metavar="TEXT", type=unicode_text, help=system_help)
     drawn = parser.add_argument_group(
         "how answers are drawn", "as the run drew them, or as the model's generation_config.json says"
     )
@@ -57,7 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     drawn.add_argument("--top-k", type=int, help="0 keeps every token")
     drawn.add_argument("--max-new-tokens", metavar="TOKENS", type=positive, help="longest answer")
     drawn.add_argument("--seed", type=int, help="the same seed gives the same answers")
-    drawn.add_argument("--stop", metavar="TEXT", action="append", help="an answer ends before it; may be given again")
+    stop_help = "an answer ends before it; may be given again"
+    drawn.add_argument("--stop", metavar="TEXT", type=unicode_text, action="append", help=stop_help)
     batch = parser.add_argument_group("answers to a data set, in the place of a chat")
     batch.add_argument("--data", metavar="FILE", help="rows in any format that recipes read, a file or a hub dataset")
     batch.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where answers go, in the order of the data")
@@ -225,9 +227,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
-            output.open("a").close()
+            output.open("ab").close()
         else:
-            output.open("x").close()
+            output.open("xb").close()
             output.unlink()
     except FileExistsError:
         raise DataError(_EXISTS.format(output=output)) from None

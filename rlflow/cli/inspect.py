@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -76,8 +75,6 @@ def execute(arguments: argparse.Namespace) -> int:
     from rlflow.tracking.filters import filter_records, sort_records
     from rlflow.tracking.rollout_files import rollout_files
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     is_replay = arguments.replay or arguments.rewards or arguments.recipe is not None
     stage = find_stage(arguments.run)
     if not is_replay:

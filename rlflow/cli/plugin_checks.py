@@ -252,8 +252,8 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tri
 def _read_bytes(pid: int) -> str:
     """What a process has read from files, mapped ones included, as Linux counts it."""
     with contextlib.suppress(OSError):
-        counters = Path(f"/proc/{pid}/io").read_text().splitlines()
-        return f"{counters[0]} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[9]}"
+        counters = Path(f"/proc/{pid}/io").read_text(encoding="utf-8").splitlines()
+        return f"{counters[0]} {Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rpartition(')')[2].split()[9]}"
     return ""
 
 

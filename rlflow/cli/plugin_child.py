@@ -44,7 +44,7 @@ class Progress:
 def main(descriptor: int) -> None:
     trial: Trial = pickle.load(sys.stdin.buffer)
     progress = Progress()
-    with os.fdopen(descriptor, "w", buffering=1) as said:
+    with os.fdopen(descriptor, "w", buffering=1, encoding="utf-8") as said:
         threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial), progress), daemon=True).start()
         tools: list[Any] = []
         try:

@@ -208,7 +208,7 @@ def _in_model(key: str, path: str) -> Found:
 def _in_head(key: str, directory: Path) -> Found:
     """What was saved as something else than a language model has no weights for the next token."""
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     names = (config.get("architectures") if isinstance(config, dict) else None) or [""]
@@ -220,7 +220,7 @@ def _in_weights(key: str, directory: Path) -> Found:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError):
             yield key, f"{index} cannot be read: fetch it again"
             return
@@ -237,7 +237,7 @@ def _in_router(recipe: Recipe) -> Found:
     config = recipe.model.architecture
     if config is None:
         try:
-            config = json.loads((Path(recipe.model.path or "") / "config.json").read_text())
+            config = json.loads((Path(recipe.model.path or "") / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
     if not isinstance(config, dict):
@@ -317,7 +317,7 @@ def _in_reward_model(key: str, args: Mapping[str, Any], to_come: Mapping[str, Re
         yield from problems
     elif (config := Path(path) / "config.json").exists():
         try:
-            fields = json.loads(config.read_text())
+            fields = json.loads(config.read_text(encoding="utf-8"))
         except ValueError:
             problem = "cannot be used, its config.json is no JSON: fetch it again"
         else:

@@ -32,14 +32,14 @@ def execute(arguments: argparse.Namespace) -> int:
     path = recipes.get(name.removesuffix(".yaml"))
     if path is None:
         raise RecipeError([Problem(name, None, "", f"is no recipe of rlflow's ({did_you_mean(name, list(recipes))})")])
-    print(path.read_text(), end="")
+    print(path.read_text(encoding="utf-8"), end="")
     return 0
 
 
 def purpose_of(path: Path) -> str:
     """The first sentence of the comment at a recipe's head."""
     head = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         head.append(line.lstrip("# "))

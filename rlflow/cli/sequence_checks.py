@@ -53,7 +53,7 @@ def config_of(model: ModelBlock, to_come: Mapping[str, Recipe]) -> Mapping[str, 
     if not Path(path).exists() and is_hub_id(path):
         return _of_hub(path, model.revision)
     try:
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

@@ -48,7 +48,7 @@ def write_new_model(model: ModelBlock, path: Path) -> None:
     tokenizer = build_character_tokenizer(model.characters, VISION_TEMPLATE if sees(model) else CHARACTER_TEMPLATE)
     if sees(model):
         tokenizer.add_special_tokens({"additional_special_tokens": list(PLACEHOLDERS.values())})
-        (path / "processor_config.json").write_text(json.dumps(_processor(model), indent=2) + "\n")
+        (path / "processor_config.json").write_text(json.dumps(_processor(model), indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(path)
     of_the_tokenizer = {
         "vocab_size": len(tokenizer),
@@ -60,7 +60,7 @@ def write_new_model(model: ModelBlock, path: Path) -> None:
         config |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in PLACEHOLDERS.items()}
         config["text_config"] = {**config.get("text_config", {}), **of_the_tokenizer}
         del config["vocab_size"]
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _processor(model: ModelBlock) -> dict[str, Any]:

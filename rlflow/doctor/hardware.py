@@ -44,7 +44,7 @@ def check_cores() -> Iterator[Finding]:
 
 def _half_precision() -> str:
     try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
     except OSError:
         return "no word of what they compute in"
     if {"avx512_bf16", "amx_bf16"} & set(flags):
@@ -64,7 +64,7 @@ def check_memory() -> Iterator[Finding]:
 
 def _available() -> int:
     """Bytes that may be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -122,7 +122,7 @@ def torch_cuda() -> str | None:
     version = Path(found.origin).with_name("version.py")
     if not version.is_file():
         return None
-    said = re.search(r"^cuda[^=\n]*= '([\d.]+)'", version.read_text(), flags=re.MULTILINE)
+    said = re.search(r"^cuda[^=\n]*= '([\d.]+)'", version.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return None if said is None else said[1]
 
 

@@ -36,7 +36,7 @@ def check_ray() -> Iterator[Finding]:
         else:
             yield ok("Ray cluster", f"{address} answers (RAY_ADDRESS)")
     elif _CURRENT.is_file():
-        running = _CURRENT.read_text().strip()
+        running = _CURRENT.read_text(encoding="utf-8").strip()
         yield ok("Ray cluster", f"one runs here at {running}; runs start their own unless RAY_ADDRESS names it")
     else:
         yield ok("Ray cluster", "none named by RAY_ADDRESS: runs start their own, on loopback, with a token")

@@ -71,7 +71,7 @@ class Clock:
 def process_age_s() -> float:
     """Seconds since this process began; 0 where the system does not say."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return 0.0
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")

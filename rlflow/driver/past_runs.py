@@ -42,7 +42,7 @@ def leaves_rows(stage: Path) -> bool:
 def _began(stage: Path) -> float:
     """When its first step was logged; without a log, when its recipe was written."""
     try:
-        with (stage / "metrics.jsonl").open() as file:
+        with (stage / "metrics.jsonl").open(encoding="utf-8") as file:
             return float(json.loads(file.readline())["time"])
     except (OSError, ValueError, LookupError):
         return (stage / RECIPE).stat().st_mtime

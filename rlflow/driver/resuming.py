@@ -92,13 +92,13 @@ class Inputs:
 
     def write(self, directory: Path) -> None:
         sums = {"rows": self.rows, "files": self.files, "models": self.models}
-        (directory / INPUTS).write_text(json.dumps(sums, indent=1) + "\n")
+        (directory / INPUTS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Inputs | None:
         """None where there is none, or it is damaged."""
         try:
-            return cls(**json.loads((directory / INPUTS).read_text()))
+            return cls(**json.loads((directory / INPUTS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -164,7 +164,7 @@ def write_recipe(recipe: Recipe, inputs: Inputs, directory: Path) -> None:
     It is without its secrets: who resumes the run gives them again.
     """
     inputs.write(directory)
-    (directory / RECIPE).write_text(dump(redact(recipe.model_dump(mode="json"))))
+    (directory / RECIPE).write_text(dump(redact(recipe.model_dump(mode="json"))), encoding="utf-8")
 
 
 def read_recipe(directory: Path) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ class RunLock:
         self._made = list(reversed(missing))
         for _ in range(_TRIES):
             self.directory.mkdir(parents=True, exist_ok=True)
-            file = (self.directory / LOCK).open("a+")
+            file = (self.directory / LOCK).open("a+", encoding="utf-8")
             try:
                 self.left_by = self._lock(file)
             except RunError:
@@ -135,7 +135,7 @@ def holder_of(directory: Path) -> Holder | None:
     The lock itself is not touched: who tried it for a moment would keep a run from starting.
     """
     try:
-        with (directory / LOCK).open() as file:
+        with (directory / LOCK).open(encoding="utf-8") as file:
             return _read(file)
     except OSError:
         return None
@@ -152,6 +152,6 @@ def _read(file: TextIO) -> Holder | None:
 def _began(pid: int) -> str:
     """Clock ticks from the machine's start to the process's; empty when there is none of that number."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         return ""

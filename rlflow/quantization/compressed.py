@@ -29,7 +29,11 @@ def weight_files(source: Path) -> list[Path]:
         DataError: There are none that are safetensors.
     """
     index = source / _INDEX
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     files = sorted(source / name for name in names)
     if not all(file.is_file() for file in files):
         raise DataError(f"{source} has no weights as safetensors: fetch them, or save the model with save_pretrained")
@@ -80,7 +84,7 @@ def quantize_directory(
         size += sum(tensor.nbytes for tensor in written.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": places}
-        (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _write_config(directory, config, str(kept).removeprefix("torch."), scheme, how, layers.ignored)
     return group_size
 
@@ -166,4 +170,4 @@ def _write_config(
     for fields in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
         fields |= {"dtype": dtype, "torch_dtype": dtype}
     config["quantization_config"] = quantization
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

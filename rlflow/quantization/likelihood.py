@@ -94,7 +94,7 @@ def by_vllm(directory: Path, texts: Sequence[Sequence[int]], *, trust_remote_cod
     """
     with tempfile.TemporaryDirectory(prefix="rlflow-") as folder:
         asked, answered = Path(folder, "texts.json"), Path(folder, "sums.json")
-        asked.write_text(json.dumps([list(ids) for ids in texts]))
+        asked.write_text(json.dumps([list(ids) for ids in texts]), encoding="utf-8")
         words = [sys.executable, "-m", "rlflow.quantization.vllm_likelihood", str(directory), str(asked), str(answered)]
         words += ["--trust-remote-code"] * trust_remote_code
         try:
@@ -106,4 +106,4 @@ def by_vllm(directory: Path, texts: Sequence[Sequence[int]], *, trust_remote_cod
         if ended.returncode:
             said = next((line for line in reversed(ended.stderr.splitlines()) if "Error" in line), ended.stderr[-400:])
             raise RunError(f"vLLM cannot measure {directory}: {said}")
-        return json.loads(answered.read_text())
+        return json.loads(answered.read_text(encoding="utf-8"))

@@ -118,7 +118,7 @@ def _take_files(inside: Path, directory: Path, config: dict[str, Any]) -> None:
         save_file(tensors, directory / file.name, metadata={"format": "pt"})
     for index in written.parent.glob("*.safetensors.index.json"):
         index.rename(directory / index.name)
-    said = json.loads(written.read_text())
+    said = json.loads(written.read_text(encoding="utf-8"))
     config |= {"quantization_config": said["quantization_config"], "dtype": DTYPE, "torch_dtype": DTYPE}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(inside)

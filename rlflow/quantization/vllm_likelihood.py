@@ -16,10 +16,12 @@ def main() -> None:
     parser.add_argument("sums", type=Path)
     parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args()
-    texts = json.loads(arguments.texts.read_text())
+    texts = json.loads(arguments.texts.read_text(encoding="utf-8"))
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    arguments.sums.write_text(json.dumps(likelihoods(arguments.model, texts, arguments.trust_remote_code)))
+    arguments.sums.write_text(
+        json.dumps(likelihoods(arguments.model, texts, arguments.trust_remote_code)), encoding="utf-8"
+    )
 
 
 def likelihoods(model: str, texts: list[list[int]], trust_remote_code: bool) -> list[float]:

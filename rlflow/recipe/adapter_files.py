@@ -37,7 +37,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}") from error
     except ValueError as error:

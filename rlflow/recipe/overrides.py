@@ -44,6 +44,8 @@ def parse_overrides(overrides: Overrides, problems: list[Problem]) -> list[Chang
             changes.append(Change(tuple(key.split(".")), parse_value(value), place))
         except yaml.constructor.ConstructorError as error:
             problems.append(Problem.at(place, key, f"cannot be read: {error.problem}"))
+        except yaml.reader.ReaderError as error:
+            problems.append(Problem.at(place, key, f"has U+{ord(value[error.position]):04X}, which is no text"))
         except yaml.YAMLError:
             shown = value if len(value) <= 60 else f"{value[:60]}..."
             problems.append(Problem.at(place, key, f"{shown} is not YAML: put quotes around the whole key=value"))

@@ -150,7 +150,7 @@ _BEYOND_PLAIN_LORA = (
 @cache
 def fields_of(method: str) -> dict[str, list[str]]:
     """The fields of a method's config, each with the kinds of value that it takes."""
-    return json.loads((Path(__file__).parent / "peft_fields.json").read_text())[method]
+    return json.loads((Path(__file__).parent / "peft_fields.json").read_text(encoding="utf-8"))[method]
 
 
 def method_of(config: Mapping[str, Any]) -> str:

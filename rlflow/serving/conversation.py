@@ -82,6 +82,15 @@ def room_behind(prompt: np.ndarray, model: ServedModel) -> int:
     return room
 
 
+def check_characters(text: str) -> None:
+    """Raises RowError where bytes that are no UTF-8 have come as half surrogate pairs: no tokenizer reads them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise RowError(f"what follows {near!r} is no UTF-8 text") from error
+
+
 class Answer:
     """One answer on its way: iterate over its text, or cancel it."""
 
@@ -157,9 +166,10 @@ class Conversation:
         """What the policy reads when somebody says ``text`` now; it joins the conversation with its answer.
 
         Raises:
-            RowError: The chat template refuses it, or it has not a place for every picture that it shows.
+            RowError: It is no text, the template refuses it, or it has not a place for every picture that it shows.
             TooLongError: The conversation is longer than the model reads.
         """
+        check_characters(text)
         if not self.model.has_template:
             asked = encode_text(self.model, text)
         else:

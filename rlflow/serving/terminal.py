@@ -11,7 +11,7 @@ from typing import Protocol, TextIO
 
 from rlflow.data.errors import RowError
 from rlflow.driver.sampling import sample_seed
-from rlflow.serving.conversation import Answer, Conversation, TooLongError
+from rlflow.serving.conversation import Answer, Conversation, TooLongError, check_characters
 from rlflow.serving.sampling import Sampling
 from rlflow.serving.streams import Streams
 from rlflow.serving.text import Thoughts
@@ -209,6 +209,7 @@ def _obey(line: str, conversation: Conversation, note: Callable[[str], None]) ->
     elif command == "/system" and not rest.strip():
         note(conversation.system or "there is no system prompt")
     elif command == "/system":
+        check_characters(rest)
         conversation.clear()
         conversation.system = None if rest.strip() == "-" else rest.strip()
         note("a new conversation, with this system prompt" if conversation.system else "a new one, without")

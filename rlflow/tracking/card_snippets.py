@@ -192,7 +192,7 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
 def readers(directory: Path) -> str:
     """Which versions of transformers read the directory's config and tokenizer rightly, as a sentence."""
     path = directory / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     text = config.get("text_config", config)
     bases = {of["rope_theta"] for of in (text.get("rope_parameters") or {}).values() if isinstance(of, dict)}
     if len(bases) > 1 and "rope_local_base_freq" not in text:
@@ -209,20 +209,20 @@ def readers(directory: Path) -> str:
 def sees_pictures(directory: Path) -> bool:
     """Whether it holds a vision-language model, or an adapter of one: both have its processor's files beside them."""
     path = directory / "config.json"
-    has_tower = not path.is_file() or "vision_config" in json.loads(path.read_text())
+    has_tower = not path.is_file() or "vision_config" in json.loads(path.read_text(encoding="utf-8"))
     return has_tower and any((directory / name).is_file() for name in PROCESSOR_FILES)
 
 
 def is_reward_model(directory: Path) -> bool:
     """Whether it holds a sequence classifier."""
     path = directory / "config.json"
-    names = json.loads(path.read_text()).get("architectures") or [] if path.is_file() else []
+    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [] if path.is_file() else []
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def _score(directory: Path) -> str:
     if sees_pictures(directory) and _has_chat_template(directory):
-        is_own = "auto_map" in json.loads((directory / "config.json").read_text())
+        is_own = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
         trusted, code = (", trust_remote_code=True", OWN_CODE) if is_own else ("", "as transformers has it")
         return SCORE_WITH_PICTURES.format(here=HERE, trusted=trusted, code=code)
     plain = 'conversation = "Hello" + "Hello you"'
@@ -233,7 +233,7 @@ def _has_chat_template(directory: Path) -> bool:
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text())
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _code(language: str, text: str) -> str:

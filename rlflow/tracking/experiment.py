@@ -54,8 +54,8 @@ def arguments_of(tracker: str, recipe: Recipe, directory: Path) -> dict[str, Any
 def run_id(path: Path, given: str | None = None) -> str:
     """The id kept at ``path``, made or given the first time."""
     if not path.exists():
-        path.write_text(f"{given or secrets.token_hex(4)}\n")
-    return path.read_text().strip()
+        path.write_text(f"{given or secrets.token_hex(4)}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:

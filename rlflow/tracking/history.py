@@ -146,7 +146,7 @@ def read_stage(directory: Path) -> StageHistory:
     """
     recipe_path, metrics_path = directory / RECIPE, directory / METRICS
     try:
-        recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.exists() else {}
+        recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
         steps = tuple(read_metrics(metrics_path)) if metrics_path.exists() else ()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

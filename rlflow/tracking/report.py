@@ -216,7 +216,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 def _assemble(title: str, chunks: Mapping[str, str]) -> str:
     style = charts.style_sheet()
-    script = "\n".join((SOURCES / name).read_text() for name in SCRIPTS)
+    script = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     sources = f"script-src {_digest(script)}; style-src {_digest(style)}; img-src data:"
     policy = f"default-src 'none'; {sources}; base-uri 'none'"
     loader = FileSystemLoader(SOURCES)

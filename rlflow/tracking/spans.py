@@ -83,7 +83,7 @@ def write_trace(path: Path, spans: Sequence[Span]) -> None:
     text = json.dumps({"traceEvents": [*names, *events], "displayTimeUnit": "ms"})
     with naming_the_disk(path, len(text)):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def _covered(times: Sequence[tuple[float, float]]) -> float:

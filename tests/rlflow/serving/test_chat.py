@@ -175,12 +175,13 @@ def test_a_message_over_a_pipe_without_an_answer_is_counted_and_leaves_its_line_
     served: ServedModel, streams: Streams, oracle: Oracle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = io.StringIO()
-    screen = PlainScreen(io.StringIO("\né?\n1+1=\n"), output)
+    screen = PlainScreen(io.StringIO("\né?\n1+\udce9\n/system \udce9\n1+1=\n"), output)
     converse(Conversation(served, None), streams, "tiny", GREEDY, screen)
-    assert output.getvalue() == f"\n{oracle.answer([{'role': 'user', 'content': '1+1='}], 12)}\n"
-    assert screen.num_refused == 1
-    said = capsys.readouterr().err
-    assert said.startswith("line 2 has no answer: the character 'é'") and "/clear" not in said
+    assert output.getvalue() == f"\n\n\n{oracle.answer([{'role': 'user', 'content': '1+1='}], 12)}\n"
+    assert screen.num_refused == 3
+    lacking, broken, *_ = capsys.readouterr().err.splitlines()
+    assert lacking.startswith("line 2 has no answer: the character 'é'") and "/clear" not in lacking
+    assert broken == "line 3 has no answer: what follows '1+' is no UTF-8 text"
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
