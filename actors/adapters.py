@@ -3,7 +3,7 @@
     model.layers.0.mlp.up_proj               y = W x + scale B A x, or what another method makes of W
         .base_layer.weight                   W, frozen, in the recipe's dtype
         .lora_A.default.weight, .lora_B...   float32, trained, and all that checkpoints hold
-        .lora_A.start.weight, ...            only where training goes on from an adapter: the reference, frozen
+        .lora_A.reference.weight, ...        only where the reference is an adapter too: frozen
 
 Of LoRA and DoRA, weight syncs hold no more than that: trainer and torch engine have the same modules, so what is
 generated is scored by the same arithmetic. Engines get what other methods have trained as whole weights (merging).
@@ -33,23 +33,25 @@ from rlflow.actors.pretrained import load_whole
 from rlflow.actors.quantized_bases import check_quantized, keep_as_stored, quantized
 from rlflow.actors.vision import language_model_class, part_finder, sees
 from rlflow.recipe import ModelBlock
-from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, unmatched_targets
+from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, mixed_kinds, unmatched_targets
 from rlflow.recipe.model_blocks import Part
 from rlflow.recipe.peft_methods import METHODS, TYPE
 
-TRAINED, START = "default", "start"
-"""PEFT's names of the adapter that is trained and of the one it started from."""
+TRAINED, REFERENCE = "default", "reference"
+"""PEFT's names of the adapter that is trained and of the one it is compared with."""
+_PATH = "model.adapter.path"
+"""The recipe's key of the adapter that training starts from."""
 SUBTRACTED = "subtracted"
 """Of one that takes away what the trained one adds at the start."""
 
 
 def load_adapted(
-    block: ModelBlock, *, seed: int, device: torch.device, keep_start: bool = False, **options: Any
+    block: ModelBlock, *, seed: int, device: torch.device, reference: str | None = None, **options: Any
 ) -> PreTrainedModel:
     """The base model with an adapter that changes nothing yet, or with the one at ``adapter.path``.
 
     Args:
-        keep_start: Also hold what training goes on from, for ``as_reference``.
+        reference: Directory or hub id of an adapter to hold as well, frozen, for ``as_reference``.
         options: Of from_pretrained.
 
     Raises:
@@ -67,11 +69,13 @@ def load_adapted(
     if adapter.quantize == "nf4":
         keep_as_stored(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    inject(model, block, seed=seed, keep_start=keep_start)
+    inject(model, block, seed=seed)
+    if reference is not None:
+        _hold_reference(model, block, reference)
     return model
 
 
-def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: bool = False) -> None:
+def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int) -> None:
     """Puts the adapter of a recipe's model block into a model. All else is frozen; every rank starts from the same A.
 
     Raises:
@@ -79,7 +83,7 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
     """
     adapter = block.adapter
     assert adapter is not None and block.path is not None
-    directory = None if adapter.path is None else _local(adapter.path, block.path)
+    directory = None if adapter.path is None else _local(adapter.path, block.path, _PATH)
     fields = adapter.config if directory is None else None
     config: Any = settled_config(model, block, fields, directory)
     if directory is not None and adapter.prepared_start is None:
@@ -92,11 +96,27 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int, keep_start: 
     if directory is None:
         return
     values = load_file(directory / WEIGHTS)
-    _fill(model, TRAINED, values, directory)
+    _fill(model, TRAINED, values, directory, _PATH)
     if adapter.subtracts_start:
         _subtract(model, config, values, directory)
-    if keep_start and adapter.prepared_start is None and METHODS[kind_of(config)].goes_on:
-        _put_beside(model, config, START, values, directory)
+
+
+def _hold_reference(model: PreTrainedModel, block: ModelBlock, path: str) -> None:
+    """Puts the adapter in that the trained one is compared with; it may be on other layers.
+
+    Raises:
+        ValueError: It is of another model or method.
+    """
+    assert block.path is not None
+    key = _PATH if block.adapter is not None and path == block.adapter.path else "reference.adapter"
+    directory = _local(path, block.path, key)
+    config: Any = settled_config(model, block, None, directory)
+    kinds = kind_of(config), kind_of(config_of(model))
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{key}: {mixed_kinds(directory, *kinds)}")
+    _settle_dropout(config, 0.0)
+    _put_beside(model, config, REFERENCE, load_file(directory / WEIGHTS), directory, key)
+    _check_layers(model, config, key)
 
 
 def settled_config(
@@ -123,13 +143,18 @@ def settled_config(
 
 
 def _put_beside(
-    model: PreTrainedModel, config: PeftConfig, name: str, values: dict[str, torch.Tensor], directory: Path
+    model: PreTrainedModel,
+    config: PeftConfig,
+    name: str,
+    values: dict[str, torch.Tensor],
+    directory: Path,
+    key: str = _PATH,
 ) -> None:
     """Puts a second adapter in, frozen, which computes nothing yet."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         _put_in(model, deepcopy(config), name)
-    _fill(model, name, values, directory)
+    _fill(model, name, values, directory, key)
     for layer in adapter_layers(model):
         layer.set_adapter(TRAINED)
 
@@ -185,14 +210,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Within, the model is what training started from: the base alone, or with the adapter it goes on from."""
+    """Within, the model is what training is compared with: the base alone, or with the adapter that is held for it."""
     layers = adapter_layers(model)
-    goes_on = any(name.endswith(f".{START}") or f".{START}." in name for name, _ in model.named_parameters())
+    is_adapter = any(name.endswith(f".{REFERENCE}") or f".{REFERENCE}." in name for name, _ in model.named_parameters())
     # PEFT's own switches also change which parameters want gradients, which sharded ones must not.
     active = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [START if goes_on else TRAINED]
-        layer._disable_adapters = not goes_on
+        layer._active_adapter = [REFERENCE if is_adapter else TRAINED]
+        layer._disable_adapters = not is_adapter
     try:
         yield
     finally:
@@ -231,18 +256,27 @@ def config_of(model: PreTrainedModel) -> PeftConfig:
 
 def largest_rank(model: PreTrainedModel) -> int:
     """Of a LoRA."""
-    return max(layer.r[TRAINED] for layer in adapter_layers(model))
+    return max(layer.r[TRAINED] for layer in adapter_layers(model) if _is_trained(layer))
 
 
-def _local(path: str, model: str) -> Path:
-    """The adapter's directory, fetched when it is on the hub."""
+def _is_trained(layer: Any) -> bool:
+    """Whether one of PEFT's layers has the adapter that is trained, and not the reference's alone."""
+    return TRAINED in layer._get_available_adapters()
+
+
+def _local(path: str, model: str, key: str) -> Path:
+    """The adapter's directory, fetched when it is on the hub.
+
+    Raises:
+        ValueError: It is none of this model's that can be trained, with the key of the recipe that names it.
+    """
     directory = Path(path)
     if not directory.exists():
         from huggingface_hub import snapshot_download
 
         directory = Path(snapshot_download(path, allow_patterns=["adapter_*"]))
     if problem := adapter_problem(directory, model):
-        raise ValueError(f"model.adapter.path: {problem}")
+        raise ValueError(f"{key}: {problem}")
     return directory
 
 
@@ -251,7 +285,7 @@ def _check_targets(model: PreTrainedModel, config: Any) -> None:
         return
     head = model.get_output_embeddings()
     layers = [(name, module) for name, module in model.named_modules() if module is not head]
-    linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D)]
+    linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)]
     if problems := list(unmatched_targets(sorted(config.target_modules), linear)):
         raise ValueError(f"model.adapter.target_modules: {'; '.join(problems)}")
 
@@ -278,7 +312,7 @@ def _within_parts(model: PreTrainedModel, config: Any, parts: Iterable[Part]) ->
     return found
 
 
-def _check_layers(model: PreTrainedModel, config: PeftConfig) -> None:
+def _check_layers(model: PreTrainedModel, config: PeftConfig, key: str = "model.adapter.target_modules") -> None:
     """
     Raises:
         ValueError: The head or another layer got an adapter that cannot be trained, synced and merged here.
@@ -294,12 +328,12 @@ def _check_layers(model: PreTrainedModel, config: PeftConfig) -> None:
             raise ValueError(f"model.adapter: {method}: the head shares the embedding's weights: train another method")
         if layer is head or (METHODS[kind_of(config)].targets_linear and not is_linear):
             raise ValueError(
-                f"model.adapter.target_modules: {name} ({type(base).__name__}) gets no adapter: name linear layers "
+                f"{key}: {name} ({type(base).__name__}) gets no adapter: name linear layers "
                 "other than the head, such as [q_proj, k_proj, v_proj, o_proj]"
             )
 
 
-def _fill(model: PreTrainedModel, adapter: str, values: dict[str, torch.Tensor], directory: Path) -> None:
+def _fill(model: PreTrainedModel, adapter: str, values: dict[str, torch.Tensor], directory: Path, key: str) -> None:
     """Copies a file's tensors into one of the model's adapters.
 
     Raises:
@@ -307,11 +341,11 @@ def _fill(model: PreTrainedModel, adapter: str, values: dict[str, torch.Tensor],
     """
     places = _in_file(model, adapter, {**_kept_buffers(model), **dict(model.named_parameters())})
     if strange := sorted(places.keys() ^ values.keys()):
-        raise ValueError(f"model.adapter.path: {directory} is of another model: {strange[0]} is not in both")
+        raise ValueError(f"{key}: {directory} is of another model: {strange[0]} is not in both")
     for name, place in places.items():
         if place.shape != values[name].shape:
             shapes = f"{list(values[name].shape)} there, {list(place.shape)} here"
-            raise ValueError(f"model.adapter.path: {directory} is of another model: {name} has shape {shapes}")
+            raise ValueError(f"{key}: {directory} is of another model: {name} has shape {shapes}")
         if isinstance(place, nn.Parameter) and not place.is_meta:
             place.data = values[name].to(device=place.device, dtype=torch.float32, copy=True)
         elif not place.is_meta:
@@ -325,7 +359,7 @@ def _short_names(targets: Iterable[str], model: nn.Module) -> list[str]:
     would be left as they are.
     """
     ends = {name.rpartition(".")[2] for name in targets}
-    names = {name: isinstance(module, BaseTunerLayer) for name, module in model.named_modules()}
+    names = {name: isinstance(module, BaseTunerLayer) and _is_trained(module) for name, module in model.named_modules()}
     mean_the_same = all(is_adapted == (name.rpartition(".")[2] in ends) for name, is_adapted in names.items())
     return sorted(ends if mean_the_same else targets)
 

@@ -32,15 +32,18 @@ class PolicyTrainer(Trainer):
         seed: int,
         learns_rollouts: bool = False,
         sends_merged: bool = False,
+        reference: str | None = None,
     ) -> None:
         """
         Args:
             learns_rollouts: It is trained on what it writes, in which no id beyond its tokenizer can be.
             sends_merged: Engines get whole weights, with what the adapter makes of them.
+            reference: Path of the adapter that makes the base the reference; None where the base alone is.
         """
         super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
         self.learns_rollouts = learns_rollouts
         self.sends_merged = sends_merged
+        self.reference = reference
         self.teacher_head: LoadedHead | None = None
 
     def load_module(self) -> Any:
@@ -52,6 +55,7 @@ class PolicyTrainer(Trainer):
             device=self.device,
             checkpointing=self.trainer.gradient_checkpointing,
             tokens_of=self.block if self.learns_rollouts else None,
+            reference=self.reference,
         )
 
     def objective(
@@ -94,7 +98,8 @@ class PolicyTrainer(Trainer):
         return score(self.module, micro_batches, self.device, temperature)
 
     def reference_logprobs(self, micro_batches: Sequence[MicroBatch], temperature: float = 1.0) -> np.ndarray:
-        """As ``logprobs``, of what an adapter's training started from: a ReferenceModel's numbers without its copy."""
+        """As ``logprobs``, of the base, or of the adapter ``reference`` on it: a ReferenceModel's numbers without its
+        copy."""
         from rlflow.actors.adapters import as_reference
 
         with as_reference(self.module.model):

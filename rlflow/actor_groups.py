@@ -26,7 +26,7 @@ from rlflow.actors.teacher_server import TeacherServer
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
 from rlflow.policy_weights import sends_merged
-from rlflow.recipe import ModelBlock, Recipe, TrainerBlock
+from rlflow.recipe import AdapterBlock, ModelBlock, Recipe, TrainerBlock
 from rlflow.roles import Role, roles, rollout_engine
 
 CLOSE_TIMEOUT_S = 3.0
@@ -184,7 +184,12 @@ def constructor_of(
             if recipe.algorithm.learning.head != "token":
                 return SequenceTrainer, {**arguments, "algorithm": recipe.algorithm}
             is_online = recipe.family == "online"
-            return PolicyTrainer, {**arguments, "learns_rollouts": is_online, "sends_merged": sends_merged(recipe)}
+            return PolicyTrainer, {
+                **arguments,
+                "learns_rollouts": is_online,
+                "sends_merged": sends_merged(recipe),
+                "reference": recipe.held_reference(model),
+            }
         case "critic":
             path = None if recipe.critic is None else recipe.critic.path
             # A critic is trained whole, also where the policy is an adapter.
@@ -216,8 +221,7 @@ def constructor_of(
         case "teacher":
             return _teacher(role, recipe, model, threads)
         case _:
-            path = recipe.reference.path
-            frozen = model if path is None else _other_model(path, model)
+            frozen = _reference(recipe, model)
             # Liger's kernels need a GPU, which the policy's trainer has and the reference may not.
             frozen = frozen.model_copy(update={"liger": model.liger and role.gpus > 0})
             return ReferenceModel, {
@@ -227,6 +231,13 @@ def constructor_of(
                 "seed": seed,
                 "tokens_of": model if recipe.family == "online" else None,
             }
+
+
+def _reference(recipe: Recipe, model: ModelBlock) -> ModelBlock:
+    """The frozen model that has actors of its own."""
+    path, adapter = recipe.reference.path, recipe.reference.adapter
+    frozen = model if path is None else _other_model(path, model)
+    return frozen if adapter is None else frozen.model_copy(update={"adapter": AdapterBlock(path=adapter)})
 
 
 def _teacher(role: Role, recipe: Recipe, model: ModelBlock, threads: int) -> tuple[type, dict[str, Any]]:

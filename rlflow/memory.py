@@ -365,13 +365,14 @@ def _muon_parameters(shape: ModelShape) -> int:
 
 
 def weight_bytes(recipe: Recipe, parameters: int, adapter: int | None) -> int:
-    """Of a model with its adapter, and with the one it goes on from."""
+    """Of a model with its adapter, and with the one that it is compared with."""
     block = recipe.model.adapter
     if block is None or adapter is None:
         return parameters * DTYPE_BYTES[recipe.model.dtype]
     is_whole = block.quantize == "none"
     base = DTYPE_BYTES[recipe.model.dtype] if is_whole else QUANTIZED_BASES[block.quantize].bytes
-    return int(parameters * base) + adapter * 4 * (2 if block.path is not None or block.subtracts_start else 1)
+    is_kept = recipe.held_reference(recipe.model) is not None or block.subtracts_start
+    return int(parameters * base) + adapter * 4 * (2 if is_kept else 1)
 
 
 def _count(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

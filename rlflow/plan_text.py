@@ -71,7 +71,13 @@ def _model_line(plan: Plan) -> str:
         config = model.adapter.config
         how = starts_elsewhere(config)
         said = f"{method_of(config)} of PEFT's" + ("" if how is None else f"; {how}")
-    return f"{name}{size}, {model.dtype}; {said}{_sent(plan.recipe)}"
+    return f"{name}{size}, {model.dtype}; {said}{_reference(plan.recipe)}{_sent(plan.recipe)}"
+
+
+def _reference(recipe: Recipe) -> str:
+    """The adapter that an adapter is compared with, where the recipe names one."""
+    named = recipe.reference.adapter
+    return f"; the reference is {named}, beside it" if named and recipe.held_reference(recipe.model) else ""
 
 
 def _sent(recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ _READERS: Mapping[str, frozenset[str]] = {
     "model.path": frozenset({"trainer", "critic", "reference", "rollout"}),
     "model.adapter.path": frozenset({"trainer", "reference", "rollout"}),
     "reference.path": frozenset({"reference"}),
+    "reference.adapter": frozenset({"trainer", "reference"}),
     "algorithm.critic.path": frozenset({"critic"}),
     "teacher.path": frozenset({"teacher"}),
 }

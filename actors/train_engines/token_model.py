@@ -264,12 +264,14 @@ def load_token_model(
     device: torch.device,
     checkpointing: bool = False,
     tokens_of: ModelBlock | None = None,
+    reference: str | None = None,
 ) -> TokenModel:
     """Loads a model for training or scoring, or makes one with random weights when the recipe gives an architecture.
 
     Args:
         tokens_of: The policy that writes what is scored: what is no token of its tokenizer gets no probability, as in
             the engines. Without it every id of the vocabulary does, as in transformers.
+        reference: See `rlflow.actors.adapters.load_adapted`.
 
     Raises:
         ValueError: The checkpoint lacks weights, logprobs of short texts are not those of transformers (see probe), or
@@ -280,7 +282,7 @@ def load_token_model(
         from rlflow.actors import adapters
 
         options = {"trust_remote_code": block.trust_remote_code}
-        model = adapters.load_adapted(block, seed=seed, device=device, keep_start=True, **options)
+        model = adapters.load_adapted(block, seed=seed, device=device, reference=reference, **options)
         dropout_layers = adapters.adapter_layers(model) if block.adapter.drops_out else []
     else:
         model = read_language_model(block, seed=seed)

@@ -7,9 +7,17 @@ from pathlib import Path
 
 from rlflow import memory
 from rlflow.recipe import AdapterBlock, Recipe
-from rlflow.recipe.adapter_files import adapter_problem, base_of, read_config, unmatched_targets
+from rlflow.recipe.adapter_files import (
+    CONFIG,
+    adapter_problem,
+    base_of,
+    config_of_adapter,
+    mixed_kinds,
+    read_config,
+    unmatched_targets,
+)
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.recipe.peft_methods import METHODS, method_of
+from rlflow.recipe.peft_methods import METHODS, TYPE, method_of
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
@@ -17,18 +25,43 @@ Found = Iterator[tuple[str, str]]
 
 def in_adapter(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     """``to_come``: the directory that each earlier stage will write, and the stage."""
-    adapter, base = recipe.model.adapter, recipe.model.path
+    adapter, base, reference = recipe.model.adapter, recipe.model.path, recipe.reference
+    if reference.adapter is not None and (reference.path or base):
+        yield from _on_disk("reference.adapter", reference.adapter, str(reference.path or base), to_come)
+        yield from _of_one_kind(recipe, reference.adapter)
     if adapter is None or base is None:
         return
-    if adapter.path is not None and adapter.path in to_come:
-        if to_come[adapter.path].model.adapter is None:
-            yield "model.adapter.path", f"{adapter.path} will be a whole model: name it in model.path"
-    elif adapter.path is not None and Path(adapter.path).exists():
-        if problem := adapter_problem(Path(adapter.path), base):
-            yield "model.adapter.path", problem
-    elif adapter.path is not None and not is_hub_id(adapter.path):
-        yield "model.adapter.path", f"there is no directory {adapter.path}"
+    if adapter.path is not None:
+        yield from _on_disk("model.adapter.path", adapter.path, base, to_come)
     yield from _in_targets(adapter, Path(base))
+
+
+def _on_disk(key: str, path: str, base: str, to_come: Mapping[str, Recipe]) -> Found:
+    """An adapter of ``base``, or what an earlier stage will write."""
+    if path in to_come:
+        if to_come[path].model.adapter is None:
+            whole = key.replace("adapter.path", "path").replace("reference.adapter", "reference.path")
+            yield key, f"{path} will be a whole model: name it in {whole}"
+    elif Path(path).exists():
+        if problem := adapter_problem(Path(path), base):
+            yield key, problem
+    elif not is_hub_id(path):
+        yield key, f"there is no directory {path}"
+
+
+def _of_one_kind(recipe: Recipe, path: str) -> Found:
+    """A trainer that holds the reference's adapter beside its own has one method for both."""
+    adapter = recipe.model.adapter
+    if adapter is None or recipe.places_reference or not (Path(path) / CONFIG).is_file():
+        return
+    try:
+        configs = read_config(Path(path)), config_of_adapter(adapter)
+    except ValueError:
+        return  # said of its own key
+    if configs[1] is not None and TYPE in configs[0] and TYPE in configs[1]:
+        kinds = [method_of(config) for config in configs if config is not None]
+        if kinds[0] != kinds[1]:
+            yield "reference.adapter", mixed_kinds(Path(path), kinds[0], kinds[1])
 
 
 def _in_targets(adapter: AdapterBlock, base: Path) -> Found:

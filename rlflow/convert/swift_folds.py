@@ -171,6 +171,7 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
         for key in settled:
             draft.values.pop(key)
         draft.set("model.adapter.path", adapters[0], given.text("adapters"))
+    _set_reference(given, draft, adapters)
     if draft.values.get("model.path") is None and not adapters:
         draft.note("to do", "no --model is given: set model.path")
     if not given["use_hf"] and not Path(str(given["model"])).exists():
@@ -179,6 +180,21 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
             "ms-swift takes ids from ModelScope, rlflow from the Hugging Face hub: the same id may be missing "
             "there, or be called otherwise (LLM-Research, AI-ModelScope); a downloaded directory works too",
         )
+
+
+def _set_reference(given: Given, draft: Draft, adapters: list[Any]) -> None:
+    """Writes what a policy is compared with: there the base, unless ``ref_adapters`` says otherwise; here the adapter
+    that it goes on from."""
+    if "ref_adapters" not in given.table:
+        return  # it trains by itself
+    base = given["ref_model"] or draft.values.get("model.path")
+    if named := as_list(given["ref_adapters"]):
+        if named != adapters or given["ref_model"]:
+            draft.set("reference.adapter", named[0], given.text("ref_adapters"))
+    elif adapters and base is not None:
+        draft.set("reference.path", base, "(the base, without ref_adapters)")
+    elif adapters:
+        draft.note("to do", "the reference is the base there, without ref_adapters: set reference.path to model.path")
 
 
 def _held_out(given: Given, draft: Draft, sources: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:

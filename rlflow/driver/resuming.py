@@ -136,6 +136,7 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         "model.path": recipe.model.path,
         "model.adapter.path": None if adapter is None else adapter.path,
         "reference.path": recipe.reference.path if recipe.needs_reference else None,
+        "reference.adapter": recipe.reference.adapter if recipe.needs_reference else None,
         "algorithm.critic.path": None if recipe.critic is None else recipe.critic.path,
         "teacher.path": recipe.teacher.path if recipe.needs_teacher else None,
     }

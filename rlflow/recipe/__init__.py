@@ -22,9 +22,10 @@ from rlflow.recipe.loading import dump_recipe, load_recipe
 from rlflow.recipe.model_blocks import AdapterBlock, ModelBlock, RouterBlock
 from rlflow.recipe.presets import ALGORITHMS, TASKS, AlgorithmRow
 from rlflow.recipe.problems import Problem, RecipeError
+from rlflow.recipe.reference_block import ReferenceBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock
-from rlflow.recipe.schema import Recipe, ReferenceBlock, RolloutBlock, RunBlock
+from rlflow.recipe.schema import Recipe, RolloutBlock, RunBlock
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import DeepSpeedBlock, FsdpBlock, OptimizerBlock, TrainerBlock
 

@@ -39,7 +39,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}") from error
+        several = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))
+        remedy = f", and {', '.join(several)} below it do: name {directory / several[0]}" if several else ""
+        raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}{remedy}") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: fetch it again") from error
     if not isinstance(config, dict):
@@ -93,6 +95,14 @@ def _method_problem(config: Mapping[str, Any]) -> str | None:
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         return f"was made with init_lora_weights: {start}, which changes the base: convert it with PEFT"
     return None
+
+
+def mixed_kinds(directory: Path, kind: str, trained: str) -> str:
+    """What is wrong with an adapter of one method beside a trained one of another."""
+    return (
+        f"{directory} is an adapter of type {kind}, and the trained one of type {trained}: a model holds one of the "
+        "two. Merge it with `rlflow export ADAPTER OUTPUT --merge` and name that in reference.path"
+    )
 
 
 def unmatched_targets(targets: Collection[str], linear: Collection[str]) -> Iterator[str]:

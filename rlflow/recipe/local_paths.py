@@ -18,6 +18,7 @@ _HUB_OR_LOCAL = {
     "model.path",
     "model.adapter.path",
     "reference.path",
+    "reference.adapter",
     "algorithm.critic.path",
     "teacher.path",
     "data.train.path",

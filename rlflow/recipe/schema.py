@@ -33,6 +33,7 @@ from rlflow.recipe.expand_block import expand_conflicts
 from rlflow.recipe.function_blocks import CallbackBlock, MetricBlock
 from rlflow.recipe.mixture_blocks import DemonstrationsBlock
 from rlflow.recipe.model_blocks import ModelBlock
+from rlflow.recipe.reference_block import ReferenceBlock
 from rlflow.recipe.reward_blocks import RewardBlock, RewardServerBlock
 from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingBlock
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
@@ -83,20 +84,6 @@ class RolloutBlock(Block):
         elif size > 1 and self.gpus_per_worker < size:
             reason = f"{size} needs as many GPUs: set gpus_per_worker: {size}"
             yield Conflict(("tensor_parallel_size", "gpus_per_worker"), reason)
-
-
-class ReferenceBlock(Block):
-    path: str | None = None
-    """A model; the policy's starting point when absent: of an adapter, the trainer itself with the adapter off."""
-    precompute: bool = False
-    """Offline: score all rows once before the first step, then end the reference actors; otherwise each step's rows
-    are scored on the fly."""
-    workers: PositiveInt = 1
-    """ReferenceModel actors."""
-    cpus_per_worker: NonNegativeFloat | None = None
-    """Ray CPUs, and compute threads, of each. Left out: as of the trainer."""
-    gpus_per_worker: NonNegativeFloat = 0.0
-    """Ray GPUs of each."""
 
 
 class RunBlock(Block):
@@ -227,8 +214,17 @@ class Recipe(Block):
 
     @property
     def places_reference(self) -> bool:
-        """Whether it has actors of its own: a trainer of adapters holds its starting point anyway."""
-        return self.needs_reference and (self.model.adapter is None or self.reference.path is not None)
+        """Whether it has actors of its own: a trainer of adapters holds their base, and another adapter of it."""
+        return self.needs_reference and not self.reference.is_beside(self.model)
+
+    def held_reference(self, model: ModelBlock) -> str | None:
+        """The adapter that a trainer of adapters holds as its reference; None where that is the base, or elsewhere.
+
+        Args:
+            model: The recipe's, with paths that exist.
+        """
+        is_beside = self.needs_reference and not self.places_reference
+        return self.reference.held_adapter(model) if is_beside else None
 
     @property
     def needs_teacher(self) -> bool:
@@ -245,7 +241,8 @@ class Recipe(Block):
     def places_teacher(self) -> bool:
         """Whether it has actors of its own: a trainer of a new adapter holds its base anyway, which scores tokens."""
         adapter = self.model.adapter
-        is_base = adapter is not None and adapter.path is None and self.teacher.path == self.model.path
+        starts_as_base = adapter is not None and adapter.path is None and self.reference.adapter is None
+        is_base = starts_as_base and self.teacher.path == self.model.path
         scores_tokens = self.needs_teacher and self.online.distill.kind == "advantage"
         return self.needs_teacher and not (is_base and scores_tokens)
 

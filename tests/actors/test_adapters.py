@@ -47,9 +47,10 @@ def parts(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
     return layer.base_layer.weight, layer.lora_A.default.weight, layer.lora_B.default.weight, layer
 
 
-def trainer_of(directory: Path, adapter: AdapterBlock, **trainer: Any) -> PolicyTrainer:
+def trainer_of(directory: Path, adapter: AdapterBlock, reference: Path | None = None, **trainer: Any) -> PolicyTrainer:
     block = ModelBlock(path=str(directory), adapter=adapter)
-    made = PolicyTrainer(block, TrainerBlock(**trainer), rank=0, world_size=1, num_threads=1, seed=0)
+    held = None if reference is None else str(reference)
+    made = PolicyTrainer(block, TrainerBlock(**trainer), rank=0, world_size=1, num_threads=1, seed=0, reference=held)
     made.setup(None)
     return made
 
@@ -174,7 +175,7 @@ def test_the_reference_of_a_run_that_goes_on_is_the_adapter_it_goes_on_from(tiny
     first.export(tmp_path)
     batches = [micro_batch(5)]
     started = first.logprobs(batches)
-    second = trainer_of(tiny_model_dir, AdapterBlock(path=str(tmp_path)))
+    second = trainer_of(tiny_model_dir, AdapterBlock(path=str(tmp_path)), reference=tmp_path)
     np.testing.assert_array_equal(second.logprobs(batches), started)
     assert len(adapters.adapter_parameters(second.module.model)) == 28
     train(second)

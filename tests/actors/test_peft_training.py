@@ -101,7 +101,7 @@ def test_what_a_method_trains_is_the_same_merged_in_peft_and_in_a_later_run(
     assert close(logits(theirs.merge_and_unload(safe_merge=True)), trained)
 
     if METHODS[method].goes_on:
-        later = load(directory, {"path": str(tmp_path)}, keep_start=True)
+        later = load(directory, {"path": str(tmp_path)}, reference=str(tmp_path))
         train(later)
         assert not close(logits(later), trained)
         with adapters.as_reference(later):

@@ -42,7 +42,7 @@ def prepared(base: Path, directory: Path, start: str, dtype: Any = "float32", **
 
 
 def load(block: ModelBlock) -> Any:
-    return adapters.load_adapted(block, seed=0, device=torch.device("cpu"), keep_start=True).eval()
+    return adapters.load_adapted(block, seed=0, device=torch.device("cpu")).eval()
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ _RLHF: Table = {
     "rlhf_type": fold("algorithm.name", default="dpo"),
     "beta": fold("algorithm.kl.coef"),
     "ref_model": key("reference.path", read=str),
-    "ref_adapters": missing("with an adapter the reference is the trainer with the adapter off"),
+    "ref_adapters": fold("reference.adapter"),
     **each("ref_model_type ref_model_revision reward_model_type reward_model_revision", missing(_REGISTERED)),
     "label_smoothing": key("algorithm.preference.label_smoothing", read=positive, of="preference"),
     "rpo_alpha": key("algorithm.preference.sft_coef", read=positive, of="preference"),

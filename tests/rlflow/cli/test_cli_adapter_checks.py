@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_an_adapter_to_go_on_from_is_looked_at(recipe_file: Path, adapter_dir: P
     (adapter_dir / "adapter_config.json").write_text("{")
     assert "is no JSON" in problem_of(recipe_file, path)
     assert "there is no directory" in problem_of(recipe_file, "model.adapter={path: ./nowhere/at/all, rank: 16}")
+
+
+def test_the_references_adapter_is_looked_at(recipe_file: Path, adapter_dir: Path, tiny_model_dir: Path):
+    named = f"reference.adapter={adapter_dir}"
+    (recipe,) = load_checked(recipe_file, [named])
+    assert [role.name for role in roles(recipe)] == ["trainer"]
+    assert f"; the reference is {adapter_dir}, beside it" in render(make_plans([recipe])[0])
+    assert "reference" in [role.name for role in roles(load_checked(recipe_file, [named, "model.adapter=null"])[0])]
+    other = "model.adapter={rank: 16, peft: {peft_type: LOKR, r: 4}}"
+    said = problem_of(recipe_file, named, other)
+    assert said.startswith("reference.adapter: ") and "of type LORA, and the trained one of type LOKR" in said
+    change(adapter_dir, base_model_name_or_path="org/else")
+    assert "reference.adapter: " in (said := problem_of(recipe_file, named)) and "is an adapter of org/else" in said
+    assert "there is no directory" in problem_of(recipe_file, "reference.adapter=./nowhere/at/all")
+
+
+def test_a_directory_of_several_adapters_names_them(recipe_file: Path, adapter_dir: Path):
+    for name in ("first", "second"):
+        shutil.copytree(adapter_dir, adapter_dir.parent / "several" / name)
+    several = adapter_dir.parent / "several"
+    said = problem_of(recipe_file, f"model.adapter={{path: {several}, rank: 16}}")
+    assert f"it has no adapter_config.json, and first, second below it do: name {several}/first" in said
+    assert load_checked(recipe_file, [f"model.adapter={{path: {several}/second, rank: 16}}"])
 
 
 def test_an_adapter_in_the_place_of_a_model_says_how_to_use_it(

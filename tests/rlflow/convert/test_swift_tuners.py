@@ -96,6 +96,24 @@ def test_an_adapter_on_disk_settles_what_peft_was_told(converted):
     assert (recipe.model.adapter.path, recipe.model.adapter.peft) == ("a/b", None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "path", "adapter"),
+    [
+        ("--adapters a/b", "m/x", None),
+        ("--adapters a/b --ref_adapters a/b", None, None),
+        ("--adapters a/b --ref_adapters c/d", None, "c/d"),
+        ("--ref_model m/y --ref_adapters c/d", "m/y", "c/d"),
+        ("--ref_adapters c/d", None, "c/d"),
+        ("", None, None),
+    ],
+)
+def test_the_reference_is_what_the_command_compares_with(converted, flags: str, path: str | None, adapter: str | None):
+    command = "swift rlhf --rlhf_type dpo --model m/x --dataset d.jsonl --tuner_type lora "
+    recipe, conversion = converted(command + flags)
+    assert (recipe.reference.path, recipe.reference.adapter) == (path, adapter)
+    assert missing(conversion) == ""
+
+
 @pytest.mark.parametrize("flag", ["--target_modules all-linear", "--lora_target_modules ALL"])
 def test_all_linear_layers_are_rlflows_own_default(converted, flag: str):
     recipe, conversion = converted(f"{SFT} --tuner_type lora {flag}")
