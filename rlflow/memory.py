@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES, Part
+from rlflow.recipe.model_files import read_header
 from rlflow.tower_shape import TowerShape, tower_shape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -228,19 +228,16 @@ def count_stored(directory: Path) -> int | None:
 def stored_shapes(directory: Path) -> dict[str, list[int]]:
     """Of every tensor in a directory's safetensors files, from their headers.
 
-    https://huggingface.co/docs/safetensors: 8 bytes of length, then JSON with the shape of every tensor.
-
     Raises:
         UnknownShape: One of them is no safetensors file.
     """
     shapes = {}
     for path in sorted(directory.glob("model*.safetensors")):
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (OSError, ValueError, struct.error) as error:
-            raise UnknownShape(f"{path} is no safetensors file: {error}") from error
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+            tensors, _ = read_header(path)
+        except ValueError as error:
+            raise UnknownShape(str(error)) from error
+        shapes |= {name: tensor["shape"] for name, tensor in tensors.items()}
     return shapes
 
 

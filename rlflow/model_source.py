@@ -52,6 +52,7 @@ from rlflow.progress import ProgressBar
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.recipe.adapter_files import base_of, is_adapter, read_config
 from rlflow.recipe.local_paths import is_hub_id
+from rlflow.recipe.model_files import files_problem
 from rlflow.recipe.sample_blocks import ROWS_FILE
 
 EXPORTS = "exports"
@@ -283,6 +284,9 @@ def _source(directory: Path, name: str) -> ModelSource:
         ) from error
     except ValueError as error:
         raise DataError(str(error)) from error
+    for path in {directory, Path(base or directory)}:
+        if path.is_dir() and (problem := files_problem(path)):
+            raise DataError(problem)
     return ModelSource(directory=directory, base=base, name=name, run=None, recipe=None)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlflow.cli.config_fields import config_fields, model_types
 from rlflow.recipe import ModelBlock
+from rlflow.recipe.model_files import read_fields
 from rlflow.recipe.problems import nearest
 from rlflow.recipe.token_shares import split_problem
 
@@ -21,13 +21,9 @@ def config_problem(directory: Path) -> str | None:
     """What is wrong with a model directory's config.json, which exists."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    except ValueError:
-        return f"{path} is no JSON, it may be cut off: fetch it again"
-    if not isinstance(config, dict):
-        return f"{path} holds no fields: fetch it again"
+        config = read_fields(path)
+    except ValueError as error:
+        return str(error)
     kind, kinds = config.get("model_type"), model_types()
     if isinstance(kind, str) and kinds and kind not in kinds and "auto_map" not in config:
         near = nearest(kind, list(kinds))

@@ -39,6 +39,7 @@ from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES
+from rlflow.recipe.model_files import files_problem
 from rlflow.recipe.overrides import Overrides
 from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean, nearest
@@ -217,15 +218,8 @@ def _in_head(key: str, directory: Path) -> Found:
 
 
 def _in_weights(key: str, directory: Path) -> Found:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError):
-            yield key, f"{index} cannot be read: fetch it again"
-            return
-        if missing := sorted(name for name in named if not (directory / name).exists()):
-            yield key, f"{directory} lacks {', '.join(missing)}, which its index names: fetch it again"
+    if problem := files_problem(directory):
+        yield key, problem
     elif not list(directory.glob("*.safetensors")):
         yield key, f"{directory} has no *.safetensors: fetch the weights, or write them with save_pretrained"
 

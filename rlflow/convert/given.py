@@ -12,6 +12,7 @@ import yaml
 
 from rlflow.recipe.foreign.rows import Row, Table, find_row
 from rlflow.recipe.yaml_source import parse_value
+from rlflow.tracking.redact import MASK, is_secret_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,8 @@ def walk(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def shown(name: str, value: Any) -> str:
     """A value on one line; of a token or a key, nothing."""
-    if re.search(r"(token|secret|password|api_key|webhook_url)$", name) and isinstance(value, str):
-        return "***"
+    if isinstance(value, str) and (is_secret_name(name) or name.endswith("webhook_url")):
+        return MASK
     if isinstance(value, list):
         text = " ".join(map(str, value))
     else:

@@ -179,8 +179,10 @@ def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
         )
     except Exception as error:
         # Whatever a damaged file makes the tokenizers library raise, it is about that file.
+        has_none = directory.is_dir() and not (directory / "tokenizer.json").is_file()
+        said = "it has no tokenizer.json" if has_none else " ".join(str(error).split()).rstrip(". ")
         raise DataError(
-            f"model.path: no tokenizer can be loaded from {model.path}: {error}. Give a directory with tokenizer.json, "
+            f"model.path: no tokenizer can be loaded from {model.path}: {said}. Give a directory with tokenizer.json, "
             "or a hub id that this machine can reach."
         ) from error
     if not tokenizer.is_fast:

@@ -44,7 +44,7 @@ def _began(stage: Path) -> float:
     try:
         with (stage / "metrics.jsonl").open(encoding="utf-8") as file:
             return float(json.loads(file.readline())["time"])
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return (stage / RECIPE).stat().st_mtime
 
 

@@ -117,6 +117,7 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     Raises:
         DataError: It is no policy, its files cannot be read, or ``max_model_len`` is beyond what it reads.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from rlflow.actors.vision import sees
@@ -129,6 +130,8 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
         if not Path(path).exists() and is_hub_id(path):
             hub_config(path, None)  # a hub that is not there is found by one request, not by the library's many
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    except StrictDataclassError as error:
+        raise DataError(f"{path}/config.json: {' '.join(str(error).split())}: correct it, or fetch it again") from error
     except (OSError, ValueError) as error:
         said = str(error).partition("\n")[0].rstrip(". ")
         raise DataError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 import rlflow
 from rlflow import checkpoint
@@ -141,7 +142,7 @@ def test_a_changed_export_is_written_again(run: Path):
     directory = find(run, checkpoint="2")[0].directory
     assert directory is not None
     before = contents_of(directory)
-    (directory / "model.safetensors").write_bytes(b"")
+    save_file({}, directory / "model.safetensors")
     assert contents_of(find(run, checkpoint="2")[0].directory) == before
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from rlflow.cli.preflight import load_checked
 from rlflow.plan_text import render
@@ -47,7 +48,7 @@ def adapter_dir(tmp_path: Path, tiny_model_dir: Path) -> Path:
     directory.mkdir()
     config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": str(tiny_model_dir)}
     (directory / "adapter_config.json").write_text(json.dumps(config))
-    (directory / "adapter_model.safetensors").write_text("")
+    save_file({}, directory / "adapter_model.safetensors")
     return directory
 
 

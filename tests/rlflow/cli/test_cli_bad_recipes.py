@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from rlflow.cli.main import main
 
@@ -163,7 +164,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "models" / name).mkdir(parents=True)
         if config is not None:
             (tmp_path / "models" / name / "config.json").write_text(config)
-            (tmp_path / "models" / name / "model.safetensors").write_text("")
+            save_file({}, tmp_path / "models" / name / "model.safetensors")
     return tmp_path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from rlflow.cli.preflight import load_checked
 from rlflow.data.tokenizer import build_character_tokenizer
@@ -32,7 +33,7 @@ def write_model(
     directory.mkdir(exist_ok=True)
     given = {"vocab_size": 64, "max_position_embeddings": 64, "architectures": ["Qwen3ForCausalLM"], **config}
     (directory / "config.json").write_text(json.dumps(given))
-    (directory / "model.safetensors").write_text("")
+    save_file({}, directory / "model.safetensors")
     if characters is not None:
         tokenizer = build_character_tokenizer(characters)
         tokenizer.add_tokens(list(added))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from rlflow.cli import preflight, run
 from rlflow.cli.preflight import load_checked, load_runnable
@@ -27,7 +28,7 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").write_text("")
+    save_file({}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "data.jsonl").write_text("")
     (tmp_path / "rewards.py").write_text("raise SystemExit\ndef brevity(): ...\nif True:\n    length = other = 1\n")
     path = tmp_path / "recipe.yaml"
@@ -100,7 +101,7 @@ def test_a_model_directory_needs_a_config_and_weights(recipe_file: Path):
     assert "has no *.safetensors" in problem_of(recipe_file)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "model-1.safetensors").write_text("")
+    save_file({}, model / "model-1.safetensors")
     assert "lacks model-2.safetensors, which its index names" in problem_of(recipe_file)
     (model / "config.json").unlink()
     assert "it has no config.json" in problem_of(recipe_file)
@@ -171,7 +172,7 @@ def test_a_new_models_and_a_critics_heads_are_looked_at_too(recipe_file: Path):
     critic = recipe_file.parent / "critic"
     critic.mkdir()
     (critic / "config.json").write_text(json.dumps({"n_head": 6}))
-    (critic / "model.safetensors").write_text("")
+    save_file({}, critic / "model.safetensors")
     ppo = ["algorithm={name: ppo, critic: {workers: 4, path: critic}}", *SHARED]
     assert f"{critic}: 6 attention heads" in problem_of(recipe_file, *ppo)
 

@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from rlflow.cli.preflight import load_checked
 from rlflow.data.peek import problems
@@ -109,7 +110,7 @@ def test_a_plan_names_the_line_of_each(write, tmp_path, tokenizer):
     model = tmp_path / "model"
     tokenizer.save_pretrained(model)
     (model / "config.json").write_text('{"model_type": "llama"}')
-    (model / "model.safetensors").touch()
+    save_file({}, model / "model.safetensors")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "algorithm: {name: sft}\n"
