@@ -55,15 +55,16 @@ def read_run(run: Path) -> Recipe:
         DataError: It is of another version of rlflow, or damaged: in what, and no more.
     """
     stored = read_recipe(run)
-    cause = "it lacks blocks that every resolved recipe has"
-    if stored is not None:
-        try:
-            return Recipe.model_validate(stored)
-        except ValidationError as error:
-            first = error.errors()[0]
-            said = "a key that this version does not read" if first["type"] == "extra_forbidden" else first["msg"]
-            cause = f"{'.'.join(map(str, first['loc']))}: {said}"
-    raise DataError(f"{run / RECIPE} is of another version of rlflow ({cause})")
+    if stored is None:
+        cause = "it cannot be read, or lacks blocks that every resolved recipe has"
+        raise DataError(f"{run / RECIPE} is of another version of rlflow, or damaged ({cause})")
+    try:
+        return Recipe.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = "a key that this version does not read" if first["type"] == "extra_forbidden" else first["msg"]
+        cause = f"{'.'.join(map(str, first['loc']))}: {said}"
+        raise DataError(f"{run / RECIPE} is of another version of rlflow ({cause})") from error
 
 
 def other_versions(runs: Iterable[Path]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from rlflow.serving.streams import Streams
 from rlflow.serving.text import Thoughts
 
 COMMANDS = {
-    "/image FILE": "shows a picture with the next message, where that has <image> or else in front of it",
-    "/system TEXT": "sets the system prompt and begins anew; without TEXT shows it, with - takes it away",
+    "/image FILE": "shows a picture where the next message has <image>, or before it",
+    "/system TEXT": "begins anew with this system prompt; alone shows it, - takes it away",
     "/clear": "begins a new conversation",
     "/help": "shows this",
     "/exit": "leaves, as Ctrl-D does",
@@ -86,7 +86,7 @@ class TerminalScreen:
         self._console.print(Text(printable(text), style="yellow"), soft_wrap=True)
 
     def refuse(self, reason: str) -> None:
-        self.note(f"{reason}; /clear begins anew")
+        self.note(reason)
 
 
 class PlainScreen:
@@ -151,11 +151,13 @@ def _exchange(conversation: Conversation, streams: Streams, name: str, sampling:
             try:
                 _obey(line, conversation, screen.note)
             except RowError as error:
-                screen.refuse(f"{line.strip()}: {error}")
+                screen.refuse(f"{line.split()[0]}: {error}")
         elif line.strip():
             try:
                 _answer(line, conversation, streams, name, sampling, _seed(sampling, count), screen)
-            except (RowError, TooLongError) as error:
+            except TooLongError as error:
+                screen.refuse(f"{error}; /clear begins anew")
+            except RowError as error:
                 screen.refuse(str(error))
             count += 1
 
@@ -198,7 +200,11 @@ def _answer(
 
 
 def _obey(line: str, conversation: Conversation, note: Callable[[str], None]) -> None:
-    """A line that begins with a slash."""
+    """A line that begins with a slash.
+
+    Raises:
+        RowError: There is no such command, or it cannot be done.
+    """
     command, _, rest = line.strip().partition(" ")
     if command == "/clear":
         conversation.clear()
@@ -213,7 +219,7 @@ def _obey(line: str, conversation: Conversation, note: Callable[[str], None]) ->
         conversation.clear()
         conversation.system = None if rest.strip() == "-" else rest.strip()
         note("a new conversation, with this system prompt" if conversation.system else "a new one, without")
+    elif command != "/help":
+        raise RowError("there is no such command; /help lists them, and a space before it sends it as a message")
     else:
-        if command != "/help":
-            note(f"there is no {command}")
         note("\n".join(f"{name:<14}{meaning}" for name, meaning in COMMANDS.items()))

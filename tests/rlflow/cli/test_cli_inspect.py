@@ -137,7 +137,7 @@ def test_report_and_inspect_say_in_one_line_that_a_recipe_is_of_another_version(
     run = make_run(tmp_path / "run", 1)
     (run / "inputs.json").write_text("{}")
     (run / "recipe.yaml").write_text("run: {name: old}\nmodel: {path: m}\n")
-    (run / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "reward/mean": 0.5}\n')
+    (run / "metrics.jsonl").write_text('null\n{"step": 1, "time": 1.0, "reward/mean": 0.5}\n')
     for command in ("inspect", "report"):
         assert main([command, str(run)]) == 0
         (line,) = capsys.readouterr().err.splitlines()

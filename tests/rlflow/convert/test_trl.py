@@ -109,8 +109,9 @@ def test_labels_rewards_and_leave_one_out(converted):
 
 
 def test_tokens_are_not_repeated(converted):
-    _, conversion = converted(f"trl sft {BASE} --hub_token hf_verysecret --push_to_hub")
+    _, conversion = converted(f"trl sft {BASE} --hub_token hf_verysecret --push_to_hub --eos_token '<|im_end|>'")
     assert "verysecret" not in conversion.recipe
+    assert "--eos_token <|im_end|>" in conversion.recipe
     assert "rlflow export RUN --push" in conversion.recipe
 
 

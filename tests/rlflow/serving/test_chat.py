@@ -80,14 +80,14 @@ def test_each_answer_is_to_the_whole_conversation(served: ServedModel, streams: 
 
 
 def test_clear_forgets_and_system_is_put_before(served: ServedModel, streams: Streams, oracle: Oracle) -> None:
-    lines = ["2+3=", "/clear", "1+1=", "/system Add.", "1+1=", "/system", "/system -", "/system", "1+1=", "/what"]
+    lines = ["2+3=", "/clear", "1+1=", "/system Add.", "1+1=", "/system", "/system -", "/system", "1+1=", "/what is?"]
     seen, _ = chat(served, streams, lines)
     question = [{"role": "user", "content": "1+1="}]
     plain, with_system = (oracle.answer([*m, *question], 12) for m in ([], [{"role": "system", "content": "Add."}]))
     assert plain != with_system
     assert seen.said.split("|")[1:] == [plain, with_system, plain, ""]
     assert "Add." in seen.notes and "there is no system prompt" in seen.notes
-    assert seen.notes[-2] == "there is no /what" and "/clear" in seen.notes[-1]
+    assert seen.notes[-1].startswith("/what: there is no such command; /help lists them")
 
 
 def test_a_conversation_that_is_too_long_is_said_and_goes_on_after_clear(
@@ -98,6 +98,7 @@ def test_a_conversation_that_is_too_long_is_said_and_goes_on_after_clear(
     assert len(conversation.messages) == 2
     assert seen.said == oracle.answer([{"role": "user", "content": "1+1="}], 12) + "|"
     longest, _ = chat(served, streams, ["1" * (CONTEXT - 24)], replace(GREEDY, max_new_tokens=None))
+    assert "with its answer; /clear begins anew" in seen.notes[0]
     assert "the model's context is full, /clear begins anew" in longest.notes[0]
 
 
@@ -198,3 +199,13 @@ def test_a_failing_engine_ends_the_chat_with_its_reason(served: ServedModel) -> 
     with pytest.raises(RunError, match="MemoryError: no room"):
         chat(served, streams, ["2+3="])
     streams.close()
+
+
+def test_a_line_over_a_pipe_that_is_no_command_has_an_empty_line_and_is_counted(
+    served: ServedModel, streams: Streams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = io.StringIO()
+    screen = PlainScreen(io.StringIO("/etc/hosts, what is it?\n"), output)
+    converse(Conversation(served, None), streams, "tiny", GREEDY, screen)
+    assert (output.getvalue(), screen.num_refused) == ("\n", 1)
+    assert capsys.readouterr().err.startswith("line 1 has no answer: /etc/hosts,: there is no such command")
