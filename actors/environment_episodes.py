@@ -252,6 +252,8 @@ class _Play:
         if self.transcript.tools or episodes.reader.is_always_needed:
             said = episodes.reader.read(text, self.transcript.tools, self.transcript.before_turn)
             message, problems = said.message, said.problems
+            if refused := self.transcript.refusal(message):
+                message, problems = {"role": "assistant", "content": text}, (f"no call was made: {refused}",)
             self._count("tool_calls", len(message.get("tool_calls", ())))
             self._count("unread_calls", len(problems))
         self.transcript.wrote(completion, message)
@@ -262,7 +264,7 @@ class _Play:
     ) -> RolloutEnd | None:
         """Has the environment answer what was said last. Returns why the episode is over, if it is."""
         message = self.transcript.messages[-1]
-        heard: list[Message] = [{"role": "user", "content": "\n".join(problems)}] if problems else []
+        heard: list[Message] = []
         try:
             if not problems or "tool_calls" in message:
                 said = await self._ask(process, "step", message)
@@ -271,8 +273,8 @@ class _Play:
                     self._count(name, number)
                 if said["done"]:
                     return "stop"
-                heard = [*said["messages"], *heard]
-            heard = self._defused(heard)
+                heard = said["messages"]
+            heard = self._defused(_with_problems(heard, problems))
             if self.num_turns >= self.limits.max_turns:
                 return "turns"
             if time.monotonic() - self.started > self.episodes.block.episode_timeout_s:
@@ -374,3 +376,14 @@ class _Play:
             environment_s=self.environment_s,
         )
         return PlayedEpisode(token_ids, is_sampled, logprobs, versions, reason, episode)
+
+
+def _with_problems(heard: Sequence[Message], problems: Sequence[str]) -> Sequence[Message]:
+    """What the policy hears, with why calls could not be read at the end of the last message: templates refuse a user's
+    message behind results, or write the one before it otherwise."""
+    if not problems:
+        return heard
+    told = "\n".join(problems)
+    if not heard:
+        return [{"role": "user", "content": told}]
+    return [*heard[:-1], {**heard[-1], "content": f"{heard[-1]['content']}\n{told}"}]

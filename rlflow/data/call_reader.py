@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlflow.data.errors import RowError
 from rlflow.data.prompts import THOUGHT_BEGINS, opened_tag
 from rlflow.data.template import template_text
 from rlflow.data.transcript import THOUGHT_ENDS
+from rlflow.data.vllm_calls import VllmCalls
 from rlflow.types import Message
 
 _NAME, _ARGUMENTS = "zqx_called_xqz", {"zqx": "xqz"}
@@ -33,6 +34,8 @@ _TOOL = {
 }
 _ARGUMENTS_TEXT = re.compile(r'\{\s*"zqx"\s*:\s*"xqz"\s*\}')
 _HERMES = "<tool_call>"
+_MORE = re.compile(r"[\s;,]*\{\s*\"")
+"""What follows a call where a second one stands in its place: templates write one there, and others call none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class CallReader:
         """
         self._tokenizer = chat.tokenizer
         self._form = _form_of(chat)
-        self._vllm = None if parser == "auto" else _vllm_parser(parser, chat.tokenizer)
+        self._vllm = None if parser == "auto" else VllmCalls(parser, chat.tokenizer)
         self._schema = vars(chat.tokenizer).get("response_template")
 
     @property
@@ -78,13 +81,20 @@ class CallReader:
             return self._by_form(text, tools)
         try:
             if self._vllm is not None:
-                said = _with_calls(*_by_vllm(self._vllm, text))
+                said = self._by_vllm(self._vllm, text, tools)
             else:
                 said = _by_schema(self._tokenizer, text, prompt, tools)
         except RowError as error:
             return Said({"role": "assistant", "content": text}, (str(error),))
         # Parsers that find no call do not say whether there should have been one.
         return said if "tool_calls" in said.message else Said(said.message, self._by_form(text, tools).problems)
+
+    def _by_vllm(self, parser: VllmCalls, text: str, tools: Sequence[Any]) -> Said:
+        if isinstance(self._form, Harmony):
+            return _with_calls(*parser.read(text, tools))
+        thought, behind = _parted(text)
+        said = _with_calls(*parser.read(behind, tools))
+        return Said({**said.message, "content": thought + said.message["content"]})
 
     def _by_form(self, text: str, tools: Sequence[Any]) -> Said:
         if isinstance(self._form, Harmony):
@@ -134,14 +144,17 @@ class _Form:
     def _pattern(self) -> str:
         if self.between is not None:
             return rf"{_loose(self.opening)}\s*(?P<name>[\w.\-]+)\s*{_loose(self.between)}\s*"
-        # Where nothing opens a call, it is all that there is.
-        return rf"{_loose(self.opening)}\s*" if self.opening else r"\A\s*(?=\{\s*\"(?:name|type|function)\")"
+        # Where nothing opens a call, it is all that there is; Llama's models write a token before it at times.
+        bare = r"\A\s*(?:<\|python_tag\|>)?\s*(?=\{\s*\"(?:name|type|function)\")"
+        return rf"{_loose(self.opening)}\s*" if self.opening else bare
 
     def _call(self, text: str, found: re.Match[str], tools: Sequence[Any]) -> tuple[Any, int]:
         """The call or calls at a place of the text, and where they end."""
         if self.pairs is not None:
             return self.pairs.call(text, found, self.closing, tools)
         value, end = json.JSONDecoder().raw_decode(text, found.end())
+        if _MORE.match(text, end):
+            raise ValueError("another call follows in the place of one")
         if closing := re.compile(rf"\s*{_loose(self.closing)}").match(text, end):
             end = closing.end()
         if self.between is not None:
@@ -170,7 +183,7 @@ class _Pairs:
         pattern = rf"{_loose(self.opening)}\s*(.+?)\s*{_loose(self.between)}(.*?){_loose(self.closing)}"
         types = _types(tools, found["name"])
         arguments = {
-            key: _value(value.strip("\n"), types.get(key))
+            key: _value(value.strip("\n"), types.get(key, ()))
             for key, value in re.findall(pattern, text[found.end() : over.start()], re.DOTALL)
         }
         return {"name": found["name"], "arguments": arguments}, over.end()
@@ -205,24 +218,38 @@ class Harmony:
         return Said({**message, "tool_calls": calls} if calls else message, tuple(problems))
 
 
-def _types(tools: Sequence[Any], name: str) -> dict[str, Any]:
-    """The JSON type of each argument of a function, as far as its schema says."""
+def _types(tools: Sequence[Any], name: str) -> dict[str, set[Any]]:
+    """The JSON types of each argument of a function, as far as its schema says."""
     for tool in tools:
         function = tool.get("function", tool)
         if function.get("name") == name:
             properties = function.get("parameters", {}).get("properties", {})
-            return {key: schema.get("type") for key, schema in properties.items()}
+            return {key: set(_types_of(schema)) for key, schema in properties.items()}
     return {}
 
 
-def _value(text: str, of_type: Any) -> Any:
+def _types_of(schema: Any) -> Iterator[str]:
+    """The types that a schema names: one, a list, or those of its alternatives."""
+    if not isinstance(schema, dict):
+        return
+    named = schema.get("type", ())
+    yield from [named] if isinstance(named, str) else named
+    for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
+        for alternative in alternatives or ():
+            yield from _types_of(alternative)
+
+
+def _value(text: str, types: Collection[str]) -> Any:
     """What a text stands for: JSON, but where a string is wanted or it is none."""
-    if of_type == "string":
-        return text
+    if types and not set(types) - {"string", "null"}:
+        return None if "null" in types and text == "null" else text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    # Models write 2.0 where a whole number is wanted.
+    is_whole = isinstance(value, float) and "integer" in types and "number" not in types and value.is_integer()
+    return int(value) if is_whole else value
 
 
 def _with_arguments(call: Any) -> Any:
@@ -353,24 +380,3 @@ def _by_schema(tokenizer: Any, text: str, prompt: str, tools: Sequence[Any]) -> 
     said = _with_calls(read.get("content") or "", read.get("tool_calls") or ())
     thoughts = {key: read[key] for key in ("thinking", "reasoning_content") if read.get(key)}
     return Said({**said.message, **thoughts})
-
-
-def _vllm_parser(name: str, tokenizer: Any) -> Any:
-    try:
-        from vllm.tool_parsers import ToolParserManager
-    except ImportError as error:
-        raise ValueError(
-            f"environment.call_parser: {name} is a parser of vLLM's, which is not installed: install it, or set auto"
-        ) from error
-    try:
-        return ToolParserManager.get_tool_parser(name)(tokenizer)
-    except KeyError as error:
-        raise ValueError(f"environment.call_parser: vLLM has no parser {name}: {error}") from error
-
-
-def _by_vllm(parser: Any, text: str) -> tuple[str, list[Any]]:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-    request = ChatCompletionRequest.model_validate({"messages": [], "model": "", "tools": [_TOOL]})
-    read = parser.extract_tool_calls(text, request)
-    return read.content or "", [call.model_dump() for call in read.tool_calls]

@@ -123,9 +123,11 @@ def _to_call(call: Any, place: str) -> dict[str, Any]:
     function = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"`{place}` is a function call without a name")
-    rest = {key: value for key, value in call.items() if value is not None} if function is not call else {}
-    named = {key: value for key, value in function.items() if key != "parameters"}
-    return {"type": "function", **rest, "function": {**named, "arguments": _arguments(function, place)}}
+    is_bare = function is call
+    # Mistral's models write a call's id beside its name; templates look for it outside.
+    outside = {key: value for key, value in call.items() if value is not None and (not is_bare or key == "id")}
+    inside = {key: value for key, value in function.items() if key not in ("parameters", *(["id"] if is_bare else []))}
+    return {"type": "function", **outside, "function": {**inside, "arguments": _arguments(function, place)}}
 
 
 def _arguments(function: dict[str, Any], place: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from rlflow.data.call_ids import with_ids
 from rlflow.data.calls import function_name, is_python, renamed, with_other_names, with_text_arguments
 from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
@@ -259,9 +260,18 @@ class Chat:
         return render
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, **variables: Any) -> str:
-        """Arguments of calls are objects; a template that cannot write those gets them as JSON text."""
-        if not any("tool_calls" in message for message in messages):
+        """Calls have the ids that they have; a template that refuses those, or calls without, gets others."""
+        if not any("tool_calls" in message or message["role"] == "tool" for message in messages):
             return self._apply(messages, tools, **variables)
+        try:
+            return self._render_calls(messages, tools, **variables)
+        except RowError:
+            with suppress(RowError):
+                return self._render_calls(with_ids(messages), tools, **variables)
+            raise
+
+    def _render_calls(self, messages: Sequence[Message], tools: list[Any] | None, **variables: Any) -> str:
+        """Arguments of calls are objects; a template that cannot write those gets them as JSON text."""
         as_text = with_text_arguments(messages)
         try:
             text = self._apply(messages, tools, **variables)

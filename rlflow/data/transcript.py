@@ -90,6 +90,21 @@ class Transcript:
             return None
         return np.concatenate([self._engine_token_ids, *(piece.token_ids for piece in self._sequences[-1][1:])])
 
+    def refusal(self, message: Message) -> str | None:
+        """Why the template refuses what the policy calls, whoever answers it; None where it calls nothing that is
+        refused."""
+        calls = message.get("tool_calls", ())
+        results = [{"role": "tool", "name": call["function"]["name"], "content": "1"} for call in calls]
+        refusal = None
+        for answers in (results, [{"role": "user", "content": "1"}]) if calls else ():
+            try:
+                self._render([*self.messages, message, *answers])
+            except RowError as error:
+                refusal = refusal or str(error)
+            else:
+                return None
+        return refusal
+
     def wrote(self, completion: Completion, message: Message) -> None:
         """Takes a turn of the policy: its tokens, and the message that they are."""
         self._sequences[-1].append(_Piece(completion.token_ids, completion))

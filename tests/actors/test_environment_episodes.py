@@ -272,6 +272,17 @@ def test_tools_are_called_and_their_errors_are_told_as_text():
     assert text_of(played).startswith('add;divide;wait;u:go|a:[<tool_call>{"name": "add", "arguments"')
 
 
+def test_why_a_call_could_not_be_read_is_told_behind_the_result_of_another():
+    one = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    prompt = prompt_of({}, tools=[{"function": {"name": "add"}}])
+    says = by_ending({"u:go|a:": f"{one}<tool_call>oh</tool_call>", "<tool_call>oh</tool_call>|a:": "done"})
+    ((played,),) = play(says, block_of(tools=["add"]), request_of(1, prompt, limits=Limits(9, 2000, 200)))
+    # A template may refuse a user's message there, whose turn it is not.
+    assert [message["role"] for message in played.episode.messages] == ["assistant", "tool", "assistant"]
+    assert played.episode.messages[1]["content"].startswith("3\na call could not be read (")
+    assert played.episode.counts == {"tool_calls": 1, "unread_calls": 1}
+
+
 def test_an_environment_in_trls_convention_has_methods_as_tools():
     block = block_of("Counter")
     request = request_of(1, prompt_of({"word": "a"}, tools=[{"function": {"name": "increment"}}]))

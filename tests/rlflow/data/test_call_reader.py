@@ -8,6 +8,7 @@ from trl.chat_template_utils import qwen3_template
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
 from rlflow.data.tokenizer import build_character_tokenizer
+from tests.rlflow.data.conversations import Conversation
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
 
@@ -45,6 +46,7 @@ def test_several_calls_in_hermes_form_are_read_where_the_template_writes_none(re
         ('<tool_call>{"arguments": {}}</tool_call>', "without a name"),
         ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "the arguments of add are not an object"),
         ('<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>', "without a name"),
+        ('<tool_call>{"name": "add", "arguments": {}}\n{"name": "add", "arguments": {}}</tool_call>', "another call"),
         ("<tool_call>", "Expecting value"),
         ("<tool_call>" + "[" * 100_000, "recursion"),
     ],
@@ -62,6 +64,48 @@ def test_a_good_call_before_a_bad_one_is_read(reader):
     said = reader.read('<tool_call>{"name": "add", "arguments": {}}</tool_call><tool_call>oh</tool_call>')
     assert functions(said) == [{"name": "add", "arguments": {}}]
     assert len(said.problems) == 1
+
+
+CODER = (
+    "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=s>\n007\n</parameter>\n"
+    "<parameter=o>\n12\n</parameter>\n<parameter=l>\n[1, 2]\n</parameter>\n</function>\n</tool_call>"
+)
+OR_NONE = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+SCHEMA = {"a": {"type": "integer"}, "s": {"type": "string"}, "o": OR_NONE, "l": {"type": "array"}}
+TYPED = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": SCHEMA}}}
+
+
+@pytest.mark.parametrize("parser", ["auto", pytest.param("qwen3_coder", marks=pytest.mark.slow)])
+def test_arguments_that_are_written_as_text_have_the_types_of_the_tools_schema(parser):
+    reader = CallReader(Conversation("qwen3.5").chat, parser)
+    for _ in range(2):
+        arguments = {"a": 1, "s": "007", "o": "12", "l": [1, 2]}
+        assert functions(reader.read(CODER, [TYPED])) == [{"name": "add", "arguments": arguments}]
+
+
+def test_a_whole_number_that_is_written_as_a_fraction_is_whole_where_the_schema_says_so():
+    said = CallReader(Conversation("qwen3.5").chat).read(CODER.replace("\n1\n", "\n1.0\n"), [TYPED])
+    (function,) = functions(said)
+    assert repr(function["arguments"]["a"]) == "1"
+
+
+@pytest.mark.slow
+def test_what_is_called_in_a_thought_is_no_call_by_a_parser_of_vllms_either():
+    said = CallReader(Conversation("qwen3").chat, "hermes").read(f"<think>\nmaybe {CALL}\n</think>\n\nNo.", [TYPED])
+    assert functions(said) == []
+    said = CallReader(Conversation("qwen3").chat, "hermes").read(f"<think>\nyes\n</think>\n\n{CALL}", [TYPED])
+    assert said.message["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    assert said.message["content"].startswith("<think>\nyes\n</think>")
+
+
+@pytest.mark.parametrize("begins", ["", "<|python_tag|>"])
+def test_llamas_call_is_all_that_a_turn_says_and_two_are_a_problem(begins):
+    reader = CallReader(Conversation("llama3.1").chat)
+    one = '{"name": "add", "parameters": {"a": 1}}'
+    assert functions(reader.read(f"{begins}{one}")) == [{"name": "add", "arguments": {"a": 1}}]
+    said = reader.read(f"{begins}{one}; {one}")
+    assert functions(said) == []
+    assert "another call follows" in said.problems[0]
 
 
 @pytest.mark.slow

@@ -62,3 +62,13 @@ def test_a_call_is_read_as_the_template_writes_it(family):
     assert said.problems == ()
     assert [call["function"] for call in said.message["tool_calls"]] == [{"name": "add", "arguments": arguments}]
     assert "add" not in said.message["content"]
+
+
+def test_calls_that_the_template_refuses_are_named_with_its_reason():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    transcript = Conversation("llama3.1").transcript
+    assert transcript.refusal(message) is None
+    assert transcript.refusal({"role": "assistant", "content": "3"}) is None
+    refusal = transcript.refusal({**message, "tool_calls": [call, call]})
+    assert "only supports single tool-calls at once" in str(refusal)
