@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rlflow.rewards.ground_truth import ground_truth
@@ -21,6 +22,28 @@ def as_messages(completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     if columns.keys() >= set(OF_EPISODES):
         return [list(messages) for messages in columns["turns"]]
     return [[{"role": "assistant", "content": text}] for text in completions]
+
+
+class EndedEnvironment:
+    """An environment at its end as TRL's reward functions read it: what it keeps of its state, as attributes."""
+
+    def __init__(self, state: Any) -> None:
+        vars(self).update(state if isinstance(state, Mapping) else {"state": state})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{name!r} is not kept of an environment; kept are public attributes that JSON can hold, here "
+            f"{', '.join(vars(self)) or 'none'}: rename it, or give the environment a method get_reward"
+        )
+
+
+def of_trl(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[EndedEnvironment]]:
+    """What TRL gives its functions beside the columns: ``environments``, where there are some."""
+    if "environments" in columns or not columns.keys() >= set(OF_EPISODES):
+        return {}
+    return {"environments": [EndedEnvironment(state) for state in columns["environment_state"]]}
 
 
 class Convention:
@@ -58,7 +81,8 @@ def from_verl(compute_score: Callable[..., Any], args: Mapping[str, Any]) -> Cal
     """The reward function that asks a ``compute_score`` for each row.
 
     Its ground truth is the column of that name, or of verl's ``reward_model``, or ``solution``. It returns a number, or
-    a mapping with a ``score``.
+    a mapping with a ``score``. Of an episode ``extra_info`` has verl's ``num_turns`` as well, which counts the prompt
+    and what was heard too.
     """
     parameters = inspect.signature(compute_score).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -74,7 +98,8 @@ def from_verl(compute_score: Callable[..., Any], args: Mapping[str, Any]) -> Cal
                 "data_source": own.get("data_source", ""),
                 "solution_str": text,
                 "ground_truth": ground_truth(given),
-                "extra_info": own.get("extra_info"),
+                "extra_info": _extra_info(own),
+                **{name: own[name] for name in OF_EPISODES if name in own},
                 **args,
             }
             score = compute_score(**{name: offered[name] for name in offered if takes_all or name in parameters})
@@ -82,3 +107,11 @@ def from_verl(compute_score: Callable[..., Any], args: Mapping[str, Any]) -> Cal
         return scores
 
     return reward_function
+
+
+def _extra_info(own: Mapping[str, Any]) -> Any:
+    if not own.keys() >= set(OF_EPISODES):
+        return own.get("extra_info")
+    roles = [message["role"] for message in own["turns"]]
+    num_heard = sum(before == "assistant" != after for before, after in pairwise(roles))
+    return {**(own.get("extra_info") or {}), "num_turns": 1 + roles.count("assistant") + num_heard}

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlflow.plugins import PluginError, import_plugin
-from rlflow.rewards.conventions import Convention, from_verl, is_verl
+from rlflow.rewards.conventions import Convention, from_verl, is_verl, of_trl
 
 if TYPE_CHECKING:
     from rlflow.recipe import RewardBlock
@@ -173,6 +173,7 @@ def _bind(
         **columns: Sequence[Any],
     ) -> Any:
         offered: dict[str, Any] = {name: values for name, values in columns.items() if name not in options}
+        offered |= of_trl(columns)
         offered |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         offered |= {alias: offered[original] for alias, original in aliases.items()}
         offered |= args

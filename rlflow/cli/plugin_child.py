@@ -27,7 +27,7 @@ from rlflow.environments.protocol import EnvironmentFault
 from rlflow.environments.session import Session
 from rlflow.plugins import PluginError, import_plugin, load_plugin
 from rlflow.rewards import RewardError
-from rlflow.rewards.conventions import VERL, is_verl
+from rlflow.rewards.conventions import VERL, is_verl, of_trl
 from rlflow.rewards.resolving import find, load
 
 TELLS_EVERY_S = 0.2
@@ -136,7 +136,7 @@ def _call_once(function: Any, row: Mapping[str, Any]) -> str | None:
 def _missing(function: Any, trial: Trial) -> Sequence[str]:
     """Parameters without a default that nothing gives a value."""
     given = {"prompts", "completions", "completion_ids", *(trial.row or ()), *trial.args}
-    given |= set(VERL) if is_verl(function) else set()
+    given |= set(VERL) if is_verl(function) else of_trl({name: [None] for name in trial.row or ()}).keys()
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]

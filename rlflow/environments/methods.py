@@ -1,4 +1,5 @@
-"""TRL's ``environment_factory``: ``reset(**row)`` begins, public methods are tools, attributes are state."""
+"""TRL's ``environment_factory``: ``reset(**row)`` begins, public methods are tools, attributes are state, and
+``get_reward()`` or the attribute ``reward`` is what the episode is worth."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from rlflow.types import Message
 class MethodsEnvironment:
     def __init__(self, made: Any) -> None:
         self._made = made
-        methods = inspect.getmembers(made, inspect.ismethod)
-        public = [method for name, method in methods if not name.startswith("_") and name != "reset"]
-        self._calls = ToolEnvironment(public)
+        # Of the class: of an instance, properties would be evaluated, and methods of what it holds be tools.
+        names = [name for name, _ in inspect.getmembers(type(made), inspect.isroutine)]
+        public = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
+        self._calls = ToolEnvironment([getattr(made, name) for name in public])
         self.tools = self._calls.tools
 
     async def reset(self, row: Mapping[str, Any]) -> Messages | None:
@@ -41,10 +43,14 @@ class MethodsEnvironment:
         reply.done = reply.done or bool(vars(self._made).get("done", False))
         return reply
 
-    def finish(self) -> float:
-        """The attribute ``reward``, where there is one; TRL's reward functions read it."""
-        reward = vars(self._made).get("reward", 0.0)
-        return float(reward) if isinstance(reward, int | float) else 0.0
+    async def finish(self) -> Any:
+        """What ``get_reward`` returns; or the attribute ``reward``, where there is one, which TRL's reward functions
+        read."""
+        if callable(get_reward := getattr(self._made, "get_reward", None)):
+            reward = get_reward()
+            return await reward if inspect.isawaitable(reward) else reward
+        reward = getattr(self._made, "reward", None)
+        return 0.0 if callable(reward) else reward
 
     @property
     def state(self) -> dict[str, Any]:

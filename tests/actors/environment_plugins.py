@@ -137,6 +137,33 @@ def undescribed(a):
     return a
 
 
+class Guessing:
+    """TRL's convention, with a reward of its own, and what is no tool."""
+
+    def __init__(self) -> None:
+        self._right, self.shared = False, Counter()
+        self.lookup = self.shared.increment
+
+    def reset(self, word: str, **row) -> None:
+        self._word = word
+
+    @property
+    def early(self):
+        raise RuntimeError("it has not begun")
+
+    async def guess(self, word: str) -> str:
+        """Guesses.
+
+        Args:
+            word: The word.
+        """
+        self._right = word == self._word
+        return "right" if self._right else "wrong"
+
+    async def get_reward(self) -> float:
+        return 3.0 if self._right else -1.0
+
+
 class Counter:
     """TRL's convention."""
 

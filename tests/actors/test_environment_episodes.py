@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from rlflow.actors.environment_episodes import turn_seed
+from rlflow.actors.environment_pool import describe
 from rlflow.actors.environment_wire import decoded
 from rlflow.actors.rollout_engines.engine import Written
 from rlflow.actors.rollout_engines.stop_strings import StopStrings
@@ -270,6 +271,18 @@ def test_tools_are_called_and_their_errors_are_told_as_text():
     # What the policy wrote, and nothing else, is sampled: its calls too.
     assert text_of(played).count("[") == 7
     assert text_of(played).startswith('add;divide;wait;u:go|a:[<tool_call>{"name": "add", "arguments"')
+
+
+def test_an_environment_in_trls_convention_may_score_itself_and_only_methods_of_its_class_are_tools():
+    block = block_of("Guessing")
+    (tool,) = describe(block)
+    assert tool["function"]["name"] == "guess"
+    request = request_of(1, prompt_of({"word": "a"}, tools=[tool]), limits=Limits(4, 400, 200))
+    says = {"u:go|a:": '<tool_call>{"name": "guess", "arguments": {"word": "a"}}</tool_call>', "t:right|a:": "ok"}
+    ((played,),) = play(by_ending(says), block, request)
+    assert (played.episode.error, played.episode.reward) == ("", 3.0)
+    ((played,),) = play(lambda before: "b", block, request)
+    assert played.episode.reward == -1.0
 
 
 def test_why_a_call_could_not_be_read_is_told_behind_the_result_of_another():

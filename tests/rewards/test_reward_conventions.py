@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlflow.recipe import RewardBlock
@@ -28,6 +30,15 @@ class Swift:
 
 def turns(completions, num_turns, tool_calls, environment_state, **columns):
     return [len(messages) + 10 * n for messages, n in zip(completions, num_turns)]
+
+def trl_environments(environments, **kwargs):
+    return [environment.value for environment in environments]
+
+def trl_private(environments, **kwargs):
+    return [environment._solved for environment in environments]
+
+def retool(data_source, solution_str, ground_truth, extra_info):
+    return extra_info["num_turns"] + extra_info["index"] / 10
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0):
     if data_source == "dict":
@@ -79,6 +90,21 @@ def test_messages_of_an_episode_are_all_of_its_turns(call):
     columns = episode_columns(EPISODES)
     assert call("turns", "messages", **columns) == [3 + 10, 1 + 20]
     assert call("trl", **columns) == [2.0, 3.0]
+
+
+def test_a_function_of_trls_reads_the_environments_state_as_attributes(call):
+    columns = episode_columns([replace(episode, state={"value": i}) for i, episode in enumerate(EPISODES, 2)])
+    assert call("trl_environments", **columns) == [2, 3]
+    with pytest.raises(AttributeError, match=r"'_solved' is not kept of an environment; .* here value: rename it"):
+        call("trl_private", **columns)
+
+
+def test_a_compute_score_of_verls_has_the_number_of_turns_in_extra_info_as_there(call):
+    # The prompt, what the policy said, and what it heard, several results at once being one turn.
+    tool = {"role": "tool", "content": "1"}
+    episodes = [Episode((said("a"), tool, tool, said("b"))), Episode((said("a"), tool))]
+    columns = {**episode_columns(episodes), "ground_truth": ["x", "y"], "extra_info": [{"index": 7}, {"index": 1}]}
+    assert call("retool", **columns) == [4.7, 3.1]
 
 
 def test_a_compute_score_of_verls_is_asked_for_each_row(call):

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 from rlflow.data.call_ids import with_ids
 from rlflow.data.call_reader import CallReader
 from rlflow.data.chat import Chat
