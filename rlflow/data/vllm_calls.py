@@ -54,7 +54,7 @@ class VllmCalls:
             request = ChatCompletionRequest.model_validate(
                 {"messages": [], "model": "", "tools": [_without_return(described(tool)) for tool in tools] or None}
             )
-            self._made[known] = self._parser_class(self._tokenizer, request.tools), request
+            self._made[known] = self._parser_class(self._tokenizer, [*(request.tools or ())]), request
         return self._made[known]
 
 
