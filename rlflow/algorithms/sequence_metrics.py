@@ -32,12 +32,20 @@ def held_out_metrics(
 def classification_metrics(
     samples: Sequence[Sample], outputs: np.ndarray, algorithm: AlgorithmBlock
 ) -> dict[str, float]:
-    """Accuracy, and F1 of each class and their mean (macro); of numbers Pearson's and Spearman's correlation."""
+    """Accuracy, and F1 of each class and their mean (macro); of numbers Pearson's and Spearman's correlation.
+
+    Of several numbers a text it is the mean over them: taken together, those of unlike sizes would correlate whatever
+    is said.
+    """
     assert isinstance(algorithm, ClassificationBlock)
     targets = np.stack([sample.targets for sample in samples if sample.targets is not None])
     problem = algorithm.classification
     if not isinstance(problem, ClassesBlock):
-        return _correlations("regression", outputs.ravel(), targets.ravel())
+        of_each = [
+            _correlations("regression", outputs.reshape(targets.shape)[:, column], targets[:, column])
+            for column in range(targets.shape[1])
+        ]
+        return {name: float(np.mean([one[name] for one in of_each])) for name in of_each[0]}
     labels = problem.labels or []
     if problem.problem == "single_label":
         chosen = outputs.argmax(axis=1)[:, None] == np.arange(len(labels))

@@ -39,6 +39,7 @@ from rlflow.recipe.rollout_blocks import AtUpdateBlock, RecoveryBlock, SamplingB
 from rlflow.recipe.rollout_server import RolloutServerBlock, rollout_server_conflicts
 from rlflow.recipe.rows.row import Family
 from rlflow.recipe.sample_blocks import sampling_conflicts
+from rlflow.recipe.sequence_rules import sequence_conflicts
 from rlflow.recipe.teacher_block import TeacherBlock, teacher_conflicts
 from rlflow.recipe.tracking_blocks import ExperimentBlock, TrackerName
 from rlflow.recipe.trainer_blocks import TrainerBlock, trainer_conflicts
@@ -302,6 +303,7 @@ class Recipe(Block):
         yield from environment_conflicts(self)
         yield from evaluation_conflicts(self)
         yield from teacher_conflicts(self)
+        yield from sequence_conflicts(self)
         yield from trainer_conflicts(self.trainer, self.model, self.critic)
         yield from self._reward_conflicts()
         yield from self._metric_conflicts()

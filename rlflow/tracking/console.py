@@ -122,7 +122,9 @@ class ConsoleTracker(Tracker):
                     rows.append((f"{name} {metric}", Text.assemble((value, "bold"), f"   (step {last_step})")))
                     continue
                 text = Text.assemble(lines.number(first[metric]), " -> ", (value, "bold"))
-                text.append(f"   {change or 'no change'} (step {first_step} to {last_step})", style="dim")
+                # From or to what is no number there is no change that could be told.
+                moved = change or ("no change" if last[metric] == first[metric] else "")
+                text.append(f"   {f'{moved} ' if moved else ''}(step {first_step} to {last_step})", style="dim")
                 rows.append((f"{name} {metric}", text))
         return rows + [(label, Text(lines.number(value))) for label, value in summary.items()]
 

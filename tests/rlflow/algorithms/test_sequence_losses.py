@@ -174,6 +174,17 @@ def test_correlations_are_those_of_scipy():
     assert math.isnan(sequence_metrics.pearson(values, np.ones(40)))
 
 
+def test_several_numbers_a_text_correlate_each_by_itself():
+    # The second number is a thousand times the first: taken together they would correlate whatever is said of texts.
+    targets = np.array([[1.0, 1000.0], [2.0, 3000.0], [3.0, 2000.0]], dtype=np.float32)
+    empty = (np.zeros(1, dtype=np.int32), np.ones(1, dtype=bool), np.zeros(1, dtype=np.float32))
+    samples = [Sample(*empty, targets=row) for row in targets]
+    outputs = np.array([[1.0, 1000.0], [2.0, 2000.0], [3.0, 3000.0]], dtype=np.float32)
+    algorithm = algorithm_of("classification", classification={"problem": "regression", "targets": 2})
+    found = sequence_metrics.classification_metrics(samples, outputs, algorithm)
+    assert found == pytest.approx({"regression/pearson": (1 + 0.5) / 2, "regression/spearman": (1 + 0.5) / 2})
+
+
 def test_a_document_that_several_rows_have_is_found_by_each():
     # Anchors 0 and 1 share their document; the third's is its own.
     samples = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import pytest
 from rlflow.recipe import RecipeError, load_recipe
 
 
-def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
+def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}", overrides: Sequence[str] = ()) -> str:
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join([f"model: {model}", "data: {train: {path: a/b}}", *lines]) + "\n")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
+        load_recipe(path, overrides)
     return str(caught.value)
 
 
@@ -56,6 +57,16 @@ def problems_of(tmp_path: Path, *lines: str, model: str = "{path: a/b}") -> str:
 )
 def test_options_that_would_do_nothing_or_harm_are_named(tmp_path: Path, algorithm: str, others: str, says: str):
     assert says in problems_of(tmp_path, f"algorithm: {{name: {algorithm}}}", others)
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [("infonce", "in_batch_negatives: false"), ("online_contrastive", "or set loss: contrastive")],
+)
+def test_a_step_of_one_row_has_nobody_to_compare_it_with(tmp_path: Path, loss: str, says: str):
+    lines = (f"algorithm: {{name: embedding, embedding: {{loss: {loss}}}}}", "run: {steps: 1}")
+    said = problems_of(tmp_path, *lines, overrides=["data.prompts_per_step=1"])
+    assert "data.prompts_per_step: is 1" in said and says in said
 
 
 def test_losses_on_routers_need_whole_sequences(tmp_path: Path):

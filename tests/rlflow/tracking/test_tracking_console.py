@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pty
 import re
@@ -105,11 +106,14 @@ def test_evaluations_tell_the_change_since_the_first_and_the_summary_both_ends()
 
 def test_a_resumed_run_compares_with_the_evaluation_before_the_stop() -> None:
     stream = io.StringIO()
-    earlier = [{"step": 0.0, "time": 1.0, "eval/heldout/pass@1": 0.25}]
+    before = {"eval/heldout/pass@1": 0.25, "eval/heldout/f1": 0.0, "eval/heldout/pearson": math.nan}
+    earlier = [{"step": 0.0, "time": 1.0, **before}]
     tracker = ConsoleTracker("grpo", 9, Path("runs/x"), resumed_at=5, earlier=earlier, stream=stream)
-    tracker.log(StepStats(6, {"eval/heldout/pass@1": 0.5}))
+    tracker.log(StepStats(6, {"eval/heldout/pass@1": 0.5, "eval/heldout/f1": 0.0, "eval/heldout/pearson": 0.5}))
     tracker.finish({})
     assert "0.250 -> 0.500   +0.250 (step 0 to 6)" in stream.getvalue()
+    assert "0 -> 0   no change (step 0 to 6)" in stream.getvalue()
+    assert "- -> 0.500   (step 0 to 6)" in stream.getvalue()
 
 
 @pytest.mark.parametrize(("columns", "last_field"), [("100", "1.0s"), ("40", "loss 0.500"), ("30", "reward 0.010")])
