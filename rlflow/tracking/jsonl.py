@@ -15,6 +15,7 @@ from rlflow.checkpoint import naming_the_disk
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
 
+_MOST_DIGITS = 15
 SYNC_SECONDS = 5.0
 """A line survives the death of the process at once, and of the machine after this long."""
 
@@ -83,18 +84,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None when it is no JSON object of a step, as others or a full disk may leave one."""
+    try:
+        row = json.loads(line, parse_int=_parse_int)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Every whole line and what it says."""
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
+            if line.endswith(b"\n") and (row := parse_row(line)) is not None:
                 yield line, row
+
+
+def _parse_int(digits: str) -> int | float:
+    """What no float holds exactly is no step, and may be larger than any float."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _finite(value: float) -> float | None:

@@ -101,7 +101,11 @@ class Guard:
 
     def _check_host(self, request: web.Request) -> None:
         """Only names that nobody else can point here; an address as such cannot be another's name."""
-        name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        host = request.headers.get("Host", "")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            raise Refusal(400, f"{host[:100]!r} is no name of a host") from None
         if name.lower() in self._names or name.endswith(".localhost"):
             return
         try:
@@ -114,7 +118,7 @@ class Guard:
         if request.method != "POST":
             raise Refusal(405, "only GET and POST are answered")
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower():
+        if origin is not None and origin.partition("://")[2].lower() != request.headers.get("Host", "").lower():
             raise Refusal(403, f"calls from a page of {origin[:100]} are refused")
         if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
             raise Refusal(403, "calls from another site's page are refused")

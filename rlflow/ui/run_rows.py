@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlflow.tracking.jsonl import parse_row
 
 WINDOW = 8 << 10
 """Bytes that are read at a time in search of a line."""
@@ -45,17 +46,6 @@ def tail_rows(path: Path) -> list[Row]:
                 break
             length = min(size, 4 * length)
     return [row for line in lines if (row := parse_row(line)) is not None]
-
-
-def parse_row(line: bytes) -> Row | None:
-    """What a line says; None when it is no JSON object of a step."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
-        return None
-    return row
 
 
 def number_in(row: Row, key: str) -> float | None:

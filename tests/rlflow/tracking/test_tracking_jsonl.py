@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlflow.tracking.jsonl import JsonlTracker, keep_before, read_metrics
+from rlflow.ui.run_rows import tail_rows
 from rlflow.types import StepStats
 
 
@@ -87,3 +88,12 @@ def test_a_full_disk_is_an_error_that_leaves_whole_lines(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         JsonlTracker(path).log(StepStats(2, {"a": 1.0}))
     assert [row["step"] for row in read_metrics(path)] == [0, 1]
+
+
+def test_lines_of_others_are_no_steps_and_numbers_beyond_all_floats_are_infinite(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    odd = ["null", "[" * 100_000, '{"step": 1e400}', '{"step": true}', '{"step": 1' + "0" * 400 + "}", '{"step": "2"}']
+    path.write_text("\n".join([*odd, '{"step": 3, "a": 1' + "0" * 400 + "}", ""]))
+    assert read_metrics(path) == [{"step": 3, "a": math.inf}]
+    # The same lines are steps for the list of runs, which one run's file may not hide.
+    assert tail_rows(path) == [{"step": 3, "a": math.inf}]

@@ -33,6 +33,7 @@ def test_a_name_that_somebody_pointed_at_this_address_is_refused(home: Path):
     good = [of_host(name) for name in ("localhost:8770", "127.0.0.1", "[::1]:80", "ui.localhost", "box.example:443")]
     assert statuses(home, *evil, names=("box.example",)) == [403] * 4
     assert statuses(home, *good, names=("box.example",)) == [200] * 5
+    assert statuses(home, of_host("[::1"), of_host("[evil]")) == [400] * 2
 
 
 def test_calls_that_change_something_need_what_a_page_of_another_site_cannot_send(home: Path):
@@ -43,6 +44,7 @@ def test_calls_that_change_something_need_what_a_page_of_another_site_cannot_sen
     refused = [
         post(Origin="http://evil.example"),
         post(Origin="null"),
+        post(Origin="http://[::1"),
         post(Origin="http://localhost:2"),
         post(**{"Sec-Fetch-Site": "cross-site"}),
         post(**{"Sec-Fetch-Site": "same-site"}),
