@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def to_come_as_model(key: str, path: str, stage: Recipe) -> Found:
 
 def _as_model(key: str, path: str, what: str, base: str | None) -> str:
     go_on = f"set model.path: {base or 'that'} and model.adapter.path: {path}, or " if key == "model.path" else ""
-    return f"{what}: {go_on}merge it with `rlflow export {path} OUTPUT --merge`"
+    return f"{what}: {go_on}merge it with `rlflow export {shlex.quote(path)} OUTPUT --merge`"
 
 
 def _linear_layers(directory: Path) -> list[str]:

@@ -73,8 +73,8 @@ def _script(words: list[str]) -> str:
     is_file = os.path.isfile(word)  # False of a command that is too long for a name, which Path.is_file raises on
     if is_file and path.suffix in (".yaml", ".yml", ".json"):
         raise DataError(
-            f"{word}: say whose it is, by its command: rlflow convert -- trl grpo --config {word}, or -- swift "
-            f"sft {word}"
+            f"{word}: say whose it is, by its command: `rlflow convert -- trl grpo --config {shlex.quote(word)}`, or "
+            "behind `-- swift sft`"
         )
     if is_file:
         try:

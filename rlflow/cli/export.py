@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def execute(arguments: argparse.Namespace) -> int:
     try:
         print(repository.upload(output or directory))
     except (DataError, RunError) as error:
-        again = f"rlflow export {output or directory} --push {target}"
+        again = shlex.join(["rlflow", "export", str(output or directory), "--push", target])
         raise type(error)(f"{error}\n`{again}` sends the same files again") from error
     return 0
 

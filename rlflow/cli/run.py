@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,4 +77,6 @@ def run(
         logs = [path for recipe in recipes if (path := Path(recipe.run.output_dir) / "logs").is_dir()]
         is_wrong_input = isinstance(error, ActorFailure) and error.refused and error.call in _LOADING
         kind = DataError if is_wrong_input else type(error) if isinstance(error, RunError) else RunError
-        raise kind("\n".join([str(error), *[f"logs: {path} (rlflow logs {path.parent})" for path in logs]])) from error
+        raise kind(
+            "\n".join([str(error), *[f"logs: {path} (rlflow logs {shlex.quote(str(path.parent))})" for path in logs]])
+        ) from error

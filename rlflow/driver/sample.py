@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -251,8 +252,8 @@ def write_rows(directory: Path, recipe: Recipe) -> str:
     if not kept.rows:
         raise RunError(
             f"{kept.account}; nothing is kept, and {directory} has no final/: look at its answers (rlflow inspect "
-            f"{directory}), at algorithm.keep and at the rewards; --resume draws nothing again and keeps by what "
-            "algorithm.keep says then"
+            f"{shlex.quote(str(directory))}), at algorithm.keep and at the rewards; --resume draws nothing again and "
+            "keeps by what algorithm.keep says then"
         )
 
     def write(place: Path) -> None:

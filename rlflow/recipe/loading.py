@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,9 +129,8 @@ def _read_with_bases(path: Path, problems: list[Problem], extended_by: tuple[Pat
     if path.is_dir():
         raise RecipeError([Problem(str(path), None, "", "is a directory: name a .yaml file")])
     if path.suffix in (".sh", ".bash"):
-        said = (
-            f"is a shell script: `rlflow convert {path}` makes recipes of ms-swift's, TRL's and verl's commands in it"
-        )
+        convert = shlex.join(["rlflow", "convert", str(path)])
+        said = f"is a shell script: `{convert}` makes recipes of ms-swift's, TRL's and verl's commands in it"
         raise RecipeError([Problem(str(path), None, "", said)])
     if not path.is_file():
         raise RecipeError([Problem(str(path), None, "", f"there is no such file{_elsewhere(path)}")])
@@ -173,7 +173,7 @@ def _with_changes(document: Document, changes: Sequence[Change], problems: list[
 def _elsewhere(path: Path) -> str:
     """A file beside it that may be meant, or one that comes with rlflow."""
     if packaged_recipe(path.stem) is not None:
-        return f" (one comes with rlflow: `{path.stem}` names it, `rlflow recipes {path.stem}` prints it)"
+        return f" (one comes with rlflow: `{path.stem}` names it, `rlflow recipes {shlex.quote(path.stem)}` prints it)"
     return _similar_file(path) or _similar_recipe(path)
 
 

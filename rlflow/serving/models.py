@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -185,7 +186,8 @@ def refuse_reward_model(source: ModelSource) -> None:
     if recipe is not None and recipe.algorithm.learning.held_out:
         raise DataError(
             f"{source.path} is of {recipe.algorithm.name}: it says something of texts and writes none. `rlflow infer "
-            f"{source.path} --data FILE --output FILE.jsonl` writes what it says; the recipe's evaluation measures it"
+            f"{shlex.quote(source.path)} --data FILE --output FILE.jsonl` writes what it says; the "
+            "recipe's evaluation measures it"
         )
     if is_scorer:
         raise DataError(

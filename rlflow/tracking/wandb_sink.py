@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Sink:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         if self._run.offline:
-            say(f"wandb: offline; `wandb sync {os.path.dirname(self._run.dir)}` uploads it")
+            say(f"wandb: offline; `wandb sync {shlex.quote(os.path.dirname(self._run.dir))}` uploads it")
         elif self._run.url:
             say(f"wandb: {self._run.url}")
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,9 +130,9 @@ class Recipes:
         """Raises Refusal: it came with rlflow, and is found in no directory of the user's."""
         if path in self.packaged().values():
             copy = self._here / "recipes" / path.name
-            raise Refusal(
-                422, f"what comes with rlflow stays as it is: `rlflow recipes {path.stem} > {copy}`, and edit that"
-            )
+            command = f"mkdir -p {shlex.quote(str(copy.parent))} && rlflow recipes {shlex.quote(path.stem)}"
+            remedy = f"`{command} > {shlex.quote(str(copy))}`, and edit that"
+            raise Refusal(422, f"what comes with rlflow stays as it is: {remedy}")
 
     def _shown(self, path: Path) -> str:
         return str(path.relative_to(self._here)) if path.is_relative_to(self._here) else str(path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rlflow.tracking.jsonl import JsonlTracker, keep_before, read_metrics
-from rlflow.ui.run_rows import tail_rows
 from rlflow.types import StepStats
+from rlflow.ui.run_rows import tail_rows
 
 
 def log(path: Path, steps: range) -> None:

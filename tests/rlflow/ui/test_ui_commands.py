@@ -149,7 +149,7 @@ def test_what_comes_with_rlflow_can_be_started_and_stays_as_it_is(home: Path, tm
     recipes = Recipes([home / "recipes"], home, [packaged])
     assert (recipes.own(), recipes.packaged()) == ({}, {str(packaged): packaged})
     assert asyncio.run(recipes.check(str(packaged), RECIPE, [], data=False)).is_right
-    remedy = re.escape(f"`rlflow recipes fake > {home}/recipes/fake.yaml`")
+    remedy = re.escape(f"`mkdir -p {home}/recipes && rlflow recipes fake > {home}/recipes/fake.yaml`")
     with pytest.raises(Refusal, match=remedy):
         asyncio.run(recipes.check(str(packaged), RECIPE + "#", [], data=False))
     with pytest.raises(Refusal, match=remedy):
