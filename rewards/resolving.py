@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -103,7 +104,7 @@ def find(name: str | None, plugin: str | None) -> tuple[Any, str]:
 
 def _load_plugin(plugin: str) -> Any:
     file, _, attribute = plugin.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    path = Path(os.path.expanduser(file)).resolve()
     if not attribute or path.suffix != ".py" or not path.is_file():
         raise RewardError(f"reward plugin {plugin!r}: no such file {path}; write it as path/to/file.py:function")
     try:

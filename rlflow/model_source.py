@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
+import os
 import re
 import shutil
 import sys
@@ -118,7 +119,7 @@ def find_model(
         RunError: What is made of a checkpoint cannot be written.
     """
     finder = _Finder(tell or _tell_on_stderr, output)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         return _of_hub(name, checkpoint)
     if path.is_file():
@@ -259,7 +260,7 @@ def _of_hub(name: str, checkpoint: str | None) -> ModelSource:
         DataError: It can only be a path, and nothing is there.
     """
     if not is_hub_id(name):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
             f"there is no {path}: name a run, a checkpoint, or a model's directory.{nearest(path.name, there)}"

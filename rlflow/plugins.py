@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ def load_plugin(plugin: str) -> Any:
         PluginError: There is no such file or name in it, or importing it raises.
     """
     file, _, name = plugin.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    path = Path(os.path.expanduser(file)).resolve()
     if not name or path.suffix != ".py" or not path.is_file():
         raise PluginError(f"{plugin}: there is no file {path}; write it as path/to/file.py:name")
     names = vars(import_plugin(path, plugin))

@@ -79,7 +79,7 @@ def find_token() -> tuple[str, str]:
     """The user's own, where Ray looks for it, and the name of that place; empty where there is none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE).expanduser()
+    path = Path(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE))
     return (path.read_text(encoding="utf-8").strip(), str(path)) if path.is_file() else ("", "")
 
 

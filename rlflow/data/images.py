@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -106,7 +107,7 @@ def _read(value: Any, directory: Path) -> bytes:
 
 
 def _read_file(name: str, directory: Path) -> bytes:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     found = next((place for place in (directory / path, path) if place.is_file()), None)
     if found is None:
         # Small pictures are short enough in base64 to be a path.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def problems(source: SourceBlock) -> Found:
     if source.generator is not None:
         yield from _in_args(source.generator, source.args)
         return
-    path = Path(source.path or "").expanduser()
+    path = Path(os.path.expanduser(source.path or ""))
     if logged_files(path):
         return
     if path.is_dir():
@@ -68,7 +69,7 @@ def _signature_in_file(spec: str) -> inspect.Signature | None:
     """Of ``file.py:function``, without running the file; None where it is no plain function of it."""
     file, _, name = spec.rpartition(":")
     try:
-        module = ast.parse(Path(file).expanduser().read_bytes())
+        module = ast.parse(Path(os.path.expanduser(file)).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return None
     found = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name]

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,10 +73,10 @@ def read_table(source: SourceBlock) -> Table:
     rows = _rename(rows, bad, source.columns, place)
     if is_arrow:
         rows = [replace(row, columns=_without_filled_nulls(row.columns)) for row in rows]
-    if not (source.path and logged_files(Path(source.path).expanduser())):
+    if not (source.path and logged_files(Path(os.path.expanduser(source.path)))):
         rows = rows if source.where is None else rows_where(rows, source.where, place)
         rows = rows if source.label is None else rows_with_labels(rows, source.label, place)
-    directory = Path() if source.path is None else _directory_of(Path(source.path).expanduser())
+    directory = Path() if source.path is None else _directory_of(Path(os.path.expanduser(source.path)))
     kept = _without_repeated_ids(rows, bad, place)
     return Table(place, stem, kept, sorted(bad, key=lambda row: row.row), directory)
 
@@ -121,7 +122,9 @@ def kind(value: Any) -> str:
 def _is_arrow(source: SourceBlock) -> bool:
     """Whether its objects have the keys of all rows' objects."""
     path = source.path
-    return path is not None and not logged_files(Path(path).expanduser()) and data_suffix(path) in (None, ".parquet")
+    if path is None or logged_files(Path(os.path.expanduser(path))):
+        return False
+    return data_suffix(path) in (None, ".parquet")
 
 
 def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
@@ -130,7 +133,7 @@ def _open(source: SourceBlock) -> tuple[str, str, Iterable[tuple[int, Any]]]:
         return source.generator, name, enumerate(_generate(source.generator, source.args), 1)
     if source.path is None or source.generator is not None:
         raise DataError("a data source has either `path` or `generator`.")
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if files := logged_files(path):
         return str(path), path.name.split(".")[0], read_logged(files, source.where, source.label)
     if path.is_file():
@@ -199,7 +202,7 @@ def _load_function(spec: str) -> Callable[..., Iterable[Any]]:
         raise DataError(
             f"no generator is called {spec}; there are {known}, or give `file.py:function`.{nearest(spec, GENERATORS)}"
         )
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     if not path.is_file():
         raise missing_file(path)
     module_spec = importlib.util.spec_from_file_location(f"rlflow_generator_{path.stem}", path)

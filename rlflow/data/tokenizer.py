@@ -6,6 +6,7 @@ Neither importing this module nor loading a tokenizer from a directory imports t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -130,7 +131,7 @@ def write_stop_tokens(directory: Path, stop_token_ids: Iterable[int]) -> None:
 
 def generation_settings(path: str, revision: str | None) -> Mapping[str, Any]:
     """Of a directory or a hub id; empty where there are none."""
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     found = directory / GENERATION_CONFIG if directory.is_dir() else _from_hub(path, revision)
     return json.loads(found.read_text(encoding="utf-8")) if found is not None and found.is_file() else {}
 
@@ -159,7 +160,7 @@ def _stop_tokens_in(settings: Mapping[str, Any]) -> list[int]:
 
 def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
     assert model.path is not None
-    directory = Path(model.path).expanduser()
+    directory = Path(os.path.expanduser(model.path))
     if model.path.startswith((".", "/", "~")) and not directory.is_dir():
         siblings = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
         raise DataError(f"model.path: there is no directory {directory}.{nearest(directory.name, siblings)}")
@@ -205,7 +206,7 @@ def _template(value: str) -> str:
     """A template is text with Jinja in it; anything else is the name of a file."""
     if "{" in value:
         return value
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(

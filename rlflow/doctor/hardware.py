@@ -90,8 +90,8 @@ def hub_cache() -> Path:
     """Where transformers keeps what it fetched."""
     if "HF_HUB_CACHE" in os.environ:
         return Path(os.environ["HF_HUB_CACHE"])
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(home) / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "hub"
 
 
 def _of_place(name: str, place: Path) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -128,7 +129,7 @@ def torch_cuda() -> str | None:
 
 def check_extensions() -> Iterator[Finding]:
     """DeepSpeed waits for ever for a build that another process began and did not end."""
-    locks = list((Path.home() / ".cache" / "torch_extensions").glob("*/*/lock"))
+    locks = list((Path(os.path.expanduser("~/.cache")) / "torch_extensions").glob("*/*/lock"))
     if locks:
         yield warn("torch extensions", f"{locks[0]} is there: a build was left, or is under way", f"rm {locks[0]}")
 

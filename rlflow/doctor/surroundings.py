@@ -40,7 +40,7 @@ def check_ray() -> Iterator[Finding]:
         yield ok("Ray cluster", f"one runs here at {running}; runs start their own unless RAY_ADDRESS names it")
     else:
         yield ok("Ray cluster", "none named by RAY_ADDRESS: runs start their own, on loopback, with a token")
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    token = Path(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"))
     if token.is_file() and token.stat().st_mode & 0o077:
         yield warn("Ray token", f"{token} can be read by others", f"chmod 600 {token}")
 
@@ -87,7 +87,7 @@ def check_hub() -> Iterator[Finding]:
 
 def hub_home() -> Path:
     """Where huggingface_hub keeps a token."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface")
 
 

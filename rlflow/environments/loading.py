@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -78,7 +79,7 @@ def _load(spec: str, kind: str) -> Any:
     file, _, attribute = spec.rpartition(":")
     try:
         if file.endswith(".py"):
-            path = Path(file).expanduser().resolve()
+            path = Path(os.path.expanduser(file)).resolve()
             if not path.is_file():
                 raise EnvironmentFault(f"{kind} {spec}: there is no file {path}")
             module = import_plugin(path, f"{kind} {spec!r}")

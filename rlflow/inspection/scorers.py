@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _block(function: str) -> RewardBlock:
             return RewardBlock.model_validate({"name": function})
         if ".py:" in function:
             file, _, attribute = function.rpartition(":")
-            return RewardBlock.model_validate({"plugin": f"{Path(file).expanduser().resolve()}:{attribute}"})
+            return RewardBlock.model_validate({"plugin": f"{Path(os.path.expanduser(file)).resolve()}:{attribute}"})
     except ValidationError as error:
         raise DataError(f"--rewards {function}: {error.errors()[0]['msg']}") from error
     raise DataError(f"--rewards {function}: write file.py:function, or one of {', '.join(REWARDS)}")

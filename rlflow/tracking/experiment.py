@@ -122,7 +122,7 @@ def _swanlab(recipe: Recipe, directory: Path, environ: Mapping[str, str]) -> dic
 
 def _has_swanlab_key(environ: Mapping[str, str]) -> bool:
     """Whether ``swanlab login`` was called, or a key is given."""
-    home = Path(environ.get("SWANLAB_SAVE_DIR") or "~/.swanlab").expanduser()
+    home = Path(os.path.expanduser(environ.get("SWANLAB_SAVE_DIR") or "~/.swanlab"))
     return bool(environ.get("SWANLAB_API_KEY")) or (home / ".netrc").is_file()
 
 
@@ -131,7 +131,7 @@ def wandb_mode(environ: Mapping[str, str]) -> Literal["offline"] | None:
     if environ.get("WANDB_MODE") or environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
     host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    path = Path(environ.get("NETRC") or "~/.netrc").expanduser()
+    path = Path(os.path.expanduser(environ.get("NETRC") or "~/.netrc"))
     try:
         return None if netrc.netrc(path).authenticators(host) else "offline"
     except (OSError, netrc.NetrcParseError):

@@ -6,6 +6,7 @@ Its front matter is the one that model hubs read (https://huggingface.co/docs/hu
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -256,7 +257,7 @@ def _results(stage: StageHistory) -> list[str]:
 
 def _recipe(stage: StageHistory) -> str:
     """Every key, secrets replaced, and the home directory of whoever ran it as ``~``."""
-    text = yaml.safe_dump(stage.recipe, sort_keys=False, width=100).replace(f"{Path.home()}/", "~/")
+    text = yaml.safe_dump(stage.recipe, sort_keys=False, width=100).replace(f"{os.path.expanduser('~')}/", "~/")
     return f"<details><summary>{_name(stage)}</summary>\n\n````yaml\n{text}````\n\n</details>"
 
 

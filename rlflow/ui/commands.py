@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rlflow.data.errors import DataError
 from rlflow.driver.run_lock import Holder, holder_of
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.tracking.history import RECIPE
@@ -207,8 +208,14 @@ def is_alive(command: Command) -> bool:
 
 
 def state_directory(root: Path) -> Path:
-    """Where what is started for a directory is kept: beside no run."""
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    """Where what is started for a directory is kept: beside no run.
+
+    Raises:
+        DataError: The user has no home directory, and names no other place.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
+    if not base.is_absolute():
+        raise DataError(f"{base} is below no home directory: set XDG_STATE_HOME to a directory of yours, or HOME")
     return base / "rlflow" / "ui" / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
 
 

@@ -53,6 +53,7 @@ def make_app(settings: Settings, chats: Chats | None = None) -> web.Application:
 
     Raises:
         OSError: The directory is not there.
+        DataError: Nobody says where to keep what is started.
     """
     served, here = Served(settings.directory), settings.here.resolve()
     guard = Guard(settings.host, settings.names, settings.token)
