@@ -78,13 +78,20 @@ def _call(functions: Sequence[RewardFunction], body: bytes) -> dict[str, Any]:
 
 
 def _decoded(images: Sequence[Sequence[bytes]]) -> dict[str, list[list[Any]]]:
-    """The column ``images``: of each row its pictures, PIL's, in RGB; a picture of several rows is decoded once."""
+    """The columns ``images`` and ``videos``: of each row its pictures, PIL's, in RGB, and its videos as lists of such
+    frames; a picture of several rows is decoded once."""
     if not images:
         return {}
     from rlflow.data.images import decode
+    from rlflow.data.video_archive import frames_of, is_video
 
-    distinct = {data: decode(data) for of_row in images for data in of_row}
-    return {"images": [[distinct[data] for data in of_row] for of_row in images]}
+    distinct: dict[bytes, Any] = {
+        data: [decode(frame) for frame in frames_of(data)] if is_video(data) else decode(data)
+        for data in dict.fromkeys(data for of_row in images for data in of_row)
+    }
+    pictures = [[distinct[data] for data in of_row if not is_video(data)] for of_row in images]
+    videos = [[distinct[data] for data in of_row if is_video(data)] for of_row in images]
+    return {"images": pictures, "videos": videos}
 
 
 def _no_list_of_scores(scores: Any, num_rows: int, is_changed: bool) -> str | None:

@@ -18,6 +18,7 @@ QWEN_TEMPLATE = (
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
     "{%- if part.type == 'image' or 'image' in part or 'image_url' in part %}"
     "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif part.type == 'video' or 'video' in part %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
     "{%- elif 'text' in part %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
@@ -42,6 +43,14 @@ def picture(width: int, height: int, seed: int = 0, format: str = "PNG") -> byte
     return buffer.getvalue()
 
 
+def video(width: int, height: int, frames: int, seed: int = 0) -> bytes:
+    """Frames of random pixels, two a second, as a row's video travels."""
+    from rlflow.data.video_archive import Video, pack
+
+    pictures = tuple(picture(width, height, 100 * seed + index) for index in range(frames))
+    return pack(Video(pictures, tuple(range(frames)), 2.0, frames))
+
+
 def write_processor(directory: Path, family: str) -> Any:
     """Tokenizer, chat template and processor of a family; returns the processor."""
     from rlflow.torchvision_operators import install
@@ -61,14 +70,17 @@ def write_processor(directory: Path, family: str) -> Any:
         tokenizer = _tokenizer(QWEN_TOKENS, QWEN_TEMPLATE, "<|im_end|>")
         sizes: Mapping[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
         images = Qwen2VLImageProcessor(size={"shortest_edge": 64, "longest_edge": 64 * 64}, **sizes)
+        frames: Mapping[str, Any] = {"size": {"shortest_edge": 64, "longest_edge": 4096}, "cap_pixels_per_frame": False}
         kind, video = (
             (Qwen3VLProcessor, Qwen3VLVideoProcessor)
             if family == "qwen3_vl"
             else (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
         )
-        processor = kind(images, tokenizer, video(**sizes), chat_template=QWEN_TEMPLATE)
+        processor = kind(images, tokenizer, video(**sizes, **frames), chat_template=QWEN_TEMPLATE)
     processor.save_pretrained(directory)
     config = {"model_type": family, "image_token_id": processor.image_token_id, "vision_config": {}}
+    if family != "idefics3":
+        config["video_token_id"] = processor.video_token_id
     (directory / "config.json").write_text(json.dumps(config))
     return processor
 

@@ -26,7 +26,7 @@ from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
 from rlflow.actors.train_engines.probe import narrow_windows, use_own_attention
 from rlflow.actors.train_engines.tower import Tower, require_tower
 from rlflow.actors.vision import language_model_class, sees, set_text_attention, text_attention
-from rlflow.data.errors import DataError
+from rlflow.data.errors import DataError, RowError
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.vocabulary import placeholder_ids
 from rlflow.recipe import ModelBlock
@@ -168,7 +168,7 @@ class TorchEngine:
             if request.id in taken:
                 raise ValueError(f"request {request.id} is there already")
             if request.images:
-                require_tower(self.tower)
+                require_tower(self.tower, request.images)
             taken.add(request.id)
         self.generation.waiting.extend(requests)
 
@@ -227,6 +227,8 @@ class TorchEngine:
                     break
             if self.tower is not None and not self.is_settled:
                 self.tower.problem = self._picture_problem(self.tower)
+                if not self.tower.problem and self.tower.processor.takes_videos:
+                    self.tower.video_problem = self._picture_problem(self.tower, of_video=True)
         self._attend_by(self.way.attention)
         self.is_settled = True
         if self.way is not before and self.way not in (GROUPED_SLOTS, SLOTS):
@@ -243,13 +245,13 @@ class TorchEngine:
     def _reader(self, way: Way) -> Reader:
         return partial(way.reader, tower=self.tower) if way in (GROUPED_SLOTS, SLOTS) else way.reader
 
-    def _picture_problem(self, tower: Tower) -> str:
-        """Why the model cannot generate from pictures; empty where it can."""
+    def _picture_problem(self, tower: Tower, *, of_video: bool = False) -> str:
+        """Why the model cannot generate from pictures, or videos; empty where it can."""
         if self.way not in (GROUPED_SLOTS, SLOTS):
             return f"it generates from {self.way.name}: set rollout.engine: vllm"
         try:
-            text, images = tower.example(_texts(self.model)[1])
-        except DataError as error:
+            text, images = tower.example(_texts(self.model)[1], of_video=of_video)
+        except (DataError, RowError) as error:
             return str(error)
         before, self.left_out = self.left_out, torch.tensor(placeholder_ids(self.model.config), device=self.device)
         try:
@@ -298,7 +300,9 @@ class TorchEngine:
         ids = torch.from_numpy(tokens).long().to(self.device)
         pictures: dict[str, torch.Tensor] = {}
         if images:
-            pictures = require_tower(self.tower).read(tokens, np.array([0, len(tokens)]), [images], self.device).inputs
+            pictures = (
+                require_tower(self.tower, images).read(tokens, np.array([0, len(tokens)]), [images], self.device).inputs
+            )
         return self.model(input_ids=ids[None], **pictures).logits[0]
 
     def _attend_by(self, attention: str | None) -> None:

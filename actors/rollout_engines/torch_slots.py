@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ class SlotReading:
         """Reads each text once, if no row began with the same."""
         images = images or [()] * len(texts)
         if any(images):
-            require_tower(self.tower)
+            require_tower(self.tower, chain.from_iterable(images))
         sources = {text: row for row, text in enumerate(self.texts) if text is not None}
         new_lengths = np.array([len(text) - 1 for text in texts], dtype=np.int64)
         self._make_room(len(texts), int(new_lengths.max()))

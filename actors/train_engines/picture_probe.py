@@ -18,15 +18,16 @@ import torch
 
 from rlflow.actors.train_engines import packed_attention
 from rlflow.actors.train_engines.probe import Answer, ProbedModule, difference, leak, use_own_attention
-from rlflow.actors.train_engines.tower import Pictures, Tower, noise
+from rlflow.actors.train_engines.tower import Images, Pictures, Tower
 from rlflow.actors.vision import set_text_attention
-from rlflow.data.errors import DataError
+from rlflow.data.errors import DataError, RowError
 from rlflow.recipe import ModelBlock
 
 logger = logging.getLogger(__name__)
 _WIDTHS = (32, 64)
 """Of the two pictures."""
-_PIXELS = "pixel_values"
+_PIXELS = ("pixel_values", "pixel_values_videos")
+"""Of pictures and of videos."""
 
 
 class SeeingModule(ProbedModule, Protocol):
@@ -51,24 +52,28 @@ def prepare_tower(module: SeeingModule, block: ModelBlock, device: torch.device)
     if tower is None:
         return
     tower.problem = _problem(module, tower, device)
+    if not tower.problem and tower.processor.takes_videos:
+        tower.video_problem = _problem(module, tower, device, of_videos=True)
     trains_tower = bool({"projector", "vision"} & set(block.train))
     if trains_tower:
         tower.require()
     elif tower.problem:
         logger.warning("%s: pictures are refused, text is not: %s", type(module.model).__name__, tower.problem)
+    elif tower.video_problem:
+        logger.warning("%s: videos are refused, pictures are not: %s", type(module.model).__name__, tower.video_problem)
     tower.is_always_run = trains_tower
 
 
 @torch.enable_grad()
-def _problem(module: SeeingModule, tower: Tower, device: torch.device) -> str:
-    """Why pictures cannot be trained on; empty where they can."""
+def _problem(module: SeeingModule, tower: Tower, device: torch.device, *, of_videos: bool = False) -> str:
+    """Why pictures, or videos, cannot be trained on; empty where they can."""
     if not module.passes.packs:
         return f"its sequences are not packed ({module.passes.reason})"
     if module.passes.longest is not None:
         return "its rotary embedding depends on the longest sequence"
     try:
-        sequences, images = _sequences(tower)
-    except DataError as error:
+        sequences, images = _sequences(tower, of_videos)
+    except (DataError, RowError) as error:
         return str(error)
     try:
         return _disagreement(module, tower, sequences, images, device)
@@ -81,11 +86,11 @@ def _problem(module: SeeingModule, tower: Tower, device: torch.device) -> str:
         set_text_attention(module.model, packed_attention.NAME)
 
 
-def _sequences(tower: Tower) -> tuple[list[np.ndarray], list[tuple[bytes, ...]]]:
-    """Token ids int32 [L] of three sequences, and the pictures of each.
+def _sequences(tower: Tower, of_videos: bool) -> tuple[list[np.ndarray], list[Images]]:
+    """Token ids int32 [L] of three sequences, and the pictures or videos of each.
 
     Raises:
-        DataError: The model has no processor that can be used.
+        DataError, RowError: As ``Tower.example``.
     """
     processor, configs = tower.processor, (tower.model.config, tower.model.config.get_text_config())
     fields = [(name, value) for config in configs for name, value in config.to_dict().items()]
@@ -95,17 +100,17 @@ def _sequences(tower: Tower) -> tuple[list[np.ndarray], list[tuple[bytes, ...]]]
     vocabulary = range(min(configs[1].vocab_size, 4096))
     usable = np.array([token for token in vocabulary if token not in special], dtype=np.int32)
     texts = np.random.default_rng(0).choice(usable, (3, 11))
-    pictures = [noise(width) for width in _WIDTHS]
-    with_place = [np.insert(texts[i], 4, processor.image_token_id).astype(np.int32) for i in range(2)]
-    first, second = (processor.expand(ids, [image]) for ids, image in zip(with_place, pictures, strict=True))
-    return [first, texts[2], second], [(pictures[0],), (), (pictures[1],)]
+    (first, of_first), (second, of_second) = (
+        tower.example(text, of_video=of_videos, width=width) for text, width in zip(texts, _WIDTHS, strict=False)
+    )
+    return [first, texts[2], second], [of_first, (), of_second]
 
 
 def _disagreement(
     module: SeeingModule,
     tower: Tower,
     sequences: list[np.ndarray],
-    images: list[tuple[bytes, ...]],
+    images: list[Images],
     device: torch.device,
 ) -> str:
     tokens = [torch.from_numpy(ids).long().to(device) for ids in sequences]
@@ -140,13 +145,14 @@ def _disagreement(
 
 def _answer(numbers: Any, index: int, inputs: dict[str, torch.Tensor]) -> Answer:
     """A sequence's numbers, and the gradient of their sum by the pixels of all pictures, [patches, ...]."""
-    inputs[_PIXELS] = inputs[_PIXELS].detach().requires_grad_()
+    name = next(name for name in _PIXELS if name in inputs)
+    inputs[name] = inputs[name].detach().requires_grad_()
     own = numbers()[index].float()
     if not own.requires_grad:
         return Answer(own.detach(), torch.zeros(1))
-    (gradient,) = torch.autograd.grad(own.sum(), inputs[_PIXELS], allow_unused=True)
+    (gradient,) = torch.autograd.grad(own.sum(), inputs[name], allow_unused=True)
     if gradient is None:
-        gradient = torch.zeros_like(inputs[_PIXELS])
-    inputs[_PIXELS].requires_grad_(False)
+        gradient = torch.zeros_like(inputs[name])
+    inputs[name].requires_grad_(False)
     gradient = gradient.float()
     return Answer(own.detach(), gradient.flatten(0, 1) if gradient.ndim == 5 else gradient)

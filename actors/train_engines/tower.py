@@ -1,7 +1,8 @@
 """What a vision-language model reads of the pictures of a micro-batch: its tower's arrays, and positions of its tokens.
 
-pictures of sequence 0, of sequence 2, ...   as encoded bytes, in sequence order
+pictures of sequence 0, of sequence 2, ...   as encoded bytes, in sequence order; videos among them
     pixel_values, image_grid_thw, ...        end to end, as the model's own processor makes them of each picture
+    pixel_values_videos, ...                 of each video
     position_ids [4, N]                      the token's place in its text, then time, height and width by the
                                              model's get_rope_index, of each sequence alone; of models without [N]
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 import inspect
 import io
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlflow.actors.vision import sees, text_attention
-from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_processor import ImageProcessor, joined
+from rlflow.data.video_archive import Video, is_video, pack
 from rlflow.data.vocabulary import placeholder_ids
 from rlflow.recipe import ModelBlock
 from rlflow.types import MicroBatch
@@ -29,6 +31,10 @@ _CACHE_BYTES = 1 << 28
 """Of arrays that are kept: the rollouts of a group, and the passes over a batch, have the same pictures."""
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """What forward passes call the tokens' kinds: 1 where a picture's feature stands."""
+
+
+Images = tuple[bytes, ...]
+"""Of a sequence: encoded pictures and videos, in the order of their places."""
 
 
 class Pictures(NamedTuple):
@@ -56,6 +62,8 @@ class Tower:
         """Of the language model as transformers loaded it."""
         self.problem = ""
         """Why pictures cannot be trained on; empty where they can."""
+        self.video_problem = ""
+        """Why videos cannot be, where pictures can."""
         self.is_always_run = False
         """Micro-batches without pictures run it too, with a filler: its parameters are trained, or gathered from ranks
         that may have pictures."""
@@ -67,26 +75,31 @@ class Tower:
         """Has the tower run in every micro-batch from now on, where pictures can be trained on at all."""
         self.is_always_run = not self.problem
 
-    def require(self) -> None:
+    def require(self, images: Iterable[bytes] = ()) -> None:
         """
         Raises:
-            ValueError: Pictures cannot be trained on.
+            ValueError: Pictures cannot be trained on, or videos, and there is one.
         """
         if self.problem:
             raise ValueError(f"{type(self.model).__name__}: pictures are not supported: {self.problem}")
+        if self.video_problem and any(map(is_video, images)):
+            raise ValueError(f"{type(self.model).__name__}: videos are not supported: {self.video_problem}")
 
-    def example(self, text: np.ndarray) -> tuple[np.ndarray, tuple[bytes, ...]]:
-        """A text, int [L], with a picture behind its second token, int32 [M], and that picture.
+    def example(self, text: np.ndarray, *, of_video: bool = False, width: int = 64) -> tuple[np.ndarray, Images]:
+        """A text, int [L], with a picture or a video behind its second token, int32 [M], and that picture.
 
         Raises:
             DataError: The model has no processor that can be used.
+            RowError: Its processor reads no videos, or no such small ones.
         """
-        image = noise(64)
+        token = self.processor.video_token_id if of_video else self.processor.image_token_id
+        assert token is not None, "asked of models that take videos alone"
+        image = moving_noise(width) if of_video else noise(width)
         others = text[~np.isin(text, [self.processor.image_token_id, *placeholder_ids(self.model.config)])]
-        ids = np.insert(others, 2, self.processor.image_token_id).astype(np.int32)
+        ids = np.insert(others, 2, token).astype(np.int32)
         return self.processor.expand(ids, [image]), (image,)
 
-    def filler(self) -> tuple[np.ndarray, tuple[bytes, ...]]:
+    def filler(self) -> tuple[np.ndarray, Images]:
         """A sequence of a small picture, int32 [L], L > 1, and that picture."""
         image = noise(32)
         token = self.processor.image_token_id
@@ -106,7 +119,7 @@ class Tower:
             images: Of each sequence; one at least has some.
         """
         per_sequence = [self._pixels(of_one) for of_one in images]
-        inputs = _joined([arrays for arrays in per_sequence if arrays])
+        inputs = joined([arrays for arrays in per_sequence if arrays])
         types = torch.from_numpy(self.processor.token_types(token_ids))
         ids = torch.from_numpy(token_ids).long()
         positions = None
@@ -153,7 +166,7 @@ class Tower:
         return torch.cat([places[None], rotary[:, 0]])
 
     def _pixels(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
-        return _joined([self._of_one(image) for image in images])
+        return joined([self._of_one(image) for image in images])
 
     def _of_one(self, image: bytes) -> dict[str, np.ndarray]:
         """A picture's arrays, from the cache where it has them."""
@@ -201,14 +214,14 @@ def read_batch(batch: MicroBatch, tower: Tower | None) -> Read:
     )
 
 
-def require_tower(tower: Tower | None) -> Tower:
+def require_tower(tower: Tower | None, images: Iterable[bytes]) -> Tower:
     """
     Raises:
-        ValueError: The model does not read pictures.
+        ValueError: The model does not read pictures, or videos where there is one.
     """
     if tower is None:
         raise ValueError("the data has pictures, and the model reads text alone: name a vision-language model")
-    tower.require()
+    tower.require(images)
     return tower
 
 
@@ -226,21 +239,22 @@ def read_pictures(
     """
     if not any(images):
         return None
-    return require_tower(tower).read(token_ids, cu_seqlens, images, device)
+    return require_tower(tower, chain.from_iterable(images)).read(token_ids, cu_seqlens, images, device)
 
 
-def noise(width: int, height: int = 32) -> bytes:
+def moving_noise(width: int) -> bytes:
+    """A video of three frames, of which processors make two steps in time."""
+    return pack(Video(tuple(noise(width, seed=seed) for seed in range(3)), (0, 1, 2), 1.0, 3))
+
+
+def noise(width: int, height: int = 32, seed: int = 0) -> bytes:
     """A picture without a pixel that towers take for padding, as PNG."""
     from PIL import Image
 
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([arrays[name] for arrays in parts]) for name in (parts[0] if parts else ())}
 
 
 def _size(arrays: Mapping[str, np.ndarray]) -> int:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlflow.data.messages import IMAGE_TAG
+from rlflow.data.messages import IMAGE_TAG, VIDEO_TAG, parts_of
 from rlflow.types import Message
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ class ControlTexts:
         broken, number = [], 0
         for message in messages:
             # Where pictures stand, their tags do.
-            pieces = message["content"].split(IMAGE_TAG) if message.get("images") else [message["content"]]
+            shows = (IMAGE_TAG, VIDEO_TAG) if message.get("videos") else (IMAGE_TAG,) if message.get("images") else ()
+            pieces = [part.get("text", f"<{part['type']}>") for part in parts_of(message["content"], shows)]
             made = [self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", piece) for piece in pieces]
             found = sum(count for _, count in made)
-            broken.append({**message, "content": IMAGE_TAG.join(text for text, _ in made)} if found else message)
+            broken.append({**message, "content": "".join(text for text, _ in made)} if found else message)
             number += found
         return broken, number

@@ -11,7 +11,7 @@ from typing import Any
 from rlflow.data.calls import to_tools
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.image_processor import ImageProcessor
-from rlflow.data.image_rows import IMAGE_COLUMNS, REJECTED_IMAGES, place_images, take_images
+from rlflow.data.image_rows import IMAGE_COLUMNS, REJECTED_IMAGES, VIDEO_COLUMNS, place_images, take_images
 from rlflow.data.logged import TOKENS, LoggedTokens
 from rlflow.data.messages import (
     from_json_text,
@@ -24,7 +24,6 @@ from rlflow.data.sources import Row, Table, kind
 from rlflow.types import Message
 
 UNSUPPORTED = {
-    "video": "videos are not read: give the frames that matter as `images`, with an <image> for each",
     "audio": "sound is not read, as no rollout engine generates from it: leave it out, or give what is said as text",
 }
 """Columns of these names, and of their plurals, are refused."""
@@ -95,14 +94,16 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     for media, reason in _UNSUPPORTED.items():
         if columns.get(media):
             raise RowError(f"`{media}` is not empty; {reason}")
+    videos = take_images(columns, VIDEO_COLUMNS, is_video=True)
     given = take_images(columns, IMAGE_COLUMNS)
-    given_rejected = take_images(columns, [REJECTED_IMAGES]) or given
+    given_rejected = (take_images(columns, [REJECTED_IMAGES]) or given) + videos
+    given += videos
     system = _take_text(columns, "system") if _has(columns, "system") else None
     tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
     # What else a rollout's row has is for rewards, whatever it is called.
     record = FORMATS[name](columns) if logged is None else _rollout(columns)
     if record.text is not None and given:
-        raise RowError(f"`{given[0].place}` is a picture, and plain text has no place for one: give messages")
+        raise RowError(f"`{given[0].place}` is to be seen, and plain text has no place for one: give messages")
     messages, images = place_images(with_system(record.messages, system), given, vision, directory)
     rejected, rejected_images = None, ()
     if record.rejected is not None:

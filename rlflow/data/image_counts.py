@@ -1,4 +1,4 @@
-"""How many pictures the rows of a stage have, and how many tokens training sees in their places."""
+"""How many pictures and videos the rows of a stage have, and how many tokens training sees in their places."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.video_archive import is_video
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCounts:
-    """The pictures of some rows."""
+    """The pictures and videos of some rows."""
 
     images: int = 0
+    """All of them."""
+    videos: int = 0
     tokens: int = 0
     longest: int = 0
     """Tokens of the largest one."""
 
     def __str__(self) -> str:
-        pictures = "1 picture" if self.images == 1 else f"{self.images:,} pictures"
-        return f"{pictures}, {self.tokens:,} tokens in all and at most {self.longest:,} each"
+        kinds = {"picture": self.images - self.videos, "video": self.videos}
+        named = [f"{number:,} {kind}{'s' if number > 1 else ''}" for kind, number in kinds.items() if number]
+        return f"{' and '.join(named)}, {self.tokens:,} tokens in all and at most {self.longest:,} each"
 
 
 def count_images(images: Iterable[bytes], vision: ImageProcessor | None) -> ImageCounts:
     """Counts encoded pictures; none of a model that takes text alone."""
-    tokens = [] if vision is None else [vision.num_tokens(image) for image in images]
-    return ImageCounts(len(tokens), sum(tokens), max(tokens, default=0))
+    found = [] if vision is None else [(vision.num_tokens(image), is_video(image)) for image in images]
+    tokens = [number for number, _ in found]
+    return ImageCounts(len(found), sum(of_video for _, of_video in found), sum(tokens), max(tokens, default=0))

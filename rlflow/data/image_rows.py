@@ -1,8 +1,9 @@
-"""Which picture stands where in a row.
+"""Which picture or video stands where in a row.
 
-The text of a message has ``<image>`` where a picture stands, and the message says under ``images`` how many there are.
-What stands there is the next of the column ``images``, or what a content part holds; a row without any place for its
-pictures has them in front of its first question.
+The text of a message has ``<image>`` where a picture stands and ``<video>`` where a video does. The message says under
+``images`` how many there are of both, and under ``videos`` how many of them are videos.
+What stands there is the next of the column ``images`` or ``videos``, or what a content part holds; a row without any
+place for its pictures, or for its videos, has them in front of its first question.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,61 +19,85 @@ from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, counted
 from rlflow.data.image_processor import ImageProcessor
-from rlflow.data.messages import IMAGE_TAG, GivenImage, from_json_text
+from rlflow.data.messages import IMAGE_TAG, MEDIA_TAGS, VIDEO_TAG, GivenImage, from_json_text
+from rlflow.data.video_archive import is_video
 from rlflow.types import Message
 
 IMAGE_COLUMNS = ("images", "image")
+VIDEO_COLUMNS = ("videos", "video")
 REJECTED_IMAGES = "rejected_images"
 """ms-swift's: the pictures of the losing conversation, where they are others."""
 
 
-def take_images(columns: dict[str, Any], names: Sequence[str]) -> list[GivenImage]:
-    """The pictures of these columns, which are taken out: each of them, or one of them alone.
+class Place(NamedTuple):
+    """Where a picture or a video stands."""
+
+    is_video: bool
+    given: GivenImage | None
+    """None where what stands there is the column's next."""
+
+
+def take_images(columns: dict[str, Any], names: Sequence[str], *, is_video: bool = False) -> list[GivenImage]:
+    """The pictures or videos of these columns, which are taken out: each of them, or one of them alone.
 
     Raises:
-        RowError: More than one of the columns has pictures.
+        RowError: More than one of the columns has some.
     """
     if not any(name in columns for name in names):
         return []
     values = {name: from_json_text(columns.pop(name), name) for name in names if name in columns}
     filled = {name: value for name, value in values.items() if value not in (None, "", [])}
     if len(filled) > 1:
-        raise RowError(f"both `{'` and `'.join(filled)}` hold pictures: remove one")
+        raise RowError(f"both `{'` and `'.join(filled)}` hold {'videos' if is_video else 'pictures'}: remove one")
     for name, value in filled.items():
         if not isinstance(value, list):
-            return [GivenImage(name, value)]
-        return [GivenImage(f"{name}[{index}]", item) for index, item in enumerate(value)]
+            return [GivenImage(name, value, is_video)]
+        return [GivenImage(f"{name}[{index}]", item, is_video) for index, item in enumerate(value)]
     return []
 
 
 def place_images(
     messages: Sequence[Message], given: Sequence[GivenImage], vision: ImageProcessor | None, directory: Path
 ) -> tuple[Sequence[Message], tuple[bytes, ...]]:
-    """The messages, each with the number of its pictures, and the pictures in their order.
+    """The messages, each with the number of its pictures and videos, and those in their order.
 
     Args:
         messages: As ``to_messages`` returns them.
-        given: Of the row's column.
+        given: Of the row's columns.
         vision: Of the model; None of one that takes text alone.
         directory: What relative paths are relative to.
 
     Raises:
-        RowError: The model takes no pictures, one of them cannot be used, or there are more or fewer than places.
+        RowError: The model takes none, one of them cannot be used, or there are more or fewer than places.
     """
+    takes_videos = vision is not None and vision.takes_videos
+    named = [*given, *(image for message in messages for image in message.get("images", ()) if image is not None)]
     if vision is None:
-        named = [*given, *(image for message in messages for image in message.get("images", ()) if image is not None)]
         if named or any("images" in message for message in messages):
-            place = f"`{named[0].place}` is a picture" if named else "its messages have places for pictures"
-            raise RowError(f"{place}, and the model takes text alone: train a vision-language model, or leave it out")
+            one = (
+                f"`{named[0].place}` is a {_kind(named[0].is_video)}" if named else "its messages have places for some"
+            )
+            raise RowError(f"{one}, and the model takes text alone: train a vision-language model, or leave it out")
         return messages, ()
-    places = [_places(message) for message in messages]
-    if given and not any(places):
-        messages, places = _in_front(messages, places, len(given))
-    num_open = sum(image is None for of_message in places for image in of_message)
-    if num_open != len(given):
-        raise RowError(f"its text has {counted(num_open, IMAGE_TAG)}, and its column {counted(len(given), 'picture')}")
-    column = iter(given)
-    images = [image or next(column) for of_message in places for image in of_message]
+    if not takes_videos and (videos := [image for image in named if image.is_video]):
+        raise RowError(
+            f"`{videos[0].place}` is a video, and the model takes none: give the frames that matter as `images`, with "
+            "an <image> for each"
+        )
+    places = [_places(message, takes_videos) for message in messages]
+    held = {place.is_video for of_message in places for place in of_message}
+    messages, places = _in_front(messages, places, [image for image in given if image.is_video not in held])
+    columns = {}
+    for of_videos in (False, True):
+        column = [image for image in given if image.is_video == of_videos]
+        places_of_it = [place for of_message in places for place in of_message if place.is_video == of_videos]
+        if (open_places := sum(place.given is None for place in places_of_it)) != len(column):
+            tag = VIDEO_TAG if of_videos else IMAGE_TAG
+            raise RowError(
+                f"its text has {counted(open_places, tag)}, and its column {_counted(len(column), of_videos)}"
+            )
+        columns[of_videos] = iter(column)
+    images = [place.given or next(columns[place.is_video]) for of_message in places for place in of_message]
     return [_with_number(*each) for each in zip(messages, places, strict=True)], tuple(
         _loaded(images, vision, directory)
     )
@@ -85,14 +110,18 @@ def keep_places(messages: Sequence[Message], images: tuple[bytes, ...]) -> tuple
     Raises:
         RowError: It has tags for more or fewer than there are.
     """
-    counts = [message["content"].count(IMAGE_TAG) if message["role"] != "assistant" else 0 for message in messages]
-    if not images or not any(counts):
+    has_videos = any(map(is_video, images))
+    bare = [{key: value for key, value in message.items() if key != "images"} for message in messages]
+    places = [_places(message, has_videos) if images else [] for message in bare]
+    kinds = [place.is_video for of_message in places for place in of_message]
+    if not kinds:
         return list(messages), ()
-    if sum(counts) != len(images):
-        raise RowError(
-            f"it begins with {counted(sum(counts), IMAGE_TAG)}, and its row has {counted(len(images), 'picture')}"
-        )
-    return [{**m, "images": n} if n else m for m, n in zip(messages, counts, strict=True)], images
+    if len(kinds) != len(images):
+        tags = counted(len(kinds), "tag" if has_videos else IMAGE_TAG)
+        raise RowError(f"it begins with {tags}, and its row has {_counted(len(images), has_videos)}")
+    if kinds != [is_video(image) for image in images]:
+        raise RowError(f"it begins with {IMAGE_TAG} and {VIDEO_TAG} in another order than its row")
+    return [_with_number(*each) for each in zip(messages, places, strict=True)], images
 
 
 def with_images(rendered: Rendered, messages: Sequence[Message], images: Sequence[bytes], chat: Chat) -> Rendered:
@@ -110,20 +139,26 @@ def with_images(rendered: Rendered, messages: Sequence[Message], images: Sequenc
     """
     if chat.vision is None:
         return rendered
+    vision = chat.vision
     shown = sum(message.get("images", 0) for message in messages)
-    placeholder = str(chat.tokenizer.convert_ids_to_tokens(chat.vision.image_token_id))
-    found = rendered.text.count(placeholder)
-    if shown and not found:
-        raise DataError(
-            f"the chat template writes no {placeholder} where a message shows a picture, and that is what the model "
-            "reads one in the place of: set a model.chat_template that does. A model whose processor writes it itself, "
-            "as Gemma 3's, is trained on text alone"
-        )
-    if found != shown:
-        raise RowError(
-            f"it has {counted(shown, 'picture')}, and the text that the chat template makes of it {placeholder}, the "
-            f"place of one, {counted(found, 'time')}"
-        )
+    num_videos = sum(message.get("videos", 0) for message in messages)
+    for of_videos, number in ((False, shown - num_videos), (True, num_videos)):
+        token_id = vision.video_token_id if of_videos else vision.image_token_id
+        if token_id is None:
+            continue
+        placeholder = str(chat.tokenizer.convert_ids_to_tokens(token_id))
+        found = rendered.text.count(placeholder)
+        if number and not found:
+            raise DataError(
+                f"the chat template writes no {placeholder} where a message shows a {_kind(of_videos)}, and the model "
+                "reads one in its place: set a model.chat_template that does. A model whose processor writes it "
+                "itself, as Gemma 3's, is trained on text alone"
+            )
+        if found != number:
+            raise RowError(
+                f"it has {_counted(number, of_videos)}, and the text that the chat template makes of it {placeholder}, "
+                f"the place of one, {counted(found, 'time')}"
+            )
     return replace(rendered, images=tuple(images[:shown]))
 
 
@@ -140,42 +175,61 @@ def expand_trained(
 
 def cuts_image(token_ids: np.ndarray, limit: int, vision: ImageProcessor | None) -> bool:
     """Whether a part of a picture is not among the first ``limit`` of the tokens of ``expand_trained``."""
-    return vision is not None and bool((token_ids[limit:] == vision.image_token_id).any())
+    return vision is not None and bool(vision.is_placeholder(token_ids[limit:]).any())
 
 
-def _places(message: Message) -> list[GivenImage | None]:
-    """What stands in each place of a message for a picture; None where that is the column's next.
-
-    What an assistant writes is text.
-    """
+def _places(message: Message, takes_videos: bool) -> list[Place]:
+    """The places of a message, in their order; what an assistant writes is text, and so is ``<video>`` to a model that
+    takes none."""
     if message["role"] == "assistant":
         return []
-    return message.get("images", [None] * message["content"].count(IMAGE_TAG))
+    tags = MEDIA_TAGS.findall(message["content"])
+    given = message.get("images", [None] * len(tags))
+    if not given:
+        return []
+    places = [Place(tag == VIDEO_TAG, image) for tag, image in zip(tags, given, strict=True)]
+    return [place for place in places if takes_videos or not place.is_video]
 
 
 def _in_front(
-    messages: Sequence[Message], places: list[list[GivenImage | None]], number: int
-) -> tuple[list[Message], list[list[GivenImage | None]]]:
+    messages: Sequence[Message], places: list[list[Place]], given: Sequence[GivenImage]
+) -> tuple[Sequence[Message], list[list[Place]]]:
+    """The messages with places for what is given at the beginning of the first question."""
+    if not given:
+        return messages, places
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise RowError("it has pictures, and no user message that could show them")
-    shown = {**messages[first], "content": IMAGE_TAG * number + messages[first]["content"]}
-    return (
-        [*messages[:first], shown, *messages[first + 1 :]],
-        [*places[:first], [None] * number, *places[first + 1 :]],
-    )
+    tags = "".join(VIDEO_TAG if image.is_video else IMAGE_TAG for image in given)
+    shown = {**messages[first], "content": tags + messages[first]["content"]}
+    added = [Place(image.is_video, None) for image in given]
+    return [*messages[:first], shown, *messages[first + 1 :]], [
+        *places[:first],
+        added + places[first],
+        *places[first + 1 :],
+    ]
 
 
-def _with_number(message: Message, places: Sequence[GivenImage | None]) -> Message:
+def _with_number(message: Message, places: Sequence[Place]) -> Message:
     others = {key: value for key, value in message.items() if key != "images"}
-    return {**others, "images": len(places)} if places else others
+    videos = sum(place.is_video for place in places)
+    return others | ({"images": len(places)} if places else {}) | ({"videos": videos} if videos else {})
 
 
 def _loaded(images: Sequence[GivenImage], vision: ImageProcessor, directory: Path) -> Iterator[bytes]:
     for image in images:
         try:
-            data = vision.load(image.value, directory)
+            load = vision.load_video if image.is_video else vision.load
+            data = load(image.value, directory)
             vision.num_tokens(data)
         except RowError as error:
             raise RowError(f"`{image.place}`: {error}") from error
         yield data
+
+
+def _kind(is_video: bool) -> str:
+    return "video" if is_video else "picture"
+
+
+def _counted(number: int, is_video: bool) -> str:
+    return counted(number, _kind(is_video))

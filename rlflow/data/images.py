@@ -23,7 +23,7 @@ from rlflow.data.sources import kind
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_DATA_URI = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:(?:(?:image|video)/[\w.+-]+)?(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 LONGEST_PATH = 4096
@@ -53,7 +53,7 @@ def load_image(value: Any, directory: Path, max_pixels: int | None = None) -> by
 
     if isinstance(value, Image.Image):
         return _normalised(value, None, max_pixels)
-    data = _read(value, directory)
+    data = encoded_bytes(value, directory)
     image = _open(data)
     return _normalised(image, data, max_pixels)
 
@@ -84,8 +84,12 @@ def data_uri(data: bytes) -> str:
     return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
-def _read(value: Any, directory: Path) -> bytes:
-    """The encoded bytes of what is no picture of PIL."""
+def encoded_bytes(value: Any, directory: Path) -> bytes:
+    """The bytes of a file that a value names or holds.
+
+    Raises:
+        RowError: There is none.
+    """
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Mapping):
@@ -94,32 +98,47 @@ def _read(value: Any, directory: Path) -> bytes:
         ]
         if not given:
             raise RowError(f"it has neither `bytes` nor `path` (it has {', '.join(map(str, value)) or 'nothing'})")
-        return _read(given[0], directory)
+        return encoded_bytes(given[0], directory)
     if not isinstance(value, str):
         raise RowError(f"it is {kind(value)}, not a path, base64 text or bytes")
     if uri := _DATA_URI.match(value):
         return _from_base64(value[uri.end() :])
-    if _ADDRESS.match(value) and not value.startswith("file://"):
-        raise RowError(f"{value[:80]} is an address, and a run fetches nothing: download it and name the file")
-    if len(value) > LONGEST_PATH:
+    if len(value) > LONGEST_PATH and not _ADDRESS.match(value):
         return _from_base64(value)
-    return _read_file(value.removeprefix("file://"), directory)
+    return _read_file(value, directory)
 
 
 def _read_file(name: str, directory: Path) -> bytes:
-    path = Path(os.path.expanduser(name))
-    found = next((place for place in (directory / path, path) if place.is_file()), None)
+    found = find_file(name, directory)
     if found is None:
         # Small pictures are short enough in base64 to be a path.
         if len(name) % 4 == 0 and _BASE64.fullmatch(name) and "." not in name and len(name) > 64:
             return _from_base64(name)
-        folder = (directory / path).parent
-        siblings = [sibling.name for sibling in folder.iterdir()] if folder.is_dir() else []
-        raise RowError(f"there is no file {directory / path}.{nearest(path.name, siblings)}")
+        raise missing(name, directory)
     try:
         return found.read_bytes()
     except OSError as error:
         raise RowError(f"{found} cannot be read: {error}") from error
+
+
+def find_file(name: str, directory: Path) -> Path | None:
+    """The file of a path or a ``file://`` address, beside the data or else in the working directory.
+
+    Raises:
+        RowError: It is the address of something that would have to be fetched.
+    """
+    if _ADDRESS.match(name) and not name.startswith("file://"):
+        raise RowError(f"{name[:80]} is an address, and a run fetches nothing: download it and name the file")
+    path = Path(os.path.expanduser(name.removeprefix("file://")))
+    return next((place for place in (directory / path, path) if place.is_file()), None)
+
+
+def missing(name: str, directory: Path) -> RowError:
+    """What to say of a path without a file."""
+    path = Path(os.path.expanduser(name.removeprefix("file://")))
+    folder = (directory / path).parent
+    siblings = [sibling.name for sibling in folder.iterdir()] if folder.is_dir() else []
+    return RowError(f"there is no file {directory / path}.{nearest(path.name, siblings)}")
 
 
 def _from_base64(text: str) -> bytes:

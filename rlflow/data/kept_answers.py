@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlflow.data.images import data_uri
 from rlflow.data.logged import conversation_of
 from rlflow.data.sources import CONVERSATION_COLUMNS
+from rlflow.data.videos import media_columns
 from rlflow.recipe.sample_blocks import KeepBlock
 from rlflow.tracking.filters import COLUMN_PREFIX, OWN_NAMES, Expression, filter_records
 from rlflow.tracking.rollouts import REWARD_PREFIX, RolloutRecord
@@ -88,9 +88,9 @@ def pair_row(better: RolloutRecord, worse: RolloutRecord) -> dict[str, Any]:
 
 
 def _shown_with(record: RolloutRecord) -> dict[str, Any]:
-    """The columns of its tools, and of its pictures, each as a data URI."""
+    """The columns of its tools, and of its pictures and videos, as data URIs."""
     tools = {"tools": record.tools} if record.tools else {}
-    return tools | ({"images": [data_uri(image) for image in record.images]} if record.images else {})
+    return tools | media_columns(record.images)
 
 
 def require_condition(keep: KeepBlock, rewards: Iterable[str], columns: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.data.errors import DataError
+from rlflow.data.video_archive import is_video
 from rlflow.tracking.rollout_files import rollout_files
 from rlflow.types import Message
 
@@ -100,8 +101,15 @@ def _row(record: RolloutRecord) -> dict[str, Any]:
         **{"prompt_id": record.prompt_id, "step": record.step, "reward": record.reward},
         "messages": conversation_of(record),
         "tools": record.tools,
-        **({"images": list(record.images)} if record.images else {}),
+        **{name: own for name, own in _seen(record).items() if own},
         TOKENS: _tokens(record),
+    }
+
+
+def _seen(record: RolloutRecord) -> dict[str, list[bytes]]:
+    return {
+        "images": [data for data in record.images if not is_video(data)],
+        "videos": [data for data in record.images if is_video(data)],
     }
 
 

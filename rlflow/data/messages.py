@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from rlflow.data.calls import behind_thought, to_calls
@@ -36,21 +37,28 @@ KEPT_KEYS = ("tool_call_id", "name", *REASONING_KEYS)
 """What a message may carry for the chat template, as text, beside ``tool_calls``."""
 IMAGE_TAG = "<image>"
 """Stands where a picture stands."""
+VIDEO_TAG = "<video>"
+"""Stands where a video stands."""
+MEDIA_TAGS = re.compile("|".join(map(re.escape, (IMAGE_TAG, VIDEO_TAG))))
 IMAGE_TYPES = ("image", "image_url", "input_image")
 """Types of content parts: Hugging Face's, and OpenAI's two."""
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
 """Where such a part may hold its picture; one that holds none shows the next of the row's column."""
+VIDEO_TYPES = ("video", "video_url", "input_video")
+VIDEO_KEYS = ("video", "video_url", "frames", "url", "path", "base64", "bytes")
+"""As of pictures, for videos."""
 WEIGHT_KEYS = ("loss", "weight", "loss_weight", "loss_scale")
 """What says whether a message is trained: true or false, or 1 or 0. It becomes ``loss``."""
 WEIGHTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 class GivenImage(NamedTuple):
-    """A picture as the row has it."""
+    """A picture or a video as the row has it."""
 
     place: str
     """What messages call it."""
     value: Any
+    is_video: bool = False
 
 
 def to_messages(value: Any, column: str) -> list[Message]:
@@ -117,13 +125,15 @@ def _with_call(message: Message, call: Message, place: str) -> Message:
     return {**message, "content": content, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
 
 
-def parts_of(content: str, *, shows_images: bool) -> list[dict[str, str]]:
-    """A content as parts of text and, where its tags stand for pictures, of pictures."""
-    pieces = content.split(IMAGE_TAG) if shows_images else [content]
+def parts_of(content: str, tags: Collection[str]) -> list[dict[str, str]]:
+    """A content as parts of text and, where one of ``tags`` stands, of pictures and videos."""
+    pieces = re.split(f"({'|'.join(map(re.escape, tags)) or '(?!)'})", content)
     parts: list[dict[str, str]] = []
-    for index, piece in enumerate(pieces):
-        parts += [{"type": "image"}] if index else []
-        parts += [{"type": "text", "text": piece}] if piece or len(pieces) == 1 else []
+    for piece in pieces:
+        if piece in tags:
+            parts.append({"type": piece[1:-1]})
+        elif piece or len(pieces) == 1:
+            parts.append({"type": "text", "text": piece})
     return parts
 
 
@@ -175,18 +185,22 @@ def _content(value: Any, place: str) -> Message:
     if not isinstance(value, list):
         raise RowError(f"`{place}` is {kind(value)}, not text")
     texts: list[str] = []
-    images: list[GivenImage | None] = []
+    shown: list[GivenImage | None] = []
+    shows_any = False
     for index, part in enumerate(value):
         place_of_part = f"{place}[{index}]"
-        if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
-            texts.append(IMAGE_TAG)
-            held = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
-            images.append(GivenImage(place_of_part, held[0]) if held else None)
+        type_of_part = part.get("type") if isinstance(part, dict) else None
+        if type_of_part in IMAGE_TYPES or type_of_part in VIDEO_TYPES:
+            is_video, shows_any = type_of_part in VIDEO_TYPES, True
+            texts.append(VIDEO_TAG if is_video else IMAGE_TAG)
+            held = [part[key] for key in (VIDEO_KEYS if is_video else IMAGE_KEYS) if part.get(key) is not None]
+            # How a video is to be read stands beside it.
+            value_of_part = {key: part[key] for key in part if key != "type"} if is_video else held and held[0]
+            shown.append(GivenImage(place_of_part, value_of_part, is_video) if held else None)
         else:
             texts.append(_part(part, place_of_part))
-            images += [None] * texts[-1].count(IMAGE_TAG)
-    shows_images = any(isinstance(part, dict) and part.get("type") in IMAGE_TYPES for part in value)
-    return {"content": "".join(texts)} | ({"images": images} if shows_images else {})
+            shown += [None] * len(MEDIA_TAGS.findall(texts[-1]))
+    return {"content": "".join(texts)} | ({"images": shown} if shows_any else {})
 
 
 def _is_data(value: Any) -> bool:

@@ -144,10 +144,10 @@ class Transcript:
             RowError: What was said has the token that stands for a picture, and there is none.
         """
         vision = self.chat.vision
-        if vision is not None and (found := int((token_ids == vision.image_token_id).sum())) != number:
-            token = self.chat.tokenizer.convert_ids_to_tokens(vision.image_token_id)
+        if vision is not None and len(found := token_ids[vision.is_placeholder(token_ids)]) != number:
+            token = self.chat.tokenizer.convert_ids_to_tokens(int(found[-1]) if len(found) else vision.image_token_id)
             raise RowError(
-                f"what was said holds {token}, the place of a picture, {found - number} times too often: write it "
+                f"what was said holds {token}, the place of a picture, {len(found) - number} times too often: write it "
                 "otherwise"
             )
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlflow.data.images import media_type, size_of
+from rlflow.data.video_archive import frames_of, is_video
 from rlflow.inspection.changes import Change, Difference, failed
 from rlflow.tracking.lines import number
 from rlflow.tracking.rollouts import RolloutRecord
@@ -39,9 +40,11 @@ def show_rollout(console: Console, record: RolloutRecord, *, is_whole: bool, tok
     for message in began_with or record.messages:
         _field(console, str(message.get("role")), _said(message), is_whole=is_whole, style="dim")
     for number_of, image in enumerate(record.images, start=1):
-        width, height = size_of(image)
-        told = f"{width} x {height} pixels, {len(image):,} bytes of {media_type(image)}"
-        _field(console, f"image {number_of}", told, is_whole=True, style="dim")
+        frames = frames_of(image)
+        width, height = size_of(frames[0])
+        told = f"{width} x {height} pixels, {len(image):,} bytes of {media_type(frames[0])}"
+        name, told = ("video", f"{len(frames)} frames of {told}") if is_video(image) else ("image", told)
+        _field(console, f"{name} {number_of}", told, is_whole=True, style="dim")
     if tokens is None and record.episode is not None:
         for message in record.episode.messages:
             style = "bold" if message["role"] == "assistant" else "dim"

@@ -21,7 +21,7 @@ from rlflow.actors.rollout_worker import decode_completions
 from rlflow.algorithms.advantages import combine_rewards
 from rlflow.data.answer_text import AnswerText
 from rlflow.data.errors import DataError
-from rlflow.data.images import data_uri
+from rlflow.data.videos import media_columns
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import RewardBlock
@@ -189,7 +189,7 @@ def _rows(done: Sequence[_Question], job: Job, server: RewardServer | None) -> t
     rows: list[dict[str, Any]] = []
     for question in done:
         prompt = question.prompt
-        images = {"images": [data_uri(image) for image in prompt.images]} if prompt.images else {}
+        images = media_columns(prompt.images)
         for g, (sample, seed) in enumerate(zip(question.samples, question.seeds, strict=True)):
             answer = {"role": "assistant", "content": prompt.opened + sample.text}
             rows.append(

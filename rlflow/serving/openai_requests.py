@@ -16,7 +16,7 @@ import numpy as np
 
 from rlflow.data.errors import RowError
 from rlflow.data.image_rows import place_images
-from rlflow.data.messages import GivenImage, to_messages
+from rlflow.data.messages import MEDIA_TAGS, GivenImage, to_messages
 from rlflow.serving.conversation import AskedPrompt, TooLongError, encode_text, render, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
@@ -199,19 +199,21 @@ def _messages(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]
 
 
 def _with_own_images(message: Message) -> Message:
-    """A message whose pictures are those of its parts: ``<image>`` is what somebody wrote.
+    """A message whose pictures are those of its parts: ``<image>`` and ``<video>`` are what somebody wrote.
 
     Raises:
         RowError: A picture is not in the request itself.
     """
     parts = message.get("images")
     if parts is None:
-        return {**message, "images": []} if "<image>" in message["content"] else message
+        return {**message, "images": []} if MEDIA_TAGS.search(message["content"]) else message
     return {**message, "images": [_own_image(part) for part in parts]}
 
 
 def _own_image(part: GivenImage | None) -> GivenImage:
     """A picture as a mapping, which nobody keeps."""
+    if part is not None and part.is_video:
+        raise RowError(f"`{part.place}`: this server decodes no videos: send the frames that matter as pictures")
     url = part.value.get("url") if part is not None and isinstance(part.value, dict) else part and part.value
     if part is None or not isinstance(url, str) or url[:5].lower() != "data:":
         where = "a picture's part" if part is None else f"`{part.place}`"

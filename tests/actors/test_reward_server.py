@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from rlflow.actors.reward_server import RewardServer
+from rlflow.data.video_archive import Video, pack
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from tests.actors.reward_servers import batch
@@ -33,7 +34,7 @@ def test_a_function_receives_messages_token_ids_and_columns_of_its_rows(serve: A
     assert scores.rewards["arguments"].tolist() == [110.0, 113.0, 216.0, 219.0]
 
 
-def test_a_function_sees_the_pictures_of_its_rows_decoded(serve: Any, tmp_path: Path) -> None:
+def test_a_function_sees_the_pictures_and_videos_of_its_rows_decoded(serve: Any, tmp_path: Path) -> None:
     code = tmp_path / "colors.py"
     code.write_text(
         "def is_red(completions, images):\n"
@@ -49,6 +50,15 @@ def test_a_function_sees_the_pictures_of_its_rows_decoded(serve: Any, tmp_path: 
     assert scores.rewards["is_red"].tolist() == [1.0, 1.0, 0.0, 0.0]
     assert scores.rewards["counted"].tolist() == [1.0] * 4
     assert serve(blocks[1]).score(groups).rewards["counted"].tolist() == [0.0] * 4
+    clip = pack(Video((colors[0], colors[1], colors[0]), (0, 1, 2), 2.0, 3))
+    code.write_text(
+        "def is_red(completions, images, videos):\n"
+        "    return [10.0 * len(row) + sum(frame.getpixel((0, 0)) == (255, 0, 0) for clip in clips for frame in clip)"
+        " for row, clips in zip(images, videos)]\n"
+    )
+    both = ((colors[1], clip), (colors[0],))
+    seen = [replace(g, prompt=replace(g.prompt, images=own)) for g, own in zip(groups, both, strict=True)]
+    assert serve(blocks[0]).score(seen).rewards["is_red"].tolist() == [12.0, 12.0, 10.0, 10.0]
 
 
 def encoded_picture(color: str) -> bytes:

@@ -17,13 +17,16 @@ from rlflow.actors.rollout_engines.engine import RolloutEngine, generate
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.train_engines.tower import Tower
 from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.video_archive import is_video
 from rlflow.data.vocabulary import placeholder_ids
 from rlflow.types import Completion, SampleRequest, SamplingParams
 from tests.seeing_models import FAMILIES, write_seeing_model
-from tests.vision_models import picture
+from tests.vision_models import picture, video
 
 PARAMS = SamplingParams(max_new_tokens=8)
 IMAGES = ((picture(40, 24, 1),), (), (picture(20, 20, 2), picture(64, 40, 3)), (picture(40, 24, 4),))
+VIDEOS = ((video(40, 24, 4, 1),), (), (picture(20, 20, 2), video(24, 16, 3, 3)), (video(40, 24, 4, 4),))
+"""Of models that take some."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -103,12 +106,13 @@ class Policy:
 
 def requests_of(policy: Policy, first: int = 0) -> list[SampleRequest]:
     """Prompts with one picture, none, two, and with the first one's tokens but another picture; a group of two each."""
-    generator, made = np.random.default_rng(0), []
-    for index, images in enumerate(IMAGES):
+    generator, made, processor = np.random.default_rng(0), [], policy.processor
+    for index, images in enumerate(VIDEOS if processor.takes_videos else IMAGES):
         text = generator.integers(60, 260, 9) if index != 3 else np.random.default_rng(0).integers(60, 260, 9)
-        short = np.insert(text, [2 + 3 * i for i in range(len(images))], policy.processor.image_token_id)
+        tokens = [processor.video_token_id if is_video(image) else processor.image_token_id for image in images]
+        short = np.insert(text, [2 + 3 * i for i in range(len(images))], tokens)
         short = short.astype(np.int32)
-        ids = policy.processor.expand(short, images) if images else short
+        ids = processor.expand(short, images) if images else short
         for copy in range(2):
             id = first + 2 * index + copy
             made.append(SampleRequest(id, ids, id, PARAMS, images, short if images else None))

@@ -18,15 +18,21 @@ from rlflow.actors.train_engines.token_model import TokenModel, load_token_model
 from rlflow.actors.vision import classifier_class, language_model_class, part_finder
 from rlflow.batching import pack
 from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.images import decode
+from rlflow.data.video_archive import is_video, unpack
 from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 from rlflow.recipe.model_blocks import Part
 from rlflow.types import Denominators, Sample
 from tests.seeing_models import FAMILIES, write_seeing_model
-from tests.vision_models import picture
+from tests.vision_models import picture, video
 
 CPU = torch.device("cpu")
 ALL: tuple[Part, ...] = ("language", "projector", "vision")
 IMAGES = ((picture(40, 24, 1),), (), (picture(20, 20, 2), picture(64, 40, 3)), (picture(40, 24, 1),), ())
+VIDEOS = (
+    *((picture(40, 24, 1), video(16, 16, 3, 2)), (), (picture(20, 20, 2), picture(64, 40, 3))),
+    *((video(40, 24, 2, 1), video(24, 16, 5, 3)), ()),
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,12 +41,14 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def samples_of(directory: Path) -> list[Sample]:
-    """Sequences with a picture, with none, with two; each trained behind its pictures."""
+    """Sequences with a picture, with none, with two, with a video where the model takes some; each trained behind its
+    pictures."""
     processor = ImageProcessor(str(directory))
     generator, samples = np.random.default_rng(0), []
-    for images in IMAGES:
+    for images in VIDEOS if processor.takes_videos else IMAGES:
         text = generator.integers(60, 260, 12)
-        ids = np.insert(text, [2 + 3 * i for i in range(len(images))], processor.image_token_id).astype(np.int32)
+        tokens = [processor.video_token_id if is_video(image) else processor.image_token_id for image in images]
+        ids = np.insert(text, [2 + 3 * i for i in range(len(images))], tokens).astype(np.int32)
         ids = processor.expand(ids, images)
         mask = np.arange(len(ids)) >= len(ids) - 5
         weights = np.where(mask, generator.uniform(0.1, 1, len(ids)), 0).astype(np.float32)
@@ -50,18 +58,29 @@ def samples_of(directory: Path) -> list[Sample]:
 
 def inputs_of(directory: Path, sample: Sample) -> dict[str, torch.Tensor]:
     """What transformers' own processor makes of all of a sequence's pictures, for its forward pass."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    processor = ImageProcessor(str(directory))
+    vision = ImageProcessor(str(directory))
+    processor = vision.processor
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(sample.token_ids).long()[None]}
-    if sample.images:
-        pictures = [Image.open(BytesIO(image)).convert("RGB") for image in sample.images]
-        made = processor.processor(text=[processor.image_token * len(pictures)], images=[pictures], return_tensors="pt")
-        inputs |= {name: made[name] for name in made if name.startswith(("pixel", "image"))}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
-    return inputs if "image_grid_thw" in inputs else {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
+    if not sample.images:
+        return inputs
+    pictures = [decode(image) for image in sample.images if not is_video(image)]
+    videos = [unpack(image) for image in sample.images if is_video(image)]
+    text = "".join(processor.video_token if is_video(image) else processor.image_token for image in sample.images)
+    of_videos = {
+        "videos": [[decode(frame) for frame in video.frames] for video in videos],
+        "video_metadata": [
+            [{"total_num_frames": v.num_frames, "fps": v.fps, "frames_indices": [*v.indices]}] for v in videos
+        ],
+        "do_sample_frames": False,
+    }
+    made = processor(
+        text=[text], images=[pictures] if pictures else None, return_tensors="pt", **(of_videos if videos else {})
+    )
+    inputs |= {name: made[name] for name in made if name.startswith(("pixel", "image", "video", "second"))}
+    if vision.takes_videos:
+        ids = inputs["input_ids"]
+        inputs["mm_token_type_ids"] = (ids == processor.image_token_id) + 2 * (ids == processor.video_token_id)
+    return inputs
 
 
 @torch.no_grad()
@@ -156,8 +175,8 @@ def test_pictures_whose_numbers_are_not_those_of_transformers_are_refused_by_nam
     seeing: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Text is trained all the same, but with a tower that is to be trained."""
-    joined = tower._joined
-    monkeypatch.setattr(tower, "_joined", lambda parts: joined(parts[::-1]))
+    joined = tower.joined
+    monkeypatch.setattr(tower, "joined", lambda parts: joined(parts[::-1]))
     module = load_token_model(ModelBlock(path=str(seeing)), seed=0, device=CPU)
     samples = samples_of(seeing)
     assert np.isfinite(score(module, list(pack([samples[1]], max_tokens=99, num_ranks=1)[0]), CPU, 1.0)).all()

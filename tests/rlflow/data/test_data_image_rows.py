@@ -201,7 +201,7 @@ def test_a_losing_answer_may_be_to_other_pictures(idefics: ImageProcessor):
         ({"prompt": "a", "images": ["no.png"]}, r"`images\[0\]`: there is no file no\.png"),
         ({"prompt": "a", "images": "https://x.org/a.png"}, "`images`: https://x.org/a.png is an address"),
         ({"prompt": "a", "images": [FIRST], "image": FIRST}, "both `images` and `image` hold pictures"),
-        ({"prompt": "a", "videos": ["a.mp4"]}, "`videos` is not empty; videos are not read: give the frames"),
+        ({"prompt": "a", "videos": ["a.mp4"]}, r"`videos\[0\]` is a video, and the model takes none: give the frames"),
     ],
 )
 def test_pictures_that_cannot_be_placed_are_named(idefics: ImageProcessor, columns: dict[str, Any], reason: str):

@@ -70,15 +70,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda family: write_seeing_model(tmp_path_factory.mktemp(family), family))
 
 
-def rows_of(kind: str, directory: Path) -> Path:
-    """Four questions, three of them with a picture."""
+def rows_of(kind: str, directory: Path, family: str = "idefics3") -> Path:
+    """Four questions, three of them with a picture; the last with a video in its stead, where the model takes some."""
     made: list[dict[str, Any]] = []
     for number in range(4):
         (directory / f"{number}.png").write_bytes(picture(20 + 10 * number, 24, number))
         tag, images = ("<image>", [f"{number}.png"]) if number else ("", [])
-        question = {"role": "user", "content": f"{tag}What is {number}?"}
         right, wrong = ({"role": "assistant", "content": text} for text in ("a picture", "nothing"))
         row: dict[str, Any] = {"images": images}
+        if number == 3 and family != "idefics3":
+            tag, row = "<video>", {"videos": [{"frames": ["1.png", "1.png", "1.png"], "fps": 1}]}
+        question = {"role": "user", "content": f"{tag}What is {number}?"}
         if kind in ("dpo", "reward_model"):
             row |= {"chosen": [question, right], "rejected": [question, wrong]}
         elif kind == "kto":
@@ -96,14 +98,15 @@ def rows_of(kind: str, directory: Path) -> Path:
 def test_a_row_trains_a_vision_language_model_on_pictures(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str
 ):
-    """Every part moves by its own learning rate, and engine and trainer agree on what pictures say."""
+    """Every part moves by its own learning rate, and engine and trainer agree on what pictures and videos say."""
     use_local_actors(monkeypatch)
     plugin = tmp_path / "rewards.py"
     plugin.write_text(PLUGINS)
     is_online = name in ("grpo", "ppo")
     text = RECIPE.replace("max_prompt_tokens", "max_prompt_tokens" if is_online else "max_tokens")
     recipe = tmp_path / "recipe.yaml"
-    values = {"out": tmp_path / "run", "model": models(family), "rows": rows_of(name, tmp_path), "plugin": plugin}
+    rows = rows_of(name, tmp_path, family)
+    values = {"out": tmp_path / "run", "model": models(family), "rows": rows, "plugin": plugin}
     recipe.write_text((text + ONLINE * is_online).format(**values) + f"algorithm: {ROWS[name]}\n")
     rlflow.run(recipe)
     final = tmp_path / "run" / "final"

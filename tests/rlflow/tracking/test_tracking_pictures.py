@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rlflow.data.images import data_uri
 from rlflow.data.logged import read_logged
+from rlflow.data.video_archive import unpack
 from rlflow.inspection.exporting import export_chat
 from rlflow.inspection.replay import groups_of
 from rlflow.inspection.show import show_rollout
@@ -21,7 +22,7 @@ from rlflow.tracking.page_data import episodes
 from rlflow.tracking.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rlflow.tracking.shown_pictures import ShownPictures
 from rlflow.types import Group, Prompt, Rollout
-from tests.vision_models import picture
+from tests.vision_models import picture, video
 
 FIRST, SECOND = picture(300, 200, 1), picture(8, 8, 2)
 
@@ -79,6 +80,24 @@ def test_what_reads_rollouts_again_has_their_pictures(tmp_path: Path):
     assert f"300 x 200 pixels, {len(FIRST):,} bytes of image/png" in stream.getvalue()
 
 
+def test_a_video_is_shown_by_its_frames_and_written_so_that_it_is_read_again(tmp_path: Path):
+    clip = video(8, 8, 3)
+    frames = [data_uri(frame) for frame in unpack(clip).frames]
+    path = written(tmp_path, [group("a", (clip, SECOND), (1.0,))])
+    (record,) = read_rollouts(path, images=True)
+    page: dict[str, Any] = step_page(tmp_path, 1, tokens=False)
+    assert page["prompts"][0]["images"] == [*frames, data_uri(SECOND)]
+    assert [message["images"] for message in page["prompts"][0]["messages"]] == [4]
+    export_chat([record], tmp_path / "rows.jsonl")
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["images"] == [data_uri(SECOND)] and row["videos"][0]["frames"] == frames
+    ((_, logged),) = read_logged([path], None)
+    assert (logged["images"], logged["videos"]) == ([SECOND], [clip])
+    stream = io.StringIO()
+    show_rollout(Console(file=stream, width=100), record, is_whole=False, tokens=None)
+    assert "3 frames of 8 x 8 pixels" in stream.getvalue()
+
+
 def test_pages_show_the_pictures_of_each_prompt_within_a_budget(tmp_path: Path):
     written(tmp_path, [group("a", (FIRST, SECOND), (1.0, 0.0)), group("b", (), (1.0,))])
     page: dict[str, Any] = step_page(tmp_path, 1, tokens=False)
@@ -86,7 +105,7 @@ def test_pages_show_the_pictures_of_each_prompt_within_a_budget(tmp_path: Path):
     assert episodes(tmp_path, 1)["prompts"][0]["images"] == [data_uri(FIRST), data_uri(SECOND)]
     record = read_rollouts(rollouts_path(tmp_path, 1), images=True)[0]
     shown = ShownPictures(len(data_uri(FIRST)) + 10)
-    assert shown.of(record) == {"images": [data_uri(FIRST)], "images_left_out": 1}
-    assert shown.of(record) == {"images": [], "images_left_out": 2}
+    assert (one := shown.of(record))["images"] == [data_uri(FIRST)] and one["images_left_out"] == 1
+    assert (none := shown.of(record))["images"] == [] and none["images_left_out"] == 2
     large = ShownPictures().of(replace(record, images=(picture(800, 600),)))["images"][0]
     assert len(large) < 700_000 and large.startswith("data:image/png;base64,")
