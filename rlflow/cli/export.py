@@ -101,7 +101,7 @@ def execute(arguments: argparse.Namespace) -> int:
     try:
         print(repository.upload(output or directory))
     except (DataError, RunError) as error:
-        again = shlex.join(["rlflow", "export", str(output or directory), "--push", target])
+        again = shlex.join(["rlflow", "export", str(output or directory), "--push", str(target)])
         raise type(error)(f"{error}\n`{again}` sends the same files again") from error
     return 0
 
