@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import rlflow
 from rlflow.cli.main import main
@@ -26,7 +28,7 @@ def model(tmp_path: Path) -> Path:
     (final / "README.md").write_text(CARD)
     (final / "config.json").write_text('{"model_type": "qwen3"}')
     (final / "tokenizer.json").write_bytes(b"{}" + b" " * 100_000)
-    (final / "model.safetensors").write_bytes(os.urandom(300_000))
+    save_file({"weight": np.frombuffer(os.urandom(300_000), np.uint8)}, final / "model.safetensors")
     return final.parent
 
 
@@ -92,7 +94,7 @@ def test_the_files_of_a_run_arrive_at_modelscope(model: Path, modelscope: HubSer
 def test_a_second_push_sends_what_changed_and_removes_weights_that_are_gone(hub: HubServer, scheme: str, model: Path):
     target = f"{scheme}:org/gsm8k"
     final = model / "final"
-    (final / "model-00002-of-00002.safetensors").write_bytes(os.urandom(1000))
+    save_file({"weight": np.frombuffer(os.urandom(1000), np.uint8)}, final / "model-00002-of-00002.safetensors")
     (final / "adapter_config.json").write_text("{}")
     assert push(model, "--push", target) == 0
     hub.files("org/gsm8k")["LICENSE"] = b"of the hub's page"
