@@ -190,7 +190,7 @@ class _Play:
         self.began_with: tuple[Message, ...] | None = None
         self.started = math.inf
         self.reward, self.environment_s, self.error = 0.0, 0.0, ""
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self.state: Any = None
         self.num_turns = self.num_sampled = 0
 
@@ -348,9 +348,8 @@ class _Play:
         self._count("control_texts", number)
         return broken
 
-    def _count(self, name: str, number: int) -> None:
-        if number:
-            self.counts[name] = self.counts.get(name, 0) + number
+    def _count(self, name: str, number: float) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
 
     def _fail(self, error: Exception) -> RolloutEnd:
         """Takes a fault of the environment; whatever reward it gave before does not count."""

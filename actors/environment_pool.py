@@ -26,7 +26,7 @@ START_TIMEOUT_S = 120.0
 """An environment that is not imported by then is an error; so is a process that is not forked."""
 END_TIMEOUT_S = 10.0
 MOST_EPISODES = 64
-"""Of one process, one after the other: what an environment leaves in memory does not grow for ever."""
+"""Of one process of an adapter, one after the other: what it leaves in memory does not grow for ever."""
 MAX_MESSAGE = 500
 
 
@@ -75,9 +75,11 @@ class EnvironmentPool:
         return EnvironmentProcess(own, source, said["pid"])
 
     async def give_back(self, process: EnvironmentProcess) -> None:
-        """Takes the process of an episode that has ended well: the next one makes an environment of its own there."""
+        """Takes the process of an episode that has ended well. An adapter's may serve another one, as what it loads may
+        take long. What the user's own code leaves behind (a global variable, a thread, another directory) would make an
+        episode depend on those before it: each has a process that has done nothing but import."""
         process.num_episodes += 1
-        if process.num_episodes < MOST_EPISODES:
+        if self.block.name is not None and process.num_episodes < MOST_EPISODES:
             self._idle.append(process)
         else:
             await process.close()

@@ -167,7 +167,7 @@ class Episode:
     """What the environment says of itself at the end; JSON could hold it."""
     error: str = ""
     """Why the environment failed; empty where it did not. The rollout is then unscored."""
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
     """``tool_calls``, those that failed or could not be read, and what else the environment counts."""
     environment_s: float = 0.0
     """That the environment took."""

@@ -86,14 +86,16 @@ def execute(arguments: argparse.Namespace) -> int:
     chosen = filter_records(records, arguments.where) if arguments.where else records
     chosen = sort_records(chosen, arguments.sort, is_falling=arguments.descending) if arguments.sort else chosen
     written = arguments.export or arguments.pairs
+    num_found = len(chosen)
     chosen = distinct(chosen) if arguments.export is not None else chosen
+    num_left_out = num_found - len(chosen)
     chosen = few_a_prompt(chosen, arguments.per_prompt) if arguments.per_prompt else chosen
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     named = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     console.print(f"{stage}, {named}: {len(chosen)} of {len(records)} rollouts", style="bold", soft_wrap=True)
     limited = chosen[: arguments.limit] if arguments.limit else chosen
     if arguments.export is not None:
-        _export(limited, arguments.export, console)
+        _export(limited, arguments.export, num_left_out, console)
     if arguments.pairs is not None:
         _export_pairs(limited, arguments.pairs, console)
     if is_replay:
@@ -110,13 +112,16 @@ def _positive(text: str) -> int:
     return number
 
 
-def _export(records: Sequence[RolloutRecord], path: Path, console: Console) -> None:
+def _export(records: Sequence[RolloutRecord], path: Path, num_left_out: int, console: Console) -> None:
     from rlflow.inspection.exporting import export_chat
 
     export_chat(records, path)
     cut = sum(record.finish_reason == "length" for record in records)
     note = f", of which {cut} were cut: their last turn is not to be trained" if cut else ""
     console.print(f"{path}: {len(records)} conversations{note}", soft_wrap=True)
+    if num_left_out:
+        reason = "said before in answer to the same prompt, empty in a turn, or cut in their only one"
+        console.print(f"{num_left_out} rollouts were left out: {reason}", soft_wrap=True)
 
 
 def _export_pairs(records: Sequence[RolloutRecord], path: Path, console: Console) -> None:

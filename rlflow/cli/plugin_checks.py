@@ -55,6 +55,8 @@ class Tried:
     """What is wrong with the function, or None."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     """JSON schemas of what an environment describes."""
+    columns: list[str] = field(default_factory=list)
+    """What an environment needs of a row by name."""
 
 
 def in_generators(recipe: Recipe, *, is_called: bool) -> Found:
@@ -136,15 +138,29 @@ def in_keep(recipe: Recipe, row: Mapping[str, Any] | None) -> Found:
         yield "algorithm.keep.where", str(error)
 
 
-def try_environment(recipe: Recipe) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """What is wrong with the environment, which is made once, and the tools that it describes to the policy."""
+def try_environment(recipe: Recipe) -> Tried:
+    """What is wrong with the environment, which is made once, and what it says of itself."""
     block = recipe.environment
     if block is None:
-        return [], []
-    key = "environment.tools" if block.tools else "environment.plugin" if block.plugin else "environment.name"
+        return Tried(None)
     trial = Trial("environment", block.name, block.plugin, block.args, None, tools=tuple(block.tools))
-    said = _try(trial, child_environment(os.environ, block.variables))
-    return ([] if said.problem is None else [(key, said.problem)]), said.tools
+    return _try(trial, child_environment(os.environ, block.variables))
+
+
+def in_tried(recipe: Recipe, tried: Tried, row: Mapping[str, Any] | None) -> Found:
+    """Of the environment that was tried.
+
+    Args:
+        row: The columns of a prompt; None where the data was not read.
+    """
+    block = recipe.environment
+    if block is None:
+        return
+    key = "environment.tools" if block.tools else "environment.plugin" if block.plugin else "environment.name"
+    if tried.problem is not None:
+        yield key, tried.problem
+    elif row is not None and (missing := [column for column in tried.columns if column not in row]):
+        yield key, f"reset needs the column {missing[0]}, and the data has {', '.join(row) or 'none'}"
 
 
 def _signature_problem(name: str, args: Mapping[str, Any], row: Mapping[str, Any] | None) -> str | None:
@@ -199,7 +215,7 @@ def _try(trial: Trial, environment: Mapping[str, str]) -> Tried:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as told:
             told.write(pickle.dumps(trial))
-        return _listen(read, process, "" if trial.plugin is None else trial.plugin.rpartition(":")[0])
+        return _listen(read, process, trial)
     finally:
         os.close(read)
         with contextlib.suppress(ProcessLookupError):
@@ -215,7 +231,7 @@ def _silenced(process: subprocess.Popen[bytes]) -> str:
         return "closed files that are not its own, and went on"
 
 
-def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tried:
+def _listen(descriptor: int, process: subprocess.Popen[bytes], trial: Trial) -> Tried:
     """Follows an import, and a generator's call, to the end, or to the end of patience."""
     started = moved = time.monotonic()
     line, furthest, modules, rows, text = None, 0, 0, None, b""
@@ -226,12 +242,12 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tri
             if selector.select(timeout=0.2):
                 part = os.read(descriptor, 1 << 16)
                 if not part:
-                    doing = "importing" if rows is None else "calling"
+                    doing = "importing" if rows is None else "making" if trial.kind == "environment" else "calling"
                     return Tried(f"{doing} it {_silenced(process)}")
                 *whole, text = (text + part).split(b"\n")
                 for said in map(json.loads, whole):
                     if "problem" in said:
-                        return Tried(said["problem"], said["tools"])
+                        return Tried(**said)
                     if rows is None and said["rows"] is not None:
                         started = time.monotonic()
                     line = line if said["line"] is None else said["line"]
@@ -246,7 +262,7 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], file: str) -> Tri
             if rows is not None and (
                 now - moved > CALL_SILENCE_S or now - started > CALL_LONGEST_S or rows > MOST_ROWS
             ):
-                return Tried(_endless_call(file, line, rows, now - started))
+                return Tried(_endless_call(trial, line, rows, now - started))
 
 
 def _read_bytes(pid: int) -> str:
@@ -265,8 +281,11 @@ def _endless_import(line: int | None, seconds: float) -> str:
     )
 
 
-def _endless_call(file: str, line: int | None, rows: int, seconds: float) -> str:
+def _endless_call(trial: Trial, line: int | None, rows: int, seconds: float) -> str:
+    file = "" if trial.plugin is None else trial.plugin.rpartition(":")[0]
     place = file if line is None else f"{file}:{line}"
+    if trial.kind == "environment":
+        return f"{place}: making it has not ended after {seconds:.0f} s: every episode makes one"
     return (
         f"{place}: calling it does not end: it has given {rows:,} rows in {seconds:.0f} s and goes on; "
         "let it end, or write its rows to a file and name that as path"

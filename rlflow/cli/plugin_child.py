@@ -1,7 +1,7 @@
 """The process in which a function of a recipe is tried: ``python -P -m rlflow.cli.plugin_child FD``.
 
 It reads a `Trial`, writes one JSON object a line to the descriptor: a few times a second how far the import or the call
-is, and at last what is wrong with the function, or that nothing is, and the tools that an environment describes.
+is, and at last what is wrong with the function, or that nothing is, and what an environment says of itself.
 Standard output and error belong to the function.
 """
 
@@ -38,7 +38,7 @@ class Progress:
     """How far a trial is."""
 
     rows: int | None = None
-    """Rows that a generator has given; None before it is called."""
+    """Rows that a generator has given; None before it is called, or an environment is made."""
 
 
 def main(descriptor: int) -> None:
@@ -46,12 +46,12 @@ def main(descriptor: int) -> None:
     progress = Progress()
     with os.fdopen(descriptor, "w", buffering=1, encoding="utf-8") as said:
         threading.Thread(target=_tell, args=(said, threading.get_ident(), _file(trial), progress), daemon=True).start()
-        tools: list[Any] = []
+        described: dict[str, Any] = {}
         try:
-            problem = _problem(trial, progress, tools)
+            problem = _problem(trial, progress, described)
         except BaseException as error:  # the user's code: SystemExit is no Exception
             problem = _describe(error, _file(trial), "importing" if progress.rows is None else "calling")
-        print(json.dumps({"problem": problem, "tools": tools}), file=said)
+        print(json.dumps({"problem": problem, **described}), file=said)
         said.flush()
         os._exit(0)  # threads that the plugin started go on otherwise
 
@@ -70,8 +70,8 @@ def _tell(said: Any, main_thread: int, file: str, progress: Progress) -> None:
     os._exit(1)
 
 
-def _problem(trial: Trial, progress: Progress, tools: list[Any]) -> str | None:
-    """What is wrong; an environment's tools are added to ``tools``."""
+def _problem(trial: Trial, progress: Progress, described: dict[str, Any]) -> str | None:
+    """What is wrong; what an environment says of itself is added to ``described``."""
     match trial.kind:
         case "reward":
             return _reward_problem(trial)
@@ -80,7 +80,7 @@ def _problem(trial: Trial, progress: Progress, tools: list[Any]) -> str | None:
         case "function":
             return _function_problem(trial)
         case "environment":
-            return _environment_problem(trial, tools)
+            return _environment_problem(trial, progress, described)
 
 
 def _function_problem(trial: Trial) -> str | None:
@@ -159,15 +159,17 @@ def _generator_problem(trial: Trial, progress: Progress) -> str | None:
     return None
 
 
-def _environment_problem(trial: Trial, tools: list[Any]) -> str | None:
+def _environment_problem(trial: Trial, progress: Progress, described: dict[str, Any]) -> str | None:
     try:
-        said = Session(load_environment(trial.name, trial.plugin, trial.tools, trial.args)).answer("describe")
+        make = load_environment(trial.name, trial.plugin, trial.tools, trial.args)
     except EnvironmentFault as error:
         raised = error.__cause__.__cause__ if error.__cause__ else None
         return _describe(raised, _file(trial)) if raised is not None else str(error)
+    progress.rows = 0
+    said = Session(make).answer("describe")
     if "error" in said:
         return said["error"].replace("describe raised", "making it raised")
-    tools += said["tools"]
+    described |= said
     return None
 
 

@@ -23,6 +23,7 @@ from rlflow.cli.plugin_checks import (
     in_generators,
     in_keep,
     in_rewards,
+    in_tried,
     rewards_of,
     sources_of,
     try_environment,
@@ -105,10 +106,12 @@ def check_in_use(
     for stage in stages:
         recipe = stage.recipe
         is_read = read(recipe) and not recipe.waits_for_rows
-        faults, tools = try_environment(recipe)
-        found = [*in_generators(recipe, is_called=is_read), *faults]
-        reading = read_data(recipe, to_come, tools, tokenize=tokenize) if is_read and not found else Reading()
-        found += [*reading.problems, *in_rewards(recipe, reading.row), *in_functions(recipe)]
+        tried = try_environment(recipe)
+        found = list(in_generators(recipe, is_called=is_read))
+        is_read = is_read and not found and tried.problem is None
+        reading = read_data(recipe, to_come, tried.tools, tokenize=tokenize) if is_read else Reading()
+        found += [*in_tried(recipe, tried, reading.row), *reading.problems]
+        found += [*in_rewards(recipe, reading.row), *in_functions(recipe)]
         found += in_keep(recipe, reading.row)
         problems += [stage.problem(key, message) for key, message in found]
         readings.append(reading)

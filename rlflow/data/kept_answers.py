@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rlflow.data.logged import conversation_of
 from rlflow.data.sources import CONVERSATION_COLUMNS
 from rlflow.data.videos import media_columns
 from rlflow.recipe.sample_blocks import KeepBlock
-from rlflow.tracking.filters import COLUMN_PREFIX, OWN_NAMES, Expression, filter_records
+from rlflow.tracking.filters import COLUMN_PREFIX, COUNT_PREFIX, OWN_NAMES, Expression, filter_records
 from rlflow.tracking.rollouts import REWARD_PREFIX, RolloutRecord
 
 _OF_THE_ROW = {"id", *CONVERSATION_COLUMNS}
@@ -106,6 +107,8 @@ def require_condition(keep: KeepBlock, rewards: Iterable[str], columns: Iterable
     if keep.where is not None:
         of_rewards = [f"{REWARD_PREFIX}{name}" for name in rewards]
         own = list(dict.fromkeys(columns))
+        # What an environment counts is known when it has.
+        own += re.findall(rf"{COUNT_PREFIX}[\w.]+", keep.where)
         Expression(keep.where, [*OWN_NAMES, *of_rewards, *own, *(f"{COLUMN_PREFIX}{name}" for name in own)])
 
 
@@ -113,13 +116,25 @@ def _usable(records: Iterable[RolloutRecord]) -> list[RolloutRecord]:
     """Those that were scored and not cut, each answer to a prompt once."""
     found: dict[tuple[str, str], RolloutRecord] = {}
     for record in records:
-        if record.finish_reason != "length" and not math.isnan(record.reward) and _says_something(record):
-            said = record.completion if record.episode is None else json.dumps(record.episode.messages, default=str)
-            found.setdefault((record.prompt_id, said), record)
+        if record.finish_reason != "length" and not math.isnan(record.reward) and says_something(record):
+            found.setdefault((record.prompt_id, said_in(record)), record)
     return list(found.values())
 
 
-def _says_something(record: RolloutRecord) -> bool:
+def said_in(record: RolloutRecord) -> str:
+    """All that is behind the prompt, in one text: of an episode every turn."""
+    if record.episode is None:
+        return record.completion
+    return json.dumps([record.episode.prompt, record.episode.messages], default=str)
+
+
+def trains_something(record: RolloutRecord) -> bool:
+    """Whether a turn of the model was not cut."""
+    behind = conversation_of(record)[-1 if record.episode is None else -len(record.episode.messages) :]
+    return any(message["role"] == "assistant" and message.get("loss", True) for message in behind)
+
+
+def says_something(record: RolloutRecord) -> bool:
     """Whether every turn of the model has a text or calls a function."""
     if record.episode is None:
         return bool(record.completion.strip())

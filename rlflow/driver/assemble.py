@@ -291,7 +291,7 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     turns = np.array([episode.num_turns for episode in episodes])
     given = np.array([episode.reward for episode in episodes])
     given = given[~np.isnan(given)]
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     for episode in episodes:
         for name, count in episode.counts.items():
             counts[name] = counts.get(name, 0) + count

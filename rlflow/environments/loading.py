@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ def load_environment(
     if tools:
         functions = [_load(tool, "tool") for tool in tools]
         for tool, function in zip(tools, functions, strict=True):
-            if not callable(function) or isinstance(function, type):
+            if not inspect.isroutine(function):
                 raise EnvironmentFault(f"tool {tool} is a {type(function).__name__}, not a function")
         return partial(ToolEnvironment, functions)
     if name is not None:
@@ -48,6 +49,12 @@ def load_environment(
     label = name or str(plugin)
     if not callable(made):
         raise EnvironmentFault(f"environment {label} is a {type(made).__name__}, not a class of environments")
+    try:
+        inspect.signature(made).bind(**args)
+    except TypeError as error:
+        raise EnvironmentFault(f"environment {label}: {error}: give it in environment.args as it takes it") from error
+    except ValueError:
+        pass  # a class that does not say what it takes
     return partial(_make, made, dict(args), label)
 
 

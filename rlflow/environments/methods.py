@@ -19,8 +19,20 @@ class MethodsEnvironment:
         # Of the class: of an instance, properties would be evaluated, and methods of what it holds be tools.
         names = [name for name, _ in inspect.getmembers(type(made), inspect.isroutine)]
         public = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
+        if not public:
+            raise EnvironmentFault(
+                "it has reset, and neither step(message) nor public methods that would be tools: see "
+                "docs/environments.md"
+            )
         self._calls = ToolEnvironment([getattr(made, name) for name in public])
         self.tools = self._calls.tools
+
+    @property
+    def columns(self) -> list[str]:
+        """What ``reset`` needs by name, the prompt aside."""
+        parameters = inspect.signature(self._made.reset).parameters.values()
+        named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        return [each.name for each in named if each.default is each.empty and each.name not in ("prompt", "messages")]
 
     async def reset(self, row: Mapping[str, Any]) -> Messages | None:
         """What ``reset`` returns is put behind the last user message's text, as TRL does."""

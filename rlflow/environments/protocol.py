@@ -25,8 +25,8 @@ class Reply:
     """Of this step; an episode's is the sum."""
     done: bool = False
     """Whether the episode is over."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """What is to be counted, by name: the metric ``environment/<name>`` is its mean over episodes."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What is to be counted, by name: the metric ``environment/<name>`` is the mean over episodes of its sum."""
 
 
 class Environment(Protocol):
@@ -59,3 +59,13 @@ class Environment(Protocol):
 
 class EnvironmentFault(ValueError):
     """An environment of the recipe cannot be found, loaded or described, or did what no environment may."""
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error and its words, which may be none, or raise themselves."""
+    try:
+        words = str(error)
+    # The user's code.
+    except BaseException as another:
+        words = f"(its text raised {type(another).__name__})"
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

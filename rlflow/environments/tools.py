@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlflow.environments.protocol import EnvironmentFault, Reply
+from rlflow.environments.protocol import EnvironmentFault, Reply, told
 from rlflow.types import Message
 
 MOST_CHARACTERS = 65_536
@@ -48,12 +48,13 @@ async def call_tool(functions: Mapping[str, Callable[..., Any]], call: Mapping[s
         if inspect.isawaitable(result):
             result = await result
         refuse_picture(result, name)
+        text = as_text(result)
     except EnvironmentFault:
         raise
-    # The user's code: the policy is told what it raised.
-    except Exception as error:
-        return bounded(f"Error: {type(error).__name__}: {error}"), False
-    return bounded(as_text(result)), True
+    # The user's code, and what it runs for the policy: SystemExit is no Exception. The policy is told what was raised.
+    except BaseException as error:
+        return bounded(f"Error: {told(error)}"), False
+    return bounded(text), True
 
 
 def result_of(call: Mapping[str, Any], text: str) -> Message:
@@ -96,27 +97,45 @@ def described(tools: Sequence[Any]) -> list[dict[str, Any]]:
     """The JSON schema of each tool, in OpenAI's form: of a function by its type hints and docstring.
 
     Raises:
-        EnvironmentFault: A function has none of them, or two have one name.
+        EnvironmentFault: One is neither, or says too little; or two have one name.
     """
-    schemas = []
-    for tool in tools:
-        if isinstance(tool, Mapping):
-            schemas.append(dict(tool))
-            continue
-        from transformers.utils.chat_template_utils import (
-            DocstringParsingException,
-            TypeHintParsingException,
-            get_json_schema,
-        )
-
-        try:
-            schemas.append(get_json_schema(tool))
-        except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
-            raise EnvironmentFault(
-                f"the tool {tool.__name__} cannot be described to the policy: {error}. Give it type hints, and a "
-                "docstring with a line for every argument under Args:"
-            ) from error
-    names = [schema.get("function", schema).get("name") for schema in schemas]
-    if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise EnvironmentFault(f"its tools are a {type(tools).__name__}: give a list of functions, or of JSON schemas")
+    schemas = [_schema_of(tool) for tool in tools]
+    names = [schema.get("function", schema)["name"] for schema in schemas]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise EnvironmentFault(f"two tools are called {', '.join(repeated)}: rename one")
     return schemas
+
+
+def _schema_of(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, Mapping):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        try:
+            written = json.loads(json.dumps(tool))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EnvironmentFault(f"the schema of its tool {name} is no JSON: {error}") from error
+        if not isinstance(name, str) or not name:
+            raise EnvironmentFault(
+                f"a tool has no name: {json.dumps(tool):.100}. Write it as {{type: function, function: {{name: ..., "
+                "description: ..., parameters: {...}}}"
+            )
+        return written
+    if not inspect.isroutine(tool):
+        raise EnvironmentFault(
+            f"a tool is {tool!r:.80}: give functions with type hints and a docstring, or JSON schemas"
+        )
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    try:
+        if unnamed := [each.name for each in inspect.signature(tool).parameters.values() if each.kind in by_place]:
+            raise ValueError(f"calls give arguments by name, which {unnamed[0]} cannot be (/, * or **)")
+        return get_json_schema(tool)
+    # What transformers makes of other people's type hints and docstrings.
+    except Exception as error:
+        raise EnvironmentFault(
+            f"the tool {tool.__name__} cannot be described to the policy: {str(error).rstrip('.!')}. Give it type "
+            "hints, and a docstring with a line for every argument under Args:"
+        ) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlflow.data.errors import DataError
+from rlflow.data.kept_answers import said_in, says_something, trains_something
 from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutRecord, read_rollouts
 
@@ -85,11 +86,12 @@ def load_records(
 
 
 def distinct(records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
-    """The rollouts without those that repeat an earlier one's prompt and completion, or have no text."""
+    """The rollouts that SFT can learn from, each answer to a prompt once: those in which the policy says something in
+    every turn, one of which at least was not cut."""
     kept: dict[tuple[str, str], RolloutRecord] = {}
     for record in records:
-        if record.completion.strip():
-            kept.setdefault((json.dumps(record.messages), record.completion), record)
+        if says_something(record) and trains_something(record):
+            kept.setdefault((json.dumps(record.messages), said_in(record)), record)
     return list(kept.values())
 
 

@@ -74,7 +74,10 @@ def environment_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict((f"rewards.{index}.name", "environment"), "is an environment's, and there is none: add one")
         return
     if not recipe.needs_rollouts:
-        yield Conflict(("environment", "algorithm.name"), f"{recipe.algorithm.name} generates nothing: remove it")
+        yield Conflict(
+            ("environment", "algorithm.name"),
+            f"{recipe.algorithm.name} generates nothing: remove it, or move it to the stage that does",
+        )
     if block.max_tokens is not None and block.max_tokens < rollout.max_new_tokens:
         reason = f"{block.max_tokens} is less than one turn may have ({rollout.max_new_tokens}): raise it"
         yield Conflict(("environment.max_tokens", "rollout.max_new_tokens"), reason)

@@ -18,11 +18,15 @@ from rlflow.data.errors import DataError
 from rlflow.tracking.rollouts import REWARD_PREFIX, RolloutRecord
 
 COLUMN_PREFIX = "column/"
+COUNT_PREFIX = "environment/"
+"""Of what an episode's environment counts, as metrics are called."""
 OWN_NAMES = (
     "step",
     "reward",
     "advantage",
     "num_tokens",
+    "num_turns",
+    "environment_reward",
     "finish_reason",
     "state",
     "error",
@@ -67,7 +71,9 @@ def values_of(record: RolloutRecord) -> dict[str, Any]:
     own = {name: _known(getattr(record, name)) for name in OWN_NAMES}
     rewards = {f"{REWARD_PREFIX}{name}": _known(value) for name, value in record.rewards.items()}
     columns = {f"{COLUMN_PREFIX}{name}": value for name, value in record.columns.items()}
-    return {**record.columns, **own, **rewards, **columns}
+    counts = {} if record.episode is None else record.episode.counts
+    counted = {f"{COUNT_PREFIX}{name}": number for name, number in counts.items()}
+    return {**record.columns, **own, **rewards, **columns, **counted}
 
 
 def filter_records(records: Sequence[RolloutRecord], where: str) -> list[RolloutRecord]:
@@ -199,7 +205,9 @@ class Expression:
         """The text with an identifier for every name that is none, string literals left alone."""
         slashed = sorted((name for name in names if not name.isidentifier()), key=len, reverse=True)
         known = "".join(f"{re.escape(name)}(?![\\w/])|" for name in slashed)
-        pattern = rf"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<![\w/])(?P<name>{known}(?:reward|column)/[\w.]+)"""
+        pattern = (
+            rf"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<![\w/])(?P<name>{known}(?:reward|column|environment)/[\w.]+)"""
+        )
 
         def replace(found: re.Match[str]) -> str:
             if found["name"] is None:

@@ -102,6 +102,16 @@ class RolloutRecord:
     images: tuple[bytes, ...] = ()
     """Encoded pictures of its prompt; empty when they were not asked for."""
 
+    @property
+    def num_turns(self) -> int:
+        """Completions of the policy."""
+        return 1 if self.episode is None else self.episode.num_turns
+
+    @property
+    def environment_reward(self) -> float:
+        """The environment's own; NaN where there is none, or it failed."""
+        return math.nan if self.episode is None else self.episode.reward
+
 
 class RolloutFileError(ValueError):
     """A rollout file that cannot be read; the message names it and says what to do."""

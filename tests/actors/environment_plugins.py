@@ -61,12 +61,35 @@ class Sleeping(Counting):
         return super().step(message)
 
 
-class Process(Sleeping):
-    """Its state is the process that it is in."""
+class Timed(Sleeping):
+    """Its state is when it began and ended."""
+
+    def reset(self, row):
+        super().reset(row)
+        self.began = time.monotonic()
 
     @property
     def state(self):
-        return os.getpid()
+        return [self.began, time.monotonic()]
+
+
+EARLIER = []
+
+
+class Leaving(Counting):
+    """Leaves behind what the next episode of a process would find."""
+
+    def reset(self, row):
+        super().reset(row)
+        self.found = [*EARLIER, *([os.getcwd()] if os.getcwd() == "/" else [])]
+
+    def step(self, message):
+        EARLIER.append(self.row["word"])
+        os.chdir("/")
+
+    @property
+    def state(self):
+        return self.found
 
 
 class Bad(Counting):

@@ -39,7 +39,11 @@ def test_turns_alternate_and_only_what_the_policy_wrote_is_sampled():
         ("user", "a2"),
         ("assistant", "stop"),
     ]
-    assert (episode.num_turns, episode.reward, episode.counts) == (3, 0.5 + 0.5 + 2.0, {"replies": 2})
+    assert (episode.num_turns, episode.reward, episode.counts) == (
+        3,
+        0.5 + 0.5 + 2.0,
+        {"replies": 2, "control_texts": 0},
+    )
     assert episode.state == {"heard": ["one", "two", "stop"]}
     assert (played.logprobs == played.is_sampled * -1.0).all()
     assert (played.versions == played.is_sampled - 1).all()
@@ -115,7 +119,7 @@ FAULTS = {
     "hangs": "step gave no answer within 1 s",
     "raises": "step raised KeyError: 'lost' (environment_plugins.py:",
     "dies": "step ended its process",
-    "is no text": "step returned a int: return text, a list of messages, a Reply, or None",
+    "is no text": "step returned a int: return text, a list of messages, a Reply (messages, reward, done), or None",
     "is too long": "it said 4.0 MiB, and 1 MiB is the most",
     "is nan": "its reward is nan: give a finite number",
     "is empty": "step returned nothing for the policy to hear, and is not done",
@@ -224,7 +228,7 @@ def test_text_that_no_tokenizer_and_no_file_takes_is_kept_as_a_mark_for_what_is_
 
 @pytest.mark.slow
 def test_no_more_episodes_are_under_way_than_may_be_and_the_others_time_begins_with_them():
-    block = block_of("Process", args={"seconds": 0.4}, episode_timeout_s=1.5)
+    block = block_of("Timed", args={"seconds": 0.4}, episode_timeout_s=1.5)
     requests = [request_of(id, prompt_of({"word": "a"}), limits=Limits(2, 400, 100)) for id in range(6)]
     with worker(TalkingEngine(lambda before: "no"), block, at_once=2) as thread:
         thread.submit(requests).result(10)
@@ -233,9 +237,22 @@ def test_no_more_episodes_are_under_way_than_may_be_and_the_others_time_begins_w
             found = thread.take_finished(6, 60)
             assert found
             done += [made for group in found for made in group.completions]
-    assert len({made.episode.state for made in done}) <= 2
+    lives = [made.episode.state for made in done]
+    assert all(sum(began <= start < ended for began, ended in lives) <= 2 for start, _ in lives)
     # Three pairs one after the other take longer than one episode may.
     assert [made.finish_reason for made in done[4:]] == ["turns", "turns"]
+
+
+def test_an_episode_finds_nothing_that_an_earlier_one_has_left_behind():
+    requests = [request_of(id, prompt_of({"word": "a"})) for id in range(3)]
+    with worker(TalkingEngine(lambda before: "one"), block_of("Leaving"), at_once=1) as thread:
+        thread.submit(requests).result(10)
+        done = []
+        while len(done) < 3:
+            found = thread.take_finished(3, 60)
+            assert found
+            done += [made.episode for group in found for made in group.completions]
+    assert [(episode.error, episode.state) for episode in done] == [("", [])] * 3
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:
@@ -264,7 +281,7 @@ def test_tools_are_called_and_their_errors_are_told_as_text():
     episode = played.episode
     assert (played.finish_reason, episode.error) == ("stop", "")
     assert episode.num_turns == 7
-    assert episode.counts == {"tool_calls": 5, "tool_errors": 3, "unread_calls": 1}
+    assert episode.counts == {"tool_calls": 5, "tool_errors": 3, "unread_calls": 1, "control_texts": 0}
     roles = [message["role"] for message in episode.messages]
     assert roles == ["assistant", "tool"] * 4 + ["assistant", "user"] + ["assistant", "tool"] + ["assistant"]
     assert episode.messages[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1, "b": 2}}
@@ -293,7 +310,7 @@ def test_why_a_call_could_not_be_read_is_told_behind_the_result_of_another():
     # A template may refuse a user's message there, whose turn it is not.
     assert [message["role"] for message in played.episode.messages] == ["assistant", "tool", "assistant"]
     assert played.episode.messages[1]["content"].startswith("3\na call could not be read (")
-    assert played.episode.counts == {"tool_calls": 1, "unread_calls": 1}
+    assert played.episode.counts == {"tool_calls": 1, "unread_calls": 1, "tool_errors": 0, "control_texts": 0}
 
 
 def test_an_environment_in_trls_convention_has_methods_as_tools():

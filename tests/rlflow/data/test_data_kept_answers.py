@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlflow.data.kept_answers import keep_answers
+from rlflow.data.kept_answers import keep_answers, require_condition
+from rlflow.inspection.selection import distinct
 from rlflow.recipe.sample_blocks import KeepBlock
+from rlflow.tracking.filters import FilterError, filter_records
 from rlflow.tracking.rollouts import RolloutRecord
 from rlflow.types import Episode
 
@@ -82,6 +84,41 @@ def test_an_episode_with_a_turn_that_says_nothing_is_not_kept():
     episodes = [Episode(tuple(said)) for said in (spoken, silent)]
     (row,) = keep_answers([answer("a", "4", 1.0, episode=episode) for episode in episodes], KeepBlock()).rows
     assert row["messages"][1:] == spoken
+
+
+def called(word: str, said: str = "done", **given: Any) -> RolloutRecord:
+    """An episode that calls f with a word, and says something then."""
+    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": f"f {word}"}}]}
+    messages = (call, {"role": "tool", "content": "4"}, {"role": "assistant", "content": said})
+    episode = Episode(messages, num_turns=2, reward=0.5, counts={"tool_calls": 1, "tool_errors": int(word == "bad")})
+    return answer("a", said, 1.0, **{"episode": episode} | given)
+
+
+def test_what_is_exported_is_said_once_and_has_a_turn_to_learn_from():
+    records = [
+        called("good"),
+        called("bad"),
+        called("good", epoch=1),
+        called("silent", " "),
+        called("cut", finish_reason="length"),
+        answer("a", "cut", 1.0, finish_reason="length"),
+        answer("a", "one", 1.0),
+    ]
+    assert distinct(records) == [records[0], records[1], records[4], records[6]]
+
+
+def test_a_condition_names_the_turns_the_reward_and_the_counts_of_an_episode():
+    records = [called("good"), called("bad")]
+    assert filter_records(records, "environment/tool_errors == 0 and num_turns == 2") == records[:1]
+    assert filter_records(records, "environment_reward < 0.5") == []
+    assert filter_records([answer("a", "one", 1.0)], "num_turns > 1 or environment_reward > 0") == []
+    with pytest.raises(FilterError, match=r"there is no .environment/tool_error. .*.environment/tool_errors."):
+        filter_records(records, "environment/tool_error == 0")
+    keep = KeepBlock(where="environment/tool_errors == 0")
+    assert [row["messages"][1]["tool_calls"][0]["function"]["name"] for row in keep_answers(records, keep).rows] == [
+        "f good"
+    ]
+    require_condition(keep, [], ["solution"])
 
 
 def test_the_account_counts_what_became_of_all_answers():

@@ -173,7 +173,7 @@ def test_a_verifiers_environment_is_played_turn_by_turn_and_scored_by_its_rubric
     install(monkeypatch, "verifiers", load_environment=lambda id: Guessing())
     (row,) = verifiers("guessing")
     session = session_of("verifiers", id="guessing")
-    assert session.answer("describe") == {"tools": []}
+    assert session.answer("describe") == {"tools": [], "columns": []}
     assert session.answer("reset", row, 1) == {"messages": None}
     heard = session.answer("step", said("3"))
     assert (heard["messages"], heard["done"]) == ([{"role": "user", "content": "No, 1."}], False)
@@ -335,7 +335,7 @@ def test_what_an_adapter_needs_is_imported_before_the_first_episode(monkeypatch,
     asked = []
     importing = SimpleNamespace(import_module=asked.append)
     monkeypatch.setattr(loading, "importlib", importing)
-    monkeypatch.setattr(loading, "_load", lambda spec, kind: Sums)
+    monkeypatch.setattr(loading, "_load", lambda spec, kind: dict)
     load_environment(name, None, (), args)
     assert imported <= set(asked)
 

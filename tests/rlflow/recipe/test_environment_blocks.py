@@ -86,7 +86,7 @@ def test_an_environments_reward_without_an_environment_is_refused(tmp_path):
     [
         ('{plugin: "toolz.py:Game"}', "there is no file"),
         ('{plugin: "tools.py:Gam"}', "has no function Gam (did you mean Game?)"),
-        ('{plugin: "tools.py:Game"}', "missing 1 required positional argument: 'level'"),
+        ('{plugin: "tools.py:Game"}', "missing a required argument: 'level': give it in environment.args"),
         ('{plugin: "tools.py:Empty"}', "has no reset"),
         ('{plugin: "tools.py:three"}', "is a int, not a class of environments"),
         ('{tools: ["tools.py:bare"]}', "the tool bare cannot be described to the policy"),
