@@ -17,6 +17,7 @@ from rlflow.cli.character_rows import rows_that_fit
 from rlflow.cli.plugin_checks import Found, sources_of
 from rlflow.cli.sequence_checks import config_of, resolved
 from rlflow.data.answers import loader_of
+from rlflow.data.call_reader import require_readable
 from rlflow.data.chat import QUESTION, Chat
 from rlflow.data.class_labels import label_of, with_labels
 from rlflow.data.errors import DataError, RowError, Rows
@@ -70,7 +71,7 @@ def read_data(
     if (known := _known_to_fit(recipe, start)) is not None:
         return known
     if not tokenize and start.path is not None and "vision_config" not in config:
-        return _read_forms(recipe, list(_in_tools(start, tools)))
+        return _read_forms(recipe, list(_in_tools(recipe, start, tools)))
     with TemporaryDirectory() as scratch:
         try:
             if sees(start):
@@ -81,6 +82,7 @@ def read_data(
             reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
             return reading
         vision = None if start.path is None else load_image_processor(start)
+        reading.problems += _in_calls(recipe, Chat(tokenizer), tools)
         _read_rows(recipe, tokenizer, vision, tools, reading)
     return reading
 
@@ -141,14 +143,26 @@ def _sources(recipe: Recipe) -> Mapping[str, tuple[SourceBlock | Sequence[Source
     return kinds
 
 
-def _in_tools(start: ModelBlock, tools: Sequence[Any]) -> Found:
+def _in_tools(recipe: Recipe, start: ModelBlock, tools: Sequence[Any]) -> Found:
     """Of an environment's tools, which the chat template may not show."""
     if not tools:
         return
     try:
-        Chat(load_tokenizer(start)).require_calls_and_tools([QUESTION], list(tools), generation_prompt=True)
+        chat = Chat(load_tokenizer(start))
+        chat.require_calls_and_tools([QUESTION], list(tools), generation_prompt=True)
     except (RowError, DataError) as error:
         yield "environment", str(error)
+    else:
+        yield from _in_calls(recipe, chat, tools)
+
+
+def _in_calls(recipe: Recipe, chat: Chat, tools: Sequence[Any]) -> Found:
+    """Of calls, which the chat template may write in a form that cannot be told from it."""
+    if tools and recipe.environment is not None and chat.has_template:
+        try:
+            require_readable(chat, recipe.environment.call_parser)
+        except RowError as error:
+            yield "environment.call_parser", str(error)
 
 
 def _read_forms(recipe: Recipe, problems: list[tuple[str, str]]) -> Reading:

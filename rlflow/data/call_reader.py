@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlflow.data.call_values import types_of_arguments, value_of
 from rlflow.data.calls import to_calls
 from rlflow.data.chat import QUESTION, Chat
 from rlflow.data.errors import RowError
@@ -33,6 +34,12 @@ _TOOL = {
     },
 }
 _ARGUMENTS_TEXT = re.compile(r'\{\s*"zqx"\s*:\s*"xqz"\s*\}')
+_OF_EACH_TYPE: dict[str, tuple[str, Any]] = {
+    "zqx": ("string", "xqz"),
+    "zqn": ("integer", 2),
+    "zqt": ("boolean", True),
+    "zql": ("array", [1, {"k": "v"}]),
+}
 _HERMES = "<tool_call>"
 _MORE = re.compile(r"[\s;,]*\{\s*\"")
 """What follows a call where a second one stands in its place: templates write one there, and others call none."""
@@ -181,9 +188,9 @@ class _Pairs:
         if over is None:
             raise ValueError(f"it does not end with {closing.strip()}")
         pattern = rf"{_loose(self.opening)}\s*(.+?)\s*{_loose(self.between)}(.*?){_loose(self.closing)}"
-        types = _types(tools, found["name"])
+        types = types_of_arguments(tools, found["name"])
         arguments = {
-            key: _value(value.strip("\n"), types.get(key, ()))
+            key: value_of(value.strip("\n"), types.get(key, ()))
             for key, value in re.findall(pattern, text[found.end() : over.start()], re.DOTALL)
         }
         return {"name": found["name"], "arguments": arguments}, over.end()
@@ -218,38 +225,37 @@ class Harmony:
         return Said({**message, "tool_calls": calls} if calls else message, tuple(problems))
 
 
-def _types(tools: Sequence[Any], name: str) -> dict[str, set[Any]]:
-    """The JSON types of each argument of a function, as far as its schema says."""
-    for tool in tools:
-        function = tool.get("function", tool)
-        if function.get("name") == name:
-            properties = function.get("parameters", {}).get("properties", {})
-            return {key: set(_types_of(schema)) for key, schema in properties.items()}
-    return {}
+def require_readable(chat: Chat, parser: str = "auto") -> None:
+    """
+    Args:
+        parser: As ``CallReader``'s; one of vLLM's is taken at its word.
 
-
-def _types_of(schema: Any) -> Iterator[str]:
-    """The types that a schema names: one, a list, or those of its alternatives."""
-    if not isinstance(schema, dict):
+    Raises:
+        RowError: What the template writes of a call would be read as something else.
+    """
+    if parser != "auto" or vars(chat.tokenizer).get("response_template") is not None:
         return
-    named = schema.get("type", ())
-    yield from [named] if isinstance(named, str) else named
-    for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
-        for alternative in alternatives or ():
-            yield from _types_of(alternative)
-
-
-def _value(text: str, types: Collection[str]) -> Any:
-    """What a text stands for: JSON, but where a string is wanted or it is none."""
-    if types and not set(types) - {"string", "null"}:
-        return None if "null" in types and text == "null" else text
+    properties = {name: {"type": type_, "description": "d"} for name, (type_, _) in _OF_EACH_TYPE.items()}
+    parameters = {"type": "object", "properties": properties}
+    tool = {**_TOOL, "function": {**_TOOL["function"], "parameters": parameters}}
+    arguments = {name: value for name, (_, value) in _OF_EACH_TYPE.items()}
+    call = {**_PROBE, "function": {"name": _NAME, "arguments": arguments}}
+    render = chat.renderer([tool])
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    # Models write 2.0 where a whole number is wanted.
-    is_whole = isinstance(value, float) and "integer" in types and "number" not in types and value.is_integer()
-    return int(value) if is_whole else value
+        prompt = render([QUESTION], generation_prompt=True)
+        whole = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    except RowError:
+        return
+    turn = _special_end(chat, THOUGHT_ENDS.split(whole[_shared(prompt, whole) :])[-1])
+    if _NAME not in turn:
+        return
+    read = [found["function"] for found in CallReader(chat).read(turn, [tool]).message.get("tool_calls", ())]
+    if read != [call["function"]]:
+        raise RowError(
+            "the chat template writes calls in a form that cannot be told from it: name vLLM's parser for this model "
+            f"as environment.call_parser, or set another model.chat_template. Of the arguments {json.dumps(arguments)} "
+            f"were read: {json.dumps([function['arguments'] for function in read])}"
+        )
 
 
 def _with_arguments(call: Any) -> Any:

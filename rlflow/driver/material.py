@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlflow.actors.environment_pool import describe
-from rlflow.data.errors import DataError, Rows, listing
+from rlflow.data.call_reader import require_readable
+from rlflow.data.chat import Chat
+from rlflow.data.errors import DataError, RowError, Rows, listing
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
 from rlflow.data.prompts import load_prompts
 from rlflow.driver.answers import Answers, load_answers, with_answers
@@ -18,6 +20,7 @@ from rlflow.driver.units import load_units
 from rlflow.environments import EnvironmentFault
 from rlflow.recipe import ModelBlock, Recipe
 from rlflow.tracking.tracker import Tracker
+from rlflow.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, vision: ImageProcessor | None = No
     if recipe.generates:
         rejected = reject_references(recipe.rewards)
         rows = load_prompts(data.train, data, tokenizer, seed, rejected, tools, vision, in_turns=in_turns)
+        _require_calls(recipe, tokenizer, rows)
     else:
         rows = load_units(recipe, data, tokenizer, vision)
     held_out: dict[str, Rows] = {}
@@ -86,6 +90,18 @@ def _tools_of(recipe: Recipe) -> list[dict[str, Any]]:
         return describe(recipe.environment)
     except EnvironmentFault as error:
         raise DataError(f"environment: {error}") from error
+
+
+def _require_calls(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """
+    Raises:
+        DataError: Tools are described to the policy whose calls could not be read.
+    """
+    if recipe.environment is not None and any(prompt.tools for prompt in prompts):
+        try:
+            require_readable(Chat(tokenizer), recipe.environment.call_parser)
+        except RowError as error:
+            raise DataError(f"environment: {error}") from error
 
 
 def tell_of_rows(tracker: Tracker, notes: Sequence[str], material: Material) -> None:

@@ -48,6 +48,11 @@ def test_a_plan_refuses_rows_whose_turns_the_template_cannot_write(tmp_path: Pat
 
 SHOWING = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
 TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+UNREADABLE = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}("
+    "{% for key in c.function.arguments %}{{ key }},{% endfor %}){% endfor %}{% endfor %}"
+)
+"""Of calls without what the arguments are."""
 LOOK = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
 
 
@@ -56,6 +61,7 @@ LOOK = {"type": "function", "function": {"name": "look", "description": "", "par
     [
         ({"prompt": "1+1"}, TURNS, "environment: it has `tools`, which the chat template does not show to the policy"),
         ({"prompt": "1+1"}, SHOWING + TURNS, None),
+        ({"prompt": "1+1"}, SHOWING + UNREADABLE, "environment.call_parser: the chat template writes calls in a form"),
         ({"text": "1+1"}, SHOWING + TURNS, "is plain text, and what an environment answers is rendered"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from trl.chat_template_utils import qwen3_template
 
-from rlflow.data.call_reader import CallReader
+from rlflow.data.call_reader import CallReader, require_readable
 from rlflow.data.chat import Chat
+from rlflow.data.errors import RowError
 from rlflow.data.tokenizer import build_character_tokenizer
-from tests.rlflow.data.conversations import Conversation
+from tests.rlflow.data.conversations import CHATML, FAMILIES, GEMMA, Conversation, tokenizer_of
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
 
@@ -140,3 +143,47 @@ def test_a_tokenizers_own_response_template_is_followed():
     assert functions(said) == [{"name": "add", "arguments": {}}]
     assert said.message["content"].strip() == "Hm."
     assert said.message["reasoning_content"].strip() == "so"
+
+
+ARGUMENTS = {
+    **{"yes": True, "no": False, "count": None, "share": 2.5, "below": -3, "digits": "42", "empty": "", "word": "true"},
+    **{"text": "a < \"b\" 'c'\n  d", "maybe": None, "nested": {"k": [1, {"z": None, "b": True}]}},
+    "several": [1, "2", None],
+}
+TYPES = {
+    **{"yes": "boolean", "no": "boolean", "count": "integer", "share": "number", "below": "integer", "text": "string"},
+    **{"digits": "string", "empty": "string", "word": "string", "maybe": "string", "nested": "object"},
+    "several": "array",
+}
+ACT = {"type": "function", "function": {"name": "act", "description": "Acts.", "parameters": {"type": "object"}}}
+ACT["function"]["parameters"]["properties"] = {
+    name: {"type": type_, "description": "d", "nullable": ARGUMENTS[name] is None} for name, type_ in TYPES.items()
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron"])
+def test_arguments_of_every_type_are_read_as_the_template_writes_them(family):
+    template, special, ends = FAMILIES.get(family, ("nemotron_3_nano.jinja", CHATML, ["<|im_end|>"]))
+    chat = Chat(tokenizer_of(template, special, ends))
+    call = {"type": "function", "id": "call00000", "function": {"name": "act", "arguments": ARGUMENTS}}
+    question = {"role": "user", "content": "go"}
+    prompt = chat.renderer([ACT], generation_prompt=True)([question])
+    whole = chat.renderer([ACT])([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    differs = (place for place, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other)
+    turn = whole[next(differs, len(prompt)) :]
+    turn = turn[: min(turn.index(end) for end in ends if end in turn)] if any(end in turn for end in ends) else turn
+    said = CallReader(chat).read(turn, [ACT])
+    assert said.problems == ()
+    assert functions(said) == [{"name": "act", "arguments": ARGUMENTS}]
+    # 1 is True for Python.
+    assert json.dumps(said.message["tool_calls"][0]["function"]["arguments"]) == json.dumps(ARGUMENTS)
+    require_readable(chat)
+
+
+@pytest.mark.parametrize("template", ["gemma4.jinja", "lfm2_2_5.jinja"])
+def test_a_template_whose_calls_would_be_read_as_something_else_is_refused(template):
+    special = GEMMA if template.startswith("gemma4") else [*CHATML, "<|tool_call_start|>", "<|tool_call_end|>"]
+    chat = Chat(tokenizer_of(template, special, [special[2] if special is GEMMA else "<|im_end|>"]))
+    with pytest.raises(RowError, match=r"name vLLM's parser for this model as environment\.call_parser"):
+        require_readable(chat)
+    require_readable(chat, "gemma4")
