@@ -64,6 +64,7 @@ class Trainer:
         self.block, self.trainer = model, trainer
         self.rank, self.world_size = rank, world_size
         self.num_threads, self.seed = num_threads, seed
+        self._listening: socket.socket | None = None
 
     def load_module(self) -> Any:
         """The model to train, on ``self.device``: the subclass knows which."""
@@ -81,10 +82,9 @@ class Trainer:
         raise NotImplementedError
 
     def rendezvous(self) -> str:
-        """``host:port`` on which rank 0's process group can listen."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{_own_address()}:{free.getsockname()[1]}"
+        """``host:port`` at which rank 0 listens from now on: nobody takes the port until its process group is there."""
+        self._listening = socket.create_server(("", 0))
+        return f"{_own_address()}:{self._listening.getsockname()[1]}"
 
     @without_collection()
     def setup(self, address: str | None) -> float:
@@ -106,7 +106,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.device = torch.device("cuda" if self.trainer.gpus_per_worker else "cpu")
         if address is not None:
-            init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s)
+            init_process_group(self.rank, self.world_size, address, self.trainer.timeout_s, self._listening)
         self.module = self.load_module()
         self.routers = None
         if self.trainer.sequence_parallel > 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
+from socket import socket
 from typing import Protocol
 
 import torch
@@ -81,17 +83,24 @@ def make_engine(
     return FsdpEngine(module, trainer, rank=rank, world_size=world_size, shares=shares)
 
 
-def init_process_group(rank: int, world_size: int, address: str, timeout_s: float) -> None:
-    """address: ``host:port`` of rank 0."""
-    from datetime import timedelta
+def init_process_group(
+    rank: int, world_size: int, address: str, timeout_s: float, listening: socket | None = None
+) -> None:
+    """Joins the other ranks.
 
-    dist.init_process_group(
-        _backend(),
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    Args:
+        rank: This process's.
+        world_size: Number of ranks.
+        address: ``host:port`` of rank 0.
+        timeout_s: Of every operation of theirs.
+        listening: What rank 0 listens on, which is the store's from now on; without it, its port is taken only here.
+    """
+    host, _, port = address.rpartition(":")
+    timeout = timedelta(seconds=timeout_s)
+    descriptor = None if listening is None else listening.detach()
+    Store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    store = Store(host, int(port), world_size, rank == 0, timeout, master_listen_fd=descriptor)
+    dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def ensure_process_group(rank: int, world_size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from free_ports import free_address
 
 from rlflow.actors.sequence_trainer import SequenceTrainer
 from rlflow.algorithms.batch import TensorBatch
@@ -129,10 +129,9 @@ def test_two_ranks_of_zero_have_the_loss_and_the_gradient_norm_of_one(tiny_model
     metrics = trainer.forward_backward(pack(samples, max_tokens=4096, num_ranks=1)[0], algorithm, denominators)
     expected = {name: float(metric.value) for name, metric in metrics.items()}
     expected["grad_norm"] = trainer.optim_step(1e-2).grad_norm
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{RANKS.parents[2]}:{RANKS.parent}"}
+    address = free_address()
+    paths = f"{RANKS.parents[2]}:{RANKS.parents[1]}:{RANKS.parent}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     ranks = [
         subprocess.Popen(
             [

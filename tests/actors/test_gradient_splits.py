@@ -4,12 +4,12 @@ sharing of tokens between them can change it."""
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from free_ports import free_address
 from gradient_splits import MAX_TOKENS, OBJECTIVES, SPLITS, WHOLE, Case, cases_of
 from safetensors.torch import load_file
 
@@ -23,9 +23,7 @@ def directory(tiny_model_dir, tiny_moe_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("gradients")
     directories = (tiny_model_dir, tiny_moe_dir, output)
     for world_size in sorted({ranks for ranks, _ in SPLITS}):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         script = ROOT / "tests" / "actors" / "gradient_splits.py"
         commands = [
             [sys.executable, str(script), str(rank), str(world_size), address, *map(str, directories)]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from free_ports import free_address
 from quantized_ranks import main
 
 TIMEOUT_S = 180
 
 
 def trained_by_two(base: Path, output: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     script = Path(__file__).with_name("quantized_ranks.py")
     arguments = ["2", address, str(base), str(output)]
     ranks = [subprocess.Popen([sys.executable, str(script), str(rank), *arguments]) for rank in range(2)]

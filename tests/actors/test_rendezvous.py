@@ -22,3 +22,15 @@ def test_ranks_meet_at_the_address_by_which_ray_knows_their_node(monkeypatch, in
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
     address, _, port = Trainer.rendezvous(object.__new__(Trainer)).rpartition(":")
     assert (address, 0 < int(port) < 2**16) == (host, True)
+
+
+def test_the_port_at_which_ranks_meet_is_taken_from_the_first_moment_on():
+    """Until its process group is there, rank 0 imports torch, for seconds in which anyone may ask for a port."""
+    trainer = object.__new__(Trainer)
+    port = int(Trainer.rendezvous(trainer).rpartition(":")[2])
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("", port))
+    early = socket.create_connection(("127.0.0.1", port), timeout=10)
+    early.close()
+    assert trainer._listening is not None
+    trainer._listening.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_address
 from saving_ranks import ENGINES, save_and_export, train
 
 from rlflow.actors.policy_trainer import PolicyTrainer
@@ -117,9 +117,7 @@ def test_a_checkpoint_of_another_model_is_refused(start: Path, tmp_path: Path, t
 
 @pytest.mark.slow
 def test_what_two_ranks_of_any_engine_saved_is_what_they_export(start: Path, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("saving_ranks.py")

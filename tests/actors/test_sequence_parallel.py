@@ -59,7 +59,7 @@ def directory(models, tmp_path_factory) -> Path:
     """Every setting on one rank without sharing, and on two and four with it, as files."""
     output = tmp_path_factory.mktemp("shares")
     command = [sys.executable, str(ROOT / "tests" / "actors" / "token_shares.py"), str(models), str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         environment.pop(name, None)
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -4,7 +4,6 @@ other one, two and four: forks, which import nothing again."""
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from free_ports import free_address
 from gradient_splits import algorithm_for, batch_of
 from safetensors.torch import save_file
 from torch import nn
@@ -149,9 +149,7 @@ def rank_main(rank: int, world_size: int, address: str, models: Path, output: Pa
 def main(models: Path, output: Path) -> None:
     context = multiprocessing.get_context("fork")
     for world_size in (1, 2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         arguments = [(rank, world_size, address, models, output) for rank in range(world_size)]
         ranks = [context.Process(target=rank_main, args=of_rank, daemon=True) for of_rank in arguments]
         for rank in ranks:

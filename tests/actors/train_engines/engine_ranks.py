@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -116,9 +115,10 @@ def resume(scenario: Scenario, rank: int, world_size: int, checkpoint: Path, int
 
 def launch(jobs: Sequence[dict[str, Any]], world_size: int, directory: Path, timeout_s: float = 800) -> list[Any]:
     """Runs jobs on so many processes; the answers of rank 0 to each. Every rank must keep its stdout clean."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # A rank, which runs this file alone, has no need of it.
+    from free_ports import free_address
+
+    address = free_address()
     work = directory / f"jobs-{time.monotonic_ns()}.json"
     work.write_text(json.dumps(jobs))
     root = Path(__file__).resolve().parents[3]
