@@ -65,7 +65,8 @@ def load_adapted(
         check_quantized(adapter.quantize)
         options["quantization_config"] = quantized(adapter.quantize, dtype)
     config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
-    model = load_whole(language_model_class(config), block.path, revision=block.revision, dtype=dtype, **options)
+    options |= {"revision": block.revision, "has_adapter": True}
+    model = load_whole(language_model_class(config), block.path, dtype=dtype, **options)
     if adapter.quantize == "nf4":
         keep_as_stored(model)
     model.to(device)  # pyright: ignore[reportArgumentType]

@@ -3,16 +3,17 @@ out what it has no place for, and says both in its log."""
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from rlflow.actors.dequantized import as_numbers, make_plain
 from rlflow.actors.vision import language_model_class
+from rlflow.recipe.stored_formats import DEQUANTIZED, format_problem, stored_format
 
 
 def load_language_model(path: str, *, dtype: Any, **options: Any) -> PreTrainedModel:
@@ -20,28 +21,52 @@ def load_language_model(path: str, *, dtype: Any, **options: Any) -> PreTrainedM
 
     Args:
         dtype: As ``from_pretrained`` takes it.
-        options: ``revision``, ``trust_remote_code``.
+        options: ``revision``, ``trust_remote_code``, ``as_stored``.
 
     Raises:
         ValueError: As ``load_whole``; or it is a model of sound.
     """
-    kind = language_model_class(AutoConfig.from_pretrained(path, **options))
-    return load_whole(kind, path, dtype=dtype, **options)
+    config = AutoConfig.from_pretrained(path, **{key: options[key] for key in options if key != "as_stored"})
+    return load_whole(language_model_class(config), path, dtype=dtype, **options)
 
 
-def load_whole(auto_class: Any, path: str, *, new: str | None = None, **options: Any) -> PreTrainedModel:
-    """``auto_class.from_pretrained``.
+def load_whole(
+    auto_class: Any,
+    path: str,
+    *,
+    new: str | None = None,
+    as_stored: bool = False,
+    has_adapter: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """``auto_class.from_pretrained``; weights in few bits become the numbers that they stand for.
 
     Args:
         new: A module that the checkpoint may lack: it starts from random weights.
+        as_stored: Weights in few bits stay so, to be served or measured.
+        has_adapter: It stays as it is, and an adapter is trained.
 
     Raises:
         ValueError: The checkpoint has not the weights of the model that its config.json describes, or has them in a
             format that transformers does not read; with a remedy.
     """
-    _refuse_format(Path(path))
-    loaded: Any = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    given = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    method = stored_format(AutoConfig.from_pretrained(path, **given).to_dict())
+    if as_stored:
+        _refuse_format(path, method)
+    elif problem := format_problem(path, method, has_adapter=has_adapter, rounds="quantization_config" in options):
+        raise ValueError(problem)
+    elif method in DEQUANTIZED:
+        options["quantization_config"] = as_numbers(method)
+    with warnings.catch_warnings():
+        # What is said of the format in config.json stays as it is.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent parameters")
+        loaded: Any = auto_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     model, loading = loaded
+    if method in DEQUANTIZED and not as_stored:
+        make_plain(model, options.get("dtype"))
     missing = [name for name in loading["missing_keys"] if new is None or not name.startswith(f"{new}.")]
     problems = []
     if missing:
@@ -74,15 +99,12 @@ def _head_is_its_own(model: PreTrainedModel) -> bool:
     return is_tied and head.weight is not model.get_input_embeddings().weight
 
 
-def _refuse_format(directory: Path) -> None:
+def _refuse_format(path: str, method: str | None) -> None:
     """Raises ValueError for 4-bit weights that transformers reads with a package of kernels for GPUs, and that is not
     there."""
-    config = directory / "config.json"
-    written = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    method = (written.get("quantization_config") or {}).get("quant_method")
     if method in ("awq", "gptq") and find_spec("gptqmodel") is None:
         raise ValueError(
-            f"{directory} has its weights in {method}'s format, which transformers reads with gptqmodel alone: "
+            f"{path} has its weights in {method}'s format, which transformers reads with gptqmodel alone: "
             "--engine vllm reads it, or name the model that it was made of"
         )
 

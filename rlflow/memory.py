@@ -19,6 +19,7 @@ from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES, Part
 from rlflow.recipe.model_files import read_header
+from rlflow.recipe.stored_formats import stored_format
 from rlflow.tower_shape import TowerShape, tower_shape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -121,7 +122,8 @@ def read_shape(model: ModelBlock) -> ModelShape:
     if model.architecture is not None:
         return shape_of(config)
     assert model.path is not None
-    return shape_of(config, stored_shapes(Path(model.path)))
+    # Tensors in few bits are packed, with scales beside them.
+    return shape_of(config, None if stored_format(config) else stored_shapes(Path(model.path)))
 
 
 def read_model_config(model: ModelBlock) -> Mapping[str, Any]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.cli.config_fields import config_fields, model_types
-from rlflow.recipe import ModelBlock
+from rlflow.recipe import ModelBlock, Recipe
 from rlflow.recipe.model_files import read_fields
 from rlflow.recipe.problems import nearest
+from rlflow.recipe.stored_formats import format_problem, stored_format
 from rlflow.recipe.token_shares import split_problem
+from rlflow.roles import rollout_engine
 
 Found = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with its value and what to do)."""
@@ -30,6 +32,35 @@ def config_problem(directory: Path) -> str | None:
         remedy = f"did you mean {near}?" if near else "a newer transformers may"
         return f"{path}: transformers knows no model {kind} ({remedy})"
     return f"{path}: {problem}" if (problem := split_problem(config)) else None
+
+
+def in_formats(recipe: Recipe, models: Mapping[str, str | None]) -> Found:
+    """Weights in few bits that nobody can start from, or that engines would hold otherwise than trainers.
+
+    Args:
+        models: Paths by the keys that name them.
+    """
+    adapter = recipe.model.adapter
+    for key, path in models.items():
+        method = None if path is None else _format_of(path)
+        if path is None or method is None:
+            continue
+        is_policy = key == "model.path"
+        has_adapter = adapter is not None and is_policy
+        rounds = adapter is not None and is_policy and adapter.quantize != "none"
+        if problem := format_problem(path, method, has_adapter=has_adapter, rounds=rounds):
+            yield key, problem
+        elif is_policy and recipe.trains and recipe.needs_rollouts and rollout_engine(recipe) != "torch":
+            reason = f"would hold {path} in {method}'s format, which the trainer reads as the numbers it stands for"
+            yield "rollout.engine", f"{rollout_engine(recipe)} {reason}: set torch, or name a model in full precision"
+
+
+def _format_of(path: str) -> str | None:
+    """Of a directory that is here."""
+    try:
+        return stored_format(read_fields(Path(path) / "config.json"))
+    except ValueError:
+        return None
 
 
 def in_expansion(model: ModelBlock, config: Mapping[str, Any] | None) -> Found:

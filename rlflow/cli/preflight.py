@@ -16,7 +16,7 @@ from typing import Any
 from rlflow.cli.adapter_checks import in_adapter, to_come_as_model, used_as_model
 from rlflow.cli.data_checks import in_sources, in_template
 from rlflow.cli.id_checks import in_ids, scorer_ids_problem
-from rlflow.cli.model_checks import config_problem, in_architecture, in_expansion
+from rlflow.cli.model_checks import config_problem, in_architecture, in_expansion, in_formats
 from rlflow.cli.output_checks import in_output, in_space
 from rlflow.cli.plugin_checks import (
     in_functions,
@@ -165,6 +165,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_model(key, path)
             if key != "algorithm.critic.path" and recipe.algorithm.learning.head in ("token", "yes_no"):
                 yield from _in_head(key, Path(path))
+    yield from in_formats(recipe, {key: path for key, path in models.items() if path not in to_come})
     yield from in_masked(recipe)
     if recipe.model.architecture is not None:
         yield from in_architecture(recipe.model.architecture)

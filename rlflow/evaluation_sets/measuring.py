@@ -264,6 +264,8 @@ def _load_scorer(model: ServedModel) -> Any:
     assert model.base.path is not None
     options: dict[str, Any] = {"dtype": getattr(torch, model.base.dtype)}
     options["trust_remote_code"] = model.base.trust_remote_code
+    # PEFT puts no adapter on some formats as they are stored.
+    options["as_stored"] = not model.source.is_adapter
     try:
         loaded: Any = load_language_model(model.base.path, **options)
         if model.source.is_adapter:

@@ -72,7 +72,7 @@ def by_transformers(directory: Path, texts: Sequence[Sequence[int]], progress: P
     from rlflow.actors.pretrained import load_whole
 
     try:
-        model: Any = load_whole(AutoModelForCausalLM, str(directory), dtype="auto", **options)
+        model: Any = load_whole(AutoModelForCausalLM, str(directory), dtype="auto", as_stored=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(f"{directory} cannot be loaded by transformers: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

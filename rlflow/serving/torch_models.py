@@ -28,8 +28,9 @@ def torch_engines(
     assert model.base.path is not None
     dtype = getattr(torch, model.base.dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.base.trust_remote_code}
-    loaded: Any = load_language_model(model.base.path, **options)
     adapters = adapters_of(model, given)
+    # PEFT puts no adapter on some formats as they are stored.
+    loaded: Any = load_language_model(model.base.path, as_stored=not adapters, **options)
     use = _switch(loaded, adapters) if adapters else _use_the_one
     engines: dict[str, TorchEngine] = {}
     for name in names_of(model, given):

@@ -143,6 +143,31 @@ def test_a_stage_that_trains_all_weights_after_an_adapter_is_refused(recipe_file
     )
 
 
+def test_a_base_in_few_bits_is_trained_with_the_torch_engine_or_refused(recipe_file: Path, tiny_model_dir: Path):
+    small = recipe_file.parent / "small"
+    shutil.copytree(tiny_model_dir, small)
+    fields = json.loads((small / "config.json").read_text())
+
+    def in_format(method: str) -> None:
+        (small / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": method}}))
+
+    named = f"model.path={small}"
+    in_format("hqq")
+    assert problem_of(recipe_file, named).startswith(f"model.path: {small} has its weights in hqq's format")
+    assert "from which nothing is trained" in problem_of(recipe_file, f"reference.path={small}")
+    in_format("compressed-tensors")
+    (plan,) = make_plans(load_checked(recipe_file, [named]))
+    (plain,) = make_plans(load_checked(recipe_file))
+    assert not isinstance(plan.shape, str) and not isinstance(plain.shape, str)
+    assert plan.shape.parameters == plain.shape.parameters
+    rounded = problem_of(recipe_file, named, "model.adapter={rank: 4, quantize: torchao_int8}")
+    assert "quantize rounds what is in full precision" in rounded
+    online = [named, "algorithm={name: grpo}", "rewards=[{name: exact_match}]", "data.max_tokens=1024"]
+    assert load_checked(recipe_file, online)
+    said = problem_of(recipe_file, *online, "rollout.engine=vllm")
+    assert said.startswith(f"rollout.engine: vllm would hold {small} in compressed-tensors's format")
+
+
 def test_no_reference_is_placed_and_little_is_planned(recipe_file: Path):
     recipe, placed = load_checked(recipe_file)[0], load_checked(recipe_file, ["reference.path=gpt2"])[0]
     assert [role.name for role in roles(recipe)] == ["trainer"]
