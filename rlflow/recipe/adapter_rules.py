@@ -9,7 +9,6 @@ from rlflow.recipe.block import Conflict
 from rlflow.recipe.model_blocks import QUANTIZED_BASES
 from rlflow.recipe.peft_methods import (
     METHODS,
-    ON_SEVERAL_RANKS,
     drops_out,
     has_lora_modules,
     method_of,
@@ -78,8 +77,8 @@ def _method_conflicts(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Con
     if trainer.engine == "deepspeed":
         reason = f"{method} is not tried with deepspeed: set trainer.engine: fsdp, or train LORA"
         yield Conflict(("model.adapter.peft", "trainer.engine"), reason)
-    if trainer.workers > 1 and method not in ON_SEVERAL_RANKS:
-        reason = f"{method} is not known to be the same on several ranks: set 1, or train one of those that are: LOKR"
+    if trainer.workers > 1 and METHODS[method].gives_out_ranks:
+        reason = f"{method} compares values over all layers, which ranks share out: set 1, or train LORA"
         yield Conflict(("trainer.workers", "model.adapter.peft"), reason)
     if trainer.fsdp.mixed_precision:
         reason = f"{method} would be merged in 16 bits: set mixed_precision: false"

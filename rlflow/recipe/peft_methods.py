@@ -64,11 +64,6 @@ METHODS = {
 }
 """By PEFT's ``peft_type``."""
 
-ON_SEVERAL_RANKS = {
-    *("BOFT", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOKR", "LORA", "MISS", "OFT", "SHIRA", "VERA"),
-}
-"""Those that two ranks with FSDP2 train as one does."""
-
 _PROMPTS = "adds tokens to prompts and adapts no layer: train LORA"
 _SHARED = "keeps what it trains beside the layers, for all of them together"
 REFUSED = {

@@ -115,10 +115,10 @@ def test_what_a_method_rules_out_elsewhere_is_said(
     assert says in problem.message
 
 
-def test_a_method_that_no_two_ranks_were_seen_to_train_alike_has_one(tmp_path: Path):
-    assert load(tmp_path, "{peft: {peft_type: LOKR}}", "trainer.workers=2").trainer.workers == 2
-    with pytest.raises(RecipeError, match=r"trainer\.workers: RANDLORA is not known to be the same on several ranks"):
-        load(tmp_path, "{peft: {peft_type: RANDLORA}}", "trainer.workers=2")
+def test_a_method_whose_ranks_are_given_out_over_all_layers_has_one_trainer(tmp_path: Path):
+    assert load(tmp_path, "{peft: {peft_type: RANDLORA}}", "trainer.workers=2").trainer.workers == 2
+    with pytest.raises(RecipeError, match=r"trainer\.workers: ADALORA compares values over all layers.*set 1"):
+        load(tmp_path, "{peft: {peft_type: ADALORA, init_r: 12, target_r: 8}}", "trainer.workers=2")
 
 
 def test_fine_tuning_may_start_elsewhere_and_drop_out(tmp_path: Path):
