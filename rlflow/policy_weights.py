@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from rlflow.recipe import Recipe
+from collections.abc import Mapping
+from typing import Any
+
+from rlflow.memory import UnknownShape, read_model_config
+from rlflow.recipe import ModelBlock, Recipe
 from rlflow.recipe.adapter_files import config_of_adapter
+from rlflow.recipe.architectures import has_experts
 from rlflow.recipe.peft_methods import has_lora_modules, is_plain_lora
 from rlflow.roles import rollout_engine
+
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate")
 
 
 def sends_merged(recipe: Recipe) -> bool:
@@ -21,4 +28,20 @@ def sends_merged(recipe: Recipe) -> bool:
     config = config_of_adapter(adapter)
     if config is None or engine == "http":
         return engine == "http"
-    return not (is_plain_lora(config) if engine == "vllm" else has_lora_modules(config))
+    if engine == "vllm":
+        return not is_plain_lora(config) or (_names_experts(config) and _has_experts(recipe.model))
+    return not has_lora_modules(config)
+
+
+def _names_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a LoRA's layers may be experts and routers, which PEFT takes to be meant by the names that they had."""
+    targets = config.get("target_modules")
+    return isinstance(targets, str) or any(str(target).rpartition(".")[2] in _OF_EXPERTS for target in targets or ())
+
+
+def _has_experts(model: ModelBlock) -> bool:
+    """Whether it is known to have some."""
+    try:
+        return has_experts(read_model_config(model))
+    except UnknownShape:
+        return False

@@ -37,6 +37,7 @@ from rlflow.machine import named_cluster, this_machine
 from rlflow.ray_cluster import require_answer
 from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
+from rlflow.recipe.architectures import has_experts
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES
@@ -48,9 +49,6 @@ from rlflow.rewards import REWARDS
 from rlflow.rewards.reward_model import score_head_problem
 from rlflow.roles import roles
 from rlflow.tracking import missing_packages
-
-_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-"""One of them is in the config of every mixture of experts."""
 
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "Model")
 
@@ -240,7 +238,7 @@ def _in_router(recipe: Recipe) -> Found:
             return
     if not isinstance(config, dict):
         return
-    if not str(config.get("model_type")).endswith("_moe") and not _EXPERTS & config.get("text_config", config).keys():
+    if not has_experts(config):
         yield "model.router", "is of mixtures of experts, and the model has no experts: remove it"
 
 

@@ -36,6 +36,9 @@ _REFUSED_FOR = {
 REFUSED = {kind: reason for reason, kinds in _REFUSED_FOR.items() for kind in kinds.split()}
 """`model_type` -> why no trainer, reference, critic or reward model takes it."""
 
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+"""Fields that say how many experts a layer has."""
+
 How = Literal["packed", "side by side", "refused"]
 
 
@@ -61,3 +64,12 @@ def why_not_packed(config: Mapping[str, Any]) -> str | None:
     """
     how, reason = how_run(config)
     return None if how == "packed" else reason
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether some layers of a model are mixtures of experts.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    return str(config.get("model_type")).endswith("_moe") or bool(_EXPERTS & config.get("text_config", config).keys())
