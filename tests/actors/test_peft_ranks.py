@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from free_ports import free_ports
 from peft_ranks import main
 from test_peft_training import peft
 
@@ -19,16 +19,6 @@ from rlflow.recipe.peft_methods import METHODS
 
 SEVERAL = [name for name, method in METHODS.items() if not method.gives_out_ranks]
 TIMEOUT_S = 300
-
-
-def free_addresses(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    found = [f"127.0.0.1:{free.getsockname()[1]}" for free in sockets]
-    for free in sockets:
-        free.close()
-    return found
 
 
 def trained_by_two(asked: Path) -> None:
@@ -48,7 +38,10 @@ def test_two_ranks_train_every_method_as_one_does(tiny_model_dir: Path, tiny_moe
     if find_spec("bitsandbytes"):
         # The base is whole on each of them.
         blocks["four bits"] = {"rank": 4, "quantize": "nf4"}
-    for ranks, addresses in (("one", [None] * len(blocks)), ("two", free_addresses(len(blocks)))):
+    for ranks, addresses in (
+        ("one", [None] * len(blocks)),
+        ("two", [f"127.0.0.1:{port}" for port in free_ports(len(blocks))]),
+    ):
         asked = []
         for (name, block), address in zip(blocks.items(), addresses, strict=True):
             base = tiny_moe_dir if name == "TRAINABLE_TOKENS" else tiny_model_dir
