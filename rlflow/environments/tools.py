@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlflow.environments.protocol import EnvironmentFault, Reply, told
+from rlflow.environments.tool_types import with_types
 from rlflow.types import Message
 
 MOST_CHARACTERS = 65_536
@@ -132,7 +133,7 @@ def _schema_of(tool: Any) -> dict[str, Any]:
     try:
         if unnamed := [each.name for each in inspect.signature(tool).parameters.values() if each.kind in by_place]:
             raise ValueError(f"calls give arguments by name, which {unnamed[0]} cannot be (/, * or **)")
-        return get_json_schema(tool)
+        return with_types(get_json_schema(tool), tool)
     # What transformers makes of other people's type hints and docstrings.
     except Exception as error:
         raise EnvironmentFault(
