@@ -12,15 +12,17 @@ SUMMARY = "print a script with which bash, zsh or fish complete commands, option
 
 BASH = f"""\
 _rlflow() {{
-    local line="${{COMP_LINE:0:COMP_POINT}}" words=() IFS=$' \\t\\n'
-    read -ra words <<< "$line"
-    [[ "$line" == *[[:space:]] ]] && words+=("")
+    local line="${{COMP_LINE:0:COMP_POINT}}" words=() place IFS=$' \\t\\n'
+    # Without -r, a backslash keeps a space within its word.
+    read -a words <<< "$line"
+    [[ "$line" == *[[:space:]] && "$line" != *\\\\[[:space:]] ]] && words+=("")
     local current="${{words[-1]}}" joined
     printf -v joined '%s{SEPARATOR}' "${{words[@]:1}}"
-    IFS=$'\\n'
-    COMPREPLY=($({WORDS}="$joined" "${{words[0]}}" completion suggest 2>/dev/null))
+    mapfile -t COMPREPLY < <({WORDS}="$joined" "${{words[0]}}" completion suggest 2>/dev/null)
+    [[ -z "${{COMPREPLY[0]}}" ]] && COMPREPLY=()
     # bash takes what follows an equals sign for a word of its own.
     [[ "$current" == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#"${{current%%=*}}="}}")
+    for place in "${{!COMPREPLY[@]}}"; do printf -v "COMPREPLY[place]" %q "${{COMPREPLY[place]}}"; done
     [[ ${{#COMPREPLY[@]}} -eq 1 && "${{COMPREPLY[0]}}" == *[.=] ]] && compopt -o nospace
     return 0
 }}

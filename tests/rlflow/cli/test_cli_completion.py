@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,25 +74,28 @@ def test_every_row_of_the_table_and_every_recipe_is_suggested():
         ("rlflow run mine.yaml trainer.sch", ["trainer.schedule="]),
         ("rlflow run mine.yaml trainer.schedule=li", ["linear"]),
         ("rlflow run ", [*packaged_recipes(), "mine.yaml"]),
+        (r"rlflow run my\ ", [r"my\ \*.yaml"]),
+        (r"rlflow run my\ \*.yaml trainer.sch", ["trainer.schedule="]),
         ("rlflow report ", []),
     ],
 )
 def test_bash_completes_with_it(tmp_path: Path, line: str, expected: list[str]):
+    if "my" in line:
+        (tmp_path / "my *.yaml").write_text(RECIPE)
     command = tmp_path / "rlflow"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m rlflow "$@"\n')
     command.chmod(0o755)
     script = f"""
         eval "$(rlflow completion bash)"
         compopt() {{ :; }}
-        COMP_LINE={line!r} COMP_POINT=${{#COMP_LINE}}
-        COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}
+        COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}
         _rlflow
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     finished = subprocess.run(
         ["bash", "-c", f"PATH={tmp_path}:$PATH\n{script}"], capture_output=True, text=True, timeout=120, check=True
     )
-    assert finished.stdout.split() == expected, finished.stderr
+    assert list(filter(None, finished.stdout.splitlines())) == expected, finished.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
