@@ -35,6 +35,10 @@ REWARDS = {
 """Name -> ``module:function``, or a class whose instance is called: what it needs is loaded before the first call."""
 
 
+SEEN = ("images", "videos")
+"""Columns of what rows show; a call whose rows show nothing has empty lists for a function that names them."""
+
+
 class RewardError(ValueError):
     """A reward of the recipe cannot be found, loaded or called with these arguments."""
 
@@ -173,7 +177,8 @@ def _bind(
         /,
         **columns: Sequence[Any],
     ) -> Any:
-        offered: dict[str, Any] = {name: values for name, values in columns.items() if name not in options}
+        offered: dict[str, Any] = {name: [[] for _ in completions] for name in SEEN if name in named}
+        offered |= {name: values for name, values in columns.items() if name not in options}
         offered |= of_trl(columns)
         offered |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         offered |= {alias: offered[original] for alias, original in aliases.items()}

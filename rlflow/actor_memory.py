@@ -9,7 +9,8 @@ A step has a few moments that can be its peak; each is the sum of what is alive 
     snapshot    weights go to the rollout workers, chunk by chunk: no activations, no gradients; from GPUs to the host
 
 benchmarks/memory.md compares estimates with measured peaks. Not counted: what an allocator keeps of freed memory, the
-padding of sequences whose lengths differ by less than a quarter, DoRA's own activations, adapters of a vision tower.
+padding of sequences whose lengths differ by less than a quarter, DoRA's own activations, those of adapters in a vision
+tower.
 """
 
 from __future__ import annotations

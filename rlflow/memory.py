@@ -259,8 +259,11 @@ def with_new_layers(shape: ModelShape, expand: ExpandBlock | None) -> ModelShape
     return replace(shape, layers=shape.layers + expand.new_layers, parameters=parameters, frozen=shape.parameters)
 
 
-def with_adapter(shape: ModelShape, adapter: AdapterBlock) -> ModelShape:
+def with_adapter(shape: ModelShape, adapter: AdapterBlock, parts: Sequence[Part] = ("language",)) -> ModelShape:
     """
+    Args:
+        parts: That have an adapter; those beside the language model on all their linear layers.
+
     Raises:
         UnknownShape: It goes on from one that is not on this machine.
     """
@@ -268,7 +271,10 @@ def with_adapter(shape: ModelShape, adapter: AdapterBlock) -> ModelShape:
     targets = adapter.target_modules
     every = _LINEAR if shape.is_gated else tuple(name for name in _LINEAR if name not in _GATED_ONLY)
     names = every if targets == "all-linear" else tuple(target.rpartition(".")[2] for target in targets)
-    count = _count_adapter(shape, adapter)
+    count = _count_adapter(shape, adapter) if "language" in parts else 0
+    if shape.tower is not None and targets == "all-linear":
+        sides = {"vision": shape.tower.vision_sides, "projector": shape.tower.projector_sides}
+        count += adapter.rank * sum(sides.get(part, 0) for part in parts)
     return replace(shape, adapter=count, adapter_rank=adapter.rank, adapter_targets=names)
 
 

@@ -160,7 +160,7 @@ def make_plans(
         configs[model] = configs[final, None] = config
         if adapter is not None:
             adapters[final] = adapters.get(adapter.path, adapter)
-            shape = _with_adapter(shape, adapters[final])
+            shape = _with_adapter(shape, adapters[final], recipe)
         sequences = actor_memory.sequences_per_step(recipe)
         plans.append(
             Plan(
@@ -196,11 +196,11 @@ def _config(recipe: Recipe) -> Mapping[str, Any]:
         return {}
 
 
-def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock) -> ModelShape | str:
+def _with_adapter(shape: ModelShape | str, adapter: AdapterBlock, recipe: Recipe) -> ModelShape | str:
     if isinstance(shape, str):
         return shape
     try:
-        return memory.with_adapter(shape, adapter)
+        return memory.with_adapter(shape, adapter, recipe.model.train)
     except memory.UnknownShape as error:
         return str(error)
 
@@ -330,7 +330,7 @@ def _what_to_change(plan: Plan, limit: int, size: Size) -> Iterator[str]:
 
     def bytes_of(recipe: Recipe) -> int:
         adapter = recipe.model.adapter
-        changed = shape if adapter is None or shape.adapter is not None else _with_adapter(shape, adapter)
+        changed = shape if adapter is None or shape.adapter is not None else _with_adapter(shape, adapter, recipe)
         return size(recipe, changed, _planned(recipe, changed))
 
     found = remedies(plan.recipe, bytes_of)[:_MOST_REMEDIES]

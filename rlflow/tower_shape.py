@@ -41,6 +41,10 @@ class TowerShape:
     is_joint: bool
     """Queries, keys and values are one matrix, as of the Qwen-VL models."""
     has_qk_norms: bool = False
+    vision_sides: int = 0
+    """Inputs and outputs of all linear layers, summed: a LoRA has rank times as many parameters."""
+    projector_sides: int = 0
+    """As vision_sides."""
 
     @property
     def parameters(self) -> int:
@@ -91,23 +95,25 @@ def tower_shape(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]]) 
         is_joint="spatial_merge_size" in fields,
         values=channels * _number(fields, "patch_size") ** 2 * max(1, _number(fields, "temporal_patch_size")),
     )
-    vision, projector = _stored(stored) if stored else _counted(tower, config, fields)
-    return replace(tower, vision=vision, projector=projector)
+    return replace(tower, **(_stored(stored) if stored else _counted(tower, config, fields)))
 
 
-def _stored(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """Parameters of tower and projector among stored tensors."""
-    counts = {"vision": 0, "projector": 0}
+def _stored(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Parameters of tower and projector among stored tensors, and sides of linear layers."""
+    counts = {"vision": 0, "projector": 0, "vision_sides": 0, "projector_sides": 0}
     for name, shape in shapes.items():
         parts = set(name.split("."))
-        if parts & _BESIDE:
-            counts["projector"] += math.prod(shape)
-        elif parts & _TOWERS:
-            counts["vision"] += math.prod(shape)
-    return counts["vision"], counts["projector"]
+        if not parts & (_BESIDE | _TOWERS):
+            continue
+        part = "projector" if parts & _BESIDE else "vision"
+        counts[part] += math.prod(shape)
+        # Tables of positions are matrices too.
+        if len(shape) == 2 and "embed" not in name.rsplit(".", 2)[-2]:
+            counts[f"{part}_sides"] += sum(shape)
+    return counts
 
 
-def _counted(tower: TowerShape, config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[int, int]:
+def _counted(tower: TowerShape, config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, int]:
     """The matrices of all layers and of the patches' embedding; those of as many projectors as there are."""
     hidden = tower.hidden
     layer = 4 * hidden * hidden + (3 if tower.is_gated else 2) * hidden * tower.mlp_width
@@ -116,8 +122,15 @@ def _counted(tower: TowerShape, config: Mapping[str, Any], fields: Mapping[str, 
     text = config.get("text_config")
     output = _number(text if isinstance(text, dict) else {}, "hidden_size", "n_embd", "d_model")
     joined = hidden * tower.patches_per_token
-    inner = joined * joined if _number(fields, "spatial_merge_size") else 0
-    return vision, (inner + joined * output) * (1 + len(fields.get("deepstack_visual_indexes") or ()))
+    is_deep, number = bool(_number(fields, "spatial_merge_size")), 1 + len(fields.get("deepstack_visual_indexes") or ())
+    attention = 6 * hidden if tower.is_joint else 8 * hidden
+    mlp = (3 if tower.is_gated else 2) * (hidden + tower.mlp_width)
+    return {
+        "vision": vision,
+        "projector": (joined * joined * is_deep + joined * output) * number,
+        "vision_sides": tower.layers * (attention + mlp),
+        "projector_sides": (2 * joined * is_deep + joined + output) * number,
+    }
 
 
 def _number(fields: Mapping[str, Any], *names: str) -> int:

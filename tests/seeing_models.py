@@ -14,7 +14,6 @@ NEEDS_TORCHVISION = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="the Qwen-VL processors need torchvision"
 )
 FAMILIES = [pytest.param("qwen3_vl", marks=NEEDS_TORCHVISION), "idefics3"]
-VIDEO_FAMILIES = [*FAMILIES, pytest.param("qwen2_5_vl", marks=NEEDS_TORCHVISION)]
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 48,

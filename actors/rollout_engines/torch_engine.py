@@ -253,6 +253,8 @@ class TorchEngine:
             text, images = tower.example(_texts(self.model)[1], of_video=of_video)
         except (DataError, RowError) as error:
             return str(error)
+        if of_video and (problem := tower.order_problem()):
+            return problem
         before, self.left_out = self.left_out, torch.tensor(placeholder_ids(self.model.config), device=self.device)
         try:
             for heat in _HEATS:

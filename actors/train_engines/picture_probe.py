@@ -76,6 +76,8 @@ def _problem(module: SeeingModule, tower: Tower, device: torch.device, *, of_vid
     except (DataError, RowError) as error:
         return str(error)
     try:
+        if of_videos and (problem := tower.order_problem()):
+            return problem
         return _disagreement(module, tower, sequences, images, device)
     except torch.OutOfMemoryError:
         raise

@@ -29,6 +29,8 @@ from rlflow.types import MicroBatch
 
 _CACHE_BYTES = 1 << 28
 """Of arrays that are kept: the rollouts of a group, and the passes over a batch, have the same pictures."""
+_MANY_FRAMES = 64
+"""More steps in time than the sides of a small video have tokens, which processors enlarge."""
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """What forward passes call the tokens' kinds: 1 where a picture's feature stands."""
 
@@ -67,13 +69,17 @@ class Tower:
         self.is_always_run = False
         """Micro-batches without pictures run it too, with a filler: its parameters are trained, or gathered from ranks
         that may have pictures."""
+        self.is_run_for_each = False
+        """Pictures and videos are two passes through it, and every micro-batch makes both: ranks that gather its
+        parameters do so together."""
         self._parameters = inspect.signature(model.base_model.forward).parameters
         self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
         self._kept_bytes = 0
 
     def run_always(self) -> None:
-        """Has the tower run in every micro-batch from now on, where pictures can be trained on at all."""
+        """Has the tower run as often in every micro-batch from now on, where pictures can be trained on at all."""
         self.is_always_run = not self.problem
+        self.is_run_for_each = self.is_always_run and self.processor.takes_videos and not self.video_problem
 
     def require(self, images: Iterable[bytes] = ()) -> None:
         """
@@ -85,7 +91,9 @@ class Tower:
         if self.video_problem and any(map(is_video, images)):
             raise ValueError(f"{type(self.model).__name__}: videos are not supported: {self.video_problem}")
 
-    def example(self, text: np.ndarray, *, of_video: bool = False, width: int = 64) -> tuple[np.ndarray, Images]:
+    def example(
+        self, text: np.ndarray, *, of_video: bool = False, width: int = 64, num_frames: int = 3
+    ) -> tuple[np.ndarray, Images]:
         """A text, int [L], with a picture or a video behind its second token, int32 [M], and that picture.
 
         Raises:
@@ -94,16 +102,20 @@ class Tower:
         """
         token = self.processor.video_token_id if of_video else self.processor.image_token_id
         assert token is not None, "asked of models that take videos alone"
-        image = moving_noise(width) if of_video else noise(width)
+        image = moving_noise(width, num_frames) if of_video else noise(width)
         others = text[~np.isin(text, [self.processor.image_token_id, *placeholder_ids(self.model.config)])]
         ids = np.insert(others, 2, token).astype(np.int32)
         return self.processor.expand(ids, [image]), (image,)
 
-    def filler(self) -> tuple[np.ndarray, Images]:
-        """A sequence of a small picture, int32 [L], L > 1, and that picture."""
-        image = noise(32)
-        token = self.processor.image_token_id
-        return self.processor.expand(np.array([0, token], dtype=np.int32), [image]), (image,)
+    def fillers(self, images: Iterable[Images]) -> list[tuple[np.ndarray, Images]]:
+        """Sequences that a micro-batch with these pictures is read with, so that the tower is run as it has to be: each
+        of a small picture or video, int32 [L], L > 1, and that picture."""
+        kinds = set(map(is_video, chain.from_iterable(images)))
+        if self.is_run_for_each:
+            missing = {False, True} - kinds
+        else:
+            missing = {False} if self.is_always_run and not kinds else set()
+        return [self.example(np.zeros(2, dtype=np.int32), of_video=kind, width=32) for kind in sorted(missing)]
 
     def read(
         self,
@@ -154,6 +166,27 @@ class Tower:
         ends = [int(own[1:].max()) + 1 - own.shape[1] for own in read.position_ids.split(np.diff(bounds).tolist(), 1)]
         return RowPictures(inputs, position_ids, ends)
 
+    def order_problem(self) -> str:
+        """What is wrong with the rotary positions of a text with a video.
+
+        What is behind a video must be behind its times, as the models were made (arXiv 2409.12191, section 2.1);
+        Qwen2-VL and Qwen2.5-VL of transformers 5.19 count on from the video's sides.
+
+        Raises:
+            DataError, RowError: As ``example``.
+        """
+        token_ids, images = self.example(np.zeros(4, dtype=np.int32), of_video=True, width=32, num_frames=_MANY_FRAMES)
+        positions = self.read(token_ids, np.array([0, len(token_ids)]), [images], torch.device("cpu")).position_ids
+        if positions is None:
+            return ""
+        rotary, last = positions[1:].amax(0), int(np.flatnonzero(self.processor.is_placeholder(token_ids))[-1])
+        if rotary[last + 1] > rotary[: last + 1].max():
+            return ""
+        return (
+            "transformers gives the text behind a video positions within the video's times, which the model was not "
+            "made with. Train Qwen3-VL, or give frames as images"
+        )
+
     def _positions(self, ids: torch.Tensor, types: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
         """ids, types int64 [L] of one sequence -> int64 [4, L]."""
         places = torch.arange(len(ids))
@@ -190,7 +223,7 @@ def tower_of(model: PreTrainedModel, block: ModelBlock) -> Tower | None:
 
 
 class Read(NamedTuple):
-    """What a forward pass reads of a micro-batch: its own sequences, and behind them a filler with a picture where
+    """What a forward pass reads of a micro-batch: its own sequences, and behind them fillers with a picture where
     the tower is always run and the micro-batch has none."""
 
     token_ids: np.ndarray
@@ -202,16 +235,16 @@ class Read(NamedTuple):
 
 def read_batch(batch: MicroBatch, tower: Tower | None) -> Read:
     """What a forward pass reads of a micro-batch; see Read."""
-    if tower is None or not tower.is_always_run or any(batch.images):
-        return Read(batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, batch.images)
-    ids, images = tower.filler()
-    return Read(
-        np.concatenate([batch.token_ids, ids]),
-        np.concatenate([batch.position_ids, np.arange(len(ids), dtype=np.int32)]),
-        np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + len(ids)).astype(np.int32),
-        np.concatenate([batch.loss_mask, np.zeros(len(ids), dtype=bool)]),
-        [*((),) * (len(batch.cu_seqlens) - 1), images],
-    )
+    read = Read(batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, batch.images)
+    for ids, images in () if tower is None else tower.fillers(batch.images):
+        read = Read(
+            np.concatenate([read.token_ids, ids]),
+            np.concatenate([read.position_ids, np.arange(len(ids), dtype=np.int32)]),
+            np.append(read.cu_seqlens, read.cu_seqlens[-1] + len(ids)).astype(np.int32),
+            np.concatenate([read.loss_mask, np.zeros(len(ids), dtype=bool)]),
+            [*(read.images or ((),) * (len(read.cu_seqlens) - 1)), images],
+        )
+    return read
 
 
 def require_tower(tower: Tower | None, images: Iterable[bytes]) -> Tower:
@@ -242,9 +275,10 @@ def read_pictures(
     return require_tower(tower, chain.from_iterable(images)).read(token_ids, cu_seqlens, images, device)
 
 
-def moving_noise(width: int) -> bytes:
-    """A video of three frames, of which processors make two steps in time."""
-    return pack(Video(tuple(noise(width, seed=seed) for seed in range(3)), (0, 1, 2), 1.0, 3))
+def moving_noise(width: int, num_frames: int) -> bytes:
+    """A video of frames in which something moves; processors make a step in time of two of them."""
+    frames = tuple(noise(width, seed=seed) for seed in range(num_frames))
+    return pack(Video(frames, tuple(range(num_frames)), 1.0, num_frames))
 
 
 def noise(width: int, height: int = 32, seed: int = 0) -> bytes:

@@ -106,7 +106,7 @@ def _read_rows(
             reading.num_rows = len(rows)
             reading.images = count_images((image for row in rows for image in row.images), vision)
         if reading.row is None and rows and isinstance(rows[0], Prompt):
-            shown = {"images": []} if any(prompt.images for prompt in rows) else {}
+            shown = {"images": [], "videos": []} if any(prompt.images for prompt in rows) else {}
             reading.row = shown | _all_columns([prompt.columns for prompt in rows])
 
 

@@ -213,6 +213,8 @@ def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) ->
     lines = [f"{what} trained with rlflow. Base: {_described_start((earlier[-1] if earlier else stage).recipe)}.", ""]
     for one in [*reversed(earlier), stage]:
         lines.append(f"- {_described_training(one)}")
+    if most := recipe["model"].get("max_pixels"):
+        lines += ["", f"Pictures of more than {most:,} pixels were scaled down to that: the processor does not do it."]
     return "\n".join(lines)
 
 

@@ -59,6 +59,7 @@ def test_a_function_sees_the_pictures_and_videos_of_its_rows_decoded(serve: Any,
     both = ((colors[1], clip), (colors[0],))
     seen = [replace(g, prompt=replace(g.prompt, images=own)) for g, own in zip(groups, both, strict=True)]
     assert serve(blocks[0]).score(seen).rewards["is_red"].tolist() == [12.0, 12.0, 10.0, 10.0]
+    assert serve(blocks[0]).score(groups).rewards["is_red"].tolist() == [0.0] * 4
 
 
 def encoded_picture(color: str) -> bytes:

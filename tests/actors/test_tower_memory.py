@@ -11,11 +11,13 @@ from transformers import AutoModelForImageTextToText
 
 from rlflow import activations
 from rlflow.actor_memory import trainer_bytes
+from rlflow.actors.adapters import load_adapted
 from rlflow.actors.vision import part_finder
-from rlflow.memory import shape_of, stored_shapes, with_trained_parts
-from rlflow.recipe import load_recipe
+from rlflow.memory import shape_of, stored_shapes, with_adapter, with_trained_parts
+from rlflow.recipe import AdapterBlock, ModelBlock, load_recipe
+from rlflow.recipe.model_blocks import Part
 from rlflow.tower_shape import tower_shape
-from tests.seeing_models import seeing_config
+from tests.seeing_models import NEEDS_TORCHVISION, seeing_config, write_seeing_model
 
 FAMILIES = ["qwen3_vl", "qwen2_5_vl", "idefics3"]
 PATCHES = 256
@@ -108,3 +110,17 @@ def test_a_trained_tower_takes_gradients_moments_and_activations_and_a_frozen_on
     assert most["optimizer"] - least["optimizer"] == 8 * tower.parameters
     kept = 64 * tower.patches_per_token * 3 * activations.kept_by_tower(tower, 4)
     assert least["activations"] < kept < most["activations"]
+
+
+@NEEDS_TORCHVISION
+@pytest.mark.parametrize("parts", [("language",), ("language", "projector", "vision"), ("vision",)])
+def test_an_adapter_on_parts_of_a_model_has_the_parameters_that_are_counted(parts: tuple[Part, ...], tmp_path: Path):
+    """Of its files, and where they are not here of its config."""
+    directory = write_seeing_model(tmp_path)
+    block = ModelBlock(path=str(directory), train=parts, adapter=AdapterBlock(rank=3))
+    model = load_adapted(block, seed=0, device=torch.device("cpu"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert block.adapter is not None
+    for stored in (stored_shapes(directory), {}):
+        shape = shape_of(model.config.to_dict(), stored)
+        assert with_adapter(shape, block.adapter, parts).adapter == trained

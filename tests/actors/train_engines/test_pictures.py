@@ -23,7 +23,7 @@ from rlflow.data.video_archive import is_video, unpack
 from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 from rlflow.recipe.model_blocks import Part
 from rlflow.types import Denominators, Sample
-from tests.seeing_models import FAMILIES, write_seeing_model
+from tests.seeing_models import FAMILIES, NEEDS_TORCHVISION, write_seeing_model
 from tests.vision_models import picture, video
 
 CPU = torch.device("cpu")
@@ -169,6 +169,42 @@ def test_batches_without_a_picture_leave_every_trained_parameter_a_gradient_of_z
     part_of = part_finder(trainer.module.model)
     of_tower = {n: p.grad for n, p in trainer.module.model.named_parameters() if part_of(n) != "language"}
     assert all(gradient is not None and not gradient.any() for gradient in of_tower.values())
+
+
+def test_ranks_run_the_tower_as_often_whatever_their_micro_batches_hold(seeing: Path):
+    """For pictures and for videos each, where the model takes some; and no gradient changes by that."""
+    whole = gradients(seeing, 4096)
+    trainer = trainer_of(seeing, ALL)
+    tower, model = trainer.module.tower, trainer.module.model
+    tower.run_always()
+    runs: list[int] = []
+    model.get_encoder(modality="image").register_forward_hook(lambda *_: runs.append(1))
+    passes = []
+    for sample in samples_of(seeing):
+        (batches,) = pack([sample], max_tokens=4096, num_ranks=1)
+        before = len(runs)
+        trainer.forward_backward(batches, algorithm_of("sft"), Denominators(25, 5, 5))
+        passes.append(len(runs) - before)
+    assert passes == [2 if tower.processor.takes_videos else 1] * len(passes)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - whole[name]).norm() < 1e-5 * max(1.0, whole[name].norm()), name
+
+
+@NEEDS_TORCHVISION
+def test_videos_of_a_model_whose_positions_are_not_as_it_was_made_are_refused(tmp_path: Path):
+    """Four steps of a second and four positions each, 2 x 2 tokens; transformers has the text behind them at 4."""
+    module = load_token_model(ModelBlock(path=str(write_seeing_model(tmp_path, "qwen2_5_vl"))), seed=0, device=CPU)
+    assert module.tower is not None and not module.tower.problem
+    processor = module.tower.processor
+    clip = (video(16, 16, 8, 1),)
+    ids = processor.expand(np.array([70, 71, processor.video_token_id, 72, 73], dtype=np.int32), clip)
+    positions = module.tower.read(ids, np.array([0, len(ids)]), [clip], CPU).position_ids
+    assert positions is not None
+    assert positions[1].tolist() == [0, 1, *(2,) * 4, *(6,) * 4, *(10,) * 4, *(14,) * 4, 4, 5]
+    sample = Sample(ids, np.arange(len(ids)) > 17, np.ones(len(ids), np.float32), images=clip)
+    (batches,) = pack([sample], max_tokens=99, num_ranks=1)
+    with pytest.raises(ValueError, match="videos are not supported: transformers gives the text behind a video"):
+        score(module, list(batches), CPU, 1.0)
 
 
 def test_pictures_whose_numbers_are_not_those_of_transformers_are_refused_by_name(

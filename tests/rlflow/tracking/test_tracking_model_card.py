@@ -138,6 +138,14 @@ def test_an_adapter_is_loaded_onto_its_base(write: Write, kind: str, rank: int):
     assert ("vLLM has no DoRA" in card.text) == (kind == "dora")
 
 
+def test_pictures_that_training_has_scaled_down_are_spoken_of(write: Write):
+    """Whoever uses the model scales them down too."""
+    said = "Pictures of more than 200,704 pixels were scaled down to that: the processor does not do it."
+    model = {"path": "org/model"}
+    cards = [card_of(write(name, {}, model=model | more)) for name, more in (("a", {}), ("b", {"max_pixels": 200_704}))]
+    assert [said in card.text for card in cards] == [False, True]
+
+
 def test_a_reward_model_is_a_classifier(write: Write):
     data = {"train": {"path": "Anthropic/hh-rlhf"}}
     card = card_of(write("rm", SCORER, algorithm={"name": "reward_model"}, rewards=[], data=data))
