@@ -38,6 +38,7 @@ LAYERS = (
         "rlflow.progress",
         "rlflow.remedies",
         "rlflow.roles",
+        "rlflow.text_files",
         "rlflow.rollout_checks",
         "rlflow.torchvision_operators",
         "rlflow.tower_shape",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from rlflow.cli.common import CommandParser, parser_of
 from rlflow.convert import Conversion, convert
 from rlflow.data.errors import DataError
+from rlflow.text_files import write_text
 
 SUMMARY = "turn a command of ms-swift, TRL or verl into a recipe"
 _SAID = {"missing": "without a counterpart", "to do": "to do", "trap": "to look at first"}
@@ -95,7 +96,7 @@ def _write(found: Conversion, output: Path | None, number: int) -> None:
     if path.exists():
         raise DataError(f"{path} is there already: name another file")
     try:
-        path.write_text(found.recipe, encoding="utf-8")
+        write_text(path, found.recipe)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from error
     print(path)

@@ -205,8 +205,9 @@ def _publish(output: Path, write: Callable[[Path], Any]) -> None:
         share_weights(temporary)
         temporary.rename(output)
     except OSError as error:
-        remedy = "name a directory with room where you may write"
-        raise RunError(f"{output} cannot be written: {error}; {remedy}") from error
+        # Of a copy of several files shutil says what became of each.
+        said = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise RunError(f"{output} cannot be written: {said}; name a directory with room where you may write") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

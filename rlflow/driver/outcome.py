@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rlflow.driver.errors import StoppedUnsaved, StopRequested
+from rlflow.text_files import write_text
 from rlflow.tracking.redact import redact_text
 
 OUTCOME = "outcome.json"
@@ -53,10 +53,8 @@ def recording_outcome(directory: Path) -> Iterator[None]:
 def write_outcome(directory: Path, ending: Ending, message: str = "") -> None:
     """Replaces what the directory said before. A disk that is full loses this, and nothing else fails for it."""
     outcome = Outcome(ending, redact_text(message)[:LONGEST_MESSAGE], round(time.time(), 3))
-    temporary = directory / f".{OUTCOME}.writing"
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / OUTCOME)
+        write_text(directory / OUTCOME, json.dumps(asdict(outcome)) + "\n")
 
 
 def forget_outcome(directory: Path) -> None:

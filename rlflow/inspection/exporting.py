@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from rlflow.data.errors import DataError
 from rlflow.data.kept_answers import chat_row, pair_row
+from rlflow.text_files import write_text
 from rlflow.tracking.rollouts import RolloutRecord
 
 
@@ -46,9 +46,7 @@ def export_pairs(records: Sequence[RolloutRecord], path: Path) -> int:
 
 
 def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): name another file") from error

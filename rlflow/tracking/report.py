@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlflow.text_files import write_text
 from rlflow.tracking import charts
 from rlflow.tracking.embedding import BUDGET_BYTES, embed_rollouts, pack
 from rlflow.tracking.history import HistoryError, Series, StageHistory, read_stages
@@ -63,14 +62,10 @@ def write_report(
     """
     page = render([run_directory, *compare], tell)
     path = run_directory / "report.html" if output is None else output
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        remedy = "name another file with -o" if output is None else "name a file in a directory that is there"
+        remedy = "name another file with -o" if output is None else "name one in a directory that is there and has room"
         raise ReportError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
     return path
 
@@ -121,7 +116,7 @@ def write_curve_svg(run_directory: Path, keys: Sequence[str], path: Path) -> Non
         for stage in having:
             series.append(replace(stage.series(key), name=key if len(stages) == 1 else f"{stage.name}: {key}"))
     try:
-        path.write_text(charts.standalone(series), encoding="utf-8")
+        write_text(path, charts.standalone(series))
     except OSError as error:
         raise ReportError(f"{path} cannot be written ({error.strerror}): name another file") from error
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from rlflow.data.errors import DataError
 from rlflow.driver.run_lock import Holder, holder_of
 from rlflow.recipe.yaml_source import dump_value
+from rlflow.text_files import write_text
 from rlflow.tracking.history import RECIPE
 from rlflow.ui.recipes import output_directories
 from rlflow.ui.refusal import Refusal
@@ -189,9 +190,7 @@ class Commands:
         self._write(replace(command, exit_code=await process.wait()))
 
     def _write(self, command: Command) -> None:
-        temporary = self._state / f".{command.id}.writing"
-        temporary.write_text(json.dumps(asdict(command)) + "\n", encoding="utf-8")
-        os.replace(temporary, self._state / f"{command.id}.json")
+        write_text(self._state / f"{command.id}.json", json.dumps(asdict(command)) + "\n")
 
     def _read(self, command_id: str) -> Command:
         if not all(character.isalnum() or character == "-" for character in command_id):
