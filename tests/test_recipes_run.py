@@ -12,7 +12,7 @@ import pytest
 
 import rlflow
 from rlflow.data.new_model import sees
-from rlflow.recipe import ALGORITHMS, Recipe, SampleBlock, SourceBlock, load_recipe
+from rlflow.recipe import ALGORITHMS, GenerativeRerankerBlock, Recipe, SampleBlock, SourceBlock, load_recipe
 from tests.local_actors import use_local_actors
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "recipes"
@@ -41,6 +41,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "llamafactory/alpaca_en": [
         {"instruction": f"Say {n}.", "input": "Be short." if n % 2 else "", "output": f"{n}."} for n in range(8)
     ],
+    "gsm8k_retrieval.py": [{"question": f"What is {n} + 1?", "answer": f"It is one more, {n + 1}."} for n in range(8)],
     "gsm8k_solutions.py": [
         {
             "question": f"What is {n} + 1?",
@@ -117,6 +118,9 @@ def small(recipe: Recipe, directory: Path, teacher_dir: Path) -> dict[str, Any]:
         changes["demonstrations.per_step"] = 2
     if recipe.critic is not None:
         changes |= {"algorithm.critic.warmup_steps": 0, "algorithm.critic.cpus_per_worker": 1}
+    if isinstance(recipe.algorithm, GenerativeRerankerBlock):
+        # Words of one token each.
+        changes |= {"algorithm.answers.positive": "y", "algorithm.answers.negative": "n"}
     if isinstance(recipe.algorithm, SampleBlock):
         changes |= {"algorithm.keep.where": None, "rewards": [code_reward(directory)]}
     if recipe.family == "online":

@@ -139,8 +139,12 @@ def read_classifier(block: ModelBlock, *, seed: int, outputs: Outputs = Outputs(
     config = AutoConfig.from_pretrained(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if is_classifier and config.num_labels != outputs.count:
-        wanted = outputs.count if outputs.problem else "a critic, a reward model or a reranker has one"
-        raise ValueError(f"{block.path}: its head has {config.num_labels} labels; {wanted}")
+        wanted = "a critic, a reward model or a reranker has one"
+        if outputs.problem:
+            wanted = f"algorithm.classification asks for {outputs.count}"
+        raise ValueError(
+            f"{block.path}: its head has {config.num_labels} labels; {wanted}: start from a model without a head"
+        )
     config.num_labels = outputs.count
     if outputs.names:
         config.id2label = dict(enumerate(outputs.names))
