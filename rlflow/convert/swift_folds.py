@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlflow.convert import folds, grouped, swift_distillation, swift_sequences, swift_tuners
+from rlflow.convert import folds, grouped, swift_distillation, swift_pictures, swift_sequences, swift_tuners
 from rlflow.convert.given import Draft, Given, apply_rows
 from rlflow.convert.swift_mixture import set_mixture
 from rlflow.convert.swift_rewards import reward_models, reward_of
@@ -161,6 +161,7 @@ def _set_model(given: Given, draft: Draft, family: str) -> None:
         given.texts("learning_rate", "lr") if rate else default,
     )
     swift_tuners.note_tuner(given, draft, tuners[0])
+    swift_pictures.set_parts(given, draft)
     has_head = ALGORITHMS[draft.values["algorithm.name"]].learning.head != "token"
     if is_adapted:
         swift_tuners.set_tuner(given, draft, "head" if has_head else family, tuners[0])

@@ -29,9 +29,12 @@ class ControlTexts:
         for message in messages:
             # Where pictures stand, their tags do.
             shows = (IMAGE_TAG, VIDEO_TAG) if message.get("videos") else (IMAGE_TAG,) if message.get("images") else ()
-            pieces = [part.get("text", f"<{part['type']}>") for part in parts_of(message["content"], shows)]
-            made = [self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", piece) for piece in pieces]
+            parts = parts_of(message["content"], shows)
+            made = [self._broken(part["text"]) if "text" in part else (f"<{part['type']}>", 0) for part in parts]
             found = sum(count for _, count in made)
             broken.append({**message, "content": "".join(text for text, _ in made)} if found else message)
             number += found
         return broken, number
+
+    def _broken(self, text: str) -> tuple[str, int]:
+        return self._pattern.subn(lambda token: f"{token[0][0]} {token[0][1:]}", text)

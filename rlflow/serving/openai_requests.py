@@ -16,7 +16,7 @@ import numpy as np
 
 from rlflow.data.errors import RowError
 from rlflow.data.image_rows import place_images
-from rlflow.data.messages import MEDIA_TAGS, GivenImage, to_messages
+from rlflow.data.messages import MEDIA_TAGS, VIDEO_TAG, GivenImage, to_messages
 from rlflow.serving.conversation import AskedPrompt, TooLongError, encode_text, render, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
@@ -207,7 +207,12 @@ def _with_own_images(message: Message) -> Message:
     parts = message.get("images")
     if parts is None:
         return {**message, "images": []} if MEDIA_TAGS.search(message["content"]) else message
-    return {**message, "images": [_own_image(part) for part in parts]}
+    tags = MEDIA_TAGS.findall(message["content"])
+    # Beside a picture <video> is what somebody wrote, as no video comes here.
+    own = [
+        None if (part, tag) == (None, VIDEO_TAG) else _own_image(part) for part, tag in zip(parts, tags, strict=True)
+    ]
+    return {**message, "images": own}
 
 
 def _own_image(part: GivenImage | None) -> GivenImage:

@@ -24,7 +24,6 @@ def _sharing(value: Any) -> str | None:
 
 
 _SIDE_BY_SIDE = "trainers and engines have GPUs of their own; nothing is put to sleep"
-_IMAGES = "images, video and audio are not trained yet"
 _FROZEN = "all weights are trained, or an adapter's"
 _TUNERS = "of tuners there are LoRA with its kin and PEFT's (docs/adapters.md)"
 _REGISTERED = "models, templates and data sets are not registered: name a directory, a Jinja template, a file"
@@ -121,11 +120,15 @@ _BASE: Table = {
         "trainable_parameters_regex",
         missing(_FROZEN),
     ),
-    **each(
-        "freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr vit_gradient_checkpointing max_pixels norm_bbox "
-        "vllm_limit_mm_per_prompt vllm_mm_processor_cache_gb",
-        missing(_IMAGES, True),
-    ),
+    # pictures
+    "max_pixels": key("model.max_pixels"),
+    **each("freeze_vit freeze_aligner", fold("model.train", default=True)),
+    "freeze_llm": fold("model.train", default=False),
+    **each("vit_lr aligner_lr", fold("model.learning_rates")),
+    "vit_gradient_checkpointing": unneeded("the tower recomputes with the rest", "trainer.gradient_checkpointing"),
+    "norm_bbox": missing("boxes are text: write them as the model has them"),
+    "vllm_limit_mm_per_prompt": unneeded("prompts have as many pictures as their rows"),
+    "vllm_mm_processor_cache_gb": unneeded("1 GiB of prepared pictures is kept"),
     # data
     "dataset": fold("data.train"),
     "val_dataset": fold("evaluation.data"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from rlflow.data.control_texts import ControlTexts
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.examples import load_examples
 from rlflow.data.formats import Record, to_record
@@ -215,6 +216,16 @@ def test_a_model_of_text_refuses_pictures_and_leaves_tags_as_they_are(idefics: I
     assert read(None, prompt="An <image> tag").messages[0]["content"] == "An <image> tag"
     with pytest.raises(RowError, match="plain text has no place for one"):
         read(idefics, "text", text="a", images=[FIRST])
+
+
+def test_control_tokens_in_a_message_are_broken_up_and_the_tags_of_its_pictures_are_not(idefics: ImageProcessor):
+    """Of Idefics3 the tag is such a token."""
+    texts = ControlTexts(idefics.processor.tokenizer)
+    message = {"role": "user", "content": "<image>a<end_of_utterance>b"}
+    (shown,), number = texts.broken_up([{**message, "images": 1}])
+    assert (shown["content"], number) == ("<image>a< end_of_utterance>b", 1)
+    (told,), number = texts.broken_up([message])
+    assert (told["content"], number) == ("< image>a< end_of_utterance>b", 2)
 
 
 def test_a_placeholder_in_the_text_itself_is_refused(vision: ImageProcessor, make_data: Any):

@@ -161,6 +161,12 @@ def test_a_picture_that_a_request_holds_is_answered_as_by_transformers(
             with pytest.raises(openai.BadRequestError, match=reason) as refused:
                 ask([{"role": "user", "content": [part]}])
             assert "messages[0].content[0]" in str(refused.value)
+        clip = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}
+        with pytest.raises(openai.BadRequestError, match="this server decodes no videos: send the frames that matter"):
+            ask([{"role": "user", "content": [clip]}])
+        tagged = [{"role": "user", "content": [shown, {"type": "text", "text": "<video>?"}]}]
+        if served.vision is not None and not served.vision.takes_videos:
+            assert ask(tagged) == oracle.answer([said(None, "<video>?")], [FIRST])
         with pytest.raises(openai.BadRequestError, match="send the picture itself"):
             ask([{"role": "user", "content": [{"type": "image"}]}])
 
