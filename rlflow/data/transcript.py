@@ -2,7 +2,8 @@
 
 What the policy wrote stays in the stream as it was sampled. What comes behind it is the difference that the template
 makes of it: the conversation is rendered with what the policy heard and with a mark in the place of what it said last;
-all that is behind that turn's stop token is tokenised on its own and appended.
+all that is behind that turn's stop token is tokenised on its own and appended; where a stop string ended the turn, the
+stop token with it.
 
 A template may write earlier turns otherwise once new messages come: Qwen3's and DeepSeek-R1's take their thoughts out,
 gpt-oss ends them with another token. What the policy is to go on from is then no continuation of what it has read: a
@@ -121,7 +122,7 @@ class Transcript:
         """
         conversation = [*self.messages, *messages]
         text = self.chat.check_characters(self._render(conversation))
-        between = self._between(messages)
+        between = self._behind_unended(text) if self._last_stop is None else self._between(messages)
         if between is not None:
             self._require_places(between, 0)
             self._sequences[-1].append(_Piece(between))
@@ -177,6 +178,20 @@ class Transcript:
         end = len(self.before_turn) + stops[-1].end()
         # With the stop token before it: some swallow white space that follows.
         return self.chat.encode([Rendered(stops[-1][0] + text[end:])])[0][1:]
+
+    def _behind_unended(self, text: str) -> np.ndarray | None:
+        """int32: what the template puts behind a turn that a stop string ended, which has no token of an end; None
+        where it writes the turn otherwise than the policy has, or ends it with nothing.
+
+        Args:
+            text: Of the conversation with what was heard.
+        """
+        token_ids = self._sequences[-1][-1].token_ids.tolist()
+        written = self.chat.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        behind = text.removeprefix(self.text + written)
+        if behind == text or not self._stop.match(behind.lstrip()):
+            return None
+        return self.chat.encode([Rendered(behind)])[0]
 
     @property
     def before_turn(self) -> str:

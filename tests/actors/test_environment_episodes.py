@@ -77,9 +77,9 @@ def test_a_turn_that_a_stop_string_ends_is_heard_and_the_next_goes_on_from_the_t
         (group,) = thread.take_finished(1, 30)
     (played,) = group.completions
     assert played.episode.state == {"heard": ["one,", "two,", "stop"]}
-    first, second = "u:go|a:[one,]", "u:go|a:one,<eos>u:a1|a:[two,]"
-    assert text_of(played) == f"{first}{second}u:go|a:one,<eos>u:a1|a:two,<eos>u:a2|a:[stop<eos>]"
-    assert played.episode.starts == (0, 11, 11 + 23)
+    # The end that the template writes behind each is none that the policy has sampled.
+    assert text_of(played) == "u:go|a:[one,]<eos>u:a1|a:[two,]<eos>u:a2|a:[stop<eos>]"
+    assert played.episode.starts == (0,)
 
 
 def test_an_environment_may_begin_with_messages_of_its_own():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rlflow.data.call_reader import CallReader
-from tests.rlflow.data.conversations import FAMILIES, Conversation, sequences_of
+from rlflow.types import Completion
+from tests.rlflow.data.conversations import FAMILIES, TOOL, Conversation, sequences_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,3 +74,34 @@ def test_calls_that_the_template_refuses_are_named_with_its_reason():
     assert transcript.refusal({"role": "assistant", "content": "3"}) is None
     refusal = transcript.refusal({**message, "tool_calls": [call, call]})
     assert "only supports single tool-calls at once" in str(refusal)
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("family", "written", "sequences"),
+    [
+        ("qwen2.5", CALL, 1),
+        # The template writes the call with other spaces, and takes the thought that it puts before an answer out.
+        ("qwen2.5", CALL.replace(": ", ":"), 2),
+        ("qwen3, not thinking", CALL, 2),
+    ],
+)
+def test_behind_a_turn_that_a_stop_string_ends_stands_what_the_template_writes(family, written, sequences):
+    conversation = Conversation(family)
+    token_ids = np.array(conversation.tokenizer(written, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    ones = np.ones(len(token_ids), dtype=np.int32)
+    message = conversation.reader.read(written, [TOOL]).message
+    heard = {"role": "tool", "name": "add", "content": "3"}
+    conversation.transcript.wrote(Completion(0, token_ids, -ones.astype(np.float32), ones, "stop"), message)
+    conversation.transcript.heard([heard])
+    # The template as transformers renders it, tokenised whole.
+    whole = conversation.tokenizer.apply_chat_template(
+        [*conversation.messages, message, heard], tools=[TOOL], tokenize=False, add_generation_prompt=True
+    )
+    assert conversation.tokenizer.decode(conversation.transcript.token_ids, skip_special_tokens=False) == whole
+    found = sequences_of(conversation.transcript)
+    assert len(found) == sequences
+    sampled = [token for tokens, mask in found for token, is_sampled in zip(tokens, mask, strict=True) if is_sampled]
+    assert sampled == token_ids.tolist()
