@@ -187,7 +187,9 @@ class Transcript:
             text: Of the conversation with what was heard.
         """
         token_ids = self._sequences[-1][-1].token_ids.tolist()
-        written = self.chat.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        written = str(
+            self.chat.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
         behind = text.removeprefix(self.text + written)
         if behind == text or not self._stop.match(behind.lstrip()):
             return None
