@@ -67,11 +67,18 @@ def _of_one_kind(recipe: Recipe, path: str) -> Found:
 
 def _in_targets(adapter: AdapterBlock, base: Path) -> Found:
     """Layers that the base has not."""
-    config = adapter.config
+    try:
+        config = config_of_adapter(adapter)
+    except ValueError:
+        return  # said of its path
+    if config is None or TYPE not in config or method_of(config) not in METHODS:
+        return
+    key = "path" if adapter.path is not None else "target_modules" if adapter.peft is None else "peft.target_modules"
     targets = config.get("target_modules")
     if isinstance(targets, list) and METHODS[method_of(config)].targets_linear and (linear := _linear_layers(base)):
         for message in unmatched_targets(targets, linear):
-            yield f"model.adapter.{'target_modules' if adapter.peft is None else 'peft.target_modules'}", message
+            where = f"{adapter.path} is on more than linear layers: " if key == "path" else ""
+            yield f"model.adapter.{key}", f"{where}{message}"
 
 
 def used_as_model(key: str, path: str) -> str:

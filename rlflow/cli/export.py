@@ -220,6 +220,7 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
     import torch
 
     from rlflow.actors.model_files import save_model
+    from rlflow.actors.tied_heads import untie_what_is_adapted
 
     source = model_source.directory
     assert source is not None
@@ -230,6 +231,7 @@ def _merge(model_source: ModelSource, directory: Path, arguments: argparse.Names
         options["revision"] = config.get("revision")
     try:
         model, stored = _with_adapter(source, path, _of_sequences(model_source), **options)
+        untie_what_is_adapted(model.get_base_model())
         merged = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "Give the model it was trained on with --base"

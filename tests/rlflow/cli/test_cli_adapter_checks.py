@@ -76,6 +76,12 @@ def test_a_layer_that_is_not_there_names_the_nearest(recipe_file: Path):
 def test_an_adapter_to_go_on_from_is_looked_at(recipe_file: Path, adapter_dir: Path):
     path = f"model.adapter={{path: {adapter_dir}, rank: 16}}"
     assert load_checked(recipe_file, [path])
+    change(adapter_dir, target_modules=["q_proj", "embed_tokens"])
+    said = problem_of(recipe_file, path)
+    assert (
+        said.startswith(f"model.adapter.path: {adapter_dir} is on more than linear layers") and "embed_tokens" in said
+    )
+    change(adapter_dir, target_modules=["q_proj"])
     change(adapter_dir, base_model_name_or_path="org/else")
     assert "is an adapter of org/else, and model.path is" in problem_of(recipe_file, path)
     change(adapter_dir, base_model_name_or_path="/elsewhere/tiny_model0", modules_to_save=["lm_head"])
