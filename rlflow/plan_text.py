@@ -5,9 +5,11 @@ from __future__ import annotations
 from rlflow.actor_memory import episodes_at_once
 from rlflow.planning import GIB, Plan, gib
 from rlflow.policy_weights import sends_merged
+from rlflow.preparation_memory import preparation_bytes
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.recipe.peft_methods import method_of, starts_elsewhere
+from rlflow.recipe.prepared_starts import INIT
 from rlflow.recipe.yaml_source import dump_value
 from rlflow.remedies import shown
 
@@ -71,6 +73,8 @@ def _model_line(plan: Plan) -> str:
         config = model.adapter.config
         how = starts_elsewhere(config)
         said = f"{method_of(config)} of PEFT's" + ("" if how is None else f"; {how}")
+        if not isinstance(plan.shape, str) and (needed := preparation_bytes(plan.recipe, plan.shape)):
+            said += f"; its start, {config[INIT]}, is computed before the actors start, in some {gib(needed)}"
     return f"{name}{size}, {model.dtype}; {said}{_reference(plan.recipe)}{_sent(plan.recipe)}"
 
 

@@ -16,6 +16,7 @@ from rlflow import actor_memory, memory
 from rlflow.data.image_counts import ImageCounts
 from rlflow.machine import Machine, this_machine
 from rlflow.memory import ModelShape
+from rlflow.preparation_memory import preparation_bytes
 from rlflow.recipe import AdapterBlock, AlgorithmBlock, ModelBlock, OnlineBlock, Recipe, algorithm_of
 from rlflow.recipe.architectures import How, how_run
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
@@ -222,7 +223,7 @@ def _host_bytes(recipe: Recipe, shape: ModelShape | str, planned: Sequence[Plann
     snapshot = actor_memory.snapshot_bytes(recipe, shape) if recipe.needs_rollouts else 0
     # Ray's copy, and the one that a trainer on GPUs makes here; on CPUs it is a part of that trainer.
     copies = 2 if recipe.trainer.gpus_per_worker else 1
-    return sum(actors) + actor_memory.PROCESS_BYTES + copies * snapshot
+    return max(sum(actors) + copies * snapshot, preparation_bytes(recipe, shape)) + actor_memory.PROCESS_BYTES
 
 
 def _parts(role: str, recipe: Recipe, shape: ModelShape | str) -> Mapping[str, int] | None:

@@ -21,6 +21,7 @@ LAYERS = (
     (
         "rlflow.activations",
         "rlflow.actor_memory",
+        "rlflow.preparation_memory",
         "rlflow.algorithms",
         "rlflow.batching",
         "rlflow.checkpoint",
@@ -68,6 +69,7 @@ WITHOUT_HEAVY_IMPORTS = {
     "rlflow.actor_groups": HEAVY,
     "rlflow.activations": HEAVY,
     "rlflow.actor_memory": HEAVY,
+    "rlflow.preparation_memory": HEAVY,
     "rlflow.batching": HEAVY,
     "rlflow.cli": HEAVY,
     "rlflow.convert": HEAVY,
