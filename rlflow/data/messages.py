@@ -61,8 +61,12 @@ class GivenImage(NamedTuple):
     is_video: bool = False
 
 
-def to_messages(value: Any, column: str) -> list[Message]:
+def to_messages(value: Any, column: str, *, may_be_empty: bool = False) -> list[Message]:
     """A list of messages, with role and content or ShareGPT's from and value; CSV holds the list as JSON text.
+
+    Args:
+        may_be_empty: Whether there may be messages without content: a conversation has them where somebody said
+            nothing, and in data they are a mistake.
 
     Raises:
         RowError: it is not such a list, or a message has no known role or nothing in it.
@@ -72,7 +76,7 @@ def to_messages(value: Any, column: str) -> list[Message]:
         raise RowError(f"`{column}` is {kind(value) if value else 'empty'}, not a list of messages")
     messages: list[Message] = []
     for index, item in enumerate(value):
-        message = to_message(item, place := f"{column}[{index}]")
+        message = to_message(item, place := f"{column}[{index}]", may_be_empty=may_be_empty)
         if messages and messages[-1]["role"] == "assistant" and item.get("from", item.get("role")) in CALLS:
             messages[-1] = _with_call(messages[-1], message, place)
         else:
@@ -82,7 +86,7 @@ def to_messages(value: Any, column: str) -> list[Message]:
     return messages
 
 
-def to_message(item: Any, place: str) -> Message:
+def to_message(item: Any, place: str, *, may_be_empty: bool = False) -> Message:
     """One message, its role under our name and its content as text."""
     if not isinstance(item, dict):
         raise RowError(f"`{place}` is {kind(item)}, not a message")
@@ -110,7 +114,8 @@ def to_message(item: Any, place: str) -> Message:
     for key in WEIGHT_KEYS:
         if item.get(key) is not None:
             message["loss"] = _is_trained(item[key], f"{place}.{key}")
-    if not message["content"].strip() and message["role"] in ("user", "assistant") and "tool_calls" not in message:
+    is_empty = not message["content"].strip() and "tool_calls" not in message
+    if is_empty and message["role"] in ("user", "assistant") and not may_be_empty:
         raise RowError(f"`{place}` is empty")
     return message
 

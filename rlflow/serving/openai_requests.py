@@ -191,7 +191,7 @@ def _messages(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]
     # What OpenAI calls a system message now.
     renamed = [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in messages]
     try:
-        said = [_with_own_images(message) for message in to_messages(renamed, "messages")]
+        said = [_with_own_images(message) for message in to_messages(renamed, "messages", may_be_empty=True)]
         messages, images = place_images(said, (), model.vision, Path.cwd())
         return [render(model, messages, images)]
     except RowError as error:

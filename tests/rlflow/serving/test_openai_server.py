@@ -25,6 +25,8 @@ openai = pytest.importorskip("openai")
 
 QUESTION = [{"role": "user", "content": "12+30="}]
 LONGER = [{"role": "system", "content": "Add."}, *QUESTION, {"role": "assistant", "content": "42"}, *QUESTION]
+SILENT = [*QUESTION, {"role": "assistant", "content": ""}, *QUESTION]
+"""An answer that ended as it began, which is part of the conversation as any other."""
 
 
 def client_of(url: str, key: str = "none") -> Any:
@@ -44,7 +46,7 @@ def joined(chunks: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-@pytest.mark.parametrize("messages", [QUESTION, LONGER], ids=["question", "conversation"])
+@pytest.mark.parametrize("messages", [QUESTION, LONGER, SILENT], ids=["question", "conversation", "silence"])
 def test_a_greedy_answer_is_that_of_transformers(client: Any, oracle: Oracle, messages: Any) -> None:
     answer = ask(client, messages, max_tokens=20)
     ids = oracle.write(oracle.chat_ids(messages), 20)
