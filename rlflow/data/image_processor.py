@@ -173,7 +173,7 @@ class ImageProcessor:
         videos = self._videos
         own = {name: getattr(videos, name, None) for name in videos.valid_kwargs.__annotations__}
         if num_frames is not None:
-            own |= {"num_frames": num_frames, "fps": None}
+            own |= {"num_frames": min(num_frames, metadata.total_num_frames), "fps": None}
         elif fps is not None or own.get("num_frames") is None:
             own |= {"num_frames": None, "fps": fps or own.get("fps") or FRAMES_PER_SECOND}
         return [int(index) for index in videos.sample_frames(metadata, **own)]

@@ -87,10 +87,13 @@ def _of_frames(
         other = next(index for index, size in enumerate(sizes) if size != sizes[0])
         width, height = sizes[other]
         raise RowError(f"frame {other} is {width} x {height} pixels, and frame 0 {sizes[0][0]} x {sizes[0][1]}")
-    indices = tuple(options.get("frames_indices") or range(len(frames)))
+    indices = options.get("frames_indices") or list(range(len(frames)))
+    if not isinstance(indices, list | tuple) or not all(isinstance(index, int) and index >= 0 for index in indices):
+        raise RowError(f"its frames_indices are {str(indices)[:80]}, not a list of whole numbers")
     if len(indices) != len(frames):
         raise RowError(f"it has {len(frames)} frames and {len(indices)} frames_indices")
-    return Video(tuple(frames), indices, fps, int(options.get("total_num_frames") or len(frames)))
+    whole = _positive(options, "total_num_frames") or max(indices) + 1
+    return Video(tuple(frames), tuple(indices), fps, int(whole))
 
 
 def _of_file(path: Path, max_pixels: int | None, sample: Callable[[Any], Sequence[int]]) -> Video:
@@ -104,7 +107,8 @@ def _of_file(path: Path, max_pixels: int | None, sample: Callable[[Any], Sequenc
     from transformers.video_utils import load_video as decode_video
 
     def chosen(metadata: Any, **_: Any) -> list[int]:
-        if not metadata.total_num_frames or not metadata.fps:
+        # Decoders say so of what they cannot read.
+        if not (metadata.total_num_frames or 0) > 0 or not (metadata.fps or 0) > 0:
             raise RowError(f"{path.name} says nothing of its frames: it is damaged, or no video")
         return [int(index) for index in sample(metadata)]
 

@@ -117,6 +117,8 @@ def test_of_a_file_those_frames_are_read_that_the_models_own_processor_samples(v
         assert np.abs(made["pixel_values_videos"] - wanted["pixel_values_videos"]).max() < 0.1
         written = vision.processor.tokenizer.decode(vision._replacement(record.images[0]))
         assert written in vision.processor.tokenizer.decode(wanted["input_ids"][0])
+    most = unpack(vision.load_video({"video": "clip.mp4", "nframes": 1000}, tmp_path))
+    assert most.indices == tuple(range(24))
     scaled = ImageProcessor(vision._path, max_pixels=100)
     assert unpack(scaled.load_video("clip.mp4", tmp_path)).metadata()["width"] == 12
 
@@ -150,6 +152,9 @@ def test_what_an_environment_begins_with_shows_videos_where_its_row_has_them(vis
         ({"prompt": "a", "videos": ["no.mp4"]}, r"`videos\[0\]`: there is no file no\.mp4"),
         ({"prompt": "a", "video": "https://x.org/a.mp4"}, "`video`: https://x.org/a.mp4 is an address"),
         ({"prompt": "a", "videos": [{"frames": FRAMES, "fps": 0}]}, "its fps is 0, not a number above 0"),
+        ({"prompt": "a", "video": {"frames": FRAMES, "frames_indices": "01234"}}, "not a list of whole numbers"),
+        ({"prompt": "a", "video": {"frames": FRAMES, "frames_indices": [0]}}, "it has 5 frames and 1 frames_indices"),
+        ({"prompt": "a", "video": {"frames": FRAMES, "total_num_frames": "x"}}, "its total_num_frames is 'x', not a"),
         ({"prompt": "a", "videos": [FRAMES], "video": [FRAMES]}, "both `videos` and `video` hold videos"),
         ({"prompt": "a", "videos": [{"start": 1}]}, "it has none of video, video_url, frames"),
     ],
@@ -162,10 +167,11 @@ def test_videos_that_cannot_be_used_are_named(vision: ImageProcessor, columns: d
 def test_a_file_that_is_no_video_and_one_that_nothing_decodes_are_named(
     vision: ImageProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "a.mp4").write_bytes(b"not a video" * 99)
-    if importlib.util.find_spec("cv2") is not None:
-        with pytest.raises(RowError, match=r"a\.mp4 (says nothing of its frames|cannot be decoded)"):
-            read(vision, tmp_path, prompt="a", videos=["a.mp4"])
+    for data in (b"not a video" * 99, FRAMES[0], b""):
+        (tmp_path / "a.mp4").write_bytes(data)
+        if importlib.util.find_spec("cv2") is not None:
+            with pytest.raises(RowError, match=r"a\.mp4 (says nothing of its frames|cannot be decoded)"):
+                read(vision, tmp_path, prompt="a", videos=["a.mp4"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RowError, match=r"a\.mp4 is a video file, and no decoder is installed: pip install av"):
         read(vision, tmp_path, prompt="a", videos=["a.mp4"])
