@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -346,6 +347,10 @@ def _what_is_there(path: Path) -> str:
     """The end of a message about a directory that is no run and no model."""
     if path.absolute().name == CHECKPOINTS and (path.absolute().parent / RECIPE).is_file():
         return f": name its run, {path.parent}, and --checkpoint"
+    if (path / RECIPE).is_file():
+        return (
+            f": a run that saved nothing has its {RECIPE} alone; rlflow run {shlex.quote(str(path / RECIPE))} makes one"
+        )
     patterns = (f"*/{RECIPE}", f"*/*/{RECIPE}", f"*/{FINAL}")
     runs = sorted({str(found.parent) for pattern in patterns for found in path.glob(pattern)})
     if runs:

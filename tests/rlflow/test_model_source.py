@@ -238,6 +238,12 @@ def damage_final(run: Path) -> Path:
     return run
 
 
+def keep_the_recipe_alone(run: Path) -> Path:
+    for name in ("checkpoints", "final", "inputs.json"):
+        (run / name).rename(run.parent / name)
+    return run
+
+
 def forget_best(run: Path) -> Path:
     (run / "checkpoints" / "best").unlink()
     return run
@@ -256,6 +262,7 @@ def forget_best(run: Path) -> Path:
         (lambda run: run / "final", "2", r"is a model's directory, and --checkpoint is of a run"),
         (lambda run: run / "checkpoints" / "best", "2", r"is a checkpoint itself"),
         (lambda run: run / "checkpoints", None, r"holds no run and no model: name its run, .*/words, and --checkpoint"),
+        (keep_the_recipe_alone, None, r"a run that saved nothing has its recipe.yaml alone; rlflow run .*/recipe.yaml"),
         (lambda run: run / "rollouts", None, r"holds no run and no model: a run's directory has recipe.yaml"),
         (lambda run: run.parent, None, None),
         (lambda run: run / "recipe.yaml", None, r"is a file: name a run"),
