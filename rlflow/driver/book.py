@@ -10,63 +10,44 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlflow import checkpoint
 from rlflow.driver.args_json import write_args
-from rlflow.driver.callbacks import Callbacks
-from rlflow.driver.clock import Clock
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluation, Evaluator, UnderWay
 from rlflow.driver.learner import Learner
-from rlflow.driver.resuming import Inputs, lasts_longer, length_of, sum_of_measure, write_recipe
+from rlflow.driver.resuming import lasts_longer, length_of, sum_of_measure, write_recipe
 from rlflow.driver.saving import EndedStep, SaveSchedule
-from rlflow.recipe import Recipe
+from rlflow.driver.stage import Stage
 from rlflow.tracking.spans import busy_metrics, write_trace
-from rlflow.tracking.tracker import Tracker
 from rlflow.types import StepStats
 
 
 class Book:
-    def __init__(
-        self,
-        recipe: Recipe,
-        inputs: Inputs,
-        directory: Path,
-        learner: Learner,
-        evaluators: Sequence[Evaluator],
-        tracker: Tracker,
-        clock: Clock,
-        should_stop: Callable[[], bool],
-        callbacks: Callbacks,
-        num_restarts: int = 0,
-    ) -> None:
+    def __init__(self, stage: Stage, learner: Learner, evaluators: Sequence[Evaluator]) -> None:
         """
         Args:
-            inputs: What the recipe's names stand for.
             evaluators: The score of the first decides which checkpoint is best, and when the score is reached.
-            directory: The run's, which exists.
-            should_stop: Whether somebody asked the run to end.
-            num_restarts: How often the stage has begun again with fresh actors.
         """
-        self.recipe, self.inputs, self.directory = recipe, inputs, directory
+        self.recipe, self.inputs, self.directory = stage.recipe, stage.inputs, stage.directory
         self.learner, self.evaluators = learner, list(evaluators)
-        self.tracker, self.clock, self.should_stop = tracker, clock, should_stop
-        self.callbacks = callbacks
-        self.checkpoints = directory / "checkpoints"
+        self.tracker, self.clock, self.should_stop = stage.tracker, stage.clock, stage.stop.asked
+        self.callbacks = stage.callbacks
+        self.checkpoints = stage.directory / "checkpoints"
         self.step: int | None = None
         """The step under way, counted from 1; None before the first of this process."""
         self.unsaved: EndedStep | None = None
         """The step that ended last, until a checkpoint holds it."""
         self._best = -math.inf
         self._under_way: UnderWay | None = None
-        self._schedule = SaveSchedule(recipe.run)
-        self._measure = sum_of_measure(recipe, inputs)
+        self._schedule = SaveSchedule(stage.recipe.run)
+        self._measure = sum_of_measure(stage.recipe, stage.inputs)
         self._is_startup_told = False
         self._step_began = time.time()
-        self._restarts = {"fleet/stage_restarts": float(num_restarts)} if num_restarts else {}
+        self._restarts = {"fleet/stage_restarts": float(stage.num_restarts)} if stage.num_restarts else {}
 
     def resume(self, num_steps: int) -> tuple[int, dict[str, Any]]:
         """Loads the newest valid checkpoint. Returns how many steps are done and the loop's saved state.

@@ -32,12 +32,11 @@ from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
-from rlflow.driver.material import Material, load_material, max_model_len, num_steps, tell_of_rows
+from rlflow.driver.material import load_material, max_model_len, num_steps, tell_of_rows
 from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
 from rlflow.driver.prepared_adapter import prepare_adapter
-from rlflow.driver.preparing import evaluators_of, pool_of, wait_ready
 from rlflow.driver.references import check_sources
 from rlflow.driver.resuming import (
     Inputs,
@@ -49,7 +48,7 @@ from rlflow.driver.resuming import (
 )
 from rlflow.driver.run_lock import RunLock
 from rlflow.driver.sample import sample_stage
-from rlflow.driver.sampling import sampling_params
+from rlflow.driver.stage import Stage
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
@@ -228,8 +227,7 @@ def run_stage(
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
                     tracker.message(f"the stage goes on with fresh actors ({times}): {losses[-1]}")
                 tell_of_rows(tracker, directory.notes, material)
-                work = _learn if recipe.trains else sample_stage
-                work(
+                stage = Stage(
                     recipe,
                     inputs,
                     directory.path,
@@ -242,6 +240,8 @@ def run_stage(
                     resume=resume,
                     num_restarts=len(losses),
                 )
+                work = train_stage if recipe.trains else sample_stage
+                work(stage)
                 if "jsonl" in recipe.tracking:
                     _write_report(directory.path, tracker)
                 tracker.finish({})
@@ -289,29 +289,15 @@ def _placing(
         is_over.set()
 
 
-def _learn(
-    recipe: Recipe,
-    inputs: Inputs,
-    directory: Path,
-    material: Material,
-    actors: Actors,
-    tracker: Tracker,
-    clock: Clock,
-    stop: StopSignals,
-    callbacks: Callbacks,
-    *,
-    resume: bool,
-    num_restarts: int,
-) -> None:
+def train_stage(stage: Stage) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
+    recipe, material, actors, clock = stage.recipe, stage.material, stage.actors, stage.clock
     steps = num_steps(recipe, len(material.rows))
     assert actors.trainer is not None
     with clock("startup_actors"):
-        wait_ready(actors, recipe)
+        stage.wait_ready()
         trainer = actors.trainer
         attention_cost = trainer.get(0, Trainer.attention_cost, trainer.start(0, Trainer.attention_cost))
-    for group in actors.groups():
-        group.span = clock.trace.add
     learner = Learner(
         recipe,
         clock,
@@ -323,21 +309,20 @@ def _learn(
         attention_cost=attention_cost,
     )
     learner.give_teacher_head()
-    params = sampling_params(recipe, material.tokenizer, material.model)
-    with pool_of(recipe, actors, material, tracker, clock) as pool:
-        evaluators = evaluators_of(recipe, learner, pool, params, material.held_out, tracker)
-        book = Book(recipe, inputs, directory, learner, evaluators, tracker, clock, stop.asked, callbacks, num_restarts)
-        callbacks.run_starts(recipe)
-        with stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
+    with stage.pool() as pool:
+        book = Book(stage, learner, stage.evaluators(learner, pool))
+        stage.callbacks.run_starts(recipe)
+        with stage.stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):
             with saving_what_failed(book), finding_the_lost(actors):
                 if recipe.family == "online":
                     assert pool is not None
-                    window = Window(pool, recipe, material.rows, params, steps, tracker, material.answers)
+                    window = Window(pool, recipe, material.rows, stage.params, steps, stage.tracker, material.answers)
+                    demonstrations = material.demonstrations
                     train_online(
-                        recipe, learner, book, window, steps, resume=resume, demonstrations=material.demonstrations
+                        recipe, learner, book, window, steps, resume=stage.resume, demonstrations=demonstrations
                     )
                 else:
-                    train_offline(recipe, learner, book, pool, material.rows, steps, resume=resume)
+                    train_offline(recipe, learner, book, pool, material.rows, steps, resume=stage.resume)
             book.require_trained()
             with clock("export"):
-                write_final(directory, recipe, learner, material.tokenizer, material.model)
+                write_final(stage.directory, recipe, learner, material.tokenizer, material.model)

@@ -14,83 +14,69 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from rlflow import checkpoint
-from rlflow.actor_groups import Actors
 from rlflow.data.kept_answers import Kept, keep_answers, require_condition
 from rlflow.data.sampler import Sampler
 from rlflow.driver.assemble import Batch, build_group, rollout_metrics
-from rlflow.driver.callbacks import Callbacks
-from rlflow.driver.clock import Clock
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator
 from rlflow.driver.jobs import Job, ScoredGroup
-from rlflow.driver.material import Material
 from rlflow.driver.own_metrics import own_metrics
 from rlflow.driver.pool import RolloutPool
-from rlflow.driver.preparing import evaluators_of, pool_of, wait_ready
-from rlflow.driver.resuming import Inputs, length_of, whole_steps, write_recipe
+from rlflow.driver.resuming import length_of, whole_steps, write_recipe
 from rlflow.driver.rollout_report import RolloutReport
-from rlflow.driver.sampling import episode_limits, sample_seed, sampling_params
-from rlflow.driver.stopping import StopSignals
+from rlflow.driver.sampling import episode_limits, sample_seed
+from rlflow.driver.stage import Stage
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 from rlflow.recipe.sample_blocks import ROWS_FILE
 from rlflow.tracking.episodes import Episode, Episodes
 from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutState, read_rollouts, rollouts_path, write_rollouts
-from rlflow.tracking.tracker import Tracker
-from rlflow.types import Group, GroupRequest, Prompt, SamplingParams, StepStats
+from rlflow.types import Group, GroupRequest, Prompt, StepStats
 
 STATE: RolloutState = "sampled"
 """Of every rollout in a file."""
 
 
-@dataclass(slots=True)
 class Sampling:
     """A stage that samples, and what it works with."""
 
-    recipe: Recipe
-    directory: Path
-    pool: RolloutPool
-    prompts: Sequence[Prompt]
-    params: SamplingParams
-    tracker: Tracker
-    clock: Clock
-    callbacks: Callbacks
-    should_stop: Callable[[], bool]
-    step: int | None = None
-    """The step under way, counted from 1; None before the first."""
-
-    @property
-    def algorithm(self) -> SampleBlock:
-        assert isinstance(self.recipe.algorithm, SampleBlock)
-        return self.recipe.algorithm
-
-    def run(self, inputs: Inputs, evaluators: Sequence[Evaluator], *, resume: bool) -> None:
-        """Draws the steps that are left and writes ``final/``.
-
+    def __init__(self, stage: Stage, pool: RolloutPool, evaluators: Sequence[Evaluator]) -> None:
+        """
         Args:
-            inputs: What the recipe's names stand for.
             evaluators: Measured once, before the first step.
+        """
+        assert isinstance(stage.recipe.algorithm, SampleBlock)
+        self.recipe, self.algorithm, self.directory = stage.recipe, stage.recipe.algorithm, stage.directory
+        self.tracker, self.clock, self.callbacks = stage.tracker, stage.clock, stage.callbacks
+        self.prompts: Sequence[Prompt] = stage.material.rows
+        self.params = stage.params
+        self.stage, self.pool, self.evaluators = stage, pool, evaluators
+        self.step: int | None = None
+        """The step under way, counted from 1; None before the first."""
+
+    def run(self) -> None:
+        """Draws the steps that are left and writes ``final/``.
 
         Raises:
             StopRequested: Somebody asked the stage to stop; what was drawn is kept.
             RunError: Too many answers could not be scored, or none is good.
         """
         self.pool.version = 0
+        resume = self.stage.resume
         first = whole_steps(self.directory) if resume else 0
         steps = self._draw()
         if resume:
-            write_recipe(self.recipe, inputs, self.directory)
+            write_recipe(self.recipe, self.stage.inputs, self.directory)
             self.tracker.message(f"{first} of {len(steps)} steps were drawn before")
         if first == 0:
-            found = [evaluator.run() for evaluator in evaluators]
+            found = [evaluator.run() for evaluator in self.evaluators]
             measured = {name: value for one in found for name, value in one.metrics.items()}
             start = StepStats(0, measured | self.clock.metrics())
             self.tracker.log(start)
@@ -103,7 +89,7 @@ class Sampling:
             self._take(asked.pop(step), steps[step], step + 1)
             if step == first:
                 self.tracker.message(self.clock.story(step + 1))
-            if self.should_stop() and step + 1 < len(steps):
+            if self.stage.stop.asked() and step + 1 < len(steps):
                 raise StopRequested(f"stopped after step {step + 1} of {len(steps)}; {GO_ON}")
             if self.callbacks.is_asked_to_stop:
                 self.tracker.message(f"a callback ends the stage after step {step + 1}")
@@ -191,41 +177,20 @@ class Sampling:
         self.callbacks.step_ended(StepStats(step, metrics))
 
 
-def sample_stage(
-    recipe: Recipe,
-    inputs: Inputs,
-    directory: Path,
-    material: Material,
-    actors: Actors,
-    tracker: Tracker,
-    clock: Clock,
-    stop: StopSignals,
-    callbacks: Callbacks,
-    *,
-    resume: bool,
-    num_restarts: int,
-) -> None:
-    """Waits for the actors, samples, writes what is kept.
-
-    Args:
-        num_restarts: How often the stage was started again; nothing that it writes depends on it.
-    """
+def sample_stage(stage: Stage) -> None:
+    """Waits for the actors, samples, writes what is kept."""
+    recipe = stage.recipe
     assert isinstance(recipe.algorithm, SampleBlock)
-    columns = (name for prompt in material.rows for name in prompt.columns)
+    columns = (name for prompt in stage.material.rows for name in prompt.columns)
     require_condition(recipe.algorithm.keep, [block.label for block in recipe.rewards], columns)
-    with clock("startup_actors"):
-        wait_ready(actors, recipe)
-    for group in actors.groups():
-        group.span = clock.trace.add
-    params = sampling_params(recipe, material.tokenizer, material.model)
-    with pool_of(recipe, actors, material, tracker, clock) as pool:
+    with stage.clock("startup_actors"):
+        stage.wait_ready()
+    with stage.pool() as pool:
         assert pool is not None
-        evaluators = evaluators_of(recipe, None, pool, params, material.held_out, tracker)
-        rows = material.rows
-        stage = Sampling(recipe, directory, pool, rows, params, tracker, clock, callbacks, stop.asked)
-        callbacks.run_starts(recipe)
-        with stop.finishing_steps(stage.notice):
-            stage.run(inputs, evaluators, resume=resume)
+        sampling = Sampling(stage, pool, stage.evaluators(None, pool))
+        stage.callbacks.run_starts(recipe)
+        with stage.stop.finishing_steps(sampling.notice):
+            sampling.run()
 
 
 def _episodes(groups: Sequence[Group]) -> Iterator[Episode]:
