@@ -21,6 +21,7 @@ from rlflow.actors.reward_wire import HEADER, frame
 from rlflow.environments.protocol import EnvironmentFault
 from rlflow.recipe import EnvironmentBlock
 from rlflow.tracking.redact import redact_text, remember_secrets
+from rlflow.tracking.visible import one_line
 
 START_TIMEOUT_S = 120.0
 """An environment that is not imported by then is an error; so is a process that is not forked."""
@@ -234,7 +235,7 @@ class EnvironmentProcess:
             await self.close()
             raise EnvironmentFault(f"{verb} said what is no answer: {error}") from None
         if "error" in said:
-            raise EnvironmentFault(redact_text(str(said["error"]))[:MAX_MESSAGE])
+            raise EnvironmentFault(one_line(redact_text(str(said["error"])))[:MAX_MESSAGE])
         return said
 
     async def close(self) -> None:

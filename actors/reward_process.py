@@ -20,6 +20,7 @@ from typing import Any
 from rlflow.actors.reward_wire import frame, take_frames
 from rlflow.tracking.logs import output_is_logged
 from rlflow.tracking.redact import holds_secret, is_secret_name, redact_text
+from rlflow.tracking.visible import one_line
 
 LOG_TAIL_BYTES = 4096
 ECHO_BYTES = 1 << 20
@@ -246,4 +247,4 @@ def _marked(mark: bytes) -> list[int]:
 
 def _clean(said: Any) -> Any:
     """Words without their secrets and of moderate length; anything else as it is."""
-    return redact_text(said)[:MAX_MESSAGE] if isinstance(said, str) else said
+    return one_line(redact_text(said))[:MAX_MESSAGE] if isinstance(said, str) else said

@@ -242,7 +242,8 @@ def _listen(descriptor: int, process: subprocess.Popen[bytes], trial: Trial) -> 
             if selector.select(timeout=0.2):
                 part = os.read(descriptor, 1 << 16)
                 if not part:
-                    doing = "importing" if rows is None else "making" if trial.kind == "environment" else "calling"
+                    doing = "importing" if rows is None else "calling"
+                    doing = "importing or making" if trial.kind == "environment" else doing
                     return Tried(f"{doing} it {_silenced(process)}")
                 *whole, text = (text + part).split(b"\n")
                 for said in map(json.loads, whole):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from rlflow.data.video_archive import frames_of, is_video
 from rlflow.inspection.changes import Change, Difference, failed
 from rlflow.tracking.lines import number
 from rlflow.tracking.rollouts import RolloutRecord
+from rlflow.tracking.visible import visible
 
 LONGEST_TEXT = 1500
 """Characters of a text that are shown; the middle of a longer one is left out."""
@@ -103,22 +103,6 @@ def show_causes(console: Console, causes: Iterable[tuple[str, int]]) -> None:
     """Why functions fail now, and on how many rollouts."""
     for cause, count in causes:
         console.print(Text(visible(f"{count} x {cause}"), style="red"), soft_wrap=True)
-
-
-def visible(text: str) -> str:
-    """The text with control characters, which a terminal would obey, as escapes; line ends and tabs stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escaped(c) if c not in "\n\t" and unicodedata.category(c) in _UNSEEN else c for c in text)
-
-
-_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"
-"""Format characters that scripts and emoji are written with."""
-
-
-def _escaped(character: str) -> str:
-    return character if character in _JOINERS else character.encode("unicode_escape").decode()
 
 
 def _heading(record: RolloutRecord) -> str:

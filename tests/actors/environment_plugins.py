@@ -98,7 +98,7 @@ class Bad(Counting):
     def reset(self, row):
         super().reset(row)
         if row["word"] == "no reset":
-            raise RuntimeError("no such level")
+            raise RuntimeError("no such\n\x1b[31mlevel")
 
     def step(self, message):
         match self.row["word"]:

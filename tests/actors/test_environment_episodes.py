@@ -123,7 +123,7 @@ FAULTS = {
     "is too long": "it said 4.0 MiB, and 1 MiB is the most",
     "is nan": "its reward is nan: give a finite number",
     "is empty": "step returned nothing for the policy to hear, and is not done",
-    "no reset": "reset raised RuntimeError: no such level (environment_plugins.py:",
+    "no reset": "reset raised RuntimeError: no such \\x1b[31mlevel (environment_plugins.py:",
 }
 
 

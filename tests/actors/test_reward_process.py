@@ -190,7 +190,7 @@ def test_a_function_gets_the_variables_that_the_recipe_names_and_its_errors_do_n
         "import os\n"
         "def score(completions, **columns):\n"
         "    assert sorted(name for name in os.environ if name.startswith('MY_')) == ['MY_KEY', 'MY_SETTING']\n"
-        "    raise RuntimeError('refused: ' + os.environ['MY_KEY'] + ' ' + os.environ['MY_SETTING'])\n"
+        "    raise RuntimeError('refused:\\n\\x1b[31m ' + os.environ['MY_KEY'] + ' ' + os.environ['MY_SETTING'])\n"
     )
     for name, value in {"MY_KEY": "hunter2-a", "MY_SETTING": "hunter2-b", "MY_OTHER": "hunter2-c"}.items():
         monkeypatch.setenv(name, value)
@@ -198,7 +198,7 @@ def test_a_function_gets_the_variables_that_the_recipe_names_and_its_errors_do_n
     try:
         server.ready()
         (sentence,) = server.score(*batch([["a"]])).errors
-        assert "raised RuntimeError: refused: *** ***" in sentence
+        assert r"raised RuntimeError: refused: \x1b[31m *** ***" in sentence
     finally:
         server.close()
 
