@@ -5,7 +5,7 @@
 A worker's engine thread and turn loop, around an engine that says the same call in every turn, and says it at once:
 what is measured is all that is not sleep. Every episode's environment is a process; in each turn it sleeps a time that
 its row says, drawn once between the two that are given. The slowest episode's own time is the sum of its sleeps alone.
-The environment has been imported before; the first round starts a process for each episode, the second has them.
+The environment has been imported before; each round starts a process for each episode.
 """
 
 from __future__ import annotations
