@@ -35,7 +35,7 @@ from rlflow.checkpoint import (
     verify_checkpoint,
     verify_model,
 )
-from rlflow.data.errors import DataError, nearest
+from rlflow.data.errors import DataError, nearest_beside
 from rlflow.driver.args_json import read_args
 from rlflow.driver.errors import RunError
 from rlflow.driver.final import is_export_of, write_export
@@ -262,10 +262,7 @@ def _of_hub(name: str, checkpoint: str | None) -> ModelSource:
     """
     if not is_hub_id(name):
         path = Path(os.path.expanduser(name))
-        there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"there is no {path}: name a run, a checkpoint, or a model's directory.{nearest(path.name, there)}"
-        )
+        raise DataError(f"there is no {path}: name a run, a checkpoint, or a model's directory.{nearest_beside(path)}")
     if checkpoint is not None:
         raise DataError(f"{name} is no directory here, and --checkpoint is of a run: leave it out, or name the run")
     return ModelSource(directory=None, base=None, name=name.rpartition("/")[2], run=None, recipe=None, hub_id=name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,8 @@ def _defined_names(node: ast.AST) -> Iterator[str]:
 
 
 def _similar(path: Path) -> str:
+    if path.is_symlink():
+        return f" (it is a link to {os.readlink(path)}, which is not there)"
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, siblings)
     return f" (did you mean {path.parent / near}?)" if near else ""

@@ -7,8 +7,10 @@ those into one DataError that names them.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -66,3 +68,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`` Nearest: a, b.``, or nothing when no name comes near."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def nearest_beside(path: Path) -> str:
+    """What comes near a path where there is no file, or why the one of that name is none."""
+    if path.is_symlink():
+        return f" It is a link to {os.readlink(path)}, which is not there."
+    if path.exists():
+        return " What bears that name is no plain file."
+    return nearest(path.name, [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else [])

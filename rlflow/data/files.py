@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlflow.data.errors import DataError, nearest
+from rlflow.data.errors import DataError, nearest_beside
+from rlflow.recipe.model_files import LFS_POINTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ def read_file(path: Path) -> NumberedRows:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Fetch it again.") from error
+    if data.startswith(LFS_POINTER):
+        raise DataError(f"{path} is a pointer of Git LFS to the data, run `git lfs pull` there")
     if suffix == ".parquet":
         return _read_parquet(data, path)
     return _read_text(data, path, TEXT_READERS[suffix])
@@ -61,8 +64,7 @@ def data_suffix(name: str) -> str | None:
 
 def missing_file(path: Path) -> DataError:
     """The error for a file that is not there, with the names beside it that come near."""
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    return DataError(f"{path}: no such file.{nearest(path.name, siblings)}")
+    return DataError(f"{path}: no such file.{nearest_beside(path)}")
 
 
 def _read_text(data: bytes, path: Path, reader: Callable[[str, Path], NumberedRows]) -> NumberedRows:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlflow.data.errors import RowError, nearest
+from rlflow.data.errors import RowError, nearest_beside
 from rlflow.data.sources import kind
 
 if TYPE_CHECKING:
@@ -136,9 +136,7 @@ def find_file(name: str, directory: Path) -> Path | None:
 def missing(name: str, directory: Path) -> RowError:
     """What to say of a path without a file."""
     path = Path(os.path.expanduser(name.removeprefix("file://")))
-    folder = (directory / path).parent
-    siblings = [sibling.name for sibling in folder.iterdir()] if folder.is_dir() else []
-    return RowError(f"there is no file {directory / path}.{nearest(path.name, siblings)}")
+    return RowError(f"there is no file {directory / path}.{nearest_beside(directory / path)}")
 
 
 def _from_base64(text: str) -> bytes:

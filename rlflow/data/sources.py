@@ -161,9 +161,10 @@ def _load_dataset(path: str, source: SourceBlock) -> Iterable[Any]:
         if isinstance(error, ValueError) and source.subset is not None:
             with contextlib.suppress(*failures):
                 return datasets.load_dataset(path, data_dir=source.subset, split=source.split)
+        place = "It is a directory" if Path(path).is_dir() else "It is no local file, so the Hugging Face hub was asked"
         raise DataError(
-            f"{path} (subset {source.subset}, split {source.split}): cannot be loaded: {error}. It is no local "
-            "file, so the Hugging Face hub was asked. Check id, subset and split, or give the path of a local file."
+            f"{path} (subset {source.subset}, split {source.split}): cannot be loaded: {' '.join(str(error).split())}. "
+            f"{place}. Check id, subset and split, or give the path of a local file."
         ) from error
 
 

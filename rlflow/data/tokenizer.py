@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlflow.data.chat import Chat
-from rlflow.data.errors import DataError, nearest
+from rlflow.data.errors import DataError, nearest_beside
 from rlflow.data.template import with_defaults
 from rlflow.recipe.schema import ModelBlock
 
@@ -162,8 +162,7 @@ def _from_path(model: ModelBlock) -> PreTrainedTokenizerFast:
     assert model.path is not None
     directory = Path(os.path.expanduser(model.path))
     if model.path.startswith((".", "/", "~")) and not directory.is_dir():
-        siblings = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
-        raise DataError(f"model.path: there is no directory {directory}.{nearest(directory.name, siblings)}")
+        raise DataError(f"model.path: there is no directory {directory}.{nearest_beside(directory)}")
     try:
         if (directory / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
@@ -208,8 +207,5 @@ def _template(value: str) -> str:
         return value
     path = Path(os.path.expanduser(value))
     if not path.is_file():
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"model.chat_template: {value} is neither a Jinja template nor a file.{nearest(path.name, siblings)}"
-        )
+        raise DataError(f"model.chat_template: {value} is neither a Jinja template nor a file.{nearest_beside(path)}")
     return path.read_text(encoding="utf-8")

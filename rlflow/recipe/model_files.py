@@ -15,7 +15,7 @@ INDEX = "model.safetensors.index.json"
 _WITH_FIELDS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 """Of a generation config, where it has them."""
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            start = file.read(len(LFS_POINTER))
             length = struct.unpack("<Q", start[:8])[0]
             file.seek(8)
             header = json.loads(file.read(length)) if length <= path.stat().st_size else None
@@ -52,8 +52,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        what = "is a pointer of Git LFS to the weights" if start == _LFS_POINTER else "is no safetensors file"
-        remedy = "run `git lfs pull` there" if start == _LFS_POINTER else "it may be cut off: fetch it again"
+        what = "is a pointer of Git LFS to the weights" if start == LFS_POINTER else "is no safetensors file"
+        remedy = "run `git lfs pull` there" if start == LFS_POINTER else "it may be cut off: fetch it again"
         raise ValueError(f"{path} {what}, {remedy}") from error
     return tensors, 8 + length + end
 
