@@ -82,19 +82,25 @@ class StageHistory:
         return points[-1][1] if points else math.nan
 
     def evaluations(self) -> list[tuple[str, float, float, float, float]]:
-        """(metric, first step, first value, last step, last value) of every ``eval/`` key that was not always 0.
+        """(metric, first step, first value, last step, last value) of every ``eval/`` key, but for shares of what
+        went wrong that were always 0.
 
         A value is NaN where it was no finite number.
         """
         rows = []
         for key, points in self.points.items():
-            if key.startswith("eval/") and any(value != 0 for _, value in points):
+            if is_result(key) or (key.startswith("eval/") and any(value != 0 for _, value in points)):
                 rows.append((key.removeprefix("eval/"), *points[0], *points[-1]))
         return rows
 
     def rollout_files(self) -> list[Path]:
         """Parquet files in the order of their steps."""
         return list(rollout_files(self.directory).values())
+
+
+def is_result(key: str) -> bool:
+    """Whether it says how well a policy did on held-out data: 0 is worth telling, too."""
+    return key.startswith("eval/") and not key.endswith("_fraction")
 
 
 def read_stages(run_directory: Path) -> list[StageHistory]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from rlflow.tracking.history import Series, StageHistory
+from rlflow.tracking.history import Series, StageHistory, is_result
 from rlflow.tracking.lines import OF_SEQUENCES, count, number, signed
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -64,7 +64,8 @@ def panels_of(stage: StageHistory) -> Panels:
     """Deals a stage's metrics to charts; times have a chart of their own."""
     series = {key: stage.series(key) for key in stage.keys if not key.startswith("time/")}
     null = [key for key, one in series.items() if not one.points]
-    zero = [key for key, one in series.items() if one.last == 0 and all(value == 0 for _, value in one.points)]
+    still = [key for key, one in series.items() if one.last == 0 and all(value == 0 for _, value in one.points)]
+    zero = [key for key in still if not is_result(key)]
     unchanging = [(value, keys) for value, keys in (("null", null), ("0", zero)) if keys]
     left = {key: one for key, one in series.items() if key not in null and key not in zero}
     main = []

@@ -11,6 +11,7 @@ import yaml
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.tracking.history import HistoryError, read_stage
 from rlflow.tracking.page_data import episodes, failures, metrics_since, plain, run_summary
+from rlflow.tracking.panels import panels_of, tiles_of
 from rlflow.tracking.rollouts import RolloutFileError, write_rollouts
 from rlflow.types import Group, Prompt
 from tests.flat_rollouts import flat
@@ -173,3 +174,16 @@ def test_bytes_that_are_no_text_lose_no_token_and_no_letter(kind: str) -> None:
         joined = "".join(texts)
         for text, token in (("q", vocabulary["q"]), ("b", vocabulary["b"]), ("[", len(vocabulary))):
             assert joined.count(text) >= ids.count(token)
+
+
+def test_a_score_that_stays_at_0_is_shown_and_a_share_of_what_went_wrong_is_not(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "time": 1.0, "eval/mine/pass@1": 0, "eval/mine/unscored_fraction": 0}\n'
+        '{"step": 4, "time": 2.0, "eval/mine/pass@1": 0, "eval/mine/unscored_fraction": 0}\n'
+    )
+    stage = read_stage(tmp_path)
+    assert stage.evaluations() == [("mine/pass@1", 0, 0, 4, 0)]
+    panels = panels_of(stage)
+    assert panels.main == [("Held-out", ["eval/mine/pass@1"])]
+    assert panels.unchanging == [("0", ["eval/mine/unscored_fraction"])]
+    assert tiles_of(stage)[0][:2] == ("mine/pass@1", "0")
