@@ -66,13 +66,13 @@ class MethodsEnvironment:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The public attributes that JSON can hold."""
+        """The public attributes that JSON can hold, or could if numpy's values were Python's."""
         return {name: value for name, value in vars(self._made).items() if not name.startswith("_") and _is_json(value)}
 
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value)
-    except (TypeError, ValueError):
+        json.dumps(value, default=lambda one: one.tolist())
+    except (TypeError, ValueError, AttributeError):
         return False
     return True

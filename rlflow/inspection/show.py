@@ -15,6 +15,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from rlflow.data.errors import counted
 from rlflow.data.images import media_type, size_of
 from rlflow.data.video_archive import frames_of, is_video
 from rlflow.inspection.changes import Change, Difference, failed
@@ -114,6 +115,7 @@ def _heading(record: RolloutRecord) -> str:
         *(rewards if len(rewards) > 1 or not rewards else []),
         f"advantage {number(record.advantage)}",
         f"{record.num_tokens} tokens",
+        *([] if record.episode is None else [counted(record.num_turns, "turn")]),
         record.finish_reason,
         *([] if record.state == "trained" else [record.state]),
     ]

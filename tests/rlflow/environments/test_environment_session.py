@@ -184,6 +184,14 @@ def test_the_columns_that_trls_reset_needs_are_known_and_a_class_without_tools_i
         MethodsEnvironment(SimpleNamespace(reset=lambda **row: None))
 
 
+def test_of_a_class_of_trls_what_json_can_hold_is_its_state_with_numpys_numbers_as_pythons():
+    made = Level()
+    vars(made).update(found=np.int64(3), board=np.eye(2), client=object(), _secret=7, word="x")
+    session = Session(lambda: MethodsEnvironment(made))
+    session.answer("reset", {"level": 1, "messages": [{"role": "user", "content": "Go."}]}, 0)
+    assert session.answer("finish")["state"] == {"found": 3, "board": [[1.0, 0.0], [0.0, 1.0]], "word": "x"}
+
+
 def test_arguments_that_the_class_does_not_take_are_named(tmp_path):
     (tmp_path / "game.py").write_text("class Game:\n    def __init__(self, size): ...\n")
     with pytest.raises(EnvironmentFault, match=r"missing a required argument: 'size': give it in environment\.args"):
