@@ -52,7 +52,7 @@ class Sink:
         self._run.finish(exit_code=0 if is_whole else 1)
 
     def _start(self, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Any:
-        """Starts the run, offline when the service cannot be reached."""
+        """Starts the run, offline when the service cannot be reached or refuses it."""
         wandb = self._wandb
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=INIT_SECONDS, disable_git=True, save_code=False, disable_code=True
@@ -60,6 +60,6 @@ class Sink:
         try:
             return wandb.init(settings=settings, **arguments)
         except wandb.Error as error:
-            say(f"wandb cannot be reached, goes on offline: {str(error).splitlines()[0]}")
+            say(f"wandb takes no run, it is kept offline: {str(error).splitlines()[0]}")
             wandb.teardown(exit_code=1)
             return wandb.init(settings=settings, **{**arguments, "mode": "offline"})
