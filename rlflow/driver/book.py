@@ -19,15 +19,15 @@ from rlflow.driver.args_json import write_args
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluation, Evaluator, UnderWay
 from rlflow.driver.learner import Learner
+from rlflow.driver.prepared_stage import PreparedStage
 from rlflow.driver.resuming import lasts_longer, length_of, sum_of_measure, write_recipe
 from rlflow.driver.saving import EndedStep, SaveSchedule
-from rlflow.driver.stage import Stage
 from rlflow.tracking.spans import busy_metrics, write_trace
 from rlflow.types import StepStats
 
 
 class Book:
-    def __init__(self, stage: Stage, learner: Learner, evaluators: Sequence[Evaluator]) -> None:
+    def __init__(self, stage: PreparedStage, learner: Learner, evaluators: Sequence[Evaluator]) -> None:
         """
         Args:
             evaluators: The score of the first decides which checkpoint is best, and when the score is reached.

@@ -37,6 +37,7 @@ from rlflow.driver.offline import train_offline
 from rlflow.driver.online import train_online
 from rlflow.driver.outcome import forget_outcome, recording_outcome, write_outcome
 from rlflow.driver.prepared_adapter import prepare_adapter
+from rlflow.driver.prepared_stage import PreparedStage
 from rlflow.driver.references import check_sources
 from rlflow.driver.resuming import (
     Inputs,
@@ -48,7 +49,6 @@ from rlflow.driver.resuming import (
 )
 from rlflow.driver.run_lock import RunLock
 from rlflow.driver.sample import sample_stage
-from rlflow.driver.stage import Stage
 from rlflow.driver.stopping import StopSignals, notice_of, stopped
 from rlflow.driver.window import Window
 from rlflow.placement import Actors, place, start_ray
@@ -227,7 +227,7 @@ def run_stage(
                     times = f"restart {len(losses)} of {recipe.run.max_restarts}"
                     tracker.message(f"the stage goes on with fresh actors ({times}): {losses[-1]}")
                 tell_of_rows(tracker, directory.notes, material)
-                stage = Stage(
+                stage = PreparedStage(
                     recipe,
                     inputs,
                     directory.path,
@@ -289,7 +289,7 @@ def _placing(
         is_over.set()
 
 
-def train_stage(stage: Stage) -> None:
+def train_stage(stage: PreparedStage) -> None:
     """Waits for the actors, runs the loop, writes what it leaves."""
     recipe, material, actors, clock = stage.recipe, stage.material, stage.actors, stage.clock
     steps = num_steps(recipe, len(material.rows))

@@ -29,10 +29,10 @@ from rlflow.driver.evaluation import Evaluator
 from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.own_metrics import own_metrics
 from rlflow.driver.pool import RolloutPool
+from rlflow.driver.prepared_stage import PreparedStage
 from rlflow.driver.resuming import length_of, whole_steps, write_recipe
 from rlflow.driver.rollout_report import RolloutReport
 from rlflow.driver.sampling import episode_limits, sample_seed
-from rlflow.driver.stage import Stage
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 from rlflow.recipe.sample_blocks import ROWS_FILE
 from rlflow.tracking.episodes import Episode, Episodes
@@ -47,7 +47,7 @@ STATE: RolloutState = "sampled"
 class Sampling:
     """A stage that samples, and what it works with."""
 
-    def __init__(self, stage: Stage, pool: RolloutPool, evaluators: Sequence[Evaluator]) -> None:
+    def __init__(self, stage: PreparedStage, pool: RolloutPool, evaluators: Sequence[Evaluator]) -> None:
         """
         Args:
             evaluators: Measured once, before the first step.
@@ -177,7 +177,7 @@ class Sampling:
         self.callbacks.step_ended(StepStats(step, metrics))
 
 
-def sample_stage(stage: Stage) -> None:
+def sample_stage(stage: PreparedStage) -> None:
     """Waits for the actors, samples, writes what is kept."""
     recipe = stage.recipe
     assert isinstance(recipe.algorithm, SampleBlock)

@@ -27,7 +27,7 @@ from rlflow.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PreparedStage:
     recipe: Recipe
     inputs: Inputs
     """What the recipe's names stand for."""
