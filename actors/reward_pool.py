@@ -170,8 +170,9 @@ class RewardPool:
         ending = self._replace(worker)
         if start_seconds is None:
             what = "died while loading" if gone else f"did not load its functions within {START_TIMEOUT_S:g} s"
-            remedy = "; if it was short of memory, raise reward_server.memory_gib" if gone else ""
-            raise RewardError(f"a reward process {what} ({ending}){remedy}")
+            # Imports that get no memory may also wait for ever.
+            remedy = "if it was short of memory, raise reward_server.memory_gib"
+            raise RewardError(f"a reward process {what} ({ending}); {remedy}")
         if job is None:
             return None
         cause = "ended its process" if gone else f"gave no answer within {job.call.timeout_s:g} s"

@@ -5,7 +5,6 @@ What actors need in all, activations included, is in rlflow.actor_memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from rlflow.recipe.expand_block import ExpandBlock
 from rlflow.recipe.hub_files import hub_config
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES, Part
-from rlflow.recipe.model_files import read_header
+from rlflow.recipe.model_files import read_fields, read_header
 from rlflow.recipe.stored_formats import stored_format
 from rlflow.tower_shape import TowerShape, tower_shape
 
@@ -140,7 +139,7 @@ def read_model_config(model: ModelBlock) -> Mapping[str, Any]:
     try:
         if not directory.exists() and is_hub_id(model.path):
             return hub_config(model.path, model.revision)
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return read_fields(directory / "config.json")
     except (OSError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UnknownShape(f"cannot read config.json of {model.path}: {' '.join(lines[:2])}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -101,6 +102,13 @@ def init_process_group(
     Store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     store = Store(host, int(port), world_size, rank == 0, timeout, master_listen_fd=descriptor)
     dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # Threads of a group that is there until the interpreter has ended abort the process now and then.
+    atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ensure_process_group(rank: int, world_size: int) -> None:

@@ -82,8 +82,9 @@ def read_data(
             reading.problems.append(("model.path", str(error).removeprefix("model.path: ")))
             return reading
         vision = None if start.path is None else load_image_processor(start)
-        reading.problems += _in_calls(recipe, Chat(tokenizer), tools)
         _read_rows(recipe, tokenizer, vision, tools, reading)
+        if tools and not reading.problems:
+            reading.problems += _in_calls(recipe, Chat(tokenizer))
     return reading
 
 
@@ -153,12 +154,12 @@ def _in_tools(recipe: Recipe, start: ModelBlock, tools: Sequence[Any]) -> Found:
     except (RowError, DataError) as error:
         yield "environment", str(error)
     else:
-        yield from _in_calls(recipe, chat, tools)
+        yield from _in_calls(recipe, chat)
 
 
-def _in_calls(recipe: Recipe, chat: Chat, tools: Sequence[Any]) -> Found:
+def _in_calls(recipe: Recipe, chat: Chat) -> Found:
     """Of calls, which the chat template may write in a form that cannot be told from it."""
-    if tools and recipe.environment is not None and chat.has_template:
+    if recipe.environment is not None and chat.has_template:
         try:
             require_readable(chat, recipe.environment.call_parser)
         except RowError as error:

@@ -39,7 +39,8 @@ def directory(tiny_model_dir, tiny_moe_dir, tmp_path_factory):
         finally:
             for rank in ranks:
                 rank.kill()
-        assert not any(rank.returncode for rank in ranks), "\n".join(error[-2000:] for error in errors)
+        failed = {index: rank.returncode for index, rank in enumerate(ranks) if rank.returncode}
+        assert not failed, f"{failed}: " + "\n".join(error[-2000:] for error in errors)
     return output
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlflow.actors import reward_pool
 from rlflow.actors.reward_server import RewardServer
 from rlflow.data.errors import RowError
 from rlflow.recipe import RewardBlock
@@ -278,12 +279,13 @@ def test_a_reward_child_loads_the_model_before_its_first_call_and_scores_by_it(r
     ("memory_gib", "message"),
     [
         (0.3, r"^reward_model: .* needs 0\.50 GiB before .* allocate 0\.30 GiB: raise reward_server\.memory_gib$"),
-        (0.05, r"died while loading .*; if it was short of memory, raise reward_server\.memory_gib$"),
+        (0.05, r"^a reward process .* \(.*\); if it was short of memory, raise reward_server\.memory_gib$"),
     ],
 )
 def test_a_model_that_a_child_cannot_hold_is_an_error_that_names_the_key(
-    reward_model_dir: Path, memory_gib: float, message: str
+    reward_model_dir: Path, memory_gib: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reward_pool, "START_TIMEOUT_S", 60.0)
     block = RewardBlock(name="reward_model", args={"path": str(reward_model_dir)})
     server = RewardServer([block], 1, memory_gib=memory_gib)
     try:
