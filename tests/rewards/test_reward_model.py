@@ -279,13 +279,13 @@ def test_a_reward_child_loads_the_model_before_its_first_call_and_scores_by_it(r
     ("memory_gib", "message"),
     [
         (0.3, r"^reward_model: .* needs 0\.50 GiB before .* allocate 0\.30 GiB: raise reward_server\.memory_gib$"),
-        (0.05, r"^a reward process .* \(.*\); if it was short of memory, raise reward_server\.memory_gib$"),
+        (0.08, r"^a reward process .* \(.*\); if it was short of memory, raise reward_server\.memory_gib$"),
     ],
 )
 def test_a_model_that_a_child_cannot_hold_is_an_error_that_names_the_key(
     reward_model_dir: Path, memory_gib: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_pool, "START_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(reward_pool, "START_TIMEOUT_S", 15.0)
     block = RewardBlock(name="reward_model", args={"path": str(reward_model_dir)})
     server = RewardServer([block], 1, memory_gib=memory_gib)
     try:
