@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlflow.recipe.model_files import read_fields
 from rlflow.recipe.peft_methods import METHODS, REFUSED, TYPE, UNSUPPORTED
 from rlflow.recipe.presets import ALGORITHMS
 from rlflow.recipe.problems import nearest
@@ -33,20 +33,13 @@ def is_adapter(directory: Path) -> bool:
 def read_config(directory: Path) -> dict[str, Any]:
     """
     Raises:
-        ValueError: There is none, or it is no JSON object.
+        ValueError: There is none, or it cannot be read, with the remedy.
     """
-    path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not (directory / CONFIG).exists():
         several = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))
         remedy = f", and {', '.join(several)} below it do: name {directory / several[0]}" if several else ""
-        raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}{remedy}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: fetch it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no keys: fetch it again")
-    return config
+        raise ValueError(f"{directory} holds no adapter: it has no {CONFIG}{remedy}")
+    return read_fields(directory / CONFIG)
 
 
 def base_of(config: dict[str, Any]) -> str | None:
