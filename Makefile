@@ -52,7 +52,8 @@ OPTIONAL := $(addprefix tests/,$(addprefix actors/,rollout_engines/test_engine_p
 	test_reranker_gradients.py test_seeing_classifiers.py test_tower_memory.py train_engines/test_pictures.py) \
 	$(addprefix rlflow/,algorithms/test_sequence_losses.py cli/test_cli_pictures.py data/test_data_digits.py \
 	data/test_data_image_processor.py data/test_data_image_rows.py data/test_data_new_model.py data/test_data_videos.py \
-	driver/test_driver_pictures.py driver/test_driver_sequences.py quantization/test_fitted_schemes.py \
+	driver/test_driver_pictures.py driver/test_driver_seeing_classifiers.py driver/test_driver_sequences.py \
+	quantization/test_fitted_schemes.py \
 	serving/test_serving_pictures.py))
 
 quickstart-images: .venv/optional/.complete

@@ -53,6 +53,8 @@ class Record:
     """Encoded pictures of ``messages``, in the order of their places."""
     rejected_images: tuple[bytes, ...] = ()
     """Of ``rejected``."""
+    directory: Path = Path()
+    """What paths in ``columns`` are relative to."""
 
 
 def format_of(table: Table, *, judged: bool = False) -> str:

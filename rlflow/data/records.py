@@ -89,7 +89,11 @@ def _build_rows(
         form = format_of(table, judged=judged) if guessed else source.format
         for row in table.rows:
             try:
-                record = Record(dict(row.columns)) if as_columns else to_record(row, form, vision, table.directory)
+                record = (
+                    Record(dict(row.columns), directory=table.directory)
+                    if as_columns
+                    else to_record(row, form, vision, table.directory)
+                )
                 value = build(_with_thoughts_in_text(record) if source.reasoning == "inline" else record)
             except RowError as error:
                 rows.skipped.append(BadRow(table.place, row.number, str(error)))

@@ -7,23 +7,37 @@ sentence-transformers, reads what was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError
+from rlflow.data.image_rows import IMAGE_COLUMNS, VIDEO_COLUMNS, cuts_image, place_images, take_images, with_images
 from rlflow.data.messages import from_json_text, to_message, to_messages
 from rlflow.data.sequence_format import SequenceFormat, encode_alone
 from rlflow.data.sources import kind
 from rlflow.types import Message
 
+_TEXT_ALONE = "text alone that is embedded, ranked and classified in pairs: classification sees pictures of one text"
 _MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 Words = str | list[Message]
 """A text, or a conversation of several messages."""
 Text = tuple[str, ...] | Rendered
 """What becomes one sequence: a text, a query and a document, or a conversation as the chat template writes it."""
+
+
+class Encoded(NamedTuple):
+    """A text as a sequence."""
+
+    token_ids: np.ndarray
+    """int32 [T], with all tokens that stand for its pictures."""
+    num_tokens: int
+    """Before it was cut."""
+    cuts_image: bool
+    """Whether a picture or a part of one was cut off."""
 
 
 def words_of(value: Any, name: str) -> Words:
@@ -38,7 +52,7 @@ def words_of(value: Any, name: str) -> Words:
     if isinstance(value, list):
         messages = to_messages(value, name)
         said = [message for message in messages if message["role"] != "system"]
-        if len(said) != 1:
+        if len(said) != 1 or any("images" in message for message in messages):
             return messages
         return _non_empty(" ".join(message["content"] for message in messages if message["content"]), name)
     if not isinstance(value, str):
@@ -76,14 +90,45 @@ def _listed(value: Any, name: str) -> Any:
 
 
 def alone(words: Words, chat: Chat) -> Text:
-    """One sequence of it."""
+    """One sequence of it.
+
+    Raises:
+        RowError: It shows pictures.
+    """
     if isinstance(words, str):
         return (chat.check_characters(words),)
+    _refuse_shown(words)
     return chat.render_whole(words)
 
 
+def seen(words: Words, columns: Mapping[str, Any], directory: Path, chat: Chat) -> Text:
+    """One sequence of it with the row's pictures and videos; what shows some is a conversation.
+
+    Args:
+        columns: Of the row; those of pictures are looked at.
+        directory: What relative paths of pictures are relative to.
+
+    Raises:
+        RowError: The model takes no pictures, one of them cannot be used, or there are more or fewer than places.
+    """
+    media = {name: columns[name] for name in (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if name in columns}
+    given = take_images(media, IMAGE_COLUMNS) + take_images(media, VIDEO_COLUMNS, is_video=True)
+    messages: list[Message] = [{"role": "user", "content": words}] if isinstance(words, str) else words
+    placed, images = place_images(messages, given, chat.vision, directory)
+    if not images:
+        return alone(words, chat)
+    return with_images(chat.render_whole(placed), placed, images, chat)
+
+
 def together(query: Words, document: Words, chat: Chat) -> Text:
-    """One sequence of both: two texts, or a conversation and its answer."""
+    """One sequence of both: two texts, or a conversation and its answer.
+
+    Raises:
+        RowError: One of them shows pictures.
+    """
+    for words in (query, document):
+        if not isinstance(words, str):
+            _refuse_shown(words)
     if isinstance(query, str) and isinstance(document, str):
         return (chat.check_characters(query), chat.check_characters(document))
     before: list[Message] = [{"role": "user", "content": query}] if isinstance(query, str) else query
@@ -91,22 +136,36 @@ def together(query: Words, document: Words, chat: Chat) -> Text:
     return chat.render_whole([*before, *behind])
 
 
-def encode_texts(
-    texts: Sequence[Text], chat: Chat, form: SequenceFormat, max_tokens: int
-) -> list[tuple[np.ndarray, int]]:
-    """Each text as int32 [T] of at most ``max_tokens``, and how many tokens it had before it was cut."""
+def encode_texts(texts: Sequence[Text], chat: Chat, form: SequenceFormat, max_tokens: int) -> list[Encoded]:
+    """Each text as a sequence of at most ``max_tokens``."""
     plain = list(dict.fromkeys(word for text in texts if not isinstance(text, Rendered) for word in text))
     ids = dict(zip(plain, encode_alone(chat.tokenizer, plain), strict=True))
     rendered = iter(chat.encode([text for text in texts if isinstance(text, Rendered)]))
     encoded = []
     for text in texts:
         if isinstance(text, Rendered):
-            whole = next(rendered)
-            encoded.append((whole[:max_tokens], len(whole)))
+            encoded.append(_conversation(text, next(rendered), chat, form, max_tokens))
         else:
             words = [ids[word] for word in text]
-            encoded.append((form.joined(words, max_tokens), form.num_tokens(words)))
+            encoded.append(Encoded(form.joined(words, max_tokens), form.num_tokens(words), cuts_image=False))
     return encoded
+
+
+def _conversation(text: Rendered, token_ids: np.ndarray, chat: Chat, form: SequenceFormat, max_tokens: int) -> Encoded:
+    """A conversation; of a model that sees as its processor reads one, which puts around it what stands around a text
+    unless it begins with bos itself.
+
+    Args:
+        token_ids: int32 [T], with one placeholder a picture.
+    """
+    if chat.vision is None:
+        return Encoded(token_ids[:max_tokens], len(token_ids), cuts_image=False)
+    whole = chat.vision.expand(token_ids, text.images)
+    bos = chat.tokenizer.bos_token
+    if isinstance(bos, str) and text.text.startswith(bos):
+        return Encoded(whole[:max_tokens], len(whole), cuts_image(whole, max_tokens, chat.vision))
+    room = max_tokens - form.num_tokens([whole[:0]])
+    return Encoded(form.joined([whole], max_tokens), form.num_tokens([whole]), cuts_image(whole, room, chat.vision))
 
 
 def first_of(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -114,14 +173,24 @@ def first_of(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns and columns[name] is not None and columns[name] != []), None)
 
 
-def refuse_media(columns: Mapping[str, Any]) -> None:
+def refuse_media(columns: Mapping[str, Any], *, sees: bool = False) -> None:
     """
+    Args:
+        sees: Texts are shown with pictures and videos.
+
     Raises:
-        RowError: A row has pictures, videos or sound.
+        RowError: A row has pictures, videos or sound that are not read.
     """
     bare = {name: name.removeprefix("positive_").removeprefix("negative_") for name in columns}
-    if given := [name for name in columns if bare[name] in _MEDIA and columns[name]]:
-        raise RowError(f"`{given[0]}` is not empty; only text is supported")
+    read = (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if sees else ()
+    if given := [name for name in columns if bare[name] in _MEDIA and name not in read and columns[name]]:
+        reason = "sound is not read" if "audio" in given[0] else f"it is {_TEXT_ALONE}"
+        raise RowError(f"`{given[0]}` is not empty, and {reason}")
+
+
+def _refuse_shown(messages: Sequence[Message]) -> None:
+    if any("images" in message for message in messages):
+        raise RowError(f"its messages show pictures, and it is {_TEXT_ALONE}")
 
 
 def _non_empty(text: str, name: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlflow.data.chat import Chat
 from rlflow.data.class_labels import label_of, number_of, targets_of
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.formats import FORMATS, Record
 from rlflow.data.image_processor import ImageProcessor
@@ -32,6 +33,7 @@ from rlflow.data.sequence_texts import (
     encode_texts,
     first_of,
     refuse_media,
+    seen,
     several_of,
     together,
     words_of,
@@ -69,10 +71,8 @@ class SequenceRow:
     targets: np.ndarray | None = None
     """float32 [K]: what a classifier should put out, see `rlflow.data.class_labels.targets_of`."""
 
-    @property
-    def images(self) -> tuple[bytes, ...]:
-        """None: rows with pictures are refused."""
-        return ()
+    images: tuple[bytes, ...] = ()
+    """Encoded pictures of a classified text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +95,23 @@ def load_sequences(
     """The rows of ``data.train`` as the algorithm wants them; ``skipped`` names those that were left out.
 
     Args:
-        vision: Of a model that takes pictures, which are refused here.
+        vision: Of a model that takes pictures.
 
     Raises:
         DataError: A source or too many of its rows cannot be used (a label out of range, no positive, an empty text,
-            the same document twice), rows are overlong and must not be, or the tokenizer cannot write such sequences.
+            the same document twice, pictures of what is no classified text), rows are overlong and must not be, or the
+            tokenizer cannot write such sequences.
     """
     if data.system is not None:
         raise DataError("data.system is of conversations; put it into the rows' messages, or into their texts")
-    chat, read = Chat(tokenizer, data.template_date), _READERS[algorithm.learning.data_row]
+    chat, read = Chat(tokenizer, data.template_date, vision), _READERS[algorithm.learning.data_row]
     form = format_of(tokenizer, algorithm, data.template_date)
     if isinstance(algorithm, GenerativeRerankerBlock):
         answer_ids(tokenizer, algorithm.answers)
 
     def build(record: Record) -> _Read:
-        refuse_media(record.columns)
-        return read(record.columns, algorithm, chat)
+        refuse_media(record.columns, sees=isinstance(algorithm, ClassificationBlock))
+        return read(record, algorithm, chat)
 
     rows = load_records(data.train, seed, build, as_columns=True)
     encoded = iter(encode_texts([text for row in rows for text in row.value.texts], chat, form, data.max_tokens))
@@ -118,26 +119,44 @@ def load_sequences(
     kept: Rows[SequenceRow] = Rows(skipped=rows.skipped)
     for row in rows:
         sequences = [next(encoded) for _ in row.value.texts]
-        longest = max(num_tokens for _, num_tokens in sequences)
+        longest = max(sequence.num_tokens for sequence in sequences)
         if longest > data.max_tokens and overlong.leaves_out(row, longest):
             continue
-        token_ids = tuple(ids for ids, _ in sequences)
-        kept.append(SequenceRow(row.id, token_ids, tuple(row.value.labels), row.value.targets))
+        if any(sequence.cuts_image for sequence in sequences):
+            kept.skipped.append(
+                row.bad(f"its pictures end behind {data.max_tokens:,} tokens, and a picture is not cut")
+            )
+            continue
+        token_ids = tuple(sequence.token_ids for sequence in sequences)
+        images = tuple(image for text in row.value.texts if isinstance(text, Rendered) for image in text.images)
+        kept.append(SequenceRow(row.id, token_ids, tuple(row.value.labels), row.value.targets, images))
     overlong.settle(kept)
     return kept
 
 
-def _classified(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -> _Read:
+def _classified(record: Record, algorithm: AlgorithmBlock, chat: Chat) -> _Read:
     assert isinstance(algorithm, ClassificationBlock)
+    text = classified_text(record, chat)
+    return _Read([text], [0.0], targets_of(label_of(record.columns), algorithm.classification))
+
+
+def classified_text(record: Record, chat: Chat) -> Text:
+    """What a classifier reads of a row: a text, with its pictures if it has some, or a pair of texts.
+
+    Raises:
+        RowError: There is none, or it cannot be read.
+    """
+    columns = record.columns
     words = _column(columns, TEXT, words_of)
-    name = first_of(columns, SECOND_TEXT)
-    text = alone(words, chat) if name is None else together(words, words_of(columns[name], name), chat)
-    return _Read([text], [0.0], targets_of(label_of(columns), algorithm.classification))
+    if (name := first_of(columns, SECOND_TEXT)) is None:
+        return seen(words, columns, record.directory, chat)
+    refuse_media(columns)
+    return together(words, words_of(columns[name], name), chat)
 
 
-def _related(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -> _Read:
+def _related(record: Record, algorithm: AlgorithmBlock, chat: Chat) -> _Read:
     assert isinstance(algorithm, EmbeddingBlock)
-    block = algorithm.embedding
+    block, columns = algorithm.embedding, record.columns
     anchor = _column(columns, ANCHOR, words_of)
     if block.query_prompt:
         if not isinstance(anchor, str):
@@ -163,10 +182,10 @@ def _related(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) 
     return _Read([alone(words, chat) for words in (anchor, *positives, *negatives)], labels)
 
 
-def _ranked(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -> _Read:
+def _ranked(record: Record, algorithm: AlgorithmBlock, chat: Chat) -> _Read:
     assert isinstance(algorithm, RerankerBlock)
     is_pointwise = algorithm.reranking.loss == "pointwise"
-    query, documents, worth = _documents(dict(columns), needs_positive=not is_pointwise)
+    query, documents, worth = _documents(dict(record.columns), needs_positive=not is_pointwise)
     _refuse_repeated(documents, [])
     if is_pointwise:
         worth = [_in_range(value, "label", 0.0, 1.0, None) for value in worth]
@@ -179,12 +198,12 @@ def _ranked(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -
     return _Read(texts, worth)
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], AlgorithmBlock, Chat], _Read]] = {
+_READERS: dict[str, Callable[[Record, AlgorithmBlock, Chat], _Read]] = {
     "classified": _classified,
     "related": _related,
     "ranked": _ranked,
 }
-"""An algorithm's ``data_row`` -> function of a row's columns."""
+"""An algorithm's ``data_row`` -> function of a row as its columns."""
 
 
 def _documents(columns: dict[str, Any], *, needs_positive: bool) -> tuple[Words, list[Words], list[float]]:

@@ -106,6 +106,7 @@ def sequence_units(rows: Sequence[SequenceRow], max_tokens: int) -> list[Unit]:
                 loss_weights=np.zeros(len(token_ids), dtype=np.float32),
                 label=label,
                 targets=row.targets,
+                images=row.images,
             )
             for token_ids, label in zip(row.token_ids, row.labels, strict=True)
         )

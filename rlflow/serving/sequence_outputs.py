@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from rlflow.actors.train_engines.scalar_model import ScalarModel
 from rlflow.actors.train_engines.sequence_model import load_sequence_model
 from rlflow.batching import pack
 from rlflow.data.chat import Chat
+from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.formats import Record
+from rlflow.data.image_processor import load_image_processor
 from rlflow.data.records import load_records
 from rlflow.data.sequence_format import format_of
 from rlflow.data.sequence_texts import Text, alone, encode_texts, first_of, refuse_media, several_of, together, words_of
-from rlflow.data.sequences import ANCHOR, POSITIVES, SECOND_TEXT, TEXT
+from rlflow.data.sequences import ANCHOR, POSITIVES, classified_text
 from rlflow.data.tokenizer import load_tokenizer
+from rlflow.data.videos import media_columns
 from rlflow.model_source import ModelSource
 from rlflow.recipe import AlgorithmBlock, ClassificationBlock, EmbeddingBlock, ModelBlock, RerankerBlock, SourceBlock
 from rlflow.recipe.sequence_blocks import ClassesBlock
@@ -31,6 +35,15 @@ _TOKENS = 8192
 _DOCUMENTS = ("documents", "passages", *POSITIVES)
 _PLAIN = ("text", "document", "passage")
 """Columns of what is embedded as it is; others are queries, which have the query prompt before them."""
+
+
+_Sequence = tuple[np.ndarray, tuple[bytes, ...]]
+"""Token ids int32 [T], and the pictures in them."""
+
+
+class _Row(NamedTuple):
+    columns: dict[str, Any]
+    sequences: list[_Sequence]
 
 
 def says_of_sequences(source: ModelSource) -> bool:
@@ -50,11 +63,17 @@ def outputs_of_rows(source: ModelSource, data: SourceBlock) -> Iterator[list[dic
     start = block if not source.is_adapter else block.model_copy(update={"path": source.base})
     tokenizer = load_tokenizer(block)
     day = source.recipe.data.template_date
-    chat, form = Chat(tokenizer, day), format_of(tokenizer, algorithm, day)
+    vision = load_image_processor(start.model_copy(update={"max_pixels": source.recipe.model.max_pixels}))
+    chat, form = Chat(tokenizer, day, vision), format_of(tokenizer, algorithm, day)
 
-    def build(record: Any) -> tuple[Mapping[str, Any], list[Text]]:
-        refuse_media(record.columns)
-        return record.columns, _texts(record.columns, algorithm, chat)
+    def build(record: Record) -> _Row:
+        texts = _texts(record, algorithm, chat)
+        sequences = encode_texts(texts, chat, form, longest)
+        if any(sequence.cuts_image for sequence in sequences):
+            raise RowError(f"its pictures end behind {longest:,} tokens, and a picture is not cut")
+        images = [text.images if isinstance(text, Rendered) else () for text in texts]
+        columns = record.columns | media_columns([image for of_text in images for image in of_text])
+        return _Row(columns, [*zip((sequence.token_ids for sequence in sequences), images, strict=True)])
 
     rows = load_records(data, 0, build, as_columns=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,29 +85,29 @@ def outputs_of_rows(source: ModelSource, data: SourceBlock) -> Iterator[list[dic
         raise DataError(f"{source.path}: {error}") from error
     for start in range(0, len(rows), _CHUNK):
         part = [row.value for row in rows[start : start + _CHUNK]]
-        encoded = encode_texts([text for _, texts in part for text in texts], chat, form, longest)
-        said = iter(_outputs(module, [ids for ids, _ in encoded], device))
-        yield [{**columns, **_said(np.stack([next(said) for _ in texts]), algorithm)} for columns, texts in part]
+        said = iter(_outputs(module, [sequence for row in part for sequence in row.sequences], device))
+        yield [row.columns | _said(np.stack([next(said) for _ in row.sequences]), algorithm) for row in part]
 
 
-def _texts(columns: Mapping[str, Any], algorithm: AlgorithmBlock, chat: Chat) -> list[Text]:
+def _texts(record: Record, algorithm: AlgorithmBlock, chat: Chat) -> list[Text]:
     """
     Raises:
-        RowError: A column is missing.
+        RowError: A column is missing, or shows pictures that are not read.
     """
+    columns, is_classified = record.columns, isinstance(algorithm, ClassificationBlock)
+    refuse_media(columns, sees=is_classified)
+    if is_classified:
+        return [classified_text(record, chat)]
     if isinstance(algorithm, RerankerBlock):
         query, documents = _named(columns, ANCHOR), _named(columns, _DOCUMENTS)
         words = words_of(columns[query], query)
         return [together(words, document, chat) for document in several_of(columns[documents], documents)]
-    if isinstance(algorithm, EmbeddingBlock):
-        name = _named(columns, (*_PLAIN, *ANCHOR))
-        words = words_of(columns[name], name)
-        if name not in _PLAIN and isinstance(words, str):
-            words = algorithm.embedding.query_prompt + words
-        return [alone(words, chat)]
-    name, second = _named(columns, TEXT), first_of(columns, SECOND_TEXT)
+    assert isinstance(algorithm, EmbeddingBlock)
+    name = _named(columns, (*_PLAIN, *ANCHOR))
     words = words_of(columns[name], name)
-    return [alone(words, chat) if second is None else together(words, words_of(columns[second], second), chat)]
+    if name not in _PLAIN and isinstance(words, str):
+        words = algorithm.embedding.query_prompt + words
+    return [alone(words, chat)]
 
 
 def _named(columns: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -98,8 +117,11 @@ def _named(columns: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _outputs(module: ScalarModel, sequences: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-    samples = [Sample(ids, np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.float32)) for ids in sequences]
+def _outputs(module: ScalarModel, sequences: Sequence[_Sequence], device: torch.device) -> list[np.ndarray]:
+    samples = [
+        Sample(ids, np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.float32), images=images)
+        for ids, images in sequences
+    ]
     found: list[Any] = [None] * len(samples)
     for micro_batch in pack(samples, max_tokens=_TOKENS, num_ranks=1)[0]:
         outputs = module(micro_batch, device, "scores").cpu().numpy()

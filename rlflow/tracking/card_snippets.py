@@ -86,10 +86,13 @@ processor = AutoProcessor.from_pretrained(path)
 # {code}
 model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto"{trusted})
 content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is this?"}}]
-answer = [{{"type": "text", "text": "A sign"}}]
-conversation = [{{"role": "user", "content": content}}, {{"role": "assistant", "content": answer}}]
+{conversation}
 inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
-print(model(**inputs).logits[0, 0].item())"""
+{answer}"""
+SCORED_ANSWER = """\
+answer = [{"type": "text", "text": "A sign"}]
+conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]"""
+CLASSIFIED = 'conversation = [{"role": "user", "content": content}]'
 OWN_CODE = "transformers has no classifier of this architecture: its class is the code beside the weights"
 
 CLASSIFY = """\
@@ -160,6 +163,9 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     """Markdown with code for what the directory holds: a policy, an adapter or a reward model."""
     objective = ALGORITHMS[recipe["algorithm"]["name"]].objective
     if objective in OF_SEQUENCES:
+        if objective == "classification" and _reads_pictures(directory):
+            logits = "print(dict(zip(model.config.id2label.values(), model(**inputs).logits[0].tolist())))"
+            return _code("python", _with_pictures(directory, CLASSIFIED, logits))
         return _code("python", OF_SEQUENCES[objective][2].format(here=HERE))
     if is_reward_model(directory):
         return "\n\n".join([_code("python", _score(directory)), "In a recipe of rlflow:", _code("yaml", SCORE_RECIPE)])
@@ -170,7 +176,7 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     generate = GENERATE.format(prompt=prompt, max_new_tokens=max_new_tokens)
     values: dict[str, Any] = {"here": HERE, "generate": generate, "call": call, "max_new_tokens": max_new_tokens}
     model, adapter, vllm, vllm_adapter = MODEL, ADAPTER, VLLM, VLLM_ADAPTER
-    if has_template and sees_pictures(directory):
+    if _reads_pictures(directory):
         model, adapter = MODEL_OF_PICTURES, ADAPTER_OF_PICTURES
         vllm, vllm_adapter = (f"from PIL import Image\n{text}" for text in (VLLM, VLLM_ADAPTER))
         values |= {"generate": GENERATE_FROM_PICTURES.format(**values), "call": CHAT_OF_PICTURES}
@@ -221,12 +227,22 @@ def is_reward_model(directory: Path) -> bool:
 
 
 def _score(directory: Path) -> str:
-    if sees_pictures(directory) and _has_chat_template(directory):
-        is_own = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        trusted, code = (", trust_remote_code=True", OWN_CODE) if is_own else ("", "as transformers has it")
-        return SCORE_WITH_PICTURES.format(here=HERE, trusted=trusted, code=code)
+    if _reads_pictures(directory):
+        return _with_pictures(directory, SCORED_ANSWER, "print(model(**inputs).logits[0, 0].item())")
     plain = 'conversation = "Hello" + "Hello you"'
     return SCORE.format(here=HERE, conversation=CONVERSATION if _has_chat_template(directory) else plain)
+
+
+def _with_pictures(directory: Path, conversation: str, answer: str) -> str:
+    """Code for a classifier that sees."""
+    path = directory / "config.json"
+    is_own = path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    trusted, code = (", trust_remote_code=True", OWN_CODE) if is_own else ("", "as transformers has it")
+    return SCORE_WITH_PICTURES.format(here=HERE, trusted=trusted, code=code, conversation=conversation, answer=answer)
+
+
+def _reads_pictures(directory: Path) -> bool:
+    return sees_pictures(directory) and _has_chat_template(directory)
 
 
 def _has_chat_template(directory: Path) -> bool:

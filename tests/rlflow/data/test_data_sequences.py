@@ -17,6 +17,8 @@ from rlflow.recipe import Recipe, SourceBlock, algorithm_of
 END = "<|im_end|>"
 CLASSES = {"classification": {"labels": ["bad", "good"]}}
 NUMBER = {"classification": {"problem": "regression"}}
+SHOWN: list[Any] = [{"type": "image", "image": "a.png"}]
+SHOWN_ALONE: list[Any] = [{"role": "user", "content": SHOWN}]
 NEAR = {"embedding": {"loss": "contrastive"}}
 
 
@@ -133,7 +135,10 @@ def test_what_is_cut_keeps_its_end(make_data, tokenizer):
         ("classification", CLASSES, {"text": "Hi"}, "it has no `label`"),
         ("classification", CLASSES, {"text": " ", "label": 0}, "`text` is empty"),
         ("classification", CLASSES, {"messages": user(""), "label": 0}, "is empty"),
-        ("classification", CLASSES, {"text": "Hi", "label": 0, "images": ["a.png"]}, "only text is supported"),
+        ("classification", CLASSES, {"text": "Hi", "label": 0, "images": ["a.png"]}, "takes text alone"),
+        ("embedding", {}, {"anchor": "q", "positive": "p", "positive_images": ["a.png"]}, "embedded"),
+        ("embedding", {}, {"anchor": "q", "positive": [SHOWN_ALONE]}, "show pictures"),
+        ("reranker", {}, {"query": SHOWN_ALONE, "positive": "p", "negative": "n"}, "show pictures"),
         ("classification", NUMBER, {"text": "Hi", "label": "nan"}, "not a finite"),
         ("embedding", {}, {"anchor": "q"}, "it has none of the columns positive_messages"),
         ("embedding", {}, {"anchor": "q", "positive": ""}, "`positive` is empty"),
