@@ -18,11 +18,12 @@ weights wait until they have ended, and nothing new is begun meanwhile."""
 
 
 @dataclass(slots=True)
-class RunningGroup:
-    """A group under way."""
+class EngineGroup:
+    """A group under way, or done."""
 
     request: GroupRequest
     completions: list[Completion | PlayedEpisode | None]
+    """In the order of the request's seeds; None of those that have not ended."""
     samples: list[int]
     """The engine's id of each."""
 
@@ -44,13 +45,6 @@ class WaitingUpdate:
     load: Callable[[], None]
     futures: list[Future[None]]
     """Of these, and of older ones that wait no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedGroup:
-    request: GroupRequest
-    completions: tuple[Completion | PlayedEpisode, ...]
-    """In the order of the request's seeds."""
 
 
 @dataclass(slots=True)

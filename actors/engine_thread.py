@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlflow.actors.engine_groups import EngineCounts, FinishedGroup, RunningAtUpdate, RunningGroup, WaitingUpdate
+from rlflow.actors.engine_groups import EngineCounts, EngineGroup, RunningAtUpdate, WaitingUpdate
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 from rlflow.tracking.spans import WAIT
 from rlflow.types import Completion, GroupRequest, SampleRequest
@@ -52,13 +52,13 @@ class EngineThread:
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._held: list[GroupRequest] = []
         """Groups that wait for weights."""
-        self._groups: dict[int, RunningGroup] = {}
+        self._groups: dict[int, EngineGroup] = {}
         self._place_of: dict[int, tuple[int, int]] = {}
         """Sample -> its group, and its index there."""
         self._away: set[int] = set()
         """Samples whose environment speaks: they have nothing in the engine."""
         self._sample_ids = itertools.count()
-        self._finished: deque[FinishedGroup] = deque()
+        self._finished: deque[EngineGroup] = deque()
         self._update: WaitingUpdate | None = None
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
@@ -119,7 +119,7 @@ class EngineThread:
         """Whether more could be generated at the same time."""
         return self.engine.num_running + self.engine.num_waiting + self.num_held < self.max_num_seqs
 
-    def take_finished(self, most: int, timeout_s: float, *, wants_room: bool = False) -> list[FinishedGroup]:
+    def take_finished(self, most: int, timeout_s: float, *, wants_room: bool = False) -> list[EngineGroup]:
         """Up to ``most`` groups that are done, as soon as there is one; none when the time is up, or at `hurry`.
 
         Args:
@@ -229,7 +229,7 @@ class EngineThread:
         self._note("generate", started, ended)
         for completion in completions:
             self.counts.tokens += len(completion.token_ids)
-            if self._groups[self._place_of[completion.id][0]].request.prompt is None:
+            if self._groups[self._place_of[completion.id][0]].request.limits is None:
                 self._end(completion.id, completion)
             else:
                 assert self.episodes is not None
@@ -247,9 +247,8 @@ class EngineThread:
         if not group.is_done:
             return
         del self._groups[group_id]
-        done = tuple(completion for completion in group.completions if completion is not None)
         with self._changed:
-            self._finished.append(FinishedGroup(group.request, done))
+            self._finished.append(group)
             self._changed.notify_all()
 
     def _go_on(self, sample: SampleRequest) -> None:
@@ -269,18 +268,13 @@ class EngineThread:
         groups = []
         for request in ready:
             ids = [next(self._sample_ids) for _ in request.seeds]
-            groups.append(RunningGroup(request, [None] * len(ids), ids))
-            if request.prompt is not None:
+            groups.append(EngineGroup(request, [None] * len(ids), ids))
+            if request.limits is not None:
                 continue
+            prompt = request.prompt
+            of_prompt = (prompt.images, prompt.engine_token_ids)
             samples += [
-                SampleRequest(
-                    id,
-                    request.token_ids,
-                    seed,
-                    request.params_of(index),
-                    request.images,
-                    request.engine_token_ids,
-                )
+                SampleRequest(id, prompt.token_ids, seed, request.params_of(index), *of_prompt)
                 for index, (id, seed) in enumerate(zip(ids, request.seeds, strict=True))
             ]
         if samples:
@@ -288,7 +282,7 @@ class EngineThread:
         for group in groups:
             self._groups[group.request.id] = group
             self._place_of |= {id: (group.request.id, index) for index, id in enumerate(group.samples)}
-            if group.request.prompt is not None:
+            if group.request.limits is not None:
                 assert self.episodes is not None, "an episode where there is no environment"
                 self._away.update(group.samples)
                 request = group.request
@@ -307,7 +301,7 @@ class EngineThread:
         for group_id in gone & self._groups.keys():
             group = self._groups.pop(group_id)
             left = group.unfinished
-            if group.request.prompt is not None and self.episodes is not None:
+            if group.request.limits is not None and self.episodes is not None:
                 self.episodes.forget(left)
             samples += [id for id in left if id not in self._away]
             self._away.difference_update(left)

@@ -182,11 +182,11 @@ class _Play:
     """One episode on its way."""
 
     def __init__(self, episodes: Episodes, pool: EnvironmentPool, id: int, request: GroupRequest, seed: int) -> None:
-        assert request.prompt is not None and request.limits is not None
+        assert request.limits is not None
         self.episodes, self.pool, self.id, self.request, self.seed = episodes, pool, id, request, seed
         self.prompt, self.limits = request.prompt, request.limits
-        images, engine_token_ids = request.images, request.engine_token_ids
-        self.transcript = self._transcript(self.prompt.messages, request.token_ids, images, engine_token_ids)
+        prompt = self.prompt
+        self.transcript = self._transcript(prompt.messages, prompt.token_ids, prompt.images, prompt.engine_token_ids)
         self.began_with: tuple[Message, ...] | None = None
         self.started = math.inf
         self.reward, self.environment_s, self.error = 0.0, 0.0, ""
@@ -307,7 +307,7 @@ class _Play:
         if messages and messages[0]["role"] != "system":
             messages = [*system, *messages]
         chat = self.episodes.chat
-        messages, images = keep_places(messages, self.request.images)
+        messages, images = keep_places(messages, prompt.images)
         messages = self._defused(messages)
         rendered = with_images(chat.render_prompt(messages, list(prompt.tools) or None), messages, images, chat)
         (token_ids,), engine_token_ids = chat.encode([rendered]), None

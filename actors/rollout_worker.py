@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlflow.actors.completion_texts import decode_completions
-from rlflow.actors.engine_groups import FinishedGroup, RunningAtUpdate
+from rlflow.actors.engine_groups import EngineGroup, RunningAtUpdate
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
@@ -215,7 +215,7 @@ class RolloutWorker:
             self.engine.episodes.close()
         self.engine.close()
 
-    def _batch(self, groups: Sequence[FinishedGroup]) -> RolloutBatch:
+    def _batch(self, groups: Sequence[EngineGroup]) -> RolloutBatch:
         batch = pack_groups(groups, self.tokenizer)
         longest = [group.request.max_sampled_tokens for group in groups for _ in group.completions]
         problem = layout_problem(batch, np.array(longest)) or token_problem(batch, self.is_token)
@@ -226,14 +226,14 @@ class RolloutWorker:
         return batch
 
 
-def pack_groups(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
+def pack_groups(groups: Sequence[EngineGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
     """Prompts and completions, or episodes, end to end."""
     if any(isinstance(made, PlayedEpisode) for group in groups for made in group.completions):
         return pack_episodes(groups, tokenizer)
     rows = [
         (g.request, completion) for g in groups for completion in g.completions if isinstance(completion, Completion)
     ]
-    prompts = [request.token_ids for request, _ in rows]
+    prompts = [request.prompt.token_ids for request, _ in rows]
     written = [completion.token_ids for _, completion in rows]
     lengths = np.array([part for prompt, c in zip(prompts, written, strict=True) for part in (len(prompt), len(c))])
     is_sampled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
@@ -255,7 +255,7 @@ def pack_groups(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerF
     )
 
 
-def pack_episodes(groups: Sequence[FinishedGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
+def pack_episodes(groups: Sequence[EngineGroup], tokenizer: PreTrainedTokenizerFast) -> RolloutBatch:
     """Episodes, end to end."""
     rows = [(group.request, made) for group in groups for made in group.completions if isinstance(made, PlayedEpisode)]
     episodes = [episode for _, episode in rows]

@@ -105,7 +105,7 @@ def measure(kind: str, file: Path, sleeps: np.ndarray) -> list[dict[str, float]]
 
     def request(number: int, seconds: Sequence[float]) -> GroupRequest:
         prompt = Prompt("p", token_ids, messages, {"seconds": list(seconds)}, tools=tools)
-        return GroupRequest(number, token_ids, (number,), params, prompt=prompt, limits=limits)
+        return GroupRequest(number, prompt, (number,), params, limits=limits)
 
     thread = EngineThread(engine, num_episodes)
     thread.episodes = Episodes(

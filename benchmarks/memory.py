@@ -27,7 +27,7 @@ import numpy as np
 from rlflow.actors.host_memory import allocator_environment
 from rlflow.planning import make_plans
 from rlflow.recipe import Recipe, load_recipe
-from rlflow.types import Denominators, GroupRequest, MicroBatch, Sample, SamplingParams
+from rlflow.types import Denominators, GroupRequest, MicroBatch, Prompt, Sample, SamplingParams
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -239,7 +239,7 @@ def generate(recipe: Recipe, peaks: Peaks) -> None:
     rng = np.random.default_rng(0)
     lengths = [recipe.data.max_prompt_tokens - i % 2 for i in range(recipe.data.prompts_per_step)]
     seeds = [tuple(range(GROUP * i, GROUP * i + GROUP)) for i in range(len(lengths))]
-    prompts = [rng.integers(5, 1000, length).astype(np.int32) for length in lengths]
+    prompts = [Prompt(str(i), rng.integers(5, 1000, n).astype(np.int32), (), {}) for i, n in enumerate(lengths)]
     params = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
     worker.submit([GroupRequest(i, *group, params) for i, group in enumerate(zip(prompts, seeds, strict=True))])
     left = len(prompts)

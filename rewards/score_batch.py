@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rlflow.types import Episode, Prompt
+from rlflow.types import Episode, Group, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,16 @@ class GroupTexts:
     """int32 [C] of each rollout, as bytes: a hundred times cheaper to move than a list."""
     episodes: tuple[Episode, ...] = ()
     """Of each rollout; none where every rollout is one completion."""
+
+    @classmethod
+    def of(cls, group: Group) -> GroupTexts:
+        rollouts = group.rollouts
+        return cls(
+            group.prompt,
+            tuple(rollout.text for rollout in rollouts),
+            tuple(rollout.completion_ids.tobytes() for rollout in rollouts),
+            tuple(rollout.episode for rollout in rollouts if rollout.episode is not None),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +46,18 @@ class ScoreBatch:
     errors: tuple[str, ...]
     """One sentence a cause, at most a handful: function, first row, how many more, what happened."""
     seconds: float
+    """That the call took."""
+
+    def split(self, sizes: Sequence[int]) -> Iterator[ScoreBatch]:
+        """The scores of each group, of so many rows; what is said of all of them stays with the first."""
+        first = 0
+        for size in sizes:
+            rows = range(first, first + size)
+            yield ScoreBatch(
+                {label: values[first : rows.stop] for label, values in self.rewards.items()},
+                {label: values[first : rows.stop] for label, values in self.failed.items()},
+                {row - first: self.causes[row] for row in rows if row in self.causes},
+                self.errors if first == 0 else (),
+                self.seconds,
+            )
+            first = rows.stop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import get_args
 
 import numpy as np
@@ -116,16 +116,18 @@ def request_problem(batch: RolloutBatch, requests: Sequence[GroupRequest | None]
         requests: Of its groups, in their order; None for one that is not looked at.
         newest: Version of the newest weights that any worker was given.
     """
-    for index, (request, size, first) in enumerate(zip(requests, batch.sizes, batch.first_rows, strict=False)):
+    ends = accumulate(batch.sizes)
+    for index, (request, size, end_row) in enumerate(zip(requests, batch.sizes, ends, strict=False)):
         if request is None:
             continue
         if size != len(request.seeds):
             return f"group {index} has {size} rollouts for {len(request.seeds)} seeds"
-        for row in range(first, first + size):
+        for row in range(end_row - size, end_row):
             start, end = batch.offsets[row], batch.offsets[row + 1]
-            prompt = batch.token_ids[start : start + len(request.token_ids)]
+            asked = request.prompt.token_ids
+            prompt = batch.token_ids[start : start + len(asked)]
             own_prompt = bool(batch.episodes) and batch.episodes[row].prompt is not None
-            if not own_prompt and not np.array_equal(prompt, request.token_ids):
+            if not own_prompt and not np.array_equal(prompt, asked):
                 return f"row {row} goes on from another prompt than the one that it was asked for"
             version = batch.versions[start:end].max()
             if version > newest:

@@ -83,37 +83,46 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
-    """One prompt that a worker is asked for, and the seeds of its rollouts: one for each seed."""
+    """One prompt that rollouts are asked for, one for each seed, and how they are drawn and scored."""
 
     id: int
     """Of no other group of the run."""
-    token_ids: np.ndarray
-    """int32 [P]: the prompt."""
+    prompt: Prompt
     seeds: tuple[int, ...]
     """One unsigned 63-bit seed a rollout; the same seed gives the same rollout."""
     params: SamplingParams
+    epoch: int = 0
+    limits: Limits | None = None
+    """Of rollouts in an environment; None where a completion is a rollout."""
     min_version: int = 0
     """It is not begun with older weights."""
-    prompt: Prompt | None = None
-    """Of rollouts in an environment: what ``token_ids`` are of. None where a completion is a rollout."""
-    limits: Limits | None = None
-    """Of rollouts in an environment, too."""
-    images: tuple[bytes, ...] = ()
-    """The prompt's pictures."""
-    engine_token_ids: np.ndarray | None = None
-    """The prompt's; None without pictures."""
     num_greedy: int = 0
     """Of the last of its rollouts: they are drawn greedily."""
+    labels: tuple[str, ...] = ()
+    """Of the reward functions that score it."""
+    priority: tuple[int, ...] = ()
+    """Lower comes first where there is no room for all."""
+    is_pinned: bool = False
+    """It belongs to one worker, and is asked for again together with all that was asked of it then: so the same
+    completions are batched with each other, and have the same bits."""
 
     def params_of(self, index: int) -> SamplingParams:
         """How its rollout ``index`` is drawn."""
-        is_greedy = index >= len(self.seeds) - self.num_greedy
-        return replace(self.params, temperature=0.0) if is_greedy else self.params
+        return replace(self.params, temperature=0.0) if self.is_greedy(index) else self.params
+
+    def is_greedy(self, index: int) -> bool:
+        return index >= len(self.seeds) - self.num_greedy
 
     @property
     def max_sampled_tokens(self) -> int:
         """The most that the policy writes in one rollout."""
         return self.params.max_new_tokens if self.limits is None else self.limits.max_tokens
+
+    def to_send(self) -> GroupRequest:
+        """Itself, without what an engine does not read of the prompt: an environment reads all of it."""
+        if self.limits is not None:
+            return self
+        return replace(self, prompt=replace(self.prompt, messages=(), columns={}, tools=()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +209,6 @@ class RolloutBatch:
     episodes: tuple[Episode, ...] = ()
     """Of each rollout; none where every rollout is one completion."""
 
-    @property
-    def first_rows(self) -> np.ndarray:
-        """int64 [groups + 1]: group g has the rollouts ``[first_rows[g]:first_rows[g + 1]]``."""
-        return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -220,9 +224,9 @@ class Rollout:
     """int32 [T]: of the weights that sampled each token; -1 where the policy wrote nothing."""
     finish_reason: RolloutEnd
     text: str
-    rewards: Mapping[str, float]
+    rewards: Mapping[str, float] = field(default_factory=dict)
     """By function; NaN where the function abstained or failed."""
-    reward: float
+    reward: float = float("nan")
     """Weighted sum; NaN when the rollout is unscored (masked, and left out of the group's baseline)."""
     error: str = ""
     """Which reward functions failed on it, and why; empty when none did."""
@@ -260,6 +264,11 @@ class Group:
     def rewards(self) -> np.ndarray:
         """float32 [G]."""
         return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled any of its tokens."""
+        return min(int(rollout.versions[rollout.is_sampled].min()) for rollout in self.rollouts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,27 +16,16 @@ from rlflow.data.formats import Record, with_system
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import with_images
 from rlflow.data.overlong import Overlong
-from rlflow.data.records import Loaded, load_records
+from rlflow.data.records import load_records
 from rlflow.data.shorten import shorten_prompt, shorten_text
 from rlflow.recipe.data_blocks import DataBlock, SourceBlock
-from rlflow.types import Message, Prompt
+from rlflow.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 THOUGHT_BEGINS = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\])\s*\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A row on its way to a Prompt."""
-
-    rendered: Rendered
-    messages: Sequence[Message]
-    columns: Mapping[str, Any]
-    tools: list[Any] | None = None
-    is_text: bool = False
 
 
 def load_prompts(
@@ -73,7 +62,7 @@ def load_prompts(
     """
     chat = Chat(tokenizer, data.template_date, vision)
 
-    def build(record: Record) -> _Question:
+    def build(record: Record) -> tuple[Record, Rendered]:
         if problem := reject(record.columns):
             raise RowError(problem)
         if in_turns:
@@ -83,30 +72,28 @@ def load_prompts(
     rows = load_records(sources, seed, build, vision=vision)
     overlong = Overlong("max_prompt_tokens", data.max_prompt_tokens, data.overlong)
     prompts: Rows[Prompt] = Rows(skipped=rows.skipped)
-    for row, engine_token_ids in zip(rows, chat.encode([row.value.rendered for row in rows]), strict=True):
-        messages, images = row.value.messages, row.value.rendered.images
+    for row, engine_token_ids in zip(rows, chat.encode([row.value[1] for row in rows]), strict=True):
+        asked, rendered = row.value
+        images = rendered.images
         token_ids = engine_token_ids if vision is None or not images else vision.expand(engine_token_ids, images)
         if len(token_ids) > data.max_prompt_tokens:
             if overlong.leaves_out(row, len(token_ids)):
                 continue
             try:
-                token_ids, messages = _shorten(row.value, token_ids, data.max_prompt_tokens, chat)
+                token_ids, asked = _shorten(asked, rendered, token_ids, data.max_prompt_tokens, chat)
             except RowError as error:
                 prompts.skipped.append(row.bad(str(error)))
                 continue
-        prompts.append(_prompt(row, token_ids, messages, engine_token_ids))
-        prompts.notes.extend(row.bad(note) for note in row.value.rendered.notes)
+        prompts.append(_prompt(row.id, asked, rendered, token_ids, engine_token_ids))
+        prompts.notes.extend(row.bad(note) for note in rendered.notes)
     overlong.settle(prompts)
     return prompts
 
 
-def _prompt(
-    row: Loaded[_Question], token_ids: np.ndarray, messages: Sequence[Message], engine_token_ids: np.ndarray
-) -> Prompt:
-    question = row.value
-    images, opened = question.rendered.images, opened_tag(question.rendered.text)
+def _prompt(id: str, asked: Record, rendered: Rendered, token_ids: np.ndarray, engine_token_ids: np.ndarray) -> Prompt:
+    images, opened, tools = rendered.images, opened_tag(rendered.text), tuple(asked.tools or ())
     given = engine_token_ids if images else None
-    return Prompt(row.id, token_ids, messages, question.columns, opened, tuple(question.tools or ()), images, given)
+    return Prompt(id, token_ids, asked.messages, asked.columns, opened, tools, images, given)
 
 
 def opened_tag(text: str) -> str:
@@ -127,11 +114,12 @@ def require_chat(record: Record) -> None:
         )
 
 
-def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -> _Question:
+def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -> tuple[Record, Rendered]:
+    """What is asked of a row, and how it is written."""
     if record.text is not None:
         messages = [{"role": "user", "content": record.text}]
         rendered = with_images(chat.render_text(record.text, complete=False), messages, (), chat)
-        return _Question(rendered, messages, record.columns, is_text=True)
+        return replace(record, messages=messages, tools=None), rendered
     messages, columns = list(record.messages), record.columns
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()
@@ -141,21 +129,22 @@ def _render(record: Record, data: DataBlock, chat: Chat, tools: Sequence[Any]) -
     messages = with_system(messages, data.system)
     described = [*tools, *(record.tools or ())] or None
     rendered = with_images(chat.render_prompt(messages, described), messages, record.images, chat)
-    return _Question(rendered, messages, columns, described)
+    return replace(record, messages=messages, columns=columns, tools=described), rendered
 
 
 def _shorten(
-    question: _Question, token_ids: np.ndarray, limit: int, chat: Chat
-) -> tuple[np.ndarray, Sequence[Message]]:
+    asked: Record, rendered: Rendered, token_ids: np.ndarray, limit: int, chat: Chat
+) -> tuple[np.ndarray, Record]:
     """
     Raises:
-        RowError: The question cannot be cut.
+        RowError: It cannot be cut.
     """
-    if question.rendered.images:
+    if rendered.images:
         raise RowError(f"{len(token_ids):,} tokens, and a prompt with pictures is not cut")
-    if question.is_text:
-        return shorten_text(token_ids, limit, chat.tokenizer.bos_token_id), question.messages
+    if asked.text is not None:
+        return shorten_text(token_ids, limit, chat.tokenizer.bos_token_id), asked
     try:
-        return shorten_prompt(chat, question.messages, question.tools, limit)
+        token_ids, messages = shorten_prompt(chat, asked.messages, asked.tools, limit)
     except RowError as error:
         raise RowError(f"cannot be cut to {limit:,} tokens: {error}") from error
+    return token_ids, replace(asked, messages=messages)

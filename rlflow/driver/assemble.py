@@ -11,11 +11,11 @@ import numpy as np
 
 from rlflow.algorithms.advantages import combine_rewards, has_signal, soft_overlong_penalty, token_advantages
 from rlflow.algorithms.kl_reward import LOG_RATIO_BOUND, kl_penalty, policy_logprobs
-from rlflow.driver.jobs import ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock
 from rlflow.recipe.distill_blocks import AdvantageDistillBlock, Distill
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.episodes import Episode, Episodes
-from rlflow.types import Group, Prompt, Rollout, RolloutEnd, Sample
+from rlflow.types import Group, GroupRequest, Prompt, Rollout, RolloutBatch, RolloutEnd, Sample
 
 T = TypeVar("T")
 ENDINGS: tuple[RolloutEnd, ...] = ("stop", "length", "turns", "time")
@@ -76,13 +76,13 @@ class Batch:
         return [of_samples[start:end] for start, end in pairwise(self.first_samples.tolist())]
 
 
-def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock) -> Group:
-    """A group as it was generated and scored; rewards combined by their weights, 0 where there are none."""
-    batch, job = scored.generated.batch, scored.job
-    by_function, combined = _combined(scored, rewards, algorithm) if rewards else ([], _unrewarded(scored))
-    rollouts, first_greedy = [], len(job.request.seeds) - job.request.num_greedy
-    for g, row in enumerate(scored.generated.rows):
-        tokens = slice(batch.offsets[row], batch.offsets[row + 1])
+def unscored_group(request: GroupRequest, batch: RolloutBatch, index: int) -> Group:
+    """The group ``index`` of a batch, which came of this request."""
+    first = sum(batch.sizes[:index])
+    offsets = batch.offsets[first : first + batch.sizes[index] + 1].tolist()
+    rollouts = []
+    for g, (start, end) in enumerate(pairwise(offsets)):
+        row, tokens = first + g, slice(start, end)
         rollouts.append(
             Rollout(
                 token_ids=batch.token_ids[tokens],
@@ -91,22 +91,34 @@ def build_group(scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: 
                 versions=batch.versions[tokens],
                 finish_reason=batch.finish_reasons[row],
                 text=batch.texts[row],
-                rewards={block.label: float(by_function[k][g]) for k, block in enumerate(rewards)},
-                reward=float(combined[g]),
-                error=scored.causes[g],
                 episode=batch.episodes[row] if batch.episodes else None,
-                is_baseline=g >= first_greedy,
+                is_baseline=request.is_greedy(g),
             )
         )
-    return Group(job.prompt, job.epoch, tuple(rollouts))
+    return Group(request.prompt, request.epoch, tuple(rollouts))
+
+
+def scored_group(group: Group, scores: ScoreBatch, rewards: Sequence[RewardBlock], algorithm: OnlineBlock) -> Group:
+    """The group with its rewards, combined by their weights; 0 where there are none."""
+    by_function, combined = _combined(scores, rewards, algorithm) if rewards else ([], _unrewarded(group))
+    rollouts = [
+        replace(
+            rollout,
+            rewards={block.label: float(by_function[k][g]) for k, block in enumerate(rewards)},
+            reward=float(combined[g]),
+            error=scores.causes.get(g, ""),
+        )
+        for g, rollout in enumerate(group.rollouts)
+    ]
+    return replace(group, rollouts=tuple(rollouts))
 
 
 def _combined(
-    scored: ScoredGroup, rewards: Sequence[RewardBlock], algorithm: OnlineBlock
+    scores: ScoreBatch, rewards: Sequence[RewardBlock], algorithm: OnlineBlock
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards by function, and together: float [K, G] and [G]."""
-    by_function = np.stack([scored.rewards[block.label] for block in rewards])
-    failed = np.stack([scored.failed[block.label] for block in rewards])
+    by_function = np.stack([scores.rewards[block.label] for block in rewards])
+    failed = np.stack([scores.failed[block.label] for block in rewards])
     weights = np.array([block.weight for block in rewards])
     scaling = algorithm.groups.reward_scaling
     # What is normalised over the batch waits until all of it is there.
@@ -116,10 +128,9 @@ def _combined(
     return by_function, combined
 
 
-def _unrewarded(scored: ScoredGroup) -> np.ndarray:
+def _unrewarded(group: Group) -> np.ndarray:
     """float [G]: 0, and NaN where an environment failed, whose rollouts are not trained."""
-    episodes = scored.generated.batch.episodes
-    failed = [bool(episodes[row].error) if episodes else False for row in scored.generated.rows]
+    failed = [rollout.episode is not None and bool(rollout.episode.error) for rollout in group.rollouts]
     return np.where(failed, np.nan, 0.0)
 
 

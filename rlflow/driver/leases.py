@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlflow.actors.rollout_worker import WorkerStatus
-from rlflow.driver.jobs import Job
+from rlflow.types import GroupRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Member:
     rank: int
     incarnation: int = 0
     """How often it was started again."""
-    leases: dict[int, Job] = field(default_factory=dict)
+    leases: dict[int, GroupRequest] = field(default_factory=dict)
     """What it was asked for and has not given back, by group."""
     leased_at: dict[int, float] = field(default_factory=dict)
-    round: list[Job] = field(default_factory=list)
+    round: list[GroupRequest] = field(default_factory=list)
     """All pinned groups that it was asked for last, given back or not; none once it has given back all."""
     heard_at: float = field(default_factory=time.monotonic)
     is_up: bool = False
@@ -51,7 +51,7 @@ class Member:
         """Takes a group from what it was asked for. Returns when it was asked for that, if it was."""
         self.leases.pop(group_id, None)
         if not self.leases:
-            # Who made the jobs keeps what came of them.
+            # Who asked for them keeps what came of them.
             self.round = []
         return self.leased_at.pop(group_id, None)
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import comb
 
 import numpy as np
 
 from rlflow.driver.errors import RunError
 from rlflow.driver.evaluation import Evaluation
-from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.rollout_report import listed
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import EvaluationBlock, RewardBlock
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.tracker import Tracker
-from rlflow.types import GroupRequest, Limits, Prompt, SamplingParams
+from rlflow.types import Group, GroupRequest, Limits, Prompt, SamplingParams
 
 
 class PassEvaluator:
@@ -43,8 +42,8 @@ class PassEvaluator:
         """
         self.pool, self.seed, self.block, self.prompts, self.tracker = pool, seed, block, prompts, tracker
         self.reward, self.limits, self.is_pinned = reward.label, limits, is_pinned
-        self._arrived: dict[int, ScoredGroup] | None = None
-        """By prompt, while it is under way."""
+        self._arrived: dict[int, tuple[Group, ScoreBatch]] | None = None
+        """By id of the request, which are in the order of the prompts, while it is under way."""
         self._version = -1
         self.metric = f"eval/{block.name}/pass@1"
         self.params = replace(
@@ -72,11 +71,11 @@ class PassEvaluator:
         """
         num_samples, num_prompts = self.block.samples, len(self.prompts)
         groups = self._generate()
-        passed_P = [int((group.rewards[self.reward] >= self.block.threshold).sum()) for group in groups]
-        failed = sum(int(group.failed[self.reward].sum()) for group in groups)
-        tokens = sum(group.generated.num_sampled_tokens for group in groups)
+        passed_P = [int((scores.rewards[self.reward] >= self.block.threshold).sum()) for _, scores in groups]
+        failed = sum(int(scores.failed[self.reward].sum()) for _, scores in groups)
+        tokens = sum(int(rollout.is_sampled.sum()) for group, _ in groups for rollout in group.rollouts)
         if failed:
-            errors = listed([error for group in groups for error in group.errors])
+            errors = listed([error for _, scores in groups for error in scores.errors])
             of_all = f"{failed} of {num_prompts * num_samples} completions"
             self.tracker.message(f"evaluation {self.block.name}: {of_all} could not be scored:{errors}")
         prefix = f"eval/{self.block.name}"
@@ -90,8 +89,8 @@ class PassEvaluator:
             metrics[f"{prefix}/pass@{num_samples}"] = float(np.mean(passes))
         return metrics
 
-    def _generate(self) -> list[ScoredGroup]:
-        """The groups of all prompts, in their order."""
+    def _generate(self) -> list[tuple[Group, ScoreBatch]]:
+        """The groups of all prompts, in their order, and their scores."""
         if self._arrived is None:
             self.begin()
         arrived, self._arrived = self._arrived, None
@@ -100,40 +99,37 @@ class PassEvaluator:
         self.pool.wait_until(
             lambda: len(arrived) == size, lambda: self.tracker.progress("evaluating", len(arrived), size)
         )
-        oldest = min(group.generated.oldest_version for group in arrived.values())
+        oldest = min(group.oldest_version for group, _ in arrived.values())
         if oldest < self._version:
             raise RunError(
                 f"evaluation {self.block.name}: policy version {oldest} was measured, and version {self._version} was "
                 "asked for: newer weights do not reach a worker's engine"
             )
-        return [arrived[index] for index in range(size)]
+        return [arrived[number] for number in sorted(arrived)]
 
     def begin(self) -> None:
         self._arrived = arrived = {}
         self._version = self.pool.version
-        jobs = [
-            Job(
-                request=GroupRequest(
-                    self.pool.next_id(),
-                    prompt.token_ids,
-                    tuple(sample_seed(self.seed, f"eval/{prompt.id}", 0, k) for k in range(self.block.samples)),
-                    self.params,
-                    min_version=self._version,
-                    prompt=prompt if self.limits is not None else None,
-                    limits=self.limits,
-                    images=prompt.images,
-                    engine_token_ids=prompt.engine_token_ids,
-                ),
-                prompt=prompt,
-                epoch=0,
+        samples = range(self.block.samples)
+
+        def deliver(request: GroupRequest, group: Group, scores: ScoreBatch) -> None:
+            arrived[request.id] = group, scores
+
+        requests = [
+            GroupRequest(
+                self.pool.next_id(),
+                prompt,
+                tuple(sample_seed(self.seed, f"eval/{prompt.id}", 0, k) for k in samples),
+                self.params,
+                limits=self.limits,
+                min_version=self._version,
                 labels=(self.reward,),
-                deliver=partial(arrived.__setitem__, index),
                 priority=(0, index),
                 is_pinned=self.is_pinned,
             )
             for index, prompt in enumerate(self.prompts)
         ]
-        self.pool.ask(jobs)
+        self.pool.ask(requests, deliver)
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

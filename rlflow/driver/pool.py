@@ -26,13 +26,13 @@ import numpy as np
 from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
 from rlflow.actors.completion_texts import decode_completions
 from rlflow.actors.rollout_worker import Collected, RolloutWorker
+from rlflow.driver.assemble import unscored_group
 from rlflow.driver.errors import RunError
-from rlflow.driver.jobs import Generated, Job
 from rlflow.driver.leases import Member, metrics_of
-from rlflow.driver.scoring import Scoring
+from rlflow.driver.scoring import Deliver, Scoring
 from rlflow.recipe import RolloutBlock
 from rlflow.rollout_checks import arrival_problem
-from rlflow.types import RolloutBatch
+from rlflow.types import GroupRequest, RolloutBatch
 
 POLL_S = 0.5
 """A worker with nothing to give back says so after this time."""
@@ -70,9 +70,11 @@ class RolloutPool:
         self.refused = 0
         """Groups that came from a worker that had been replaced, or a second time."""
         self.hedged = 0
-        self._queue: list[Job] = []
-        self._open: dict[int, Job] = {}
+        self._queue: list[GroupRequest] = []
+        self._open: dict[int, GroupRequest] = {}
         """Asked for and not yet generated."""
+        self._deliver: dict[int, Deliver] = {}
+        """Of every group that is asked for and not yet scored."""
         self._weights: Any = None
         self._waiting: dict[Any, tuple[Member, int, Callable[..., Any], Callable[[Any], None]]] = {}
         """Reference -> who owes it, in which incarnation, by which call, and what is done with it."""
@@ -90,20 +92,25 @@ class RolloutPool:
         """An id of no other group."""
         return next(self._ids)
 
-    def ask(self, jobs: Sequence[Job]) -> None:
-        """Asks for groups; waits for nothing. Those that are pinned are split evenly over the workers, in order."""
+    def ask(self, requests: Sequence[GroupRequest], deliver: Deliver) -> None:
+        """Asks for groups; waits for nothing. Those that are pinned are split evenly over the workers, in order.
+
+        Args:
+            deliver: Called once for each, with the pool's lock held.
+        """
         with self.lock:
             self.check()
-            self._open |= {job.request.id: job for job in jobs}
-            self.scoring.expect(jobs)
-            pinned = [job for job in jobs if job.is_pinned]
+            self._open |= {request.id: request for request in requests}
+            self._deliver |= {request.id: deliver for request in requests}
+            self.scoring.expect(requests)
+            pinned = [request for request in requests if request.is_pinned]
             ranks = sorted(self.members)
             for rank, share in zip(ranks, np.array_split(np.arange(len(pinned)), len(ranks)), strict=True):
                 if len(share):
                     member = self.members[rank]
                     member.round = [pinned[i] for i in share]
                     self._submit(member, member.round)
-            self._enqueue(job for job in jobs if not job.is_pinned)
+            self._enqueue(request for request in requests if not request.is_pinned)
             self._lease()
             if self._queue:
                 # They say when there is room from now on.
@@ -142,11 +149,11 @@ class RolloutPool:
             self.workers.remove(rank)
             left = self._left_by(member)
             others = sorted(self.members)
-            self._enqueue(job for job in left if not job.is_pinned)
-            for index, job in enumerate(job for job in left if job.is_pinned):
+            self._enqueue(request for request in left if not request.is_pinned)
+            for index, request in enumerate(request for request in left if request.is_pinned):
                 heir = self.members[others[index % len(others)]]
-                heir.round.append(job)
-                self._submit(heir, [job])
+                heir.round.append(request)
+                self._submit(heir, [request])
             self._lease()
 
     def wait_until(self, is_done: Callable[[], bool], tick: Callable[[], None]) -> None:
@@ -217,8 +224,8 @@ class RolloutPool:
 
     def _heard(self, reference: Any) -> None:
         if reference in self.scoring.waiting:
-            for scored in self.scoring.finish(reference):
-                scored.job.deliver(scored)
+            for request, group, scores in self.scoring.finish(reference):
+                self._deliver.pop(request.id)(request, group, scores)
             return
         # One that is gone was of a worker that has been replaced since.
         if reference not in self._waiting:
@@ -254,13 +261,13 @@ class RolloutPool:
 
         self._call(member, loaded, RolloutWorker.load_weights, self._weights, update.running, update.cache)
 
-    def _submit(self, member: Member, jobs: Sequence[Job]) -> None:
+    def _submit(self, member: Member, requests: Sequence[GroupRequest]) -> None:
         now = time.monotonic()
-        for job in jobs:
-            member.leases[job.request.id] = job
-            member.leased_at[job.request.id] = now
-            member.num_sent += job.num_sequences
-        self._call(member, lambda _: None, RolloutWorker.submit, [job.request for job in jobs])
+        for request in requests:
+            member.leases[request.id] = request
+            member.leased_at[request.id] = now
+            member.num_sent += len(request.seeds)
+        self._call(member, lambda _: None, RolloutWorker.submit, [request.to_send() for request in requests])
 
     def _collected(self, member: Member, least_version: int, said: Collected) -> None:
         """
@@ -286,8 +293,8 @@ class RolloutPool:
 
     def _generated(self, member: Member, group_id: int, batch: RolloutBatch, index: int) -> None:
         begun = member.give_back(group_id)
-        job = self._open.pop(group_id, None)
-        if job is None:
+        request = self._open.pop(group_id, None)
+        if request is None:
             self.refused += 1
             return
         if begun is not None:
@@ -296,12 +303,11 @@ class RolloutPool:
             if group_id in other.leases:
                 other.give_back(group_id)
                 self._call(other, lambda _: None, RolloutWorker.abort, [group_id])
-        self.scoring.add(Generated(job, batch, index))
+        self.scoring.add(request, unscored_group(request, batch, index))
 
     def _require_sound(self, member: Member, batch: RolloutBatch) -> None:
         """Raises RunError when a batch cannot be what was asked for."""
-        jobs = [member.leases.get(group_id) for group_id in batch.group_ids]
-        requests = [None if job is None else job.request for job in jobs]
+        requests = [member.leases.get(group_id) for group_id in batch.group_ids]
         decode = partial(decode_completions, self.tokenizer)
         problem = arrival_problem(batch, requests, self.version, self.is_token, decode)
         if problem is not None:
@@ -312,20 +318,20 @@ class RolloutPool:
 
     def _lease(self) -> None:
         """Gives what is queued to those who have room, most to whom has most."""
-        given: dict[int, list[Job]] = {}
+        given: dict[int, list[GroupRequest]] = {}
         room = {rank: m.room(self.rollout.max_num_seqs) for rank, m in self.members.items() if m.is_up}
         while self._queue and room:
             rank = max(room, key=lambda rank: (room[rank], -rank))
             if room[rank] <= 0:
                 break
-            job = self._queue.pop(0)
-            given.setdefault(rank, []).append(job)
-            room[rank] -= job.num_sequences
-        for rank, jobs in given.items():
-            self._submit(self.members[rank], jobs)
+            request = self._queue.pop(0)
+            given.setdefault(rank, []).append(request)
+            room[rank] -= len(request.seeds)
+        for rank, requests in given.items():
+            self._submit(self.members[rank], requests)
 
-    def _enqueue(self, jobs: Iterable[Job]) -> None:
-        self._queue = sorted([*self._queue, *jobs], key=lambda job: job.priority)
+    def _enqueue(self, requests: Iterable[GroupRequest]) -> None:
+        self._queue = sorted([*self._queue, *requests], key=lambda request: request.priority)
 
     def _hedge(self) -> None:
         """Asks an idle worker for a group that another has had for much longer than groups take."""
@@ -383,12 +389,12 @@ class RolloutPool:
         self.workers.replace(member.rank)
         if self._weights is not None:
             self._send_weights(member)
-        self._enqueue(job for job in left if not job.is_pinned)
-        if any(job.is_pinned for job in left):
+        self._enqueue(request for request in left if not request.is_pinned)
+        if any(request.is_pinned for request in left):
             self._submit(member, member.round)
         self._listen(member)
 
-    def _left_by(self, member: Member) -> list[Job]:
+    def _left_by(self, member: Member) -> list[GroupRequest]:
         """What a worker that is lost was asked for, and nobody else is, and has not come."""
         held = {group_id for other in self.members.values() if other is not member for group_id in other.leases}
-        return [job for id, job in member.leases.items() if id in self._open and id not in held]
+        return [request for id, request in member.leases.items() if id in self._open and id not in held]

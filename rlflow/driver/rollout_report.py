@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlflow.driver.errors import RunError
-from rlflow.driver.jobs import ScoredGroup
+from rlflow.rewards.score_batch import ScoreBatch
 
 SHOWN_ERRORS = 3
 
@@ -25,11 +25,11 @@ class RolloutReport:
     without: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Function -> rows on which it abstained, rows on which it failed."""
 
-    def add(self, group: ScoredGroup) -> None:
-        size = len(group.causes)
+    def add(self, size: int, scores: ScoreBatch) -> None:
+        """Takes the scores of so many rollouts."""
         failed, scored = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-        for label, rewards in group.rewards.items():
-            failed_here = group.failed[label]
+        for label, rewards in scores.rewards.items():
+            failed_here = scores.failed[label]
             failed |= failed_here
             scored |= ~np.isnan(rewards)
             abstained, failures = self.without.get(label, (0, 0))
@@ -38,9 +38,9 @@ class RolloutReport:
         self.rows += size
         self.failed += int(failed.sum())
         # Where there are no rewards, nothing is missing.
-        self.scored += int((scored & ~failed).sum()) if group.rewards else size
-        self.score_s = max(self.score_s, group.score_s)
-        self.errors += group.errors
+        self.scored += int((scored & ~failed).sum()) if scores.rewards else size
+        self.score_s = max(self.score_s, scores.seconds)
+        self.errors += scores.errors
 
     @property
     def account(self) -> str:

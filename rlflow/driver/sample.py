@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,9 @@ import numpy as np
 from rlflow import checkpoint
 from rlflow.data.kept_answers import Kept, keep_answers, require_condition
 from rlflow.data.sampler import Sampler
-from rlflow.driver.assemble import Batch, build_group, rollout_metrics
+from rlflow.driver.assemble import Batch, rollout_metrics, scored_group
 from rlflow.driver.errors import GO_ON, RunError, StopRequested
 from rlflow.driver.evaluation import Evaluator
-from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.own_metrics import own_metrics
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.prepared_stage import PreparedStage
@@ -35,6 +33,7 @@ from rlflow.driver.rollout_report import RolloutReport
 from rlflow.driver.sampling import episode_limits, sample_seed
 from rlflow.recipe import OnlineBlock, Recipe, SampleBlock
 from rlflow.recipe.sample_blocks import ROWS_FILE
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.episodes import Episode, Episodes
 from rlflow.tracking.rollout_files import rollout_files
 from rlflow.tracking.rollouts import RolloutFileError, RolloutState, read_rollouts, rollouts_path, write_rollouts
@@ -42,6 +41,8 @@ from rlflow.types import Group, GroupRequest, Prompt, StepStats
 
 STATE: RolloutState = "sampled"
 """Of every rollout in a file."""
+Arrived = dict[int, tuple[Group, ScoreBatch]]
+"""By id of the request: what has come of it."""
 
 
 class Sampling:
@@ -81,7 +82,7 @@ class Sampling:
             start = StepStats(0, measured | self.clock.metrics())
             self.tracker.log(start)
             self.callbacks.step_ended(start)
-        asked: dict[int, dict[int, ScoredGroup]] = {}
+        asked: dict[int, Arrived] = {}
         for step in range(first, len(steps)):
             self.step = step + 1
             ahead = range(step, min(step + self.recipe.run.max_staleness + 1, len(steps)))
@@ -114,40 +115,33 @@ class Sampling:
         drawn = sampler.take(max(1, math.ceil(run.epochs * len(self.prompts))))
         return [drawn[start : start + size] for start in range(0, len(drawn), size)]
 
-    def _ask(self, rows: Sequence[tuple[int, int]], step: int) -> dict[int, ScoredGroup]:
-        """Asks for the groups of a step, counted from 0; they come by their place in ``rows``."""
-        arrived: dict[int, ScoredGroup] = {}
+    def _ask(self, rows: Sequence[tuple[int, int]], step: int) -> Arrived:
+        """Asks for the groups of a step, counted from 0; the ids of its requests are in the order of ``rows``."""
+        arrived: Arrived = {}
         limits = episode_limits(self.recipe, self.params.max_new_tokens)
-        seed, group_size = self.recipe.run.seed, self.algorithm.group_size
-        jobs = []
-        for place, (epoch, row) in enumerate(rows):
-            prompt = self.prompts[row]
-            request = GroupRequest(
+        seed, samples = self.recipe.run.seed, range(self.algorithm.group_size)
+
+        def deliver(request: GroupRequest, group: Group, scores: ScoreBatch) -> None:
+            arrived[request.id] = group, scores
+
+        requests = [
+            GroupRequest(
                 self.pool.next_id(),
-                prompt.token_ids,
-                tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(group_size)),
+                self.prompts[row],
+                tuple(sample_seed(seed, self.prompts[row].id, epoch, index) for index in samples),
                 self.params,
-                min_version=0,
-                prompt=prompt if limits is not None else None,
-                limits=limits,
-                images=prompt.images,
-                engine_token_ids=prompt.engine_token_ids,
+                epoch,
+                limits,
+                labels=tuple(block.label for block in self.recipe.rewards),
+                priority=(1, step, place),
+                is_pinned=self.recipe.run.max_staleness == 0,
             )
-            jobs.append(
-                Job(
-                    request=request,
-                    prompt=prompt,
-                    epoch=epoch,
-                    labels=tuple(block.label for block in self.recipe.rewards),
-                    deliver=partial(arrived.__setitem__, place),
-                    priority=(1, step, place),
-                    is_pinned=self.recipe.run.max_staleness == 0,
-                )
-            )
-        self.pool.ask(jobs)
+            for place, (epoch, row) in enumerate(rows)
+        ]
+        self.pool.ask(requests, deliver)
         return arrived
 
-    def _take(self, arrived: dict[int, ScoredGroup], rows: Sequence[tuple[int, int]], step: int) -> None:
+    def _take(self, arrived: Arrived, rows: Sequence[tuple[int, int]], step: int) -> None:
         """Waits for a step's groups and writes them down, and what they look like."""
         size = len(rows)
         with self.clock("rollout"):
@@ -155,13 +149,14 @@ class Sampling:
                 lambda: len(arrived) == size, lambda: self.tracker.progress("generating", len(arrived), size)
             )
         report = RolloutReport()
-        for scored in arrived.values():
-            report.add(scored)
+        for group, scores in arrived.values():
+            report.add(len(group.rollouts), scores)
         report.require_few_errors(self.recipe.reward_server.max_error_fraction)
         if report.failed:
             self.tracker.message(f"step {step}: {report.account}")
         neutral = OnlineBlock.model_construct(name=self.algorithm.name)
-        groups: list[Group] = [build_group(arrived[place], self.recipe.rewards, neutral) for place in range(size)]
+        in_order = [arrived[number] for number in sorted(arrived)]
+        groups = [scored_group(group, scores, self.recipe.rewards, neutral) for group, scores in in_order]
         batch = Batch(groups, np.zeros(0), [])
         advantages = [np.full(len(group.rollouts), np.nan) for group in groups]
         drawn = self.directory / ".drawn.parquet"

@@ -18,11 +18,15 @@ from rlflow.actors.actor_group import ActorFailure, ActorGroup, Span
 from rlflow.actors.reward_pool import START_TIMEOUT_S
 from rlflow.actors.reward_server import RESTART_S, WASTED_CALLS, RewardServer
 from rlflow.driver.errors import RunError
-from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import RewardBlock
-from rlflow.rewards.score_batch import ScoreBatch
+from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
+from rlflow.types import Group, GroupRequest
 
 MAX_RESTARTS = 3
+Unscored = tuple[GroupRequest, Group]
+"""A group that is generated, and what was asked for."""
+Deliver = Callable[[GroupRequest, Group, ScoreBatch], None]
+"""Takes a group that is generated, and its scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Call:
     """What a server was asked to score."""
 
     server: int
-    groups: list[Generated]
+    groups: list[Unscored]
     limit_s: float
     """A server that takes longer does not work any more."""
     began: float = field(default_factory=time.time)
@@ -61,10 +65,10 @@ class Scoring:
         """Reference -> what is owed."""
         self._blocks = {block.label: block for block in rewards}
         self._by_round = {block.label for block in rewards if block.prompts_per_call > 1}
-        self._rounds: dict[int, dict[int, Generated | None]] = {}
+        self._rounds: dict[int, dict[int, Unscored | None]] = {}
         """Of rounds that are scored as a whole: group -> what has come of it, in the order it was asked for."""
         self._round_of: dict[int, int] = {}
-        self._units: list[tuple[bool, list[Generated]]] = []
+        self._units: list[tuple[bool, list[Unscored]]] = []
         """Ready to be scored; whether they are a call of their own."""
         self._restarts = dict.fromkeys(servers.ranks, 0)
 
@@ -74,22 +78,22 @@ class Scoring:
         waiting = sum(len(call.groups) for call in self.waiting.values()) + sum(len(unit) for _, unit in self._units)
         return waiting + sum(group is not None for of_round in self._rounds.values() for group in of_round.values())
 
-    def expect(self, jobs: Sequence[Job]) -> None:
+    def expect(self, requests: Sequence[GroupRequest]) -> None:
         """Says what is asked for together."""
-        if jobs and self._by_round.intersection(jobs[0].labels):
-            number = jobs[0].request.id
-            self._rounds[number] = {job.request.id: None for job in jobs}
-            self._round_of |= {job.request.id: number for job in jobs}
+        if requests and self._by_round.intersection(requests[0].labels):
+            number = requests[0].id
+            self._rounds[number] = {request.id: None for request in requests}
+            self._round_of |= {request.id: number for request in requests}
 
-    def add(self, group: Generated) -> None:
+    def add(self, request: GroupRequest, group: Group) -> None:
         """Takes a group that is generated."""
-        number = self._round_of.pop(group.job.request.id, None)
+        number = self._round_of.pop(request.id, None)
         if number is None:
-            self._units.append((False, [group]))
+            self._units.append((False, [(request, group)]))
             return
         of_round = self._rounds[number]
-        of_round[group.job.request.id] = group
-        whole = [generated for generated in of_round.values() if generated is not None]
+        of_round[request.id] = (request, group)
+        whole = [unscored for unscored in of_round.values() if unscored is not None]
         if len(whole) == len(of_round):
             del self._rounds[number]
             for share in np.array_split(np.arange(len(whole)), len(self.servers)):
@@ -108,8 +112,9 @@ class Scoring:
                 groups = self._loose(len(idle))
             self._call(idle.pop(0), groups)
 
-    def finish(self, reference: Any) -> Iterator[ScoredGroup]:
-        """The groups of a call that has ended; none when its server died, and they are scored again.
+    def finish(self, reference: Any) -> Iterator[tuple[GroupRequest, Group, ScoreBatch]]:
+        """The groups of a call that has ended, each with its scores; none when its server died, and they are scored
+        again.
 
         Raises:
             ActorFailure: The server failed otherwise.
@@ -124,7 +129,9 @@ class Scoring:
                 raise
             self._again(call, str(failure))
             return
-        yield from _split(call.groups, scores)
+        of_groups = scores.split([len(group.rollouts) for _, group in call.groups])
+        for (request, group), of_group in zip(call.groups, of_groups, strict=True):
+            yield request, group, of_group
 
     def watch(self) -> None:
         """Replaces a server that has not answered when its call must have ended.
@@ -148,21 +155,21 @@ class Scoring:
         self.servers.replace(call.server)
         self._units.insert(0, (True, call.groups))
 
-    def limit_s(self, groups: Sequence[Generated]) -> float:
+    def limit_s(self, groups: Sequence[Unscored]) -> float:
         """How long a server that works may take over them, all of whose functions have deadlines of their own."""
-        rows = sum(len(group.rows) for group in groups)
+        rows = sum(len(group.rollouts) for _, group in groups)
         # A call that fails is made again for each of its rows.
-        blocks = [self._blocks[label] for label in groups[0].job.labels]
+        blocks = [self._blocks[label] for label in groups[0][0].labels]
         calls = len(groups) + rows + WASTED_CALLS + 1
         return START_TIMEOUT_S + sum(calls * (block.timeout_s + RESTART_S) for block in blocks)
 
-    def _loose(self, num_servers: int) -> list[Generated]:
+    def _loose(self, num_servers: int) -> list[Unscored]:
         """One server's share of the groups that may be scored in any company."""
-        together = self._units[0][1][0].job.labels
+        together = self._units[0][1][0][0].labels
         loose = [
             place
             for place, (is_own_call, groups) in enumerate(self._units)
-            if not is_own_call and groups[0].job.labels == together
+            if not is_own_call and groups[0][0].labels == together
         ]
         chosen = loose[: -(-len(loose) // num_servers)]
         groups = [self._units[place][1][0] for place in chosen]
@@ -170,22 +177,7 @@ class Scoring:
         self._units = [unit for place, unit in enumerate(self._units) if place not in taken]
         return groups
 
-    def _call(self, server: int, groups: list[Generated]) -> None:
-        texts = [group.texts() for group in groups]
-        reference = self.servers.start(server, RewardServer.score, texts, groups[0].job.labels)
+    def _call(self, server: int, groups: list[Unscored]) -> None:
+        texts = [GroupTexts.of(group) for _, group in groups]
+        reference = self.servers.start(server, RewardServer.score, texts, groups[0][0].labels)
         self.waiting[reference] = Call(server, groups, self.limit_s(groups))
-
-
-def _split(groups: Sequence[Generated], scores: ScoreBatch) -> Iterator[ScoredGroup]:
-    first = 0
-    for group in groups:
-        rows = slice(first, first + len(group.rows))
-        yield ScoredGroup(
-            group,
-            {label: values[rows] for label, values in scores.rewards.items()},
-            {label: values[rows] for label, values in scores.failed.items()},
-            tuple(scores.causes.get(row, "") for row in range(rows.start, rows.stop)),
-            scores.errors if first == 0 else (),
-            scores.seconds,
-        )
-        first = rows.stop

@@ -19,13 +19,13 @@ from typing import Any
 from rlflow.algorithms.advantages import has_signal
 from rlflow.data.sampler import Sampler
 from rlflow.driver.answers import Answers
-from rlflow.driver.assemble import build_group
+from rlflow.driver.assemble import scored_group
 from rlflow.driver.errors import RunError
-from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.rollout_report import RolloutReport
 from rlflow.driver.sampling import episode_limits, sample_seed
 from rlflow.recipe import Recipe
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.tracker import Tracker
 from rlflow.types import Group, GroupRequest, Prompt, SamplingParams
 
@@ -64,6 +64,8 @@ class StepGroups:
     """(epoch, row) of what was drawn for it first."""
     drawn: list[tuple[int, int]] = field(default_factory=list)
     """Of what was asked for; replacements behind those that they replace."""
+    places: dict[int, int] = field(default_factory=dict)
+    """Of those that workers were asked for: id of the request -> place in ``drawn``."""
     groups: dict[int, Group | None] = field(default_factory=dict)
     """By place in ``drawn``; None where it was dropped for its age."""
     redone: dict[int, int] = field(default_factory=dict)
@@ -187,7 +189,8 @@ class Window:
         oldest = max(0, groups.step - self.max_staleness)
         given = {} if self.answers is None else self._answered(self.answers, groups, places)
         groups.groups |= given
-        self.pool.ask([self._job(groups, place, oldest) for place in places if place not in given])
+        requests = [self._request(groups, place, oldest) for place in places if place not in given]
+        self.pool.ask(requests, partial(self._arrived, groups))
         self._settle(groups)
 
     def _answered(self, answers: Answers, groups: StepGroups, places: Iterable[int]) -> dict[int, Group]:
@@ -197,43 +200,39 @@ class Window:
         groups.report.scored += sum(group is not None for group in found.values())
         return {place: group for place, group in found.items() if group is not None}
 
-    def _job(self, groups: StepGroups, place: int, min_version: int) -> Job:
+    def _request(self, groups: StepGroups, place: int, min_version: int) -> GroupRequest:
         epoch, row = groups.drawn[place]
-        prompt, seed = self.prompts[row], self.recipe.run.seed
-        algorithm = self.recipe.online
-        seeds = tuple(sample_seed(seed, prompt.id, epoch, index) for index in range(algorithm.rollouts_per_prompt))
-        return Job(
-            request=GroupRequest(
-                self.pool.next_id(),
-                prompt.token_ids,
-                seeds,
-                self.params,
-                min_version,
-                prompt if self.limits is not None else None,
-                self.limits,
-                images=prompt.images,
-                engine_token_ids=prompt.engine_token_ids,
-                num_greedy=algorithm.advantage.num_greedy,
-            ),
-            prompt=prompt,
-            epoch=epoch,
+        prompt, algorithm = self.prompts[row], self.recipe.online
+        seeds = (sample_seed(self.recipe.run.seed, prompt.id, epoch, g) for g in range(algorithm.rollouts_per_prompt))
+        request = GroupRequest(
+            self.pool.next_id(),
+            prompt,
+            tuple(seeds),
+            self.params,
+            epoch,
+            self.limits,
+            min_version,
+            num_greedy=algorithm.advantage.num_greedy,
             labels=tuple(block.label for block in self.recipe.rewards),
-            deliver=partial(self._arrived, groups, place),
             priority=(1, groups.step, place),
             is_pinned=self.max_staleness == 0,
         )
+        groups.places[request.id] = place
+        return request
 
-    def _arrived(self, groups: StepGroups, place: int, scored: ScoredGroup) -> None:
+    def _arrived(self, groups: StepGroups, request: GroupRequest, unscored: Group, scores: ScoreBatch) -> None:
         """Takes a group; the pool's lock is held."""
-        group: Group | None = build_group(scored, self.recipe.rewards, self.recipe.online)
-        if groups.step - scored.generated.oldest_version > self.max_staleness:
+        place, group = groups.places.pop(request.id), None
+        oldest = unscored.oldest_version
+        if groups.step - oldest > self.max_staleness:
             self.too_old += 1
             is_last = len(groups.groups) + 1 == len(groups.drawn) and not any(groups.groups.values())
             if self.recipe.rollout.at_update.too_old == "redo" or is_last:
-                self._redo(groups, place, scored)
+                self._redo(groups, place, oldest)
                 return
-            group = None
-        groups.report.add(scored)
+        else:
+            group = scored_group(unscored, scores, self.recipe.rewards, self.recipe.online)
+        groups.report.add(len(unscored.rollouts), scores)
         groups.groups[place] = group
         self._settle(groups)
 
@@ -248,18 +247,18 @@ class Window:
         else:
             groups.is_whole = True
 
-    def _redo(self, groups: StepGroups, place: int, scored: ScoredGroup) -> None:
-        """Asks for a group again; raises RunError where that has not helped."""
+    def _redo(self, groups: StepGroups, place: int, version: int) -> None:
+        """Asks for a group again that this version has sampled; raises RunError where that has not helped."""
         groups.redone[place] = times = groups.redone.get(place, 0) + 1
+        oldest = max(0, groups.step - self.max_staleness)
         if times > _MOST_REDONE:
-            version, oldest = scored.generated.oldest_version, groups.step - self.max_staleness
             raise RunError(
                 f"step {groups.step + 1}: a group was sampled by policy version {version}, and none older than "
                 f"{oldest} may have (run.max_staleness: {self.max_staleness}); {_MOST_REDONE} new tries were as old: "
                 "newer weights do not reach a worker's engine"
             )
-        oldest = max(0, groups.step - self.max_staleness)
-        self.pool.ask([replace(self._job(groups, place, oldest), is_pinned=False)])
+        again = replace(self._request(groups, place, oldest), is_pinned=False)
+        self.pool.ask([again], partial(self._arrived, groups))
 
     def _is_wanted(self, group: Group | None) -> bool:
         return group is not None and (not self.recipe.online.groups.require_signal or has_signal(group.rewards))

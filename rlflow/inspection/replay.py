@@ -17,14 +17,13 @@ import numpy as np
 from rlflow.actors.reward_server import RewardServer
 from rlflow.data.errors import DataError
 from rlflow.driver import assemble
-from rlflow.driver.jobs import Generated, Job, ScoredGroup
 from rlflow.recipe import OnlineBlock, RewardBlock, RewardServerBlock
 from rlflow.recipe.advantage_blocks import BaselineBlock, GAEBlock
 from rlflow.recipe.distill_blocks import AdvantageDistillBlock
 from rlflow.rewards import RewardError
-from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
+from rlflow.rewards.score_batch import GroupTexts
 from rlflow.tracking.rollouts import RolloutRecord
-from rlflow.types import Episode, Group, GroupRequest, Prompt, RolloutBatch, SamplingParams
+from rlflow.types import Group, Prompt, Rollout
 
 TOLERANCE = 1e-5
 """Relative; stored numbers are float32."""
@@ -172,66 +171,33 @@ def _scored(
     groups: Sequence[tuple[Prompt, list[RolloutRecord]]], scorer: Scorer, server: RewardServer
 ) -> Iterator[Group]:
     """The groups as training would have them now."""
-    scores = server.score(
-        [
-            GroupTexts(
-                prompt,
-                tuple(record.completion for record in group),
-                tuple(record.token_ids[record.is_sampled].tobytes() for record in group),
-                _episodes(group),
-            )
-            for prompt, group in groups
-        ]
-    )
-    first = 0
-    for prompt, group in groups:
-        rows = slice(first, first + len(group))
-        first = rows.stop
-        yield _group(prompt, group, scores, rows, scorer)
+    unscored = [_unscored(prompt, records) for prompt, records in groups]
+    scores = server.score([GroupTexts.of(group) for group in unscored])
+    of_groups = scores.split([len(group.rollouts) for group in unscored])
+    for group, of_group in zip(unscored, of_groups, strict=True):
+        yield assemble.scored_group(group, of_group, scorer.rewards, scorer.algorithm)
 
 
-def _group(prompt: Prompt, group: Sequence[RolloutRecord], scores: ScoreBatch, rows: slice, scorer: Scorer) -> Group:
-    scored = ScoredGroup(
-        generated=_generated(prompt, group),
-        rewards={label: values[rows] for label, values in scores.rewards.items()},
-        failed={label: values[rows] for label, values in scores.failed.items()},
-        causes=tuple(scores.causes.get(row, "") for row in range(rows.start, rows.stop)),
-        errors=(),
-        score_s=0.0,
-    )
-    return assemble.build_group(scored, scorer.rewards, scorer.algorithm)
-
-
-def _generated(prompt: Prompt, group: Sequence[RolloutRecord]) -> Generated:
+def _unscored(prompt: Prompt, records: Sequence[RolloutRecord]) -> Group:
     """The records as a worker gave them back."""
-    # An environment may have begun each of them with a prompt of its own.
-    prompts = [record.prompt_token_ids if record.episode else prompt.token_ids for record in group]
-    sizes = [len(before) + len(record.token_ids) for before, record in zip(prompts, group, strict=True)]
-    behind = list(zip([np.zeros(len(token_ids)) for token_ids in prompts], group, strict=True))
-    batch = RolloutBatch(
-        group_ids=(0,),
-        sizes=(len(group),),
-        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        token_ids=np.concatenate(
-            [part for before, one in zip(prompts, group, strict=True) for part in (before, one.token_ids)]
-        ),
-        is_sampled=np.concatenate([part for zeros, one in behind for part in (zeros.astype(bool), one.is_sampled)]),
-        logprobs=np.concatenate([part for zeros, one in behind for part in (zeros.astype(np.float32), one.logprobs)]),
-        versions=np.concatenate([part for zeros, one in behind for part in (zeros.astype(np.int32) - 1, one.versions)]),
-        finish_reasons=tuple(record.finish_reason for record in group),
-        texts=tuple(record.completion for record in group),
-        episodes=_episodes(group),
-    )
-    num_greedy = sum(record.state == "baseline" for record in group)
-    params = SamplingParams(max_new_tokens=1)
-    request = GroupRequest(0, prompt.token_ids, tuple(range(len(group))), params, num_greedy=num_greedy)
-    job = Job(request, prompt, group[0].epoch, (), deliver=lambda scored: None)
-    return Generated(job, batch, 0)
-
-
-def _episodes(group: Sequence[RolloutRecord]) -> tuple[Episode, ...]:
-    """Of rollouts in an environment; none of others."""
-    return tuple(record.episode for record in group if record.episode is not None)
+    rollouts = []
+    for record in records:
+        # An environment may have begun it with a prompt of its own.
+        before = record.prompt_token_ids if record.episode else prompt.token_ids
+        zeros = np.zeros(len(before))
+        rollouts.append(
+            Rollout(
+                token_ids=np.concatenate([before, record.token_ids]),
+                is_sampled=np.concatenate([zeros.astype(bool), record.is_sampled]),
+                logprobs=np.concatenate([zeros.astype(np.float32), record.logprobs]),
+                versions=np.concatenate([zeros.astype(np.int32) - 1, record.versions]),
+                finish_reason=record.finish_reason,
+                text=record.completion,
+                episode=record.episode,
+                is_baseline=record.state == "baseline",
+            )
+        )
+    return Group(prompt, records[0].epoch, tuple(rollouts))
 
 
 def _outcomes(records: Sequence[RolloutRecord], groups: Sequence[Group], scorer: Scorer) -> Iterator[Outcome]:

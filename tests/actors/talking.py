@@ -79,7 +79,7 @@ def request_of(
     id: int, prompt: Prompt, *, seeds: Sequence[int] = (5,), limits: Limits = LIMITS, max_new_tokens: int = 100
 ) -> GroupRequest:
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_token_ids=(EOS,))
-    return GroupRequest(id, prompt.token_ids, tuple(seeds), params, prompt=prompt, limits=limits)
+    return GroupRequest(id, prompt, tuple(seeds), params, limits=limits)
 
 
 def block_of(plugin: str = "", tools: Sequence[str] = (), **keys: Any) -> EnvironmentBlock:

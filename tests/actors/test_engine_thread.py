@@ -10,9 +10,9 @@ import pytest
 
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
-from rlflow.types import GroupRequest, SamplingParams
+from rlflow.types import GroupRequest, Prompt, SamplingParams
 
-PROMPT = np.array([5, 6, 7], dtype=np.int32)
+PROMPT = Prompt("p", np.array([5, 6, 7], dtype=np.int32), (), {})
 
 
 class SteppedEngine(ScriptedEngine):
@@ -52,7 +52,7 @@ def thread(engine):
 
 def group(id: int, *lengths: int, min_version: int = 0) -> GroupRequest:
     """The script takes a rollout's seed for its length."""
-    return GroupRequest(id, PROMPT, lengths, SamplingParams(max_new_tokens=100), min_version)
+    return GroupRequest(id, PROMPT, lengths, SamplingParams(max_new_tokens=100), min_version=min_version)
 
 
 def versions(finished) -> list[list[int]]:
@@ -231,7 +231,7 @@ def test_a_request_that_is_refused_is_told_to_who_asked_and_changes_nothing():
     thread.load_weights(lambda: [], 0).result(10)
     with pytest.raises(ValueError, match="too long"):
         thread.submit([group(1, 1)]).result(10)
-    short = GroupRequest(2, PROMPT[:1], (1,), SamplingParams(max_new_tokens=3))
+    short = GroupRequest(2, Prompt("p", PROMPT.token_ids[:1], (), {}), (1,), SamplingParams(max_new_tokens=3))
     thread.submit([short]).result(10)
     assert [g.request.id for g in thread.take_finished(9, 10)] == [2]
     thread.close(10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlflow.rollout_checks import ROWS_DECODED, layout_problem, request_problem, text_problem, token_problem
-from rlflow.types import GroupRequest, RolloutBatch, SamplingParams
+from rlflow.types import GroupRequest, Prompt, RolloutBatch, SamplingParams
 
 # Two prompts, of the ids 4 and of 5 and 2; three completions of two, one and two tokens.
 GOOD = RolloutBatch(
@@ -23,8 +23,8 @@ GOOD = RolloutBatch(
     texts=("de", "f", "d"),
 )
 REQUESTS = [
-    GroupRequest(11, np.array([4]), (1, 2), SamplingParams(2), min_version=7),
-    GroupRequest(12, np.array([5, 2]), (3,), SamplingParams(2), min_version=6),
+    GroupRequest(11, Prompt("p", np.array([4]), (), {}), (1, 2), SamplingParams(2), min_version=7),
+    GroupRequest(12, Prompt("q", np.array([5, 2]), (), {}), (3,), SamplingParams(2), min_version=6),
 ]
 # Ids 0 and 1 are padding and eos, 2 is a row of the embedding that no token has.
 IS_TOKEN = np.array([True, True, False, True, True, True])

@@ -75,9 +75,9 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def generated(evaluator: PassEvaluator) -> Any:
         groups = generate(evaluator)
-        events.append(f"measure {evaluator.block.name} at {sorted({g.generated.oldest_version for g in groups})}")
-        newest = {int(g.generated.batch.versions.max()) for g in groups}
-        assert newest == {g.generated.oldest_version for g in groups}
+        events.append(f"measure {evaluator.block.name} at {sorted({g.oldest_version for g, _ in groups})}")
+        newest = {int(rollout.versions.max()) for g, _ in groups for rollout in g.rollouts}
+        assert newest == {g.oldest_version for g, _ in groups}
         return groups
 
     monkeypatch.setattr(PassEvaluator, "_generate", generated)

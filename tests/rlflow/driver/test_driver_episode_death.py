@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes
 from rlflow.actors.rollout_worker import RolloutWorker, WorkerReady
-from rlflow.driver.jobs import Job, ScoredGroup
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.scoring import Scoring
 from rlflow.placement import RayTransport
 from rlflow.recipe import EnvironmentBlock, RewardBlock, RolloutBlock
+from rlflow.rewards.score_batch import ScoreBatch
+from rlflow.types import Group, GroupRequest
 from tests.actors import talking
 from tests.actors.talking import EOS, TOKENIZER, TalkingEngine, prompt_of, request_of
 from tests.rlflow.driver import fleets
@@ -109,22 +111,22 @@ def pool(workers: ActorGroup[TalkingWorker]) -> Iterator[RolloutPool]:
     servers.kill()
 
 
-def ask(pool: RolloutPool) -> dict[int, ScoredGroup]:
+def ask(pool: RolloutPool) -> dict[int, Group]:
     """Groups of two episodes, with the same seeds each time; where they arrive, by their number."""
-    arrived: dict[int, ScoredGroup] = {}
+    arrived: dict[int, Group] = {}
 
-    def deliver(number: int, group: ScoredGroup) -> None:
-        assert number not in arrived
-        arrived[number] = group
+    numbers: dict[int, int] = {}
 
-    jobs = []
+    def deliver(request: GroupRequest, group: Group, scores: ScoreBatch) -> None:
+        arrived[numbers.pop(request.id)] = group
+
+    requests = []
     for number in range(NUM_GROUPS):
-        prompt = prompt_of({})
-        request = request_of(pool.next_id(), prompt, seeds=tuple(range(number * SIZE, (number + 1) * SIZE)))
-        jobs.append(
-            Job(request, prompt, 0, ("length",), lambda group, number=number: deliver(number, group), is_pinned=True)
-        )
-    pool.ask(jobs)
+        seeds = tuple(range(number * SIZE, (number + 1) * SIZE))
+        request = request_of(pool.next_id(), prompt_of({}), seeds=seeds)
+        numbers[request.id] = number
+        requests.append(replace(request, labels=("length",), is_pinned=True))
+    pool.ask(requests, deliver)
     return arrived
 
 
@@ -136,16 +138,16 @@ def wait_until(pool: RolloutPool, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def told(groups: dict[int, ScoredGroup]) -> list[tuple[Any, ...]]:
+def told(groups: dict[int, Group]) -> list[tuple[Any, ...]]:
     """All that is trained of the groups."""
     return [
         (
-            groups[number].generated.batch.token_ids[groups[number].generated.tokens].tolist(),
-            groups[number].generated.batch.is_sampled[groups[number].generated.tokens].tolist(),
-            [groups[number].generated.batch.episodes[row].reward for row in groups[number].generated.rows],
-            [groups[number].generated.batch.episodes[row].num_turns for row in groups[number].generated.rows],
+            rollout.token_ids.tolist(),
+            rollout.is_sampled.tolist(),
+            rollout.episode and (rollout.episode.reward, rollout.episode.num_turns),
         )
         for number in range(NUM_GROUPS)
+        for rollout in groups[number].rollouts
     ]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import rlflow
 from rlflow.driver.pass_evaluation import PassEvaluator, pass_at_k
-from rlflow.types import SamplingParams
+from rlflow.types import GroupRequest, SamplingParams
 from tests.local_actors import use_local_actors
 
 
@@ -77,14 +79,20 @@ def test_several_sets_are_measured_each_in_its_own_way_and_the_first_ends_the_st
 ):
     use_local_actors(monkeypatch)
     drawn: dict[str, SamplingParams] = {}
-    generate = PassEvaluator._generate
+    begin = PassEvaluator.begin
 
-    def note(evaluator: PassEvaluator):
-        groups = generate(evaluator)
-        drawn[evaluator.block.name] = groups[0].job.request.params
-        return groups
+    def note(evaluator: PassEvaluator) -> None:
+        ask = evaluator.pool.ask
 
-    monkeypatch.setattr(PassEvaluator, "_generate", note)
+        def asked(requests: Sequence[GroupRequest], deliver: Any) -> None:
+            drawn[evaluator.block.name] = requests[0].params
+            ask(requests, deliver)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluator.pool, "ask", asked)
+            begin(evaluator)
+
+    monkeypatch.setattr(PassEvaluator, "begin", note)
     few, many, plugin, path = (tmp_path / name for name in ("few.jsonl", "many.jsonl", "rewards.py", "recipe.yaml"))
     plugin.write_text(PLUGIN + "\ndef half(completions, **columns):\n    return [0.5 for _ in completions]\n")
     for rows, passing in ((few, [4, 2]), (many, [0, 1, 4, 0])):

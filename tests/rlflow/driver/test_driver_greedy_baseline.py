@@ -14,7 +14,7 @@ import rlflow
 from rlflow.inspection.replay import Scorer, replay
 from rlflow.recipe import algorithm_of, load_recipe
 from rlflow.tracking.rollouts import read_rollouts
-from rlflow.types import GroupRequest, SamplingParams
+from rlflow.types import GroupRequest, Prompt, SamplingParams
 from tests.local_actors import use_local_actors
 
 RECIPE = """
@@ -75,6 +75,6 @@ def test_one_more_rollout_is_asked_for_than_is_trained():
 
 def test_only_the_last_rollouts_of_a_request_are_greedy_and_all_else_stays_as_it_was():
     params = SamplingParams(max_new_tokens=5, temperature=0.7, stop_token_ids=(1,))
-    request = GroupRequest(0, np.zeros(1, np.int32), (1, 2, 3), params, num_greedy=1)
+    request = GroupRequest(0, Prompt("p", np.zeros(1, np.int32), (), {}), (1, 2, 3), params, num_greedy=1)
     assert [request.params_of(index).temperature for index in range(3)] == [0.7, 0.7, 0.0]
     assert request.params_of(2).stop_token_ids == (1,)

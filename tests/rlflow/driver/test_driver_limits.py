@@ -15,10 +15,10 @@ from counting_ranks import Ranks, learner_of, recipe_of
 import rlflow
 from rlflow.actors.trainer import UpdateStats
 from rlflow.driver.errors import RunError
-from rlflow.driver.jobs import ScoredGroup
 from rlflow.driver.learner import Learner
 from rlflow.driver.rollout_report import RolloutReport
 from rlflow.driver.run import _write_report
+from rlflow.rewards.score_batch import ScoreBatch
 from rlflow.tracking.report import write_report
 from rlflow.tracking.rollouts import read_rollouts
 from rlflow.types import Sample
@@ -57,10 +57,8 @@ def report_of(failed: Sequence[bool]) -> RolloutReport:
     """Of one group, on whose rollouts the function ``judge`` failed or abstained."""
     unscored = np.full(len(failed), np.nan, np.float32)
     errors = ("reward 'judge': it raised.",) * 2
-    generated: Any = None
     report = RolloutReport()
-    causes = ("",) * len(failed)
-    report.add(ScoredGroup(generated, {"judge": unscored}, {"judge": np.array(failed)}, causes, errors, 0.0))
+    report.add(len(failed), ScoreBatch({"judge": unscored}, {"judge": np.array(failed)}, {}, errors, 0.0))
     return report
 
 

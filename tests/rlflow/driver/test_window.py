@@ -127,7 +127,7 @@ def test_a_worker_that_loads_for_long_is_heard_however_much_is_asked_of_it_meanw
     made.publish(1)
     # As every step of the window does that asks for replacements.
     for _ in range(5):
-        made.pool.ask([window._job(window.steps[1], 0, 0)])
+        made.pool.ask([window._request(window.steps[1], 0, 0)], lambda request, group, scores: None)
     with made.pool.lock:
         for _ in range(3):
             heard_at = member.heard_at
@@ -218,16 +218,16 @@ def test_what_has_been_given_back_is_not_kept_by_the_pool(fleet):
     window = window_of(made, recipe_of(), num_steps=1)
     asked, kept = made.pool.ask, []
 
-    def ask(jobs: Any) -> None:
-        kept.extend(weakref.ref(job.deliver) for job in jobs)
-        asked(jobs)
+    def ask(requests: Any, deliver: Any) -> None:
+        kept.append(weakref.ref(deliver))
+        asked(requests, deliver)
 
     made.pool.ask = ask
     window.release(0)
     window.take(0)
     with made.pool.lock:
         assert made.pool.lock.wait_for(lambda: gc.collect() >= 0 and not any(ref() for ref in kept), 10)
-    assert len(kept) == 4
+    assert len(kept) == 1
 
 
 def test_a_worker_that_says_it_is_full_and_owes_nothing_is_not_believed(fleet):
