@@ -21,20 +21,18 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType, get_peft_config, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rlflow.actors.adapted_layers import layers_left_out
+from rlflow.actors.adapter_targets import check_layers, check_named, check_targets, within_parts
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.quantized_bases import check_quantized, keep_as_stored, quantized
-from rlflow.actors.vision import language_model_class, part_finder, sees
+from rlflow.actors.vision import language_model_class, sees
 from rlflow.recipe import ModelBlock
-from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, mixed_kinds, unmatched_targets
-from rlflow.recipe.model_blocks import Part
+from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, mixed_kinds
 from rlflow.recipe.peft_methods import METHODS, TYPE
 
 TRAINED, REFERENCE = "default", "reference"
@@ -91,7 +89,9 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int) -> None:
         _settle_dropout(config, adapter.dropout)
     torch.manual_seed(seed)
     _put_in(model, config, TRAINED)
-    _check_layers(model, config)
+    check_layers(model, config)
+    if directory is None:
+        check_named(model, config)
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
     if directory is None:
@@ -117,7 +117,7 @@ def _hold_reference(model: PreTrainedModel, block: ModelBlock, path: str) -> Non
         raise ValueError(f"{key}: {mixed_kinds(directory, *kinds)}")
     _settle_dropout(config, 0.0)
     _put_beside(model, config, REFERENCE, load_file(directory / WEIGHTS), directory, key)
-    _check_layers(model, config, key)
+    check_layers(model, config, key)
 
 
 def settled_config(
@@ -133,9 +133,9 @@ def settled_config(
         ValueError: PEFT does not take the fields, or the model has no such layers.
     """
     config: Any = _new_config(fields) if fields is not None else PeftConfig.from_pretrained(str(directory))
-    _check_targets(model, config)
+    check_targets(model, config)
     if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
-        config.target_modules = _within_parts(model, config, block.train)
+        config.target_modules = within_parts(model, config, block.train)
     if config.target_modules == "all-linear" and (left_out := layers_left_out(model)):
         config.exclude_modules = left_out
     config.base_model_name_or_path, config.revision = block.path, block.revision
@@ -279,59 +279,6 @@ def _local(path: str, model: str, key: str) -> Path:
     if problem := adapter_problem(directory, model):
         raise ValueError(f"{key}: {problem}")
     return directory
-
-
-def _check_targets(model: PreTrainedModel, config: Any) -> None:
-    if not isinstance(config.target_modules, set | list) or not METHODS[kind_of(config)].targets_linear:
-        return
-    head = model.get_output_embeddings()
-    layers = [(name, module) for name, module in model.named_modules() if module is not head]
-    linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)]
-    if problems := list(unmatched_targets(sorted(config.target_modules), linear)):
-        raise ValueError(f"model.adapter.target_modules: {'; '.join(problems)}")
-
-
-def _within_parts(model: PreTrainedModel, config: Any, parts: Iterable[Part]) -> list[str]:
-    """Whole names of the linear layers that a config means, of these parts of a vision-language model.
-
-    Raises:
-        ValueError: There are none.
-    """
-    part_of, wanted, targets = part_finder(model), set(parts), config.target_modules
-    ends = None if targets is None or isinstance(targets, str) else tuple(targets)
-    head = model.get_output_embeddings()
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and part_of(name) in wanted
-    ]
-    found = [name for name in names if ends is None or any(name == end or name.endswith(f".{end}") for end in ends)]
-    if not found:
-        raise ValueError(
-            f"model.adapter.target_modules: none is in {', '.join(sorted(wanted))}, which model.train names"
-        )
-    return found
-
-
-def _check_layers(model: PreTrainedModel, config: PeftConfig, key: str = "model.adapter.target_modules") -> None:
-    """
-    Raises:
-        ValueError: The head or another layer got an adapter that cannot be trained, synced and merged here.
-    """
-    head = model.get_output_embeddings()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base = layer.get_base_layer()
-        is_linear = isinstance(base, nn.Linear | Conv1D) or isinstance(layer, lora.ParamWrapper)
-        if layer is head and not METHODS[kind_of(config)].targets_linear:
-            method = kind_of(config)
-            raise ValueError(f"model.adapter: {method}: the head shares the embedding's weights: train another method")
-        if layer is head or (METHODS[kind_of(config)].targets_linear and not is_linear):
-            raise ValueError(
-                f"{key}: {name} ({type(base).__name__}) gets no adapter: name linear layers "
-                "other than the head, such as [q_proj, k_proj, v_proj, o_proj]"
-            )
 
 
 def _fill(model: PreTrainedModel, adapter: str, values: dict[str, torch.Tensor], directory: Path, key: str) -> None:

@@ -30,18 +30,19 @@ class PolicyTrainer(Trainer):
         world_size: int,
         num_threads: int,
         seed: int,
-        learns_rollouts: bool = False,
+        has_tokens_alone: bool = False,
         sends_merged: bool = False,
         reference: str | None = None,
     ) -> None:
         """
         Args:
-            learns_rollouts: It is trained on what it writes, in which no id beyond its tokenizer can be.
+            has_tokens_alone: Ids beyond its tokenizer's get no probability: it is trained on what it writes, in which
+                there are none, or compared with a teacher whose embedding may be padded to another size.
             sends_merged: Engines get whole weights, with what the adapter makes of them.
             reference: Path of the adapter that makes the base the reference; None where the base alone is.
         """
         super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
-        self.learns_rollouts = learns_rollouts
+        self.has_tokens_alone = has_tokens_alone
         self.sends_merged = sends_merged
         self.reference = reference
         self.teacher_head: LoadedHead | None = None
@@ -54,7 +55,7 @@ class PolicyTrainer(Trainer):
             seed=self.seed,
             device=self.device,
             checkpointing=self.trainer.gradient_checkpointing,
-            tokens_of=self.block if self.learns_rollouts else None,
+            tokens_of=self.block if self.has_tokens_alone else None,
             reference=self.reference,
         )
 

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlflow.actors import adapters
+from rlflow.actors.adapter_targets import check_named
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.vision import language_model_class
 from rlflow.checkpoint import FINAL_MANIFEST, publish_directory
@@ -72,6 +73,7 @@ def write_prepared(block: ModelBlock, texts: Sequence[Text], directory: Path, *,
         _put_in(model, config, texts)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"model.adapter.peft.{INIT}: {start}: {error}") from error
+    check_named(model, config)
     written = adapters.config_of(model)
     for name in OPTIONS:
         setattr(written, name, None)

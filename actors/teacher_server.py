@@ -5,8 +5,9 @@ Token ids go in. vLLM's `prompt_logprobs` come back: of each token its logprob, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import NOT_FOUND
 from itertools import pairwise
@@ -14,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from rlflow.actors.rollout_engines.http_calls import Server, ServerError
-from rlflow.actors.teacher_model import require_finite
+from rlflow.actors.rollout_engines.http_calls import Server, ServerError, taking_apart
 from rlflow.recipe import ModelBlock
 from rlflow.recipe.teacher_block import TeacherBlock
 from rlflow.types import MicroBatch
 
 _PROBE_TOKENS = 200
 """Of the policy's tokenizer, whose text the server is asked to tokenise."""
+_ROUNDING = 1e-3
+"""What a logprob may lie above 0."""
 
 
 class TeacherServer:
@@ -47,7 +49,9 @@ class TeacherServer:
             ServerError: It does not answer.
         """
         started = time.perf_counter()
-        served = {model["id"]: model for model in self.server.get("/v1/models")["data"]}
+        answer = self.server.get("/v1/models")
+        with taking_apart(answer, f"{self.server.url}/v1/models"):
+            served = {model["id"]: model for model in answer["data"]}
         self.model = self.model or next(iter(served), "")
         if self.model not in served:
             raise ValueError(f"teacher.served_model: {self.server.url} serves {', '.join(served)}, not {self.model}")
@@ -65,8 +69,7 @@ class TeacherServer:
         """Log-probabilities of the loss tokens, float32 [N] of the micro-batches end to end.
 
         Raises:
-            ServerError: The server does not answer, or with something else.
-            ValueError: They are not finite.
+            ServerError: The server does not answer, or with something else, such as numbers that are no logprobs.
         """
         assert temperature == 1.0, "a server's prompt logprobs are of temperature 1"
 
@@ -79,8 +82,8 @@ class TeacherServer:
         """As a TeacherModel's.
 
         Raises:
-            ServerError: The server does not answer, or with something else, such as fewer tokens.
-            ValueError: They are not finite.
+            ServerError: The server does not answer, or with something else, such as fewer tokens, or numbers that are
+                no logprobs.
         """
         from rlflow.algorithms.distillation import tail_of
 
@@ -131,7 +134,7 @@ class TeacherServer:
                     values[place] = read(given[place], int(token_ids[place]))
             return values
 
-        return require_finite(np.concatenate(list(self._threads.map(of_sequence, sequences))), "logprobs")
+        return np.concatenate(list(self._threads.map(of_sequence, sequences)))
 
     def _ask(self, token_ids: list[int], k: int) -> list[dict[int, float]]:
         """Logprobs by id of every token but the first, each with its own among them."""
@@ -143,22 +146,36 @@ class TeacherServer:
             "prompt_logprobs": k,
             "return_token_ids": True,
         }
-        choice = self.server.post("/v1/completions", body)["choices"][0]
+        answer = self.server.post("/v1/completions", body)
         where = f"{self.server.url}/v1/completions"
-        read = choice.get("prompt_token_ids")
+        with taking_apart(answer, where):
+            choice = answer["choices"][0]
+            read, given = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
         if read is not None and read != token_ids:
             raise ServerError(
                 f"{where}: it has read other token ids than it was sent: its model is not the policy's kin"
             )
-        given = choice.get("prompt_logprobs")
         if given is None:
             raise ServerError(
                 f"{where}: no prompt_logprobs in the answer: rlflow needs a server that has them, as vLLM"
             )
-        by_id = [{} if at is None else {int(id): float(of["logprob"]) for id, of in at.items()} for at in given]
+        with taking_apart(given, where):
+            by_id = [{int(id): _number(of["logprob"]) for id, of in (at or {}).items()} for at in given]
         if len(by_id) != len(token_ids) or any(id not in at for id, at in list(zip(token_ids, by_id, strict=True))[1:]):
             raise ServerError(f"{where}: {len(by_id)} prompt_logprobs for {len(token_ids)} tokens, or of other ids")
+        for of_token in by_id:
+            self._require_logprobs(of_token.values(), where)
         return by_id
+
+    def _require_logprobs(self, values: Iterable[float], where: str) -> None:
+        for value in values:
+            if not math.isfinite(value):
+                raise ServerError(
+                    f"{where}: logprobs of {self.model} are not finite: its weights are damaged, or too large for the "
+                    "dtype that it is served in"
+                )
+            if value > _ROUNDING:
+                raise ServerError(f"{where}: {value:g} is no logprob, which is at most 0: it gives something else")
 
     def _require_tokenizer(self) -> None:
         """Raises ValueError where the server makes other ids of a text than the policy. Who cannot be asked is not."""
@@ -172,13 +189,20 @@ class TeacherServer:
         ours = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         try:
-            theirs = self.server.post("/tokenize", body)["tokens"]
+            answer = self.server.post("/tokenize", body)
         except ServerError as error:
             if error.status == NOT_FOUND:
                 return
             raise
+        with taking_apart(answer, f"{self.server.url}/tokenize"):
+            theirs = answer["tokens"]
         if theirs != ours:
             raise ValueError(
                 f"teacher.url: {self.model} at {self.server.url} has another tokenizer than {self.policy.path}, whose "
                 "ids it is to score: serve a model of the same tokenizer"
             )
+
+
+def _number(value: Any) -> float:
+    """JSON has no number that is none, and null in its place."""
+    return math.nan if value is None else float(value)

@@ -183,10 +183,9 @@ def constructor_of(
             arguments = _trainer_arguments(model, recipe.trainer, role, rank, seed)
             if recipe.algorithm.learning.head != "token":
                 return SequenceTrainer, {**arguments, "algorithm": recipe.algorithm}
-            is_online = recipe.family == "online"
             return PolicyTrainer, {
                 **arguments,
-                "learns_rollouts": is_online,
+                "has_tokens_alone": recipe.family == "online" or recipe.needs_teacher,
                 "sends_merged": sends_merged(recipe),
                 "reference": recipe.held_reference(model),
             }

@@ -6,7 +6,8 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -26,6 +27,23 @@ class ServerError(RuntimeError):
         """status: of HTTP, where the server refused."""
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def taking_apart(answer: Any, where: str) -> Iterator[None]:
+    """Within, an answer's fields are read.
+
+    Raises:
+        ServerError: They are not where they are looked for, or hold something else.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        shown = json.dumps(answer)[:_SHOWN]
+        raise ServerError(
+            f"{where}: it answered in a form that is not known here ({type(error).__name__}: {error}): {shown}. Is it "
+            "the server that is meant?"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from http.client import NOT_FOUND
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlflow.actors.rollout_engines.http_calls import Server, ServerError
+from rlflow.actors.rollout_engines.http_calls import Server, ServerError, taking_apart
 from rlflow.types import SamplingParams
 
 NEVER = -100.0
@@ -68,14 +68,18 @@ class VllmServer:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.model = server.get("/v1/models")["data"][0]["id"]
+        answer = server.get("/v1/models")
+        with taking_apart(answer, f"{server.url}/v1/models"):
+            self.model = answer["data"][0]["id"]
 
     def generate(self, ask: Ask, version: int) -> Piece:
         choice = self._complete(ask)
-        token_ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        where = f"{self.server.url}/v1/completions"
+        with taking_apart(choice, where):
+            token_ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if token_ids is None or logprobs is None:
             raise ServerError(
-                f"{self.server.url}/v1/completions: no token_ids and logprobs in the answer, which return_token_ids "
+                f"{where}: no token_ids and logprobs in the answer, which return_token_ids "
                 "and logprobs ask for: rlflow needs a server that has them, as vLLM 0.32 does"
             )
         return _piece(self.server, token_ids, logprobs)
@@ -132,7 +136,9 @@ class VllmServer:
             "return_token_ids": True,
             "logit_bias": {str(token): NEVER for token in ask.left_out} or None,
         }
-        return self.server.post("/v1/completions", body)["choices"][0]
+        answer = self.server.post("/v1/completions", body)
+        with taking_apart(answer, f"{self.server.url}/v1/completions"):
+            return answer["choices"][0]
 
 
 class SglangServer:
@@ -159,7 +165,11 @@ class SglangServer:
             "logit_bias": {str(token): NEVER for token in ask.left_out} or None,
         }
         body = {"rid": ask.key, "input_ids": ask.token_ids, "sampling_params": sampling, "return_logprob": True}
-        told = self.server.post("/generate", body)["meta_info"]
+        answer = self.server.post("/generate", body)
+        with taking_apart(answer, f"{self.server.url}/generate"):
+            return self._piece_of(answer["meta_info"], version)
+
+    def _piece_of(self, told: dict[str, Any], version: int) -> Piece:
         if (loaded := told.get("weight_version")) not in (None, "default", str(version)):
             raise ServerError(
                 f"{self.server.url}/generate: written with weights {loaded}, not the {version} that were loaded: does "
@@ -195,4 +205,5 @@ class SglangServer:
 def _piece(server: Server, token_ids: Sequence[Any], logprobs: Sequence[Any]) -> Piece:
     if len(token_ids) != len(logprobs) or any(logprob is None for logprob in logprobs):
         raise ServerError(f"{server.url}: {len(token_ids)} tokens with {len(logprobs)} logprobs, or some without one")
-    return Piece([int(token) for token in token_ids], [float(logprob) for logprob in logprobs])
+    with taking_apart([token_ids, logprobs], server.url):
+        return Piece([int(token) for token in token_ids], [float(logprob) for logprob in logprobs])

@@ -101,10 +101,16 @@ def _plain_answer(module: ProbedModule, tokens: torch.Tensor) -> Answer:
     """Of transformers alone.
 
     Raises:
-        ValueError: It fails, has no gradient, or lets a number depend on tokens after its own.
+        ValueError: It fails, gives what is no number, has no gradient, or lets a number depend on tokens after its own.
     """
     with torch.no_grad():
-        _run(module, lambda: module.probe_plain(tokens), "its own forward pass fails on the token ids of a short text")
+        reason = "its own forward pass fails on the token ids of a short text"
+        found = _run(module, lambda: module.probe_plain(tokens), reason)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(
+            f"{type(module.model).__name__}: its numbers for a short text are not finite: some of its weights, or "
+            "of its adapter's, are no numbers, or too large for model.dtype. Choose another model or checkpoint"
+        )
     run = partial(_run, module, problem="in evaluation mode it gives no gradients")
     numbers, embeddings = run(lambda: _traced(module, lambda: module.probe_plain(tokens)))
     half = len(tokens) // 2

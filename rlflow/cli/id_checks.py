@@ -10,6 +10,7 @@ from rlflow.data.errors import DataError
 from rlflow.data.vocabulary import Vocabulary, difference, read_vocabulary, tokens_without_row
 from rlflow.positions import longest_sequences, position_limit
 from rlflow.recipe import ModelBlock, Recipe
+from rlflow.recipe.distill_blocks import DivergenceDistillBlock
 from rlflow.rewards.reward_model import ids_problem
 
 Found = Iterator[tuple[str, str]]
@@ -31,6 +32,8 @@ def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
         return
     yield from _in_rows("model.path", recipe.model, vocabulary, to_come)
     yield from _in_positions("model.path", recipe.model, recipe, to_come)
+    yield from _in_most_probable(recipe, vocabulary)
+    yield from _in_trained_tokens(recipe.model, to_come)
     for key, path in _others(recipe).items():
         other = ModelBlock(path=path)
         yield from _in_positions(key, other, recipe, to_come)
@@ -38,6 +41,29 @@ def in_ids(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
             yield from _in_tokenizer(key, other, recipe.model, vocabulary, to_come)
         except (ValueError, DataError) as error:
             yield key, str(error).removeprefix(_PREFIX)
+
+
+def _in_most_probable(recipe: Recipe, vocabulary: Vocabulary | None) -> Found:
+    """Of a teacher's most probable tokens and all others as one: there must be others."""
+    distill = recipe.online.distill if recipe.needs_teacher else None
+    top_k = distill.top_k if isinstance(distill, DivergenceDistillBlock) else None
+    if vocabulary is not None and top_k is not None and top_k >= len(vocabulary):
+        whole = "" if recipe.teacher.url is not None else ", or leave it out to compare the whole vocabulary"
+        yield (
+            "algorithm.distill.top_k",
+            f"is {top_k}, and the tokenizer of {_named(recipe.model)} has {len(vocabulary)} tokens: lower it{whole}",
+        )
+
+
+def _in_trained_tokens(model: ModelBlock, to_come: Mapping[str, Recipe]) -> Found:
+    """Of an adapter on rows of the embedding."""
+    fields = model.adapter.peft if model.adapter is not None else None
+    given, num_rows = (fields or {}).get("token_indices"), _num_rows(model, to_come)
+    ids = given if isinstance(given, list) else []
+    beyond = [id for id in ids if num_rows is not None and isinstance(id, int) and id >= num_rows]
+    if beyond:
+        reason = f"{beyond[0]} is no row of {_named(model)}'s embedding, which has {num_rows}"
+        yield "model.adapter.peft.token_indices", reason
 
 
 def scorer_ids_problem(path: str, config: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ PEFT: ``peft_fields.json`` has the fields of PEFT's dataclasses, which a test co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -121,6 +122,9 @@ _OF_THE_RECIPE = {
     "inference_mode": "is what training is not",
     "total_step": "is how many updates the run has",
 }
+_SIZES = {"r", "init_r", "alpha", "lora_alpha", "psoft_alpha", "randlora_alpha"}
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Regular expressions, each with a size."""
 _OF_LORA_ALONE = "is of LORA alone and not read"
 _NOT_READ = {
     "ADALORA": {
@@ -205,7 +209,34 @@ def _problem(method: str, field: str, value: Any) -> str | None:
                 return f"{value} {reason}"
     if not any(_is_of_kind(value, kind) for kind in known[field]):
         return f"must be {' or '.join(known[field])}; is {json.dumps(value, default=str)}"
+    return _value_problem(method, field, value)
+
+
+def _value_problem(method: str, field: str, value: Any) -> str | None:
+    """What is wrong with a value of the right kind."""
+    # OFT's is 0 where the size of its blocks is given.
+    if field in _SIZES and value is not None and value <= 0 and (method, field) != ("OFT", "r"):
+        return f"must be more than 0; is {value}"
+    if field == "token_indices" and (
+        not value or len(set(map(str, value))) < len(value) or not all(map(_is_id, value))
+    ):
+        return "must list ids of tokens, each once"
+    sizes = value if field in _PATTERNS and value else {}
+    for pattern, size in sizes.items():
+        if not _is_of_kind(size, "float") or size <= 0:
+            return f"{pattern} must be more than 0; is {json.dumps(size, default=str)}"
+    # Names, or one expression.
+    expressions = [value] if field in ("target_modules", "exclude_modules") and isinstance(value, str) else [*sizes]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            return f"{expression} is no regular expression: {error}"
     return None
+
+
+def _is_id(value: Any) -> bool:
+    return _is_of_kind(value, "int") and value >= 0
 
 
 def _is_of_kind(value: Any, kind: str) -> bool:

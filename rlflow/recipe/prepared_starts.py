@@ -21,6 +21,8 @@ class PreparedStart:
     is_subtracted: bool
     """B A is not 0 at the start, and PEFT takes it out of the base. Here the base stays, and the start is taken away
     from what the adapter adds: W + s (B A - B0 A0), the same numbers."""
+    gives_out_ranks: bool = False
+    """It finds the rank of each layer itself."""
     options: str | None = None
     """The field with its own config."""
     fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -31,6 +33,7 @@ _STARTS = {
     "eva": PreparedStart(
         reads_data=True,
         is_subtracted=False,
+        gives_out_ranks=True,
         options="eva_config",
         fields={"rho": (float, int), "tau": (float,), "whiten": (bool,), "adjust_scaling_factors": (bool,)},
     ),
@@ -80,6 +83,8 @@ def start_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("use_dora", "target_parameters"):
         if config.get(name):
             yield name, f"does not go with {INIT}: {config[INIT]}, which starts from the weights of layers: remove it"
+    if start.gives_out_ranks and config.get("rank_pattern"):
+        yield "rank_pattern", f"is found by {INIT}: {config[INIT]}: remove it"
     if start.is_subtracted and config.get("lora_dropout"):
         yield "lora_dropout", f"would drop what {INIT}: {config[INIT]} takes away from the base: set 0"
 

@@ -172,6 +172,41 @@ def test_an_adapter_that_eva_prepared_is_gone_on_from(tiny_model_dir: Path, tmp_
     assert close(logits(load(tiny_model_dir, {"path": str(tmp_path)})), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:The following|You have passed")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"rank_pattern": {"q_proj": 4, "k_proj": 2}},
+            "rank_pattern: no layer with an adapter ends in k_proj: they end ",
+        ),
+        (
+            {"alpha_pattern": {"^q_proj": 4}},
+            "alpha_pattern: no layer with an adapter ends in ^q_proj: they end in q_proj",
+        ),
+        ({"layers_to_transform": [0, 3]}, "layers_to_transform: no layer with an adapter is in number 3"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj", "qq"]}, "exclude_modules: the model has no qq to leave out"),
+        ({"exclude_modules": "model.*z"}, "exclude_modules: the model has no model.*z to leave out"),
+        ({"target_parameters": ["mlp.experts.down_proj", "mlp.experts.x"]}, "target_parameters: the model has no "),
+    ],
+)
+def test_what_names_nothing_in_a_config_is_refused(tiny_moe_dir: Path, fields: dict[str, Any], says: str):
+    """PEFT passes over it."""
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], **fields}
+    with pytest.raises(ValueError, match=r"model\.adapter\.peft\.") as raised:
+        load(tiny_moe_dir, {"peft": config})
+    assert says in str(raised.value)
+
+
+def test_patterns_layers_and_parameters_that_are_there_are_taken(tiny_moe_dir: Path):
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    named = {"rank_pattern": {"^model.layers.0.*q_proj": 4}, "exclude_modules": ["layers.1.self_attn.q_proj"]}
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "target_parameters": both, **named}
+    model = load(tiny_moe_dir, {"peft": config})
+    ranks = {layer.r["default"] for _, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    assert ranks == {2, 4}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

@@ -273,13 +273,35 @@ def test_a_server_that_gives_fewer_tokens_than_asked_for_says_so(
         asked.top_logprobs(packed(), K, 1.0)
 
 
-def test_logprobs_that_are_no_numbers_are_refused(served: tuple[TeacherStandIn, str], tiny_model_dir: Path):
+@pytest.mark.parametrize(
+    ("logprob", "says"),
+    [
+        (float("nan"), "logprobs of teacher are not finite"),
+        (None, "logprobs of teacher are not finite"),
+        (0.5, "0.5 is no logprob, which is at most 0"),
+        ("x", "a form that is not known here .*could not convert"),
+    ],
+)
+def test_what_is_no_logprob_is_refused_with_the_servers_address(
+    served: tuple[TeacherStandIn, str], tiny_model_dir: Path, logprob: object, says: str
+):
     stand_in, url = served
     asked = client(url, tiny_model_dir)
     asked.ready()
     stand_in.change = lambda choice: {
         **choice,
-        "prompt_logprobs": [at and {id: {"logprob": float("nan")} for id in at} for at in choice["prompt_logprobs"]],
+        "prompt_logprobs": [at and {id: {"logprob": logprob} for id in at} for at in choice["prompt_logprobs"]],
     }
-    with pytest.raises(ValueError, match="not finite"):
+    for ask in (asked.logprobs, lambda batches: asked.top_logprobs(batches, K, 1.0)):
+        with pytest.raises(ServerError, match=f"{url}/v1/completions: .*{says}"):
+            ask(packed())
+
+
+@pytest.mark.parametrize("choice", ["text", None, {"prompt_logprobs": [None, {"three": {"logprob": -1.0}}]}])
+def test_an_answer_of_another_form_is_shown(served: tuple[TeacherStandIn, str], tiny_model_dir: Path, choice: object):
+    stand_in, url = served
+    asked = client(url, tiny_model_dir)
+    asked.ready()
+    stand_in.change = lambda _: choice
+    with pytest.raises(ServerError, match=f"{url}/v1/completions: it answered in a form that is not known here"):
         asked.logprobs(packed())

@@ -119,6 +119,16 @@ def test_a_model_that_sees_what_comes_after_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_weights_that_are_no_numbers_are_refused_for_what_they_are(tmp_path):
+    write(tmp_path, "llama", LLAMA)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: its numbers for a short text are not finite"):
+        load(tmp_path)
+
+
 def test_logits_that_are_made_in_another_way_are_refused(tmp_path, monkeypatch):
     write(tmp_path, "granite", PACKED["granite"])
     monkeypatch.setattr(token_model, "logit_scale", lambda config: 1.0)

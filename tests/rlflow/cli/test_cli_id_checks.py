@@ -208,3 +208,24 @@ def test_a_teacher_of_another_tokenizer_or_of_shorter_sequences_is_refused(recip
     write_model(here / "other", max_position_embeddings=32)
     (problem,) = problems_of(recipe_file, *opd, "rollout.max_new_tokens=48")
     assert f"{here}/other (teacher.path) takes 32" in problem
+
+
+def test_a_teachers_most_probable_tokens_are_fewer_than_the_tokenizer_has(recipe_file: Path):
+    here = recipe_file.parent
+    write_model(here / "other")
+    gkd = ["algorithm={name: gkd, distill: {top_k: 13, on_policy: 1.0}}", "rewards=[]", "teacher.path=other"]
+    assert load_checked(recipe_file, gkd)
+    (problem,) = problems_of(recipe_file, gkd[0].replace("13", "14"), *gkd[1:])
+    assert problem == (
+        f"command line: algorithm.distill.top_k: is 14, and the tokenizer of {here}/policy has 14 tokens: "
+        "lower it, or leave it out to compare the whole vocabulary"
+    )
+
+
+def test_trained_tokens_have_a_row_in_the_embedding(recipe_file: Path):
+    adapter = "model.adapter={peft: {peft_type: TRAINABLE_TOKENS, token_indices: [3, 63]}}"
+    assert load_checked(recipe_file, [adapter])
+    (problem,) = problems_of(recipe_file, adapter.replace("63", "64"))
+    assert problem.endswith(
+        f"model.adapter.peft.token_indices: 64 is no row of {recipe_file.parent}/policy's embedding, which has 64"
+    )

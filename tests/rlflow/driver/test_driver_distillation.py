@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from finished_runs import RunRecipe, metrics_of, same_weights
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from rlflow.actors.actor_group import ActorFailure
 from rlflow.driver.learner import Learner
@@ -71,6 +73,27 @@ def test_a_share_of_the_rows_is_answered_by_the_data_and_the_others_by_the_polic
     assert len(rollouts) == 36
     is_answer = [row["completion"] == json.loads(row["columns"])["response"] for row in rollouts]
     assert 0.25 < np.mean(is_answer) < 0.75
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_rows_that_pad_the_policys_embedding_are_in_no_divergence(
+    run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, top_k: int | None
+):
+    """Whoever writes the answers; the rows have large logits, as rows that nobody has trained may."""
+    padded = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    embedding = padded.resize_token_embeddings(padded.config.vocab_size + 24)
+    with torch.no_grad():
+        embedding.weight[-24:] = embedding.weight[5] * 1.5
+    for file in tiny_model_dir.iterdir():
+        (tmp_path / "padded").mkdir(exist_ok=True)
+        (tmp_path / "padded" / file.name).write_bytes(file.read_bytes())
+    padded.save_pretrained(tmp_path / "padded")
+    blocks = merge(GKD, {"algorithm": {"distill": {"on_policy": 0.0, "top_k": top_k}}})
+    found = [
+        series(run(name, blocks, run__steps=1, model__path=str(path)), "distill/divergence")
+        for name, path in (("plain", tiny_model_dir), ("more", tmp_path / "padded"))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_stopped_gkd_run_goes_on_to_the_same_weights(run: Callable[..., Path]):

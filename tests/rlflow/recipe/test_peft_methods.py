@@ -64,6 +64,23 @@ def test_a_method_starts_as_its_base_and_on_all_linear_layers_where_nothing_else
         ("{peft: {peft_type: LOKR, alpa: 3}}", "peft.alpa", "LOKR has no such field, did you mean alpha?"),
         ("{peft: {peft_type: LOKR, r: many}}", "peft.r", 'must be int; is "many"'),
         ("{peft: {peft_type: LOKR, r: true}}", "peft.r", "must be int; is true"),
+        ("{peft: {peft_type: LORA, r: 0}}", "peft.r", "must be more than 0; is 0"),
+        ("{peft: {peft_type: PSOFT, psoft_alpha: -8}}", "peft.psoft_alpha", "must be more than 0; is -8"),
+        ("{peft: {peft_type: LORA, rank_pattern: {q_proj: 0}}}", "peft.rank_pattern", "q_proj must be more than 0"),
+        ("{peft: {peft_type: LOHA, alpha_pattern: {q_proj: x}}}", "peft.alpha_pattern", 'more than 0; is "x"'),
+        ("{peft: {peft_type: LORA, rank_pattern: {'(q': 4}}}", "peft.rank_pattern", "(q is no regular expression"),
+        ("{peft: {peft_type: IA3, target_modules: '.*(q'}}", "peft.target_modules", ".*(q is no regular expression"),
+        (
+            "{peft: {peft_type: TRAINABLE_TOKENS, token_indices: [3, 3]}}",
+            "peft.token_indices",
+            "ids of tokens, each once",
+        ),
+        ("{peft: {peft_type: TRAINABLE_TOKENS, token_indices: []}}", "peft.token_indices", "ids of tokens, each once"),
+        (
+            "{peft: {peft_type: TRAINABLE_TOKENS, token_indices: [-1]}}",
+            "peft.token_indices",
+            "ids of tokens, each once",
+        ),
         ("{peft: {peft_type: MISS, init_weights: bta}}", "peft.init_weights", "must be 'bat' or 'mini' or bool"),
         ("{peft: {peft_type: LORA, modules_to_save: [lm_head]}}", "peft.modules_to_save", "is not supported"),
         ("{peft: {peft_type: LORA, task_type: CAUSAL_LM}}", "peft.task_type", "follows from the algorithm: remove it"),
@@ -71,6 +88,11 @@ def test_a_method_starts_as_its_base_and_on_all_linear_layers_where_nothing_else
         ("{peft: {peft_type: LORA, init_lora_weights: pissa_niter}}", "peft.init_lora_weights", "must be 'corda' or"),
         ("{peft: {peft_type: LORA, init_lora_weights: pissa, use_dora: true}}", "peft.use_dora", "does not go with"),
         ("{peft: {peft_type: LORA, init_lora_weights: olora, lora_dropout: 0.1}}", "peft.lora_dropout", "set 0"),
+        (
+            "{peft: {peft_type: LORA, init_lora_weights: eva, rank_pattern: {q_proj: 4}}}",
+            "peft.rank_pattern",
+            "is found by",
+        ),
         ("{peft: {peft_type: LORA, eva_config: {rho: 1.0}}}", "peft.eva_config", "with init_lora_weights: eva alone"),
         (
             "{peft: {peft_type: LORA, init_lora_weights: lora_ga, lora_ga_config: {dirction: ArBr}}}",
@@ -93,6 +115,11 @@ def test_what_is_wrong_with_a_method_is_said_with_its_line_and_field(adapter: st
     (problem,) = raised.value.problems
     assert (problem.line, problem.key) == (2, f"model.adapter.{key}")
     assert says in problem.message
+
+
+def test_sizes_and_expressions_that_peft_takes_are_taken(tmp_path: Path):
+    assert load(tmp_path, "{peft: {peft_type: OFT, r: 0, oft_block_size: 8}}")
+    assert load(tmp_path, "{peft: {peft_type: LORA, rank_pattern: {'^a.b': 4}, target_modules: '.*[qv]_proj'}}")
 
 
 @pytest.mark.parametrize(
