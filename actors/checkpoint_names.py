@@ -68,8 +68,12 @@ def kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer.detach()
 
 
-def to_model(model: PreTrainedModel, weights: Named) -> Iterator[tuple[str, torch.Tensor]]:
-    """The inverse: what checkpoints keep apart is put together. Names that mean nothing to the model are left alone."""
+def to_model(model: PreTrainedModel, weights: Named, *, are_kept: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """The inverse: what checkpoints keep apart is put together. Names that mean nothing to the model are left alone.
+
+    Args:
+        are_kept: The tensors stay what they are when the next is asked for; else those that wait for others are copied.
+    """
     conversions = _conversions(model)
     if not conversions:
         yield from weights
@@ -77,12 +81,15 @@ def to_model(model: PreTrainedModel, weights: Named) -> Iterator[tuple[str, torc
     renamings = [change for change in conversions if isinstance(change, WeightRenaming)]
     converters = [change for change in conversions if isinstance(change, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    gathered: dict[str, WeightConverter] = {}
-    for name, tensor in sorted(weights, key=lambda pair: dot_natural_key(pair[0])):
+    parts: list[tuple[str, str, str, torch.Tensor]] = []
+    for name, tensor in weights:
         renamed, pattern = rename_source_key(name, renamings, converters)
         if pattern is None:
             yield renamed, tensor
-            continue
+        else:
+            parts.append((name, renamed, pattern, tensor if are_kept else tensor.clone()))
+    gathered: dict[str, WeightConverter] = {}
+    for name, renamed, pattern, tensor in sorted(parts, key=lambda part: dot_natural_key(part[0])):
         if renamed not in gathered:
             gathered[renamed] = deepcopy(by_pattern[pattern])
         gathered[renamed].add_tensor(renamed, name, pattern, tensor)  # pyright: ignore[reportArgumentType]

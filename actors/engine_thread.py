@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlflow.actors.engine_groups import EngineCounts, EngineGroup, RunningAtUpdate, WaitingUpdate
-from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
+from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine, WeightsLost
 from rlflow.tracking.spans import WAIT
 from rlflow.types import Completion, GroupRequest, SampleRequest
 
@@ -62,6 +62,8 @@ class EngineThread:
         self._update: WaitingUpdate | None = None
         """Weights that wait until what is under way has ended."""
         self._is_closed = self._is_hurried = False
+        self._is_torn = False
+        """The engine has some of the new weights and some of the old: it makes no step before it has all of some."""
         self._broken: Exception | None = None
         """Why something was done in part: with some of the new weights, what the engine writes is of no version."""
         self._failure: BaseException | None = None
@@ -217,8 +219,8 @@ class EngineThread:
 
     @property
     def _is_writing(self) -> bool:
-        """Whether the engine has anything to write."""
-        return len(self._place_of) > len(self._away)
+        """Whether the engine has anything to write, and weights to write it with."""
+        return len(self._place_of) > len(self._away) and not self._is_torn
 
     def _step(self) -> None:
         started = time.time()
@@ -314,6 +316,9 @@ class EngineThread:
         """Does something that breaks the engine where it fails half-way."""
         try:
             return change()
+        except WeightsLost:
+            self._is_torn = True
+            raise
         except Exception as error:
             self._broken = error
             raise
@@ -330,8 +335,12 @@ class EngineThread:
         started = time.time()
         again = [group.request for group in self._groups.values()] if running == "restart" else []
         self._forget([request.id for request in again])
-        self.counts.reread_tokens += self._whole(lambda: self.engine.load_weights(weights(), version, cache))
-        self.version = version
+        try:
+            self.counts.reread_tokens += self._whole(lambda: self.engine.load_weights(weights(), version, cache))
+        except WeightsLost:
+            self._held = [*again, *self._held]
+            raise
+        self.version, self._is_torn = version, False
         ended = time.time()
         self.counts.loads += 1
         self.counts.load_s += ended - started

@@ -32,6 +32,7 @@ class PolicyTrainer(Trainer):
         seed: int,
         has_tokens_alone: bool = False,
         sends_merged: bool = False,
+        transport: str = "objects",
         reference: str | None = None,
     ) -> None:
         """
@@ -39,11 +40,12 @@ class PolicyTrainer(Trainer):
             has_tokens_alone: Ids beyond its tokenizer's get no probability: it is trained on what it writes, in which
                 there are none, or compared with a teacher whose embedding may be padded to another size.
             sends_merged: Engines get whole weights, with what the adapter makes of them.
+            transport: How engines get new weights: objects, ipc or collective.
             reference: Path of the adapter that makes the base the reference; None where the base alone is.
         """
         super().__init__(model, trainer, rank=rank, world_size=world_size, num_threads=num_threads, seed=seed)
         self.has_tokens_alone = has_tokens_alone
-        self.sends_merged = sends_merged
+        self.sends_merged, self.transport = sends_merged, transport
         self.reference = reference
         self.teacher_head: LoadedHead | None = None
 

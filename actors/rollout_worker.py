@@ -27,6 +27,7 @@ from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes, PlayedEpisode
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, RolloutEngine
 from rlflow.actors.rollout_engines.stop_strings import StopStrings
+from rlflow.actors.weight_intake import WeightIntake, WeightsTaken
 from rlflow.garbage import without_collection
 from rlflow.recipe import EnvironmentBlock, ModelBlock, RolloutBlock, RolloutServerBlock
 from rlflow.rollout_checks import layout_problem, token_problem
@@ -125,6 +126,7 @@ class RolloutWorker:
         generator = StopStrings(generator, self.tokenizer)
         self.engine = EngineThread(generator, rollout.max_num_seqs, lambda: _use_threads(num_threads))
         self.engine.version = 0 if is_whole else -1
+        self.intake = WeightIntake(self.engine, rollout.at_update.running, rollout.at_update.cache)
         if environment is not None:
             self.engine.episodes = Episodes(
                 environment,
@@ -184,18 +186,9 @@ class RolloutWorker:
 
     def load_weights(
         self, snapshot: WeightSnapshot, running: RunningAtUpdate = "continue", cache: CacheAtUpdate = "recompute"
-    ) -> None:
-        """Takes new weights between two steps. Until they have come here, the steps go on.
-
-        Raises:
-            ConnectionError: They do not come.
-            ValueError: They are not what was sent, or not for this model.
-        """
-        from rlflow.actors.weight_sync import receive, tensors_of
-
-        arrays = receive(snapshot)
-        loaded = self.engine.load_weights(lambda: tensors_of(snapshot, arrays), snapshot.version, running, cache)
-        loaded.result(ORDER_TIMEOUT_S if running != "wait" else None)
+    ) -> WeightsTaken:
+        """Takes new weights between two steps; see `WeightIntake.take`."""
+        return self.intake.take(snapshot, running, cache)
 
     def abort(self, group_ids: Sequence[int]) -> None:
         """Forgets groups, whatever has become of them, after the step under way; waits for nothing."""
@@ -211,6 +204,7 @@ class RolloutWorker:
 
     def close(self) -> None:
         """Ends the engine, and environments."""
+        self.intake.close()
         if self.engine.episodes is not None:
             self.engine.episodes.close()
         self.engine.close()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlflow.actors.rank_schedule import RankSchedule
+    from rlflow.actors.weight_stream import RankStream
     from rlflow.actors.weight_sync import WeightSnapshot
     from rlflow.algorithms.batch import TensorBatch
     from rlflow.memory import ModelShape
@@ -57,6 +58,8 @@ class Trainer:
     """Before the names of a mixture of experts' metrics."""
     sends_merged = False
     """Whether what the adapter makes of the model's weights is sent, whole."""
+    transport = "objects"
+    """How rollout workers get new weights: see AtUpdateBlock."""
 
     def __init__(
         self, model: ModelBlock, trainer: TrainerBlock, *, rank: int, world_size: int, num_threads: int, seed: int
@@ -65,6 +68,7 @@ class Trainer:
         self.rank, self.world_size = rank, world_size
         self.num_threads, self.seed = num_threads, seed
         self._listening: socket.socket | None = None
+        self._stream: RankStream | None = None
 
     def load_module(self) -> Any:
         """The model to train, on ``self.device``: the subclass knows which."""
@@ -198,20 +202,39 @@ class Trainer:
         self.engine.optimizer = RankSchedule(self.module.model, self.engine.optimizer)
         return self.engine.optimizer
 
-    def weights(self, version: int) -> WeightSnapshot | None:
-        """All ranks take part; rank 0 returns the snapshot: of an adapter alone where engines take it as it is."""
+    def weights(self, version: int, whole: bool = False) -> WeightSnapshot | None:
+        """All ranks take part; rank 0 returns the snapshot: of an adapter alone where engines take it as it is.
+
+        Args:
+            whole: The weights are in the snapshot in any case. Else, where all rollout workers that have joined get
+                them directly, they have them when this returns, and the snapshot is empty.
+        """
         from rlflow.actors.checkpoint_names import to_checkpoint
         from rlflow.actors.host_memory import release_freed_memory
-        from rlflow.actors.weight_sync import pack_weights
+        from rlflow.actors.weight_stream import RankStream
+        from rlflow.actors.weight_sync import WeightSnapshot, pack_weights
 
         if not self.is_small:
             # Others may need it now, and a snapshot is too large for what lies between.
             release_freed_memory()
         sends_adapter = self.block.adapter is not None and not self.sends_merged
-        named = self._merged_weights() if self.sends_merged else self.engine.full_weights(trained_only=sends_adapter)
+
+        def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+            return self._merged_weights() if self.sends_merged else self.engine.full_weights(trained_only=sends_adapter)
+
+        def sent() -> Iterator[tuple[str, torch.Tensor]]:
+            return gathered() if sends_adapter else to_checkpoint(self.module.model, gathered())
+
+        meetings = ()
+        if self.transport != "objects":
+            if self._stream is None:
+                self._stream = RankStream(self.transport, self.device, _own_address(), self.rank, self.world_size)
+            meetings = self._stream.meetings
+            if not whole and self._stream.send(sent, gathered, version):
+                return WeightSnapshot(version, is_streamed=True, meetings=meetings) if self.rank == 0 else None
         if self.rank == 0:
-            return pack_weights(named if sends_adapter else to_checkpoint(self.module.model, named), version)
-        for _ in named:
+            return pack_weights(sent(), version, meetings=meetings)
+        for _ in gathered():
             pass
         return None
 

@@ -10,6 +10,9 @@ The snapshot is a table of what is where; the weights themselves take a channel,
                   All workers of the host read it there without a copy; another host is sent it once.
     SameProcess   between threads: a copy, since a trainer changes its weights in place
 
+With `rollout.at_update.transport: ipc | collective` a version goes past the store, in the trainer's own call
+(actors/weight_stream.py): its snapshot is then empty. The first version, and all that fails, take a channel.
+
 Of a sharded trainer, or one on a GPU, no more than a chunk of whole tensors is held beside the store. bfloat16, which
 numpy lacks, needs no special case: tensors travel as bytes.
 """
@@ -95,6 +98,19 @@ def channel_here() -> WeightChannel:
 
 
 @dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where one of the trainer's ranks takes rollout workers in, to which it then sends weights past the channels."""
+
+    transport: str
+    """ipc or collective."""
+    address: tuple[str, int]
+    token: str
+    """Who says it has been told of this meeting by the trainer."""
+    device: str
+    """The rank's, as `weight_carriers.device_name` has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSnapshot:
     """The policy's weights at one version."""
 
@@ -105,6 +121,10 @@ class WeightSnapshot:
     """One of CHANNELS."""
     handles: tuple[Any, ...] = ()
     """Of the chunks. The first begins with a probe, from whose bytes a worker sees whether the channel is sound."""
+    is_streamed: bool = False
+    """The workers that were taken in have it already, and there is nothing here for others."""
+    meetings: tuple[Meeting, ...] = ()
+    """Where workers may join for the versions to come."""
 
     @property
     def num_bytes(self) -> int:
@@ -113,13 +133,17 @@ class WeightSnapshot:
 
 
 def pack_weights(
-    named: Iterable[tuple[str, torch.Tensor]], version: int, channel: WeightChannel | None = None
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    channel: WeightChannel | None = None,
+    meetings: tuple[Meeting, ...] = (),
 ) -> WeightSnapshot:
     """Sends tensors, each cast to nothing: what arrives is what was trained.
 
     Args:
         named: Drained in order; a tensor is let go as soon as its chunk is sent.
         channel: The one from this process, when absent.
+        meetings: See `WeightSnapshot`.
     """
     channel = channel or channel_here()
     table, handles = [], []
@@ -133,7 +157,7 @@ def pack_weights(
             chunk, size = [], 0
     if chunk:
         handles.append(channel.put(chunk))
-    return WeightSnapshot(version, tuple(table), channel.name, tuple(handles))
+    return WeightSnapshot(version, tuple(table), channel.name, tuple(handles), meetings=meetings)
 
 
 def receive(snapshot: WeightSnapshot) -> list[np.ndarray]:

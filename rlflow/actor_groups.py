@@ -25,7 +25,7 @@ from rlflow.actors.teacher_model import TeacherModel
 from rlflow.actors.teacher_server import TeacherServer
 from rlflow.actors.trainer import Trainer
 from rlflow.actors.value_trainer import ValueTrainer
-from rlflow.policy_weights import sends_merged
+from rlflow.policy_weights import sends_merged, weight_transport
 from rlflow.recipe import AdapterBlock, ModelBlock, Recipe, TrainerBlock
 from rlflow.roles import Role, roles, rollout_engine
 
@@ -187,6 +187,7 @@ def constructor_of(
                 **arguments,
                 "has_tokens_alone": recipe.family == "online" or recipe.needs_teacher,
                 "sends_merged": sends_merged(recipe),
+                "transport": weight_transport(recipe).name,
                 "reference": recipe.held_reference(model),
             }
         case "critic":

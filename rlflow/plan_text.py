@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlflow.actor_memory import episodes_at_once
 from rlflow.planning import GIB, Plan, gib
-from rlflow.policy_weights import sends_merged
+from rlflow.policy_weights import sends_merged, weight_transport
 from rlflow.preparation_memory import preparation_bytes
 from rlflow.recipe import ALGORITHMS, EnvironmentBlock, Recipe
 from rlflow.recipe.distill_blocks import DivergenceDistillBlock
@@ -31,6 +31,7 @@ def render(plan: Plan) -> str:
         "a step": _step_lines(plan),
         "length": [_length_line(recipe)],
         "actors": _actors_table(plan),
+        **({"weights": [_weights_line(recipe)]} if recipe.needs_rollouts and recipe.trains else {}),
         "machine": [f"{machine}; all actors on it: {gib(plan.host_bytes)}" if plan.host_bytes else machine],
         "results": [recipe.run.output_dir],
         "warnings": plan.warnings,
@@ -143,6 +144,18 @@ def _length_line(recipe: Recipe) -> str:
         return length
     lag = f"at most {run.max_staleness} versions behind" if run.max_staleness else "synchronous"
     return f"{length}, rollouts {lag}"
+
+
+def _weights_line(recipe: Recipe) -> str:
+    """How new weights get to rollout workers, and why so."""
+    transport = weight_transport(recipe)
+    says = {
+        "objects": "new weights go through Ray's object store",
+        "ipc": "rollout workers read new weights in the trainer's memory (ipc)",
+        "collective": "the trainer broadcasts new weights to rollout workers (collective)",
+    }
+    probed = "" if transport.name == "objects" else "; a worker that cannot takes them out of Ray's object store"
+    return f"{says[transport.name]}: {transport.reason}{probed}"
 
 
 def _actors_table(plan: Plan) -> list[str]:

@@ -1,9 +1,9 @@
-"""In which form rollout workers get the policy's weights: whole, of an adapter alone, or of both as one."""
+"""In which form rollout workers get the policy's weights (whole, of an adapter alone, or of both as one), and how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlflow.memory import UnknownShape, read_model_config
 from rlflow.recipe import ModelBlock, Recipe
@@ -31,6 +31,35 @@ def sends_merged(recipe: Recipe) -> bool:
     if engine == "vllm":
         return not is_plain_lora(config) or (_names_experts(config) and _has_experts(recipe.model))
     return not has_lora_modules(config)
+
+
+class WeightTransport(NamedTuple):
+    """How new weights get from the trainer to the rollout workers."""
+
+    name: str
+    """objects, ipc or collective."""
+    reason: str
+    """Of that choice."""
+
+
+def weight_transport(recipe: Recipe) -> WeightTransport:
+    """The transport that the recipe names, or that fits where it puts trainer and workers."""
+    rollout, wanted = recipe.rollout, recipe.rollout.at_update.transport
+    if wanted != "auto":
+        return WeightTransport(wanted, "rollout.at_update.transport")
+    if rollout_engine(recipe) == "http":
+        return WeightTransport("objects", "servers read files")
+    if recipe.model.adapter is not None and not sends_merged(recipe):
+        return WeightTransport("objects", "the adapter alone is small")
+    if not (recipe.trainer.gpus_per_worker and rollout.gpus_per_worker):
+        return WeightTransport("objects", "trainer and workers are not both on GPUs")
+    if rollout.tensor_parallel_size > 1:
+        return WeightTransport("objects", "an engine of several GPUs takes them from its worker's process")
+    if rollout.at_update.running == "wait":
+        return WeightTransport("objects", "the trainer does not wait for completions under way")
+    if recipe.trainer.gpus_per_worker + rollout.gpus_per_worker <= 1:
+        return WeightTransport("ipc", "trainer and worker share a GPU")
+    return WeightTransport("collective", "trainer and workers have GPUs of their own")
 
 
 def _names_experts(config: Mapping[str, Any]) -> bool:

@@ -21,6 +21,11 @@ CacheAtUpdate = Literal["recompute", "keep"]
 new weights, so that the next logprobs are exactly theirs, or kept, which costs nothing and mixes two versions."""
 
 
+class WeightsLost(ConnectionError):
+    """New weights have stopped coming: an engine may have some of them, and writes nothing before it has all of some
+    version."""
+
+
 class Written(NamedTuple):
     """Tokens of a completion that is under way, [N], and the logprobs that they were drawn with, [N]."""
 
@@ -36,11 +41,15 @@ class RolloutEngine(Protocol):
     ) -> int:
         """Takes new weights: tokens from the next step on are of ``version``.
 
+        Args:
+            weights: Whole tensors under a checkpoint's names; `sent_weights.Chunks` where they come in pieces.
+
         Returns:
             How many tokens of completions under way are read again.
 
         Raises:
             ValueError: A name or shape that the model does not have, or one left out.
+            WeightsLost: They stopped coming.
         """
         ...
 

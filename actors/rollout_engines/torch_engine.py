@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from rlflow.actors.checkpoint_names import kept_buffers, to_model
 from rlflow.actors.rollout_engines.engine import CacheAtUpdate, Written
 from rlflow.actors.rollout_engines.prompt_logprobs import PromptLogprobs, prompt_logprobs
+from rlflow.actors.rollout_engines.sent_weights import Chunks
 from rlflow.actors.rollout_engines.torch_generation import Generation
 from rlflow.actors.rollout_engines.torch_reading import Images, Reader, UnpaddedReading
 from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
@@ -123,6 +124,7 @@ class TorchEngine:
 
         Raises:
             ValueError: For a name or shape that the model does not have, or one left out.
+            WeightsLost: They stopped coming.
         """
         self._copy_in(weights)
         self.generation.change_version(version)
@@ -135,7 +137,8 @@ class TorchEngine:
 
     def _copy_in(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         missing = set(self.synced)
-        for name, tensor in weights if self.is_adapted else to_model(self.model, weights):
+        are_kept = not isinstance(weights, Chunks)
+        for name, tensor in weights if self.is_adapted else to_model(self.model, weights, are_kept=are_kept):
             if name not in self.synced:
                 raise ValueError(f"weight sync: the engine's model has no parameter {name}")
             if self.synced[name].shape != tensor.shape:

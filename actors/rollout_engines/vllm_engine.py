@@ -20,7 +20,7 @@ import torch
 
 from rlflow.actors.rollout_engines import vllm_start
 from rlflow.actors.rollout_engines.engine import Written
-from rlflow.actors.rollout_engines.sent_weights import check_weights, weight_shapes
+from rlflow.actors.rollout_engines.sent_weights import checked, weight_shapes
 from rlflow.actors.rollout_engines.vllm_experts import pack_experts
 from rlflow.actors.rollout_engines.vllm_pictures import forget_pictures, picture_options, prompt_of
 from rlflow.recipe import ModelBlock
@@ -126,16 +126,15 @@ class VllmEngine:
             How many tokens of completions under way are read again.
 
         Raises:
-            ValueError: A name the model does not have, another shape, or a weight left out. Nothing was loaded then.
+            ValueError: A name the model does not have, another shape, or a weight left out. Nothing was loaded then,
+                of weights that were here.
+            WeightsLost: They stopped coming.
         """
-        tensors = list(weights)
-        check_weights(tensors, self.shapes)
+        chunks = checked(weights, self.shapes)
         if self.adapter is not None:
-            self.adapter.load(self.llm, tensors)
+            self.adapter.load(self.llm, [(name, tensor.clone()) for chunk in chunks for name, tensor in chunk])
         else:
-            for unset in self.llm.apply_model(partial(_load_into, tensors=tensors, on_cpu=self.on_cpu)):
-                if unset:
-                    raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(unset)}")
+            self._load(chunks)
         self.version = version
         self._num_loads += 1
         if self.sees:
@@ -156,6 +155,18 @@ class VllmEngine:
         for one in not_begun:
             one.name = self._hand_over(one.request)
         return 0
+
+    def _load(self, chunks: Iterable[list[tuple[str, torch.Tensor]]]) -> None:
+        """Copies whole weights in, a chunk at a time."""
+        unset: list[set[str]] = []
+        for chunk in chunks:
+            left = self.llm.apply_model(partial(_load_into, tensors=chunk))
+            unset = [before & now for before, now in zip(unset or left, left, strict=True)]
+        for names in unset:
+            if names:
+                raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(sorted(names))}")
+        if self.on_cpu:
+            self.llm.apply_model(pack_experts)
 
     def leave_out(self, ids: np.ndarray) -> None:
         """Gives ``ids`` of the vocabulary no probability from now on, and those of an earlier call theirs back."""
@@ -304,12 +315,10 @@ def _fold(seed: int) -> int:
     return (seed ^ seed >> 32) & 0xFFFFFFFF
 
 
-def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]], on_cpu: bool) -> list[str]:
+def _load_into(model: Any, tensors: list[tuple[str, torch.Tensor]]) -> set[str]:
     """Runs in every worker of the engine. Returns vLLM's names of parameters that no tensor reached."""
     reached = model.load_weights(iter(tensors))
-    if on_cpu:
-        pack_experts(model)
-    return sorted({name for name, _ in model.named_parameters()} - reached)
+    return {name for name, _ in model.named_parameters()} - reached
 
 
 def _leave_out(model: Any, ids: torch.Tensor) -> None:

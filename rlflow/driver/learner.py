@@ -80,6 +80,8 @@ class Learner:
         self._scorers = scorers_of(recipe, self._models)
         self.num_moves = 0
         """Updates of this process that have changed parameters."""
+        self._published = (-1, -1)
+        """The version that was asked for last, and `num_moves` then."""
         self.has_trained = False
         """Whether any update had a gradient."""
         self._skipped_in_a_row = 0
@@ -220,16 +222,25 @@ class Learner:
         """What the head of a model of sequences says of each sample: float32, a number or [D]."""
         return self._models["trainer"].per_sequence(SequenceTrainer.outputs, samples)
 
-    def weights(self, version: int) -> Reference:
+    def weights(self, version: int, *, whole: bool = False) -> Reference:
         """A reference to the snapshot of the policy's weights, which will be version ``version``, once it is there.
+
+        Args:
+            whole: It is for workers that get weights in no other way.
 
         Raises:
             ActorFailure: A trainer could not gather them: which one.
         """
         with self.clock("sync"):
-            gathered = self._models["trainer"].actors.start_all(Trainer.weights, version)
+            gathered = self._models["trainer"].actors.start_all(Trainer.weights, version, whole)
             gathered.get(self._models["trainer"].actors.timeout_s)
+            self._published = (version, self.num_moves)
             return gathered.refs[0]
+
+    def weights_again(self) -> Reference | None:
+        """A whole snapshot of the version that was asked for last; None where the parameters have moved on since."""
+        version, num_moves = self._published
+        return self.weights(version, whole=True) if num_moves == self.num_moves else None
 
     def release(self, model: str) -> None:
         """Ends the actors of a model that nobody will ask any more; their memory is free for others."""

@@ -38,6 +38,10 @@ class Member:
     """It has answered since it was started."""
     version: int = -1
     """Of the newest weights that it has said it has loaded."""
+    waits_for_weights: bool = False
+    """It was started again, and is asked for nothing before it has weights."""
+    lacks_weights: bool = False
+    """The newest are gone past it: they are sent again."""
     status: WorkerStatus | None = None
     moved_at: float = field(default_factory=time.monotonic)
     """When its engine had last made a step, or had nothing to do."""
@@ -55,9 +59,10 @@ class Member:
             self.round = []
         return self.leased_at.pop(group_id, None)
 
-    def begin_again(self) -> None:
+    def begin_again(self, *, waits_for_weights: bool = False) -> None:
         """Forgets all that the one before said and was asked for; ``round`` stays."""
         self.incarnation += 1
+        self.waits_for_weights, self.lacks_weights = waits_for_weights, False
         self.is_up, self.version, self.num_sent = False, -1, 0
         self.status, self.told = None, Work()
         self.leases, self.leased_at = {}, {}
@@ -79,6 +84,8 @@ class Member:
     def room(self, max_num_seqs: int) -> int:
         """How many completions more it could write at the same time, as far as it has said; it is believed as long as
         it owes any."""
+        if self.waits_for_weights:
+            return 0
         if not self.leases:
             return max_num_seqs
         if self.status is None:

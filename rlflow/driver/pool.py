@@ -30,6 +30,7 @@ from rlflow.driver.assemble import unscored_group
 from rlflow.driver.errors import RunError
 from rlflow.driver.leases import Member, metrics_of
 from rlflow.driver.scoring import Deliver, Scoring
+from rlflow.driver.weight_supply import WeightSupply
 from rlflow.recipe import RolloutBlock
 from rlflow.rollout_checks import arrival_problem
 from rlflow.types import GroupRequest, RolloutBatch
@@ -64,8 +65,6 @@ class RolloutPool:
         self.tokenizer, self.is_token, self.tell, self.span = tokenizer, is_token, tell, span
         self.startup_timeout_s = startup_timeout_s
         self.lock = threading.Condition(threading.RLock())
-        self.version = -1
-        """Of the newest weights."""
         self.members = {rank: Member(rank, is_up=True) for rank in workers.ranks}
         self.refused = 0
         """Groups that came from a worker that had been replaced, or a second time."""
@@ -75,7 +74,7 @@ class RolloutPool:
         """Asked for and not yet generated."""
         self._deliver: dict[int, Deliver] = {}
         """Of every group that is asked for and not yet scored."""
-        self._weights: Any = None
+        self.supply = WeightSupply(rollout.at_update, lambda rank, said: tell(f"{workers.name_of(rank)} {said}"))
         self._waiting: dict[Any, tuple[Member, int, Callable[..., Any], Callable[[Any], None]]] = {}
         """Reference -> who owes it, in which incarnation, by which call, and what is done with it."""
         self._ids = itertools.count()
@@ -87,6 +86,11 @@ class RolloutPool:
         for member in self.members.values():
             self._listen(member)
         self._thread.start()
+
+    @property
+    def version(self) -> int:
+        """Of the newest weights."""
+        return self.supply.version
 
     def next_id(self) -> int:
         """An id of no other group."""
@@ -125,7 +129,7 @@ class RolloutPool:
         """
         with self.lock:
             self.check()
-            self._weights, self.version = weights, version
+            self.supply.snapshot, self.supply.version = weights, version
             for member in self.members.values():
                 self._send_weights(member)
 
@@ -134,8 +138,7 @@ class RolloutPool:
         with self.lock:
             rank = self.workers.add()
             self.members[rank] = member = Member(rank)
-            if self._weights is not None:
-                self._send_weights(member)
+            self._send_weights(member)
             self._listen(member)
             return rank
 
@@ -164,6 +167,8 @@ class RolloutPool:
         with self.lock:
             while not is_done():
                 self.check()
+                for member in self.supply.supply(self.members.values()):
+                    self._send_weights(member)
                 tick()
                 self.lock.wait(POLL_S)
 
@@ -254,12 +259,8 @@ class RolloutPool:
         self._call(member, then, RolloutWorker.collect, COLLECT_MOST, POLL_S, wants_room=bool(self._queue))
 
     def _send_weights(self, member: Member) -> None:
-        update, version = self.rollout.at_update, self.version
-
-        def loaded(_: None) -> None:
-            member.version = max(member.version, version)
-
-        self._call(member, loaded, RolloutWorker.load_weights, self._weights, update.running, update.cache)
+        if self.supply.snapshot is not None:
+            self._call(member, self.supply.taking(member), RolloutWorker.load_weights, *self.supply.arguments)
 
     def _submit(self, member: Member, requests: Sequence[GroupRequest]) -> None:
         now = time.monotonic()
@@ -384,11 +385,10 @@ class RolloutPool:
                 f"look at logs/ and at its machine's memory"
             )
         left = self._left_by(member)
-        member.begin_again()
+        member.begin_again(waits_for_weights=self.supply.snapshot is not None)
         self.tell(f"{name} is started again, and {len(left)} groups are asked for again: {reason}")
         self.workers.replace(member.rank)
-        if self._weights is not None:
-            self._send_weights(member)
+        self._send_weights(member)
         self._enqueue(request for request in left if not request.is_pinned)
         if any(request.is_pinned for request in left):
             self._submit(member, member.round)

@@ -310,6 +310,8 @@ def train_stage(stage: PreparedStage) -> None:
     )
     learner.give_teacher_head()
     with stage.pool() as pool:
+        if pool is not None:
+            pool.supply.again = learner.weights_again
         book = Book(stage, learner, stage.evaluators(learner, pool))
         stage.callbacks.run_starts(recipe)
         with stage.stop.finishing_steps(lambda: notice_of(book.step, book.checkpoints, clock)):

@@ -69,7 +69,7 @@ class Sampling:
             StopRequested: Somebody asked the stage to stop; what was drawn is kept.
             RunError: Too many answers could not be scored, or none is good.
         """
-        self.pool.version = 0
+        self.pool.supply.version = 0
         resume = self.stage.resume
         first = whole_steps(self.directory) if resume else 0
         steps = self._draw()

@@ -34,6 +34,15 @@ class AtUpdateBlock(Block):
     too_old: Literal["redo", "drop"] = "redo"
     """A group in which a token is older than run.max_staleness allows: it is generated again, or left out of its
     step."""
+    transport: Literal["auto", "objects", "ipc", "collective"] = "auto"
+    """How new weights get to workers: out of Ray's object store, or from the trainer's own memory, mapped (ipc) or
+    broadcast (collective). auto, on GPUs: ipc where trainer and worker share one, collective where they do not; else
+    objects. A worker with which it fails takes objects. On GPUs ipc and collective have not been run yet."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.running == "wait" and self.transport in ("ipc", "collective"):
+            reason = "the trainer would wait for completions under way: leave it out, or set running: continue"
+            yield Conflict(("transport", "running"), reason)
 
 
 class RecoveryBlock(Block):

@@ -46,6 +46,9 @@ def rollout_server_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if rollout.gpus_per_worker or rollout.tensor_parallel_size > 1:
         reason = "is the servers' own: leave gpus_per_worker and tensor_parallel_size out"
         yield Conflict(("rollout.gpus_per_worker", "rollout.engine"), reason)
+    if rollout.at_update.transport in ("ipc", "collective"):
+        reason = "servers read new weights from files: leave it out"
+        yield Conflict(("rollout.at_update.transport", "rollout.engine"), reason)
     if rollout.at_update.cache == "keep":
         reason = "servers forget what they have read when they load weights: set recompute"
         yield Conflict(("rollout.at_update.cache", "rollout.engine"), reason)

@@ -85,6 +85,9 @@ class RolloutBlock(Block):
         elif size > 1 and self.gpus_per_worker < size:
             reason = f"{size} needs as many GPUs: set gpus_per_worker: {size}"
             yield Conflict(("tensor_parallel_size", "gpus_per_worker"), reason)
+        if size > 1 and self.at_update.transport in ("ipc", "collective"):
+            reason = "an engine of several GPUs takes new weights from its worker's process: leave it out"
+            yield Conflict(("at_update.transport", "tensor_parallel_size"), reason)
 
 
 class RunBlock(Block):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from rlflow.actors.engine_thread import EngineThread
+from rlflow.actors.rollout_engines.engine import WeightsLost
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
 from rlflow.types import GroupRequest, Prompt, SamplingParams
 
@@ -157,6 +159,32 @@ def test_nothing_is_written_with_weights_that_were_loaded_in_part():
         thread.load_weights(lambda: [], 1).result(10)
     with pytest.raises(RuntimeError, match="the engine has failed: RuntimeError: no memory for the second half"):
         thread.take_finished(1, 10)
+    thread.close(10)
+
+
+@pytest.mark.parametrize("running", ["continue", "restart"])
+def test_an_engine_whose_weights_stopped_coming_writes_nothing_until_all_of_some_version_are_there(running):
+    class Stops(ScriptedEngine):
+        def load_weights(self, weights, version, cache="recompute"):
+            if version == 1:
+                raise WeightsLost("the trainer is gone")
+            return super().load_weights(weights, version, cache)
+
+    thread = EngineThread(Stops(4, length=lambda request: 50, step_s=0.001), 4)
+    thread.load_weights(lambda: [], 0).result(10)
+    thread.submit([group(1, 50)]).result(10)
+    while not thread.counts.steps:
+        time.sleep(0.001)
+    with pytest.raises(WeightsLost):
+        thread.load_weights(lambda: [], 1, running).result(10)
+    thread.submit([group(2, 50)]).result(10)
+    steps = thread.counts.steps
+    assert thread.take_finished(1, 0.1) == [] and thread.counts.steps == steps and thread.version == 0
+    thread.load_weights(lambda: [], 2).result(10)
+    finished = [done for _ in range(2) for done in thread.take_finished(1, 10)]
+    assert {done.request.id for done in finished} == {1, 2}
+    of_first = next(versions(done)[0] for done in finished if done.request.id == 1)
+    assert set(of_first) == ({0, 2} if running == "continue" else {2})
     thread.close(10)
 
 

@@ -1,4 +1,4 @@
-"""In which form rollout workers get an adapter: as it is where the engine takes it so, else merged."""
+"""In which form rollout workers get an adapter, as it is where the engine takes it so, else merged; and how."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from rlflow.policy_weights import sends_merged
+from rlflow.policy_weights import sends_merged, weight_transport
 from rlflow.recipe import load_recipe
+from rlflow.recipe.problems import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,52 @@ def test_vllm_gets_what_is_trained_on_experts_as_whole_weights(
     }
     (recipe,) = load_recipe(given)
     assert sends_merged(recipe) == merged
+
+
+def recipe_with(**overrides: Any) -> Any:
+    given = {
+        "algorithm": {"name": "grpo"},
+        "model": {"path": "org/elsewhere"},
+        "data": {"train": {"path": "rows.jsonl"}},
+        "rewards": [{"name": "exact_match"}],
+        "run": {"steps": 1},
+    }
+    (recipe,) = load_recipe(given, {key.replace("__", "."): value for key, value in overrides.items()})
+    return recipe
+
+
+SHARED = {"trainer__gpus_per_worker": 0.5, "rollout__gpus_per_worker": 0.5}
+APART = {"trainer__gpus_per_worker": 1, "rollout__gpus_per_worker": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({}, "objects"),
+        ({"rollout__at_update__transport": "ipc"}, "ipc"),
+        ({"rollout__gpus_per_worker": 1}, "objects"),
+        (SHARED, "ipc"),
+        ({**SHARED, "rollout__at_update__transport": "objects"}, "objects"),
+        ({**SHARED, "model__adapter": {"rank": 4}}, "objects"),
+        ({**SHARED, "rollout__at_update__running": "wait"}, "objects"),
+        (APART, "collective"),
+        ({**APART, "trainer__workers": 2, "rollout__workers": 3}, "collective"),
+        ({**APART, "rollout__gpus_per_worker": 2, "rollout__tensor_parallel_size": 2}, "objects"),
+    ],
+)
+def test_weights_travel_by_where_trainer_and_workers_are(overrides: dict[str, Any], name: str):
+    transport = weight_transport(recipe_with(**overrides))
+    assert transport.name == name and transport.reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"rollout__at_update__running": "wait"}, "the trainer would wait for completions under way"),
+        ({**APART, "rollout__gpus_per_worker": 2, "rollout__tensor_parallel_size": 2}, "its worker's process"),
+        ({"rollout__engine": "http", "rollout_server__urls": ["http://10.0.0.5:8000"]}, "read new weights from files"),
+    ],
+)
+def test_a_transport_that_could_not_work_is_an_error_of_the_recipe(overrides: dict[str, Any], says: str):
+    with pytest.raises(RecipeError, match=says):
+        recipe_with(**overrides, rollout__at_update__transport="ipc")

@@ -13,6 +13,7 @@ from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.rollout_engines.scripted_engine import ScriptedEngine
 from rlflow.actors.rollout_worker import RolloutWorker, WorkerReady
+from rlflow.actors.weight_intake import WeightIntake
 from rlflow.actors.weight_sync import WeightSnapshot
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.driver.pool import RolloutPool
@@ -31,6 +32,7 @@ class ScriptedWorker(RolloutWorker):
     def __init__(self, rank: int, max_num_seqs: int = 64, **script: Any) -> None:
         self.rank, self.tokenizer, self.is_token = rank, TOKENIZER, IS_TOKEN
         self.engine = EngineThread(ScriptedEngine(max_num_seqs, token=TOKEN, **script), max_num_seqs)
+        self.intake = WeightIntake(self.engine, "continue", "recompute")
         self._ready = WorkerReady("scripted", 0.0)
 
 

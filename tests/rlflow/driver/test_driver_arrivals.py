@@ -16,6 +16,7 @@ import pytest
 import rlflow
 from rlflow import checkpoint
 from rlflow.actors.rollout_worker import RolloutWorker
+from rlflow.actors.weight_intake import WeightsTaken
 from rlflow.driver.errors import RunError
 from tests.local_actors import use_local_actors
 
@@ -106,7 +107,8 @@ def test_a_worker_that_keeps_its_old_weights_stops_the_run(run, monkeypatch):
     @wraps(load_weights)
     def stuck(self, snapshot, *args):
         if self.rank == 0 or snapshot.version == 0:
-            load_weights(self, snapshot, *args)
+            return load_weights(self, snapshot, *args)
+        return WeightsTaken(are_here=True)
 
     monkeypatch.setattr(RolloutWorker, "load_weights", stuck)
     said = run(RunError)
@@ -119,9 +121,10 @@ def test_an_engine_whose_weights_are_not_numbers_says_so_itself(run, monkeypatch
 
     @wraps(load_weights)
     def poisoned(self, snapshot, *args):
-        load_weights(self, snapshot, *args)
+        taken = load_weights(self, snapshot, *args)
         if snapshot.version >= 1:
             next(self.engine.engine.engine.model.parameters()).data.fill_(float("nan"))
+        return taken
 
     monkeypatch.setattr(RolloutWorker, "load_weights", poisoned)
     said = run(RunError)

@@ -19,6 +19,7 @@ from rlflow.actors.actor_group import ActorGroup
 from rlflow.actors.engine_thread import EngineThread
 from rlflow.actors.environment_episodes import Episodes
 from rlflow.actors.rollout_worker import RolloutWorker, WorkerReady
+from rlflow.actors.weight_intake import WeightIntake
 from rlflow.driver.pool import RolloutPool
 from rlflow.driver.scoring import Scoring
 from rlflow.placement import RayTransport
@@ -62,6 +63,7 @@ class TalkingWorker(RolloutWorker):
         engine.episodes = Episodes(
             block, TOKENIZER, None, go_on=engine.go_on, over=engine.end_episode, fail=engine.fail, at_once=64
         )
+        self.intake = WeightIntake(engine, "continue", "recompute")
         self._ready = WorkerReady("talking", 0.0)
 
     def pid(self) -> int:
