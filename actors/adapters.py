@@ -30,7 +30,7 @@ from rlflow.actors.adapted_layers import layers_left_out
 from rlflow.actors.adapter_targets import check_layers, check_named, check_targets, within_parts
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.quantized_bases import check_quantized, keep_as_stored, quantized
-from rlflow.actors.vision import language_model_class, sees
+from rlflow.actors.vision import has_tower, language_model_class
 from rlflow.recipe import ModelBlock
 from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, mixed_kinds
 from rlflow.recipe.peft_methods import METHODS, TYPE
@@ -134,7 +134,7 @@ def settled_config(
     """
     config: Any = _new_config(fields) if fields is not None else PeftConfig.from_pretrained(str(directory))
     check_targets(model, config)
-    if directory is None and sees(model.config) and METHODS[kind_of(config)].targets_linear:
+    if directory is None and has_tower(model.config) and METHODS[kind_of(config)].targets_linear:
         config.target_modules = within_parts(model, config, block.train)
     if config.target_modules == "all-linear" and (left_out := layers_left_out(model)):
         config.exclude_modules = left_out

@@ -22,7 +22,7 @@ from rlflow.actors.checkpoint_names import kept_buffers
 from rlflow.actors.model_files import save_model
 from rlflow.actors.pretrained import load_whole
 from rlflow.actors.train_engines.engine import decoder_layers
-from rlflow.actors.vision import language_model_class, sees
+from rlflow.actors.vision import has_tower, language_model_class
 from rlflow.checkpoint import FINAL_MANIFEST, publish_directory
 from rlflow.recipe import ModelBlock
 from rlflow.recipe.expand_block import ExpandBlock, LayerOrigin
@@ -85,7 +85,7 @@ def train_new_layers(model: PreTrainedModel, expand: ExpandBlock) -> None:
 
 def _problem(config: Any, expand: ExpandBlock) -> str | None:
     """Why a model cannot get new layers, as far as its config tells."""
-    if sees(config):
+    if has_tower(config):
         return "is of models that read text alone: train an adapter"
     if getattr(config, "quantization_config", None) is not None:
         return "the model is quantised: name the one that it was made of"

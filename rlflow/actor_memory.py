@@ -267,7 +267,7 @@ def _tower_bytes(recipe: Recipe, shape: ModelShape, tokens: int, size: int) -> t
         return 0, 0
     patches = tokens * tower.patches_per_token
     pixels = patches * tower.values * activations.FLOAT32
-    if "vision" not in recipe.model.train:
+    if not {"vision", "audio"} & set(recipe.model.train):
         return pixels, 0
     layer = patches * activations.kept_by_tower(tower, size)
     kept = tower.layers * layer

@@ -272,7 +272,8 @@ def with_adapter(shape: ModelShape, adapter: AdapterBlock, parts: Sequence[Part]
     names = every if targets == "all-linear" else tuple(target.rpartition(".")[2] for target in targets)
     count = _count_adapter(shape, adapter) if "language" in parts else 0
     if shape.tower is not None and targets == "all-linear":
-        sides = {"vision": shape.tower.vision_sides, "projector": shape.tower.projector_sides}
+        of_tower = dict.fromkeys(("vision", "audio"), shape.tower.vision_sides)
+        sides = of_tower | {"projector": shape.tower.projector_sides}
         count += adapter.rank * sum(sides.get(part, 0) for part in parts)
     return replace(shape, adapter=count, adapter_rank=adapter.rank, adapter_targets=names)
 

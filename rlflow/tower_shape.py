@@ -1,8 +1,11 @@
-"""A vision tower's shape from a model's config, and how many parameters it and its projector have.
+"""A tower's shape from a model's config, and how many parameters it and its projector have.
 
 What it reads of a picture is patches; the language model sees one token for several of them:
 
     pixels -> patches [patches, values] -> layers of the tower -> projector -> tokens [patches / patches_per_token]
+
+What a tower for sound reads is spectra, two at each of its positions, and two positions are a token, as Whisper's
+encoder has them; a recording counts as the part of a window that it fills.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ PROJECTORS = ("merger", "merger_list", "deepstack_merger_list", "connector", "pr
 """What towers call the projector within them."""
 _BESIDE = {*PROJECTORS, "multi_modal_projector", "modality_projection", "vision_language_adapter"}
 """What names of stored tensors say where it stands beside the tower, too."""
-_TOWERS = {"visual", "vision_model", "vision_tower", "vision_encoder", "vision"}
+_TOWERS = {"visual", "vision_model", "vision_tower", "vision_encoder", "vision", "audio_tower"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,9 @@ class TowerShape:
 
     def frozen(self, trained: Sequence[Part]) -> int:
         """Parameters that stay as they are where these parts are trained."""
-        return (0 if "vision" in trained else self.vision) + (0 if "projector" in trained else self.projector)
+        return (0 if {"vision", "audio"} & set(trained) else self.vision) + (
+            0 if "projector" in trained else self.projector
+        )
 
 
 def tower_shape(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]]) -> TowerShape | None:
@@ -76,11 +81,11 @@ def tower_shape(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]]) 
         stored: Shapes of its tensors by name; none where its files are not here: then parameters are counted of the
             config, to within some hundredths.
     """
-    fields = config.get("vision_config")
+    fields = config.get("vision_config", config.get("audio_config"))
     if not isinstance(fields, dict):
         return None
-    hidden = _number(fields, "hidden_size", "embed_dim")
-    layers = _number(fields, "depth", "num_hidden_layers", "num_layers")
+    hidden = _number(fields, "hidden_size", "embed_dim", "d_model")
+    layers = _number(fields, "depth", "num_hidden_layers", "num_layers", "encoder_layers")
     merged = _number(fields, "spatial_merge_size") ** 2 or _number(config, "scale_factor") ** 2 or 1
     channels = _number(fields, "in_channels", "in_chans", "num_channels") or 3
     tower = TowerShape(
@@ -88,13 +93,15 @@ def tower_shape(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]]) 
         projector=0,
         layers=layers if hidden else 0,
         hidden=hidden,
-        mlp_width=_number(fields, "intermediate_size") or 4 * hidden,
-        heads=_number(fields, "num_heads", "num_attention_heads"),
+        mlp_width=_number(fields, "intermediate_size", "encoder_ffn_dim") or 4 * hidden,
+        heads=_number(fields, "num_heads", "num_attention_heads", "encoder_attention_heads"),
         activation=str(fields.get("hidden_act", "gelu")),
         patches_per_token=merged,
         is_joint="spatial_merge_size" in fields,
         values=channels * _number(fields, "patch_size") ** 2 * max(1, _number(fields, "temporal_patch_size")),
     )
+    if spectra := _number(fields, "num_mel_bins"):
+        tower = replace(tower, values=2 * spectra, patches_per_token=2)
     return replace(tower, **(_stored(stored) if stored else _counted(tower, config, fields)))
 
 

@@ -59,7 +59,7 @@ def write_processor(directory: Path, family: str) -> Any:
     if family == "idefics3":
         from transformers import Idefics3ImageProcessor, Idefics3Processor
 
-        tokenizer = _tokenizer(IDEFICS_TOKENS, IDEFICS_TEMPLATE, "<end_of_utterance>")
+        tokenizer = tokenizer_of(IDEFICS_TOKENS, IDEFICS_TEMPLATE, "<end_of_utterance>")
         images = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
         processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_TEMPLATE)
     else:
@@ -67,7 +67,7 @@ def write_processor(directory: Path, family: str) -> Any:
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
         from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-        tokenizer = _tokenizer(QWEN_TOKENS, QWEN_TEMPLATE, "<|im_end|>")
+        tokenizer = tokenizer_of(QWEN_TOKENS, QWEN_TEMPLATE, "<|im_end|>")
         sizes: Mapping[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
         images = Qwen2VLImageProcessor(size={"shortest_edge": 64, "longest_edge": 64 * 64}, **sizes)
         frames: Mapping[str, Any] = {"size": {"shortest_edge": 64, "longest_edge": 4096}, "cap_pixels_per_frame": False}
@@ -85,7 +85,7 @@ def write_processor(directory: Path, family: str) -> Any:
     return processor
 
 
-def _tokenizer(special: tuple[str, ...], template: str, eos: str) -> Any:
+def tokenizer_of(special: tuple[str, ...], template: str, eos: str) -> Any:
     """Byte-level BPE of a handful of merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -26,9 +26,10 @@ from rlflow.actors.rollout_engines.torch_reading import Images, Reader, Unpadded
 from rlflow.actors.rollout_engines.torch_slots import GROUPED, SlotReading
 from rlflow.actors.train_engines.probe import narrow_windows, use_own_attention
 from rlflow.actors.train_engines.tower import Tower, require_tower
-from rlflow.actors.vision import language_model_class, sees, set_text_attention, text_attention
+from rlflow.actors.vision import language_model_class, require_writer, sees, set_text_attention, text_attention
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.messages import Kind
 from rlflow.data.vocabulary import placeholder_ids
 from rlflow.recipe import ModelBlock
 from rlflow.types import Completion, SampleRequest, SamplingParams
@@ -98,6 +99,7 @@ class TorchEngine:
             self.model.tie_weights()
             self.model.to(self.device).eval()
             self.synced = _synced(self.model)
+        require_writer(self.model.config)
         use_own_attention(self.model)
         self.own_attention = text_attention(self.model)
         self.tower: Tower | None = None
@@ -229,9 +231,9 @@ class TorchEngine:
                     self.way = way
                     break
             if self.tower is not None and not self.is_settled:
-                self.tower.problem = self._picture_problem(self.tower)
+                self.tower.problem = self._picture_problem(self.tower, "image")
                 if not self.tower.problem and self.tower.processor.takes_videos:
-                    self.tower.video_problem = self._picture_problem(self.tower, of_video=True)
+                    self.tower.video_problem = self._picture_problem(self.tower, "video")
         self._attend_by(self.way.attention)
         self.is_settled = True
         if self.way is not before and self.way not in (GROUPED_SLOTS, SLOTS):
@@ -248,15 +250,15 @@ class TorchEngine:
     def _reader(self, way: Way) -> Reader:
         return partial(way.reader, tower=self.tower) if way in (GROUPED_SLOTS, SLOTS) else way.reader
 
-    def _picture_problem(self, tower: Tower, *, of_video: bool = False) -> str:
+    def _picture_problem(self, tower: Tower, kind: Kind) -> str:
         """Why the model cannot generate from pictures, or videos; empty where it can."""
         if self.way not in (GROUPED_SLOTS, SLOTS):
             return f"it generates from {self.way.name}: set rollout.engine: vllm"
         try:
-            text, images = tower.example(_texts(self.model)[1], of_video=of_video)
+            text, images = tower.example(_texts(self.model)[1], kind)
         except (DataError, RowError) as error:
             return str(error)
-        if of_video and (problem := tower.order_problem()):
+        if kind == "video" and (problem := tower.order_problem()):
             return problem
         before, self.left_out = self.left_out, torch.tensor(placeholder_ids(self.model.config), device=self.device)
         try:

@@ -18,16 +18,17 @@ import torch
 
 from rlflow.actors.train_engines import packed_attention
 from rlflow.actors.train_engines.probe import Answer, ProbedModule, difference, leak, use_own_attention
-from rlflow.actors.train_engines.tower import Images, Pictures, Tower
+from rlflow.actors.train_engines.tower import SOUND, Images, Pictures, Tower
 from rlflow.actors.vision import set_text_attention
 from rlflow.data.errors import DataError, RowError
+from rlflow.data.messages import Kind
 from rlflow.recipe import ModelBlock
 
 logger = logging.getLogger(__name__)
 _WIDTHS = (32, 64)
 """Of the two pictures."""
-_PIXELS = ("pixel_values", "pixel_values_videos")
-"""Of pictures and of videos."""
+_PIXELS = ("pixel_values", "pixel_values_videos", SOUND)
+"""Of pictures, of videos and of recordings."""
 
 
 class SeeingModule(ProbedModule, Protocol):
@@ -51,32 +52,33 @@ def prepare_tower(module: SeeingModule, block: ModelBlock, device: torch.device)
     tower = module.tower
     if tower is None:
         return
-    tower.problem = _problem(module, tower, device)
+    tower.problem = _problem(module, tower, device, tower.processor.kinds[0])
     if not tower.problem and tower.processor.takes_videos:
-        tower.video_problem = _problem(module, tower, device, of_videos=True)
-    trains_tower = bool({"projector", "vision"} & set(block.train))
+        tower.video_problem = _problem(module, tower, device, "video")
+    trains_tower = bool({"projector", "vision", "audio"} & set(block.train))
     if trains_tower:
         tower.require()
     elif tower.problem:
-        logger.warning("%s: pictures are refused, text is not: %s", type(module.model).__name__, tower.problem)
+        kind = type(module.model).__name__
+        logger.warning("%s: %ss are refused, text is not: %s", kind, tower.name, tower.problem)
     elif tower.video_problem:
         logger.warning("%s: videos are refused, pictures are not: %s", type(module.model).__name__, tower.video_problem)
     tower.is_always_run = trains_tower
 
 
 @torch.enable_grad()
-def _problem(module: SeeingModule, tower: Tower, device: torch.device, *, of_videos: bool = False) -> str:
-    """Why pictures, or videos, cannot be trained on; empty where they can."""
+def _problem(module: SeeingModule, tower: Tower, device: torch.device, kind: Kind) -> str:
+    """Why pictures, videos or recordings cannot be trained on; empty where they can."""
     if not module.passes.packs:
         return f"its sequences are not packed ({module.passes.reason})"
     if module.passes.longest is not None:
         return "its rotary embedding depends on the longest sequence"
     try:
-        sequences, images = _sequences(tower, of_videos)
+        sequences, images = _sequences(tower, kind)
     except (DataError, RowError) as error:
         return str(error)
     try:
-        if of_videos and (problem := tower.order_problem()):
+        if kind == "video" and (problem := tower.order_problem()):
             return problem
         return _disagreement(module, tower, sequences, images, device)
     except torch.OutOfMemoryError:
@@ -88,23 +90,28 @@ def _problem(module: SeeingModule, tower: Tower, device: torch.device, *, of_vid
         set_text_attention(module.model, packed_attention.NAME)
 
 
-def _sequences(tower: Tower, of_videos: bool) -> tuple[list[np.ndarray], list[Images]]:
-    """Token ids int32 [L] of three sequences, and the pictures or videos of each.
+def _sequences(tower: Tower, kind: Kind) -> tuple[list[np.ndarray], list[Images]]:
+    """Token ids int32 [L] of three sequences, and the pictures, videos or recordings of each.
 
     Raises:
         DataError, RowError: As ``Tower.example``.
     """
     processor, configs = tower.processor, (tower.model.config, tower.model.config.get_text_config())
     fields = [(name, value) for config in configs for name, value in config.to_dict().items()]
-    special = {value for name, value in fields if name.endswith(("_token_id", "_token_index"))} | {
-        processor.image_token_id
-    }
+    special = {processor.image_token_id}
+    for name, value in fields:
+        if name.endswith(("_token_id", "_token_index")):
+            special.update(value if isinstance(value, list) else [value])
     vocabulary = range(min(configs[1].vocab_size, 4096))
     usable = np.array([token for token in vocabulary if token not in special], dtype=np.int32)
     texts = np.random.default_rng(0).choice(usable, (3, 11))
-    (first, of_first), (second, of_second) = (
-        tower.example(text, of_video=of_videos, width=width) for text, width in zip(texts, _WIDTHS, strict=False)
-    )
+    small, large = _WIDTHS
+    first, of_first = tower.example(texts[0], kind, width=small)
+    try:
+        second, of_second = tower.example(texts[1], kind, width=large + (processor.window if kind == "audio" else 0))
+    except RowError:
+        # Some hear one window alone.
+        second, of_second = tower.example(texts[1], kind, width=large)
     return [first, texts[2], second], [of_first, (), of_second]
 
 
@@ -133,7 +140,8 @@ def _disagreement(
         else:
             inputs = tower.read(sequences[index], np.array([0, len(sequences[index])]), [own], device).inputs
             plain = _answer(lambda inputs=inputs, index=index: [module.probe_plain(tokens[index], **inputs)], 0, inputs)
-            inside = slice(start, start + len(plain.gradient))
+            # Beside a longer recording a short one is filled up.
+            inside = (slice(start, start + len(plain.gradient)), ..., slice(plain.gradient.shape[-1]))
             others = packed.gradient.clone()
             others[inside] = 0
             if not float(others.norm() / packed.gradient.norm()) < leak(module.model):

@@ -1,8 +1,10 @@
-"""What a vision-language model reads of the pictures of a micro-batch: its tower's arrays, and positions of its tokens.
+"""What a vision-language model reads of the pictures of a micro-batch, or a model that hears of its recordings: its
+tower's arrays, and positions of its tokens.
 
 pictures of sequence 0, of sequence 2, ...   as encoded bytes, in sequence order; videos among them
     pixel_values, image_grid_thw, ...        end to end, as the model's own processor makes them of each picture
     pixel_values_videos, ...                 of each video
+    input_features, ...                      of each recording
     position_ids [4, N]                      the token's place in its text, then time, height and width by the
                                              model's get_rope_index, of each sequence alone; of models without [N]
 """
@@ -20,8 +22,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlflow.actors.vision import sees, text_attention
-from rlflow.data.image_processor import ImageProcessor, joined
+from rlflow.actors.vision import has_tower, text_attention
+from rlflow.data.audios import kind_of, write_wav
+from rlflow.data.image_processor import ImageProcessor
+from rlflow.data.image_rows import NAMES
+from rlflow.data.messages import Kind
+from rlflow.data.processor_calls import joined
 from rlflow.data.video_archive import Video, is_video, pack
 from rlflow.data.vocabulary import placeholder_ids
 from rlflow.recipe import ModelBlock
@@ -36,7 +42,9 @@ _TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 Images = tuple[bytes, ...]
-"""Of a sequence: encoded pictures and videos, in the order of their places."""
+"""Of a sequence: encoded pictures, videos and recordings, in the order of their places."""
+SOUND = "input_features"
+"""What forward passes call what they read of recordings."""
 
 
 class Pictures(NamedTuple):
@@ -56,14 +64,14 @@ class RowPictures(NamedTuple):
 
 
 class Tower:
-    """A model's vision tower, as a TokenModel or ScalarModel uses it."""
+    """A model's tower for pictures, or for sound, as a TokenModel or ScalarModel uses it."""
 
     def __init__(self, model: PreTrainedModel, processor: ImageProcessor) -> None:
         self.model, self.processor = model, processor
         self.own_attention = text_attention(model)
         """Of the language model as transformers loaded it."""
         self.problem = ""
-        """Why pictures cannot be trained on; empty where they can."""
+        """Why pictures, or recordings, cannot be trained on; empty where they can."""
         self.video_problem = ""
         """Why videos cannot be, where pictures can."""
         self.is_always_run = False
@@ -87,22 +95,33 @@ class Tower:
             ValueError: Pictures cannot be trained on, or videos, and there is one.
         """
         if self.problem:
-            raise ValueError(f"{type(self.model).__name__}: pictures are not supported: {self.problem}")
+            raise ValueError(f"{type(self.model).__name__}: {self.name}s are not supported: {self.problem}")
         if self.video_problem and any(map(is_video, images)):
             raise ValueError(f"{type(self.model).__name__}: videos are not supported: {self.video_problem}")
 
+    @property
+    def name(self) -> str:
+        """Of what the tower reads."""
+        return NAMES[self.processor.kinds[0]]
+
     def example(
-        self, text: np.ndarray, *, of_video: bool = False, width: int = 64, num_frames: int = 3
+        self, text: np.ndarray, kind: Kind, *, width: int = 64, num_frames: int = 3
     ) -> tuple[np.ndarray, Images]:
-        """A text, int [L], with a picture or a video behind its second token, int32 [M], and that picture.
+        """A text, int [L], with a picture, a video or a recording behind its second token, int32 [M], and that.
+
+        Args:
+            width: Of a recording in hundredths of a second.
 
         Raises:
             DataError: The model has no processor that can be used.
             RowError: Its processor reads no videos, or no such small ones.
         """
-        token = self.processor.video_token_id if of_video else self.processor.image_token_id
-        assert token is not None, "asked of models that take videos alone"
-        image = moving_noise(width, num_frames) if of_video else noise(width)
+        token = self.processor.placeholders[kind]
+        if kind == "audio":
+            rate = self.processor.rate
+            image = write_wav(np.random.default_rng(width).uniform(-0.5, 0.5, rate * width // 100), rate)
+        else:
+            image = moving_noise(width, num_frames) if kind == "video" else noise(width)
         others = text[~np.isin(text, [self.processor.image_token_id, *placeholder_ids(self.model.config)])]
         ids = np.insert(others, 2, token).astype(np.int32)
         return self.processor.expand(ids, [image]), (image,)
@@ -110,12 +129,11 @@ class Tower:
     def fillers(self, images: Iterable[Images]) -> list[tuple[np.ndarray, Images]]:
         """Sequences that a micro-batch with these pictures is read with, so that the tower is run as it has to be: each
         of a small picture or video, int32 [L], L > 1, and that picture."""
-        kinds = set(map(is_video, chain.from_iterable(images)))
-        if self.is_run_for_each:
-            missing = {False, True} - kinds
-        else:
-            missing = {False} if self.is_always_run and not kinds else set()
-        return [self.example(np.zeros(2, dtype=np.int32), of_video=kind, width=32) for kind in sorted(missing)]
+        held = set(map(kind_of, chain.from_iterable(images)))
+        kinds = self.processor.kinds if self.is_run_for_each else self.processor.kinds[:1]
+        if not self.is_always_run or (held and not self.is_run_for_each):
+            return []
+        return [self.example(np.zeros(2, dtype=np.int32), kind, width=32) for kind in kinds if kind not in held]
 
     def read(
         self,
@@ -143,6 +161,9 @@ class Tower:
             inputs = {name: values[None] for name, values in inputs.items()}
         tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
         tensors |= {name: types[None] for name in _TYPES if name in self._parameters}
+        if SOUND in tensors:
+            # Towers for pictures see to that themselves.
+            tensors[SOUND] = tensors[SOUND].to(self.model.dtype)
         return Pictures({name: values.to(device) for name, values in tensors.items()}, positions)
 
     def read_rows(
@@ -175,7 +196,7 @@ class Tower:
         Raises:
             DataError, RowError: As ``example``.
         """
-        token_ids, images = self.example(np.zeros(4, dtype=np.int32), of_video=True, width=32, num_frames=_MANY_FRAMES)
+        token_ids, images = self.example(np.zeros(4, dtype=np.int32), "video", width=32, num_frames=_MANY_FRAMES)
         positions = self.read(token_ids, np.array([0, len(token_ids)]), [images], torch.device("cpu")).position_ids
         if positions is None:
             return ""
@@ -215,7 +236,7 @@ class Tower:
 
 def tower_of(model: PreTrainedModel, block: ModelBlock) -> Tower | None:
     """None of a model that reads text alone."""
-    if not sees(model.config):
+    if not has_tower(model.config):
         return None
     assert block.path is not None
     processor = ImageProcessor(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
@@ -253,6 +274,8 @@ def require_tower(tower: Tower | None, images: Iterable[bytes]) -> Tower:
         ValueError: The model does not read pictures, or videos where there is one.
     """
     if tower is None:
+        if "audio" in map(kind_of, images):
+            raise ValueError("the data has recordings, and the model reads text alone: name a model that hears")
         raise ValueError("the data has pictures, and the model reads text alone: name a vision-language model")
     tower.require(images)
     return tower

@@ -70,7 +70,7 @@ def read_data(
     start = _start(recipe.model, to_come)
     if (known := _known_to_fit(recipe, start)) is not None:
         return known
-    if not tokenize and start.path is not None and "vision_config" not in config:
+    if not tokenize and start.path is not None and not {"vision_config", "audio_config"} & config.keys():
         return _read_forms(recipe, list(_in_tools(recipe, start, tools)))
     with TemporaryDirectory() as scratch:
         try:

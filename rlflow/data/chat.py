@@ -21,7 +21,7 @@ from rlflow.data.call_ids import with_ids
 from rlflow.data.calls import function_name, is_python, renamed, with_other_names, with_text_arguments
 from rlflow.data.encoding import Encoder, Rendered
 from rlflow.data.errors import DataError, RowError
-from rlflow.data.messages import IMAGE_TAG, VIDEO_TAG, parts_of
+from rlflow.data.messages import parts_of, shown_tags
 from rlflow.data.shown import left_out, with_thought
 from rlflow.data.template import clock_at, names_read, template_text
 from rlflow.data.thoughts import keys_read, under_read_keys
@@ -308,10 +308,9 @@ class Chat:
 
     def _for_template(self, message: Message) -> Message:
         """The message with its pictures, or where the template reads nothing else its text, as content parts."""
-        number, videos = message.get("images", 0), message.get("videos", 0)
-        if not number and not self._wants_parts:
+        tags = shown_tags(message)
+        if not tags and not self._wants_parts:
             return message
-        tags = (IMAGE_TAG, VIDEO_TAG) if videos else (IMAGE_TAG,) if number else ()
         return {**message, "content": parts_of(message["content"], tags)}
 
     def _hides_text(self) -> bool:

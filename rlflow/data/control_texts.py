@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlflow.data.messages import IMAGE_TAG, VIDEO_TAG, parts_of
+from rlflow.data.messages import parts_of, shown_tags
 from rlflow.types import Message
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ class ControlTexts:
         broken, number = [], 0
         for message in messages:
             # Where pictures stand, their tags do.
-            shows = (IMAGE_TAG, VIDEO_TAG) if message.get("videos") else (IMAGE_TAG,) if message.get("images") else ()
-            parts = parts_of(message["content"], shows)
+            parts = parts_of(message["content"], shown_tags(message))
             made = [self._broken(part["text"]) if "text" in part else (f"<{part['type']}>", 0) for part in parts]
             found = sum(count for _, count in made)
             broken.append({**message, "content": "".join(text for text, _ in made)} if found else message)

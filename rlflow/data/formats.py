@@ -11,7 +11,7 @@ from typing import Any
 from rlflow.data.calls import to_tools
 from rlflow.data.errors import DataError, RowError
 from rlflow.data.image_processor import ImageProcessor
-from rlflow.data.image_rows import IMAGE_COLUMNS, REJECTED_IMAGES, VIDEO_COLUMNS, place_images, take_images
+from rlflow.data.image_rows import COLUMNS, REJECTED_IMAGES, place_images, take_images
 from rlflow.data.logged import TOKENS, LoggedTokens
 from rlflow.data.messages import (
     from_json_text,
@@ -23,11 +23,6 @@ from rlflow.data.messages import (
 from rlflow.data.sources import Row, Table, kind
 from rlflow.types import Message
 
-UNSUPPORTED = {
-    "audio": "sound is not read, as no rollout engine generates from it: leave it out, or give what is said as text",
-}
-"""Columns of these names, and of their plurals, are refused."""
-_UNSUPPORTED = {f"{name}{ending}": reason for name, reason in UNSUPPORTED.items() for ending in ("", "s")}
 ANSWERS = ("output", "response", "completion")
 
 
@@ -93,13 +88,10 @@ def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directo
     """
     columns = dict(row.columns)
     logged = columns.pop(TOKENS, None)
-    for media, reason in _UNSUPPORTED.items():
-        if columns.get(media):
-            raise RowError(f"`{media}` is not empty; {reason}")
-    videos = take_images(columns, VIDEO_COLUMNS, is_video=True)
-    given = take_images(columns, IMAGE_COLUMNS)
-    given_rejected = (take_images(columns, [REJECTED_IMAGES]) or given) + videos
-    given += videos
+    others = take_images(columns, COLUMNS["video"], "video") + take_images(columns, COLUMNS["audio"], "audio")
+    given = take_images(columns, COLUMNS["image"], "image")
+    given_rejected = (take_images(columns, [REJECTED_IMAGES], "image") or given) + others
+    given += others
     system = _take_text(columns, "system") if _has(columns, "system") else None
     tools = to_tools(_take(columns, "tools")) if _has(columns, "tools") else None
     # What else a rollout's row has is for rewards, whatever it is called.

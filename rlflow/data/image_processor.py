@@ -1,9 +1,9 @@
-"""What a vision-language model makes of pictures and videos: how many tokens each is, and what its tower reads.
+"""What a model makes of pictures and videos, or of recordings: how many tokens each is, and what its tower reads.
 
 It is the model's own transformers processor, called for one picture at a time, so that what becomes of a picture
 depends on nothing beside it. What a chat template writes has one placeholder a picture; training sees what the
 processor writes in its place, which the picture's size alone decides. Of a video it is also the number of its frames
-and their times. Where nothing else is said, what is said of pictures holds of videos.
+and their times, and of a recording its length. Where nothing else is said, what is said of pictures holds of both.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlflow.data.audios import decode_audio, is_audio, kind_of, load_audio
 from rlflow.data.errors import DataError, RowError, counted
 from rlflow.data.images import LONGEST_PATH, decode, load_image, size_of
-from rlflow.data.video_archive import Video, is_video, unpack
+from rlflow.data.messages import Kind
+from rlflow.data.processor_calls import blank, joined, process_audio, process_picture, process_video
+from rlflow.data.video_archive import is_video, unpack
 from rlflow.data.videos import FRAMES_PER_SECOND, load_video
 from rlflow.torchvision_operators import install
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from rlflow.recipe import ModelBlock
 
-_OF_THE_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_metadata"}
+_OF_THE_TEXT = {"input_ids", "attention_mask", "video_metadata", "num_audio_tokens"} | {
+    *("token_type_ids", "mm_token_type_ids")
+}
 """What a processor returns that is not of the pictures."""
-_VIDEO_PIXELS = "pixel_values_videos"
+_TYPE_IDS: dict[Kind, int] = {"image": 1, "video": 2, "audio": 3}
+_OF_PICTURES = ("image_processor", "image_token", "Qwen3-VL, Qwen2.5-VL, Idefics3 and SmolVLM")
+"""What a processor must have, and models whose processors have it."""
+_OF_SOUND = ("feature_extractor", "audio_token", "Qwen2-Audio and Audio Flamingo 3")
 
 _SIZES = 1000
 """Of pictures, at most, whose tokens are kept: a server sees ever new ones."""
@@ -58,8 +64,10 @@ class ImageProcessor:
         self._loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._written: dict[tuple[Any, ...], np.ndarray] = {}
         """Width and height, and of a video its times -> what is written in the place of such a picture, int32."""
-        self._files: dict[tuple[Path, str, bool], bytes] = {}
+        self._files: dict[tuple[Path, str, Kind], bytes] = {}
         """Pictures of paths: several rows may show the same one."""
+        self._heard = 0
+        """Samples of the longest recording that is known to be read up to its end."""
 
     @cached_property
     def processor(self) -> Any:
@@ -75,22 +83,28 @@ class ImageProcessor:
             processor = AutoProcessor.from_pretrained(self._path, **self._loading)
         # Code of many authors, over files of many more: whatever it raises, this model has no processor here.
         except Exception as error:
+            kind = "audio" if self.takes_audios else "image"
             raise DataError(
-                f"model.path: the image processor of {self._path} cannot be loaded: {error}. It needs "
+                f"model.path: the {kind} processor of {self._path} cannot be loaded: {error}. It needs "
                 "preprocessor_config.json or processor_config.json beside the model, and the packages that it names."
             ) from error
-        if not hasattr(processor, "image_processor") or getattr(processor, "image_token", None) is None:
+        part, token, known = _OF_SOUND if self.takes_audios else _OF_PICTURES
+        if not hasattr(processor, part) or getattr(processor, token, None) is None:
             raise DataError(
-                f"model.path: {self._path} has a {type(processor).__name__}, which has no placeholder of a picture. "
-                "Models whose processor writes one are supported, such as Qwen3-VL, Qwen2.5-VL, Idefics3 and SmolVLM."
+                f"model.path: {self._path} has a {type(processor).__name__}, which has no {token}, the placeholder of "
+                f"what it reads. Models whose processor writes one are supported, such as {known}."
             )
         return processor
 
     @cached_property
     def image_token(self) -> str:
-        """The placeholder, as text."""
+        """The placeholder of pictures, or of a model that hears of recordings, as text."""
         self._check()
-        return str(self.processor.image_token)
+        return self._token
+
+    @property
+    def _token(self) -> str:
+        return str(self.processor.audio_token if self.takes_audios else self.processor.image_token)
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:
@@ -111,10 +125,32 @@ class ImageProcessor:
         """Whether the model has a tower for pictures, by its config."""
         return "vision_config" in self._config
 
+    @property
+    def takes_audios(self) -> bool:
+        """Whether the model has a tower for sound and none for pictures, by its config."""
+        return "audio_config" in self._config and not self.takes_images
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What the model has a placeholder of."""
+        return list(self.placeholders)
+
+    @cached_property
+    def placeholders(self) -> dict[Kind, int]:
+        """The placeholder of each kind, also what the tower's features take the places of: pictures and perhaps
+        videos, or recordings."""
+        if self.takes_audios:
+            return {"audio": self.image_token_id}
+        found: dict[Kind, int] = {"image": self.image_token_id}
+        if self.video_token_id is not None:
+            found["video"] = self.video_token_id
+        return found
+
     @cached_property
     def image_token_id(self) -> int:
-        """The placeholder; also what the tower's features take the places of. Text alone needs no processor."""
-        for name in ("image_token_id", "image_token_index"):
+        """The placeholder of pictures, or of a model that hears of recordings. Text alone needs no processor."""
+        kind = "audio" if self.takes_audios else "image"
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
             if isinstance(self._config.get(name), int):
                 return self._config[name]
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))
@@ -137,40 +173,44 @@ class ImageProcessor:
     @cached_property
     def is_nested(self) -> bool:
         """Whether the model wants the arrays of ``pixels`` with one more dimension in front."""
-        return _process(self.processor, _probe_picture())["pixel_values"].ndim == 5
+        return not self.takes_audios and process_picture(self.processor, blank(60, 40))["pixel_values"].ndim == 5
 
-    def load(self, value: Any, directory: Path) -> bytes:
-        """A row's picture, encoded: ``load_image`` with the model's ``max_pixels``.
+    @property
+    def rate(self) -> int:
+        """Samples a second of the sound that the model hears."""
+        return int(self.processor.feature_extractor.sampling_rate)
+
+    @property
+    def window(self) -> int:
+        """Hundredths of a second that the model hears at a time, of longer recordings one after the other; 0 where its
+        extractor does not say."""
+        return int(100 * getattr(self.processor.feature_extractor, "chunk_length", 0))
+
+    def load(self, value: Any, directory: Path, kind: Kind = "image") -> bytes:
+        """A row's picture, encoded: ``load_image`` with the model's ``max_pixels``; or its video, as an archive of the
+        frames that its own video processor samples: ``load_video`` of rlflow.data.videos; or its recording:
+        ``load_audio`` of rlflow.data.audios.
 
         Raises:
             RowError: It cannot be used.
         """
-        return self._kept(value, directory, is_video=False)
 
-    def load_video(self, value: Any, directory: Path) -> bytes:
-        """A row's video, as an archive of its frames: ``load_video`` of rlflow.data.videos with the model's
-        ``max_pixels``, and the frames that its own video processor samples.
-
-        Raises:
-            RowError: It cannot be used.
-        """
-        return self._kept(value, directory, is_video=True)
-
-    def _kept(self, value: Any, directory: Path, *, is_video: bool) -> bytes:
         def load() -> bytes:
-            if is_video:
+            if kind == "audio":
+                return load_audio(value, directory, self.rate)
+            if kind == "video":
                 return load_video(value, directory, self.max_pixels, self._sample)
             return load_image(value, directory, self.max_pixels)
 
         if not isinstance(value, str) or len(value) > LONGEST_PATH:
             return load()
-        if (directory, value, is_video) not in self._files:
-            self._files[directory, value, is_video] = load()
-        return self._files[directory, value, is_video]
+        if (directory, value, kind) not in self._files:
+            self._files[directory, value, kind] = load()
+        return self._files[directory, value, kind]
 
     def _sample(self, metadata: Any, fps: float | None, num_frames: int | None) -> list[int]:
         """Which frames of a file the processor takes: Sampler."""
-        videos = self._videos
+        videos = self._of_videos.video_processor
         own = {name: getattr(videos, name, None) for name in videos.valid_kwargs.__annotations__}
         if num_frames is not None:
             own |= {"num_frames": min(num_frames, metadata.total_num_frames), "fps": None}
@@ -179,16 +219,16 @@ class ImageProcessor:
         return [int(index) for index in videos.sample_frames(metadata, **own)]
 
     @property
-    def _videos(self) -> Any:
-        """transformers' own of videos.
+    def _of_videos(self) -> Any:
+        """The processor, which reads videos.
 
         Raises:
-            RowError: There is none.
+            RowError: It reads none.
         """
         processor = self.processor
         if getattr(processor, "video_processor", None) is None or getattr(processor, "video_token", None) is None:
             raise RowError(f"the {type(processor).__name__} of {self._path} reads no videos: give frames as `images`")
-        return processor.video_processor
+        return processor
 
     def num_tokens(self, image: bytes) -> int:
         """How many tokens training sees in the place of one placeholder."""
@@ -217,9 +257,11 @@ class ImageProcessor:
 
     def token_types(self, token_ids: np.ndarray) -> np.ndarray:
         """int64 [T]: 1 where a feature of a picture stands, 2 of a video, else 0, as ``get_rope_index`` of the Qwen-VL
-        models wants it."""
-        of_pictures = (token_ids == self.image_token_id).astype(np.int64)
-        return of_pictures if self.video_token_id is None else of_pictures + 2 * (token_ids == self.video_token_id)
+        models wants it; 3 of a recording."""
+        types = np.zeros(token_ids.shape, dtype=np.int64)
+        for kind, token_id in self.placeholders.items():
+            types[token_ids == token_id] = _TYPE_IDS[kind]
+        return types
 
     def pixels(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
         """What the tower reads, the pictures' arrays end to end in their order.
@@ -241,7 +283,7 @@ class ImageProcessor:
     def _expand(self, token_ids: np.ndarray, images: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kinds = self.token_types(token_ids)
         places = np.flatnonzero(kinds)
-        if kinds[places].tolist() != [1 + is_video(image) for image in images] and len(places) == len(images):
+        if kinds[places].tolist() != [_TYPE_IDS[kind_of(image)] for image in images] and len(places) == len(images):
             raise RowError("its text has the places of pictures and videos in another order than they are given in")
         if len(places) != len(images):
             raise RowError(
@@ -260,19 +302,19 @@ class ImageProcessor:
 
     def _replacement(self, image: bytes) -> np.ndarray:
         """What the processor writes in the place of the placeholder, int32."""
+        if is_audio(image):
+            return self._written_for_sound(len(decode_audio(image)))
         video = unpack(image) if is_video(image) else None
         size = size_of(image if video is None else video.frames[0])
         key = size if video is None else (*size, *video[1:])
         if key not in self._written:
-            from PIL import Image
-
             processor = self.processor
             try:
                 if video is None:
-                    arrays = _process(processor, Image.new("RGB", size))
+                    arrays = process_picture(processor, blank(*size))
                 else:
-                    blank = np.zeros((len(video.frames), size[1], size[0], 3), dtype=np.uint8)
-                    arrays = self._process_video(video, blank)
+                    pixels = np.zeros((len(video.frames), size[1], size[0], 3), dtype=np.uint8)
+                    arrays = process_video(self._of_videos, video, pixels)
             except (ValueError, ZeroDivisionError) as error:
                 what = f"{size[0]} x {size[1]} pixels" + (f" in {len(video.frames)} frames" if video else "")
                 raise RowError(f"the image processor refuses {what}: {error}") from error
@@ -282,32 +324,46 @@ class ImageProcessor:
         return self._written[key]
 
     def _arrays(self, image: bytes) -> Mapping[str, np.ndarray]:
-        """All that the processor makes of a picture, or of a video."""
+        """All that the processor makes of a picture, of a video, or of a recording."""
+        if is_audio(image):
+            return process_audio(self.processor, decode_audio(image))
         if not is_video(image):
-            return _process(self.processor, decode(image))
+            return process_picture(self.processor, decode(image))
         video = unpack(image)
-        return self._process_video(video, np.stack([np.asarray(decode(frame)) for frame in video.frames]))
+        return process_video(self._of_videos, video, np.stack([np.asarray(decode(frame)) for frame in video.frames]))
 
-    def _process_video(self, video: Video, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The processor's arrays for a video, its pixels uint8 [frames, H, W, 3], in a text that is its placeholder.
+    def _written_for_sound(self, samples: int) -> np.ndarray:
+        """What the processor writes for a recording of so many samples, int32.
 
         Raises:
-            RowError: The processor reads no videos, or as something else.
+            RowError: It leaves out the end of such a recording, or it is too short.
         """
-        assert self._videos is not None
-        made = self.processor(
-            text=[self.processor.video_token],
-            videos=[pixels],
-            video_metadata=[video.metadata()],
-            do_sample_frames=False,
-            input_data_format="channels_last",
-            add_special_tokens=False,
-            return_tensors="np",
-        )
-        if _VIDEO_PIXELS not in made or not (made["input_ids"] == self.video_token_id).any():
-            raise RowError(f"the {type(self.processor).__name__} reads videos as pictures: give frames as `images`")
-        # As tensors they have 32 bits.
-        return {n: v.astype(np.float32) if getattr(v, "dtype", None) == np.float64 else v for n, v in made.items()}
+        if (key := ("audio", samples)) not in self._written:
+            silence = np.zeros(samples, dtype=np.float32)
+            made = process_audio(self.processor, silence)
+            ids = made["input_ids"][0].astype(np.int32)
+            # transformers takes one placeholder for a text that is still to be expanded.
+            if (ids == self.image_token_id).sum() < 2:
+                raise RowError(f"it is {samples / self.rate:.3f} seconds long, too short for the model")
+            if samples > self._heard:
+                silence[-max(1, self.rate // 10) :] = 0.5
+                again = process_audio(self.processor, silence)
+                if all(np.array_equal(values, again[name]) for name, values in made.items()):
+                    raise RowError(
+                        f"it is {samples / self.rate:.1f} seconds long, and the {type(self.processor).__name__} leaves "
+                        "out its end: cut it into shorter ones"
+                    )
+                self._heard = samples
+            if len(self._written) >= _SIZES:
+                self._written.clear()
+            self._written[key] = ids
+        return self._written[key]
+
+    def _probe_ids(self, text: str) -> np.ndarray:
+        """Token ids of a text with one placeholder, for a small picture or a second of silence."""
+        if self.takes_audios:
+            return process_audio(self.processor, np.zeros(self.rate, dtype=np.float32), text)["input_ids"][0]
+        return process_picture(self.processor, blank(60, 40), text)["input_ids"][0]
 
     def _check(self) -> None:
         """Looks whether a picture between letters is what it is alone between the letters' tokens.
@@ -315,10 +371,9 @@ class ImageProcessor:
         Raises:
             DataError: It is not.
         """
-        processor, picture = self.processor, _probe_picture()
+        processor = self.processor
         letters = [processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ab"]
-        alone = _process(processor, picture)["input_ids"][0]
-        within = _process(processor, picture, f"a{processor.image_token}b")["input_ids"][0]
+        alone, within = (self._probe_ids(text) for text in (self._token, f"a{self._token}b"))
         if not np.array_equal(within, np.concatenate([letters[0], alone, letters[1]])):
             raise DataError(
                 f"model.path: what the {type(processor).__name__} of {self._path} writes for a picture depends on the "
@@ -327,7 +382,7 @@ class ImageProcessor:
 
 
 def load_image_processor(model: ModelBlock) -> ImageProcessor | None:
-    """That of a model that takes pictures; None of one that takes text alone.
+    """That of a model that takes pictures or recordings; None of one that takes text alone.
 
     Args:
         model: With a path.
@@ -336,26 +391,4 @@ def load_image_processor(model: ModelBlock) -> ImageProcessor | None:
     vision = ImageProcessor(
         model.path, model.max_pixels, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
-    return vision if vision.takes_images else None
-
-
-def _process(processor: Any, image: Image, text: str | None = None) -> Mapping[str, np.ndarray]:
-    """The processor's arrays for one picture in a text, which is the placeholder alone where none is given."""
-    return processor(
-        text=[processor.image_token if text is None else text],
-        images=[image],
-        add_special_tokens=False,
-        return_tensors="np",
-    )
-
-
-def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of several pictures and videos, each name's end to end."""
-    names = dict.fromkeys(name for arrays in parts for name in arrays)
-    return {name: np.concatenate([arrays[name] for arrays in parts if name in arrays]) for name in names}
-
-
-def _probe_picture() -> Image:
-    from PIL import Image
-
-    return Image.new("RGB", (60, 40), (200, 100, 50))
+    return vision if vision.takes_images or vision.takes_audios else None

@@ -1,44 +1,52 @@
-"""Which picture or video stands where in a row.
+"""Which picture, video or recording stands where in a row.
 
-The text of a message has ``<image>`` where a picture stands and ``<video>`` where a video does. The message says under
-``images`` how many there are of both, and under ``videos`` how many of them are videos.
-What stands there is the next of the column ``images`` or ``videos``, or what a content part holds; a row without any
-place for its pictures, or for its videos, has them in front of its first question.
+The text of a message has ``<image>`` where a picture stands, ``<video>`` where a video does and ``<audio>`` where a
+recording does. The message says under ``images`` how many there are of all, and under ``videos`` and ``audios`` how
+many of them are such.
+What stands there is the next of the column ``images``, ``videos`` or ``audios``, or what a content part holds; a row
+without any place for those of a kind has them in front of its first question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlflow.data.audios import kind_of
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, counted
 from rlflow.data.image_processor import ImageProcessor
-from rlflow.data.messages import IMAGE_TAG, MEDIA_TAGS, VIDEO_TAG, GivenImage, from_json_text
-from rlflow.data.video_archive import is_video
+from rlflow.data.messages import COUNTS, MEDIA_TAGS, TAGS, GivenImage, Kind, from_json_text
 from rlflow.types import Message
 
-IMAGE_COLUMNS = ("images", "image")
-VIDEO_COLUMNS = ("videos", "video")
+COLUMNS: dict[Kind, tuple[str, str]] = {kind: (name, kind) for kind, name in COUNTS.items()}
+NAMES: dict[Kind, str] = {"image": "picture", "video": "video", "audio": "recording"}
 REJECTED_IMAGES = "rejected_images"
 """ms-swift's: the pictures of the losing conversation, where they are others."""
+_KIND_OF_TAG: dict[str, Kind] = {tag: kind for kind, tag in TAGS.items()}
+_INSTEAD: dict[Kind, str] = {
+    "image": "train a vision-language model, or leave it out",
+    "video": "give the frames that matter as `images`, with an <image> for each",
+    "audio": "train a model that hears, such as Qwen2-Audio, or give what is said as text",
+}
 
 
 class Place(NamedTuple):
-    """Where a picture or a video stands."""
+    """Where a picture, a video or a recording stands."""
 
-    is_video: bool
+    kind: Kind
     given: GivenImage | None
     """None where what stands there is the column's next."""
 
 
-def take_images(columns: dict[str, Any], names: Sequence[str], *, is_video: bool = False) -> list[GivenImage]:
-    """The pictures or videos of these columns, which are taken out: each of them, or one of them alone.
+def take_images(columns: dict[str, Any], names: Sequence[str], kind: Kind) -> list[GivenImage]:
+    """The pictures, videos or recordings of these columns, which are taken out: each of them, or one of them alone.
 
     Raises:
         RowError: More than one of the columns has some.
@@ -48,18 +56,18 @@ def take_images(columns: dict[str, Any], names: Sequence[str], *, is_video: bool
     values = {name: from_json_text(columns.pop(name), name) for name in names if name in columns}
     filled = {name: value for name, value in values.items() if value not in (None, "", [])}
     if len(filled) > 1:
-        raise RowError(f"both `{'` and `'.join(filled)}` hold {'videos' if is_video else 'pictures'}: remove one")
+        raise RowError(f"both `{'` and `'.join(filled)}` hold {NAMES[kind]}s: remove one")
     for name, value in filled.items():
         if not isinstance(value, list):
-            return [GivenImage(name, value, is_video)]
-        return [GivenImage(f"{name}[{index}]", item, is_video) for index, item in enumerate(value)]
+            return [GivenImage(name, value, kind)]
+        return [GivenImage(f"{name}[{index}]", item, kind) for index, item in enumerate(value)]
     return []
 
 
 def place_images(
     messages: Sequence[Message], given: Sequence[GivenImage], vision: ImageProcessor | None, directory: Path
 ) -> tuple[Sequence[Message], tuple[bytes, ...]]:
-    """The messages, each with the number of its pictures and videos, and those in their order.
+    """The messages, each with the number of its pictures, videos and recordings, and those in their order.
 
     Args:
         messages: As ``to_messages`` returns them.
@@ -70,34 +78,29 @@ def place_images(
     Raises:
         RowError: The model takes none, one of them cannot be used, or there are more or fewer than places.
     """
-    takes_videos = vision is not None and vision.takes_videos
     named = [*given, *(image for message in messages for image in message.get("images", ()) if image is not None)]
     if vision is None:
         if named or any("images" in message for message in messages):
-            one = (
-                f"`{named[0].place}` is a {_kind(named[0].is_video)}" if named else "its messages have places for some"
-            )
-            raise RowError(f"{one}, and the model takes text alone: train a vision-language model, or leave it out")
+            one = f"`{named[0].place}` is a {NAMES[named[0].kind]}" if named else "its messages have places for some"
+            instead = _INSTEAD["audio" if named and named[0].kind == "audio" else "image"]
+            raise RowError(f"{one}, and the model takes text alone: {instead}")
         return messages, ()
-    if not takes_videos and (videos := [image for image in named if image.is_video]):
-        raise RowError(
-            f"`{videos[0].place}` is a video, and the model takes none: give the frames that matter as `images`, with "
-            "an <image> for each"
-        )
-    places = [_places(message, takes_videos) for message in messages]
-    held = {place.is_video for of_message in places for place in of_message}
-    messages, places = _in_front(messages, places, [image for image in given if image.is_video not in held])
+    if others := [image for image in named if image.kind not in vision.kinds]:
+        first = others[0]
+        raise RowError(f"`{first.place}` is a {NAMES[first.kind]}, and the model takes none: {_INSTEAD[first.kind]}")
+    places = [_places(message, vision.kinds) for message in messages]
+    held = {place.kind for of_message in places for place in of_message}
+    messages, places = _in_front(messages, places, [image for image in given if image.kind not in held])
     columns = {}
-    for of_videos in (False, True):
-        column = [image for image in given if image.is_video == of_videos]
-        places_of_it = [place for of_message in places for place in of_message if place.is_video == of_videos]
+    for kind in vision.kinds:
+        column = [image for image in given if image.kind == kind]
+        places_of_it = [place for of_message in places for place in of_message if place.kind == kind]
         if (open_places := sum(place.given is None for place in places_of_it)) != len(column):
-            tag = VIDEO_TAG if of_videos else IMAGE_TAG
             raise RowError(
-                f"its text has {counted(open_places, tag)}, and its column {_counted(len(column), of_videos)}"
+                f"its text has {counted(open_places, TAGS[kind])}, and its column {counted(len(column), NAMES[kind])}"
             )
-        columns[of_videos] = iter(column)
-    images = [place.given or next(columns[place.is_video]) for of_message in places for place in of_message]
+        columns[kind] = iter(column)
+    images = [place.given or next(columns[place.kind]) for of_message in places for place in of_message]
     return [_with_number(*each) for each in zip(messages, places, strict=True)], tuple(
         _loaded(images, vision, directory)
     )
@@ -110,17 +113,19 @@ def keep_places(messages: Sequence[Message], images: tuple[bytes, ...]) -> tuple
     Raises:
         RowError: It has tags for more or fewer than there are.
     """
-    has_videos = any(map(is_video, images))
+    found = list(map(kind_of, images))
     bare = [{key: value for key, value in message.items() if key != "images"} for message in messages]
-    places = [_places(message, has_videos) if images else [] for message in bare]
-    kinds = [place.is_video for of_message in places for place in of_message]
+    places = [_places(message, {"image", *found}) if images else [] for message in bare]
+    kinds = [place.kind for of_message in places for place in of_message]
     if not kinds:
         return list(messages), ()
     if len(kinds) != len(images):
-        tags = counted(len(kinds), "tag" if has_videos else IMAGE_TAG)
-        raise RowError(f"it begins with {tags}, and its row has {_counted(len(images), has_videos)}")
-    if kinds != [is_video(image) for image in images]:
-        raise RowError(f"it begins with {IMAGE_TAG} and {VIDEO_TAG} in another order than its row")
+        has_videos = "video" in found
+        tags = counted(len(kinds), "tag" if has_videos else TAGS["image"])
+        pictures = counted(len(images), NAMES["video" if has_videos else "image"])
+        raise RowError(f"it begins with {tags}, and its row has {pictures}")
+    if kinds != found:
+        raise RowError(f"it begins with {TAGS['image']} and {TAGS['video']} in another order than its row")
     return [_with_number(*each) for each in zip(messages, places, strict=True)], images
 
 
@@ -141,23 +146,22 @@ def with_images(rendered: Rendered, messages: Sequence[Message], images: Sequenc
         return rendered
     vision = chat.vision
     shown = sum(message.get("images", 0) for message in messages)
-    num_videos = sum(message.get("videos", 0) for message in messages)
-    for of_videos, number in ((False, shown - num_videos), (True, num_videos)):
-        token_id = vision.video_token_id if of_videos else vision.image_token_id
-        if token_id is None:
-            continue
+    numbers = {kind: sum(message.get(COUNTS[kind], 0) for message in messages) for kind in COUNTS}
+    numbers["image"] -= numbers["video"] + numbers["audio"]
+    for kind, token_id in vision.placeholders.items():
+        number = numbers[kind]
         placeholder = str(chat.tokenizer.convert_ids_to_tokens(token_id))
         found = rendered.text.count(placeholder)
         if number and not found:
             raise DataError(
-                f"the chat template writes no {placeholder} where a message shows a {_kind(of_videos)}, and the model "
+                f"the chat template writes no {placeholder} where a message shows a {NAMES[kind]}, and the model "
                 "reads one in its place: set a model.chat_template that does. A model whose processor writes it "
                 "itself, as Gemma 3's, is trained on text alone"
             )
         if found != number:
             raise RowError(
-                f"it has {_counted(number, of_videos)}, and the text that the chat template makes of it {placeholder}, "
-                f"the place of one, {counted(found, 'time')}"
+                f"it has {counted(number, NAMES[kind])}, and the text that the chat template makes of it "
+                f"{placeholder}, the place of one, {counted(found, 'time')}"
             )
     return replace(rendered, images=tuple(images[:shown]))
 
@@ -178,17 +182,17 @@ def cuts_image(token_ids: np.ndarray, limit: int, vision: ImageProcessor | None)
     return vision is not None and bool(vision.is_placeholder(token_ids[limit:]).any())
 
 
-def _places(message: Message, takes_videos: bool) -> list[Place]:
-    """The places of a message, in their order; what an assistant writes is text, and so is ``<video>`` to a model that
-    takes none."""
+def _places(message: Message, kinds: Container[Kind]) -> list[Place]:
+    """The places of a message, in their order; what an assistant writes is text, and so is the tag of what a model does
+    not take."""
     if message["role"] == "assistant":
         return []
     tags = MEDIA_TAGS.findall(message["content"])
     given = message.get("images", [None] * len(tags))
     if not given:
         return []
-    places = [Place(tag == VIDEO_TAG, image) for tag, image in zip(tags, given, strict=True)]
-    return [place for place in places if takes_videos or not place.is_video]
+    places = [Place(_KIND_OF_TAG[tag], image) for tag, image in zip(tags, given, strict=True)]
+    return [place for place in places if place.kind in kinds]
 
 
 def _in_front(
@@ -200,9 +204,9 @@ def _in_front(
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise RowError("it has pictures, and no user message that could show them")
-    tags = "".join(VIDEO_TAG if image.is_video else IMAGE_TAG for image in given)
+    tags = "".join(TAGS[image.kind] for image in given)
     shown = {**messages[first], "content": tags + messages[first]["content"]}
-    added = [Place(image.is_video, None) for image in given]
+    added = [Place(image.kind, None) for image in given]
     return [*messages[:first], shown, *messages[first + 1 :]], [
         *places[:first],
         added + places[first],
@@ -212,24 +216,16 @@ def _in_front(
 
 def _with_number(message: Message, places: Sequence[Place]) -> Message:
     others = {key: value for key, value in message.items() if key != "images"}
-    videos = sum(place.is_video for place in places)
-    return others | ({"images": len(places)} if places else {}) | ({"videos": videos} if videos else {})
+    numbers = Counter(place.kind for place in places)
+    numbers["image"] = len(places)
+    return others | {name: numbers[kind] for kind, name in COUNTS.items() if numbers[kind]}
 
 
 def _loaded(images: Sequence[GivenImage], vision: ImageProcessor, directory: Path) -> Iterator[bytes]:
     for image in images:
         try:
-            load = vision.load_video if image.is_video else vision.load
-            data = load(image.value, directory)
+            data = vision.load(image.value, directory, image.kind)
             vision.num_tokens(data)
         except RowError as error:
             raise RowError(f"`{image.place}`: {error}") from error
         yield data
-
-
-def _kind(is_video: bool) -> str:
-    return "video" if is_video else "picture"
-
-
-def _counted(number: int, is_video: bool) -> str:
-    return counted(number, _kind(is_video))

@@ -23,11 +23,13 @@ from rlflow.data.sources import kind
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_DATA_URI = re.compile(r"data:(?:(?:image|video)/[\w.+-]+)?(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:(?:(?:image|video|audio)/[\w.+-]+)?(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 LONGEST_PATH = 4096
 """Longer text is a picture itself."""
+_HELD = ("bytes", "path", "url", "image_url", "image", "audio_url", "input_audio", "audio", "base64", "data")
+"""Where a mapping may hold its file."""
 _KEPT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """What is passed on as it was found -> its media type."""
 _ORIENTATION = 0x0112
@@ -93,9 +95,7 @@ def encoded_bytes(value: Any, directory: Path) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Mapping):
-        given = [
-            value[key] for key in ("bytes", "path", "url", "image_url", "image", "data") if value.get(key) is not None
-        ]
+        given = [value[key] for key in _HELD if value.get(key) is not None]
         if not given:
             raise RowError(f"it has neither `bytes` nor `path` (it has {', '.join(map(str, value)) or 'nothing'})")
         return encoded_bytes(given[0], directory)

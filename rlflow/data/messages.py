@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlflow.data.calls import behind_thought, to_calls
 from rlflow.data.errors import RowError
@@ -35,30 +35,33 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where a message may keep its thoughts, for the chat template."""
 KEPT_KEYS = ("tool_call_id", "name", *REASONING_KEYS)
 """What a message may carry for the chat template, as text, beside ``tool_calls``."""
-IMAGE_TAG = "<image>"
-"""Stands where a picture stands."""
-VIDEO_TAG = "<video>"
-"""Stands where a video stands."""
-MEDIA_TAGS = re.compile("|".join(map(re.escape, (IMAGE_TAG, VIDEO_TAG))))
-IMAGE_TYPES = ("image", "image_url", "input_image")
+Kind = Literal["image", "video", "audio"]
+"""Of what a model sees or hears in a row: a picture, a video or a recording."""
+TAGS: dict[Kind, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+"""What stands in the text where one of them stands."""
+MEDIA_TAGS = re.compile("|".join(map(re.escape, TAGS.values())))
+KEYS: dict[Kind, tuple[str, ...]] = {
+    "image": ("image", "image_url", "url", "path", "base64", "bytes", "source"),
+    "video": ("video", "video_url", "frames", "url", "path", "base64", "bytes"),
+    "audio": ("audio", "audio_url", "input_audio", "url", "path", "base64", "bytes", "array"),
+}
+"""Where a content part may hold one; a part that holds none shows the next of the row's column."""
+TYPES: dict[str, Kind] = {name: kind for kind in KEYS for name in (kind, f"{kind}_url", f"input_{kind}")}
 """Types of content parts: Hugging Face's, and OpenAI's two."""
-IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
-"""Where such a part may hold its picture; one that holds none shows the next of the row's column."""
-VIDEO_TYPES = ("video", "video_url", "input_video")
-VIDEO_KEYS = ("video", "video_url", "frames", "url", "path", "base64", "bytes")
-"""As of pictures, for videos."""
+COUNTS: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "audios"}
+"""What a message says how many it shows of each under; ``images`` counts them all."""
 WEIGHT_KEYS = ("loss", "weight", "loss_weight", "loss_scale")
 """What says whether a message is trained: true or false, or 1 or 0. It becomes ``loss``."""
 WEIGHTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 class GivenImage(NamedTuple):
-    """A picture or a video as the row has it."""
+    """A picture, a video or a recording as the row has it."""
 
     place: str
     """What messages call it."""
     value: Any
-    is_video: bool = False
+    kind: Kind = "image"
 
 
 def to_messages(value: Any, column: str, *, may_be_empty: bool = False) -> list[Message]:
@@ -130,6 +133,16 @@ def _with_call(message: Message, call: Message, place: str) -> Message:
     return {**message, "content": content, "tool_calls": calls} | ({"loss": call["loss"]} if "loss" in call else {})
 
 
+def shown_tags(message: Message) -> list[str]:
+    """The tags that stand in a message for what it shows; every other one is what somebody wrote."""
+    number = message.get("images", 0)
+    if not number:
+        return []
+    counts = {kind: message.get(name, 0) for kind, name in COUNTS.items()}
+    counts["image"] -= counts["video"] + counts["audio"]
+    return [tag for kind, tag in TAGS.items() if counts[kind]]
+
+
 def parts_of(content: str, tags: Collection[str]) -> list[dict[str, str]]:
     """A content as parts of text and, where one of ``tags`` stands, of pictures and videos."""
     pieces = re.split(f"({'|'.join(map(re.escape, tags)) or '(?!)'})", content)
@@ -195,13 +208,14 @@ def _content(value: Any, place: str) -> Message:
     for index, part in enumerate(value):
         place_of_part = f"{place}[{index}]"
         type_of_part = part.get("type") if isinstance(part, dict) else None
-        if type_of_part in IMAGE_TYPES or type_of_part in VIDEO_TYPES:
-            is_video, shows_any = type_of_part in VIDEO_TYPES, True
-            texts.append(VIDEO_TAG if is_video else IMAGE_TAG)
-            held = [part[key] for key in (VIDEO_KEYS if is_video else IMAGE_KEYS) if part.get(key) is not None]
-            # How a video is to be read stands beside it.
-            value_of_part = {key: part[key] for key in part if key != "type"} if is_video else held and held[0]
-            shown.append(GivenImage(place_of_part, value_of_part, is_video) if held else None)
+        if (shown_kind := TYPES.get(str(type_of_part))) is not None:
+            shows_any = True
+            texts.append(TAGS[shown_kind])
+            held = [part[key] for key in KEYS[shown_kind] if part.get(key) is not None]
+            # How a video is to be read stands beside it, and how fast a recording was sampled.
+            is_picture = shown_kind == "image"
+            value_of_part = held and held[0] if is_picture else {key: part[key] for key in part if key != "type"}
+            shown.append(GivenImage(place_of_part, value_of_part, shown_kind) if held else None)
         else:
             texts.append(_part(part, place_of_part))
             shown += [None] * len(MEDIA_TAGS.findall(texts[-1]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlflow.data.audios import NO_CLASSIFIER
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import DataError, RowError, Rows, listing
@@ -76,8 +77,10 @@ def load_pairs(
     Raises:
         DataError: the rows have a ``margin`` that no loss would look at, a source or too many of its rows cannot be
             used (no rejected answer, the same as the chosen one, or one to another prompt), rows are overlong and
-            must not be, or no pair is left.
+            must not be, no pair is left, or the reward model is to hear.
     """
+    if for_reward_model and vision is not None and vision.takes_audios:
+        raise DataError(f"the model hears, and {NO_CLASSIFIER}")
     chat = Chat(tokenizer, data.template_date, vision)
     rows = load_records(
         data.train, seed, lambda record: _render_pair(record, data, chat, for_reward_model), vision=vision

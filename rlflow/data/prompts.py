@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlflow.data.audios import NO_WRITER
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
-from rlflow.data.errors import RowError, Rows
+from rlflow.data.errors import DataError, RowError, Rows
 from rlflow.data.formats import Record, with_system
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import with_images
@@ -58,9 +59,9 @@ def load_prompts(
         The prompts; ``skipped`` names the rows that were left out, bad or overlong.
 
     Raises:
-        DataError: a source or too many of its rows cannot be used, or prompts are overlong and must not be.
+        DataError: a source or too many of its rows cannot be used, prompts are overlong, or the model hears.
     """
-    chat = Chat(tokenizer, data.template_date, vision)
+    chat = Chat(tokenizer, data.template_date, _of_a_writer(vision))
 
     def build(record: Record) -> tuple[Record, Rendered]:
         if problem := reject(record.columns):
@@ -88,6 +89,17 @@ def load_prompts(
         prompts.notes.extend(row.bad(note) for note in rendered.notes)
     overlong.settle(prompts)
     return prompts
+
+
+def _of_a_writer(vision: ImageProcessor | None) -> ImageProcessor | None:
+    """What a model that engines write from takes of pictures.
+
+    Raises:
+        DataError: It is of a model that hears.
+    """
+    if vision is not None and vision.takes_audios:
+        raise DataError(f"the model hears, and {NO_WRITER}")
+    return vision
 
 
 def _prompt(id: str, asked: Record, rendered: Rendered, token_ids: np.ndarray, engine_token_ids: np.ndarray) -> Prompt:

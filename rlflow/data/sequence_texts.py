@@ -15,7 +15,7 @@ import numpy as np
 from rlflow.data.chat import Chat
 from rlflow.data.encoding import Rendered
 from rlflow.data.errors import RowError
-from rlflow.data.image_rows import IMAGE_COLUMNS, VIDEO_COLUMNS, cuts_image, place_images, take_images, with_images
+from rlflow.data.image_rows import COLUMNS, cuts_image, place_images, take_images, with_images
 from rlflow.data.messages import from_json_text, to_message, to_messages
 from rlflow.data.sequence_format import SequenceFormat, encode_alone
 from rlflow.data.sources import kind
@@ -111,8 +111,8 @@ def seen(words: Words, columns: Mapping[str, Any], directory: Path, chat: Chat) 
     Raises:
         RowError: The model takes no pictures, one of them cannot be used, or there are more or fewer than places.
     """
-    media = {name: columns[name] for name in (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if name in columns}
-    given = take_images(media, IMAGE_COLUMNS) + take_images(media, VIDEO_COLUMNS, is_video=True)
+    media = {name: columns[name] for name in (*COLUMNS["image"], *COLUMNS["video"]) if name in columns}
+    given = take_images(media, COLUMNS["image"], "image") + take_images(media, COLUMNS["video"], "video")
     messages: list[Message] = [{"role": "user", "content": words}] if isinstance(words, str) else words
     placed, images = place_images(messages, given, chat.vision, directory)
     if not images:
@@ -182,7 +182,7 @@ def refuse_media(columns: Mapping[str, Any], *, sees: bool = False) -> None:
         RowError: A row has pictures, videos or sound that are not read.
     """
     bare = {name: name.removeprefix("positive_").removeprefix("negative_") for name in columns}
-    read = (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if sees else ()
+    read = (*COLUMNS["image"], *COLUMNS["video"]) if sees else ()
     if given := [name for name in columns if bare[name] in _MEDIA and name not in read and columns[name]]:
         reason = "sound is not read" if "audio" in given[0] else f"it is {_TEXT_ALONE}"
         raise RowError(f"`{given[0]}` is not empty, and {reason}")

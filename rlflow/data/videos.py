@@ -17,11 +17,11 @@ from typing import Any
 
 from rlflow.data.errors import RowError
 from rlflow.data.images import LONGEST_PATH, data_uri, encoded_bytes, find_file, load_image, missing, size_of
-from rlflow.data.messages import VIDEO_KEYS
+from rlflow.data.messages import KEYS
 from rlflow.data.video_archive import Video, is_video, pack, unpack
 from rlflow.torchvision_operators import install
 
-_KEYS = (*VIDEO_KEYS, "data")
+_KEYS = (*KEYS["video"], "data")
 """Where a mapping may hold its video."""
 _DECODERS = {"av": "pyav", "decord": "decord", "cv2": "opencv", "torchcodec": "torchcodec"}
 """Package -> transformers' name of it."""

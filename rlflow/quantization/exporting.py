@@ -51,10 +51,10 @@ def check_request(model: Path, request: Request) -> None:
     Raises:
         DataError: The model cannot be quantised, or a package is missing.
     """
-    if "vision_config" in read_config(model):
+    if {"vision_config", "audio_config"} & read_config(model).keys():
         raise DataError(
-            f"{model} is a vision-language model, and schemes are of language models: export it without --quantize and "
-            "have vLLM quantise it as it loads (quantization='fp8')"
+            f"{model} has a tower beside its language model, and schemes are of language models: export it without "
+            "--quantize and have vLLM quantise it as it loads (quantization='fp8')"
         )
     if request.scheme.preset is None:
         rounding.check(request.dtype)

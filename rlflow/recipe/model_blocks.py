@@ -25,7 +25,7 @@ AllOrSome = Annotated[
     Discriminator(lambda given: "<some>" if isinstance(given, list) else "<all>"),
 ]
 
-Part = Literal["language", "projector", "vision"]
+Part = Literal["language", "projector", "vision", "audio"]
 """Of a model: the language model, the tower that reads pictures, and what stands between them."""
 
 OF_THE_ADAPTER = ("kind", "rank", "alpha", "target_modules", "rslora", "peft")
@@ -158,7 +158,7 @@ class ModelBlock(Block):
     the model's own image processor does with its size comes on top."""
     train: tuple[Part, ...] = ("language",)
     """Parts of a vision-language model that are trained, or have an adapter; the others stay as they are: language,
-    projector (between tower and language model), vision (the tower)."""
+    projector (between tower and language model), vision (the tower), of a model that hears audio (its tower)."""
     learning_rates: dict[Part, PositiveFloat] = Field(default_factory=dict)
     """Peaks of parts in the place of trainer.learning_rate, e.g. {vision: 1e-6}; they take its schedule."""
     adapter: AdapterBlock | None = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rlflow.data.audios import NO_WRITER
 from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError
 from rlflow.data.image_processor import ImageProcessor, load_image_processor
@@ -121,7 +122,7 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from rlflow.actors.vision import sees
+    from rlflow.actors.vision import hears, sees
 
     refuse_reward_model(source)
     path = source.base if source.is_adapter else source.path
@@ -138,6 +139,8 @@ def read_model(source: ModelSource, settings: Settings) -> ServedModel:
         raise DataError(
             f"{path}: there is no model that can be read: {said}. Name a directory that holds one"
         ) from error
+    if hears(config):
+        raise DataError(f"{path} hears, and {NO_WRITER}")
     text = config.get_text_config()
     context = _context(text, settings.max_model_len, path)
     has_tokenizer = source.directory is not None and any((source.directory / f).is_file() for f in _TOKENIZER_FILES)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlflow.data.errors import RowError
 from rlflow.data.image_rows import place_images
-from rlflow.data.messages import MEDIA_TAGS, VIDEO_TAG, GivenImage, to_messages
+from rlflow.data.messages import MEDIA_TAGS, TAGS, GivenImage, to_messages
 from rlflow.serving.conversation import AskedPrompt, TooLongError, encode_text, render, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
@@ -199,7 +199,7 @@ def _messages(given: Mapping[str, Any], model: ServedModel) -> list[AskedPrompt]
 
 
 def _with_own_images(message: Message) -> Message:
-    """A message whose pictures are those of its parts: ``<image>`` and ``<video>`` are what somebody wrote.
+    """A message whose pictures are those of its parts: tags such as ``<image>`` are what somebody wrote.
 
     Raises:
         RowError: A picture is not in the request itself.
@@ -210,15 +210,18 @@ def _with_own_images(message: Message) -> Message:
     tags = MEDIA_TAGS.findall(message["content"])
     # Beside a picture <video> is what somebody wrote, as no video comes here.
     own = [
-        None if (part, tag) == (None, VIDEO_TAG) else _own_image(part) for part, tag in zip(parts, tags, strict=True)
+        None if part is None and tag != TAGS["image"] else _own_image(part)
+        for part, tag in zip(parts, tags, strict=True)
     ]
     return {**message, "images": own}
 
 
 def _own_image(part: GivenImage | None) -> GivenImage:
     """A picture as a mapping, which nobody keeps."""
-    if part is not None and part.is_video:
+    if part is not None and part.kind == "video":
         raise RowError(f"`{part.place}`: this server decodes no videos: send the frames that matter as pictures")
+    if part is not None and part.kind == "audio":
+        raise RowError(f"`{part.place}`: no engine here writes from recordings: send what is said as text")
     url = part.value.get("url") if part is not None and isinstance(part.value, dict) else part and part.value
     if part is None or not isinstance(url, str) or url[:5].lower() != "data:":
         where = "a picture's part" if part is None else f"`{part.place}`"

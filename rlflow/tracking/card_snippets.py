@@ -30,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 {generate}"""
 
 GENERATE_FROM_PICTURES = """\
-content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is this?"}}]
+content = [{part}, {{"type": "text", "text": "What is this?"}}]
 messages = [{{"role": "user", "content": content}}]
 options = {{"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}}
 inputs = processor.apply_chat_template(messages, **options)
@@ -38,23 +38,21 @@ tokens = model.generate(**inputs, max_new_tokens={max_new_tokens})[0, inputs["in
 print(processor.decode(tokens, skip_special_tokens=True))"""
 
 MODEL_OF_PICTURES = """\
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{library}from transformers import {auto}, AutoProcessor
 
 {here}
 processor = AutoProcessor.from_pretrained(path)
-model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+model = {auto}.from_pretrained(path, dtype="auto")
 {generate}"""
 
 ADAPTER_OF_PICTURES = """\
 from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{library}from transformers import {auto}, AutoProcessor
 
 {here}
 base = "{base}"
 processor = AutoProcessor.from_pretrained(path)
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype="auto"), path)
+model = PeftModel.from_pretrained({auto}.from_pretrained(base, dtype="auto"), path)
 {generate}"""
 
 ADAPTER = """\
@@ -78,14 +76,13 @@ inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)
 print(model(**inputs).logits[0, 0].item())"""
 
 SCORE_WITH_PICTURES = """\
-from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+{library}from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 {here}
 processor = AutoProcessor.from_pretrained(path)
 # {code}
 model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto"{trusted})
-content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is this?"}}]
+content = [{part}, {{"type": "text", "text": "What is this?"}}]
 {conversation}
 inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
 {answer}"""
@@ -93,6 +90,16 @@ SCORED_ANSWER = """\
 answer = [{"type": "text", "text": "A sign"}]
 conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]"""
 CLASSIFIED = 'conversation = [{"role": "user", "content": content}]'
+OF_PICTURES = {
+    "part": '{"type": "image", "image": Image.open("picture.png")}',
+    "library": "from PIL import Image\n",
+    "auto": "AutoModelForImageTextToText",
+}
+OF_RECORDINGS = {
+    "part": '{"type": "audio", "audio": "recording.wav"}',
+    "library": "import librosa  # with which transformers reads sound\n",
+    "auto": "AutoModelForSeq2SeqLM",
+}
 OWN_CODE = "transformers has no classifier of this architecture: its class is the code beside the weights"
 
 CLASSIFY = """\
@@ -179,9 +186,15 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
     if _reads_pictures(directory):
         model, adapter = MODEL_OF_PICTURES, ADAPTER_OF_PICTURES
         vllm, vllm_adapter = (f"from PIL import Image\n{text}" for text in (VLLM, VLLM_ADAPTER))
+        values |= OF_PICTURES
         values |= {"generate": GENERATE_FROM_PICTURES.format(**values), "call": CHAT_OF_PICTURES}
+    elif has_template and hears_recordings(directory):
+        model, adapter, vllm, vllm_adapter = MODEL_OF_PICTURES, ADAPTER_OF_PICTURES, "", ""
+        values |= OF_RECORDINGS
+        values["generate"] = GENERATE_FROM_PICTURES.format(**values)
     if not is_adapter(directory):
-        return "\n\n".join([_code("python", model.format(**values)), "vLLM:", _code("python", vllm.format(**values))])
+        blocks = [_code("python", model.format(**values))]
+        return "\n\n".join(blocks + (["vLLM:", _code("python", vllm.format(**values))] if vllm else []))
     config = read_config(directory)
     values["base"] = base_of(config)
     blocks = [_code("python", adapter.format(**values))]
@@ -189,7 +202,7 @@ def usage(directory: Path, recipe: dict[str, Any]) -> str:
         blocks.append(
             f"vLLM has no {lora_kind(config)}: merge the adapter with `rlflow export DIRECTORY OUTPUT --merge`."
         )
-    else:
+    elif vllm_adapter:
         values["rank"] = next((rank for rank in VLLM_RANKS if rank >= config["r"]), config["r"])
         blocks += ["vLLM:", _code("python", vllm_adapter.format(**values))]
     return "\n\n".join(blocks)
@@ -216,7 +229,19 @@ def sees_pictures(directory: Path) -> bool:
     """Whether it holds a vision-language model, or an adapter of one: both have its processor's files beside them."""
     path = directory / "config.json"
     has_tower = not path.is_file() or "vision_config" in json.loads(path.read_text(encoding="utf-8"))
-    return has_tower and any((directory / name).is_file() for name in PROCESSOR_FILES)
+    return (
+        has_tower and not hears_recordings(directory) and any((directory / name).is_file() for name in PROCESSOR_FILES)
+    )
+
+
+def hears_recordings(directory: Path) -> bool:
+    """Whether it holds a model that hears, or an adapter of one, which has its processor's files alone."""
+    path = directory / "config.json"
+    files = [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return "audio_config" in config and "vision_config" not in config and bool(files)
+    return any("feature_extractor" in file.read_text(encoding="utf-8") for file in files)
 
 
 def is_reward_model(directory: Path) -> bool:
@@ -238,7 +263,8 @@ def _with_pictures(directory: Path, conversation: str, answer: str) -> str:
     path = directory / "config.json"
     is_own = path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
     trusted, code = (", trust_remote_code=True", OWN_CODE) if is_own else ("", "as transformers has it")
-    return SCORE_WITH_PICTURES.format(here=HERE, trusted=trusted, code=code, conversation=conversation, answer=answer)
+    values = {"here": HERE, "trusted": trusted, "code": code, "conversation": conversation, "answer": answer}
+    return SCORE_WITH_PICTURES.format(**values, **OF_PICTURES)
 
 
 def _reads_pictures(directory: Path) -> bool:

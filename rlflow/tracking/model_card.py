@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rlflow.recipe import ALGORITHMS, Recipe
 from rlflow.recipe.adapter_files import is_adapter
 from rlflow.recipe.local_paths import is_hub_id
-from rlflow.tracking.card_snippets import OF_SEQUENCES, is_reward_model, readers, sees_pictures, usage
+from rlflow.tracking.card_snippets import OF_SEQUENCES, hears_recordings, is_reward_model, readers, sees_pictures, usage
 from rlflow.tracking.history import RECIPE, HistoryError, StageHistory, read_stage
 from rlflow.tracking.lines import OF_SEQUENCES as ACCURACIES
 from rlflow.tracking.lines import number, signed
@@ -136,6 +136,7 @@ def _front_matter(directory: Path, name: str, stage: StageHistory, earlier: list
     recipe = stage.recipe
     adapter, algorithm = recipe["model"]["adapter"], recipe["algorithm"]["name"]
     task = "image-text-to-text" if sees_pictures(directory) else "text-generation"
+    task = "audio-text-to-text" if hears_recordings(directory) else task
     task = "text-classification" if is_reward_model(directory) else task
     if (objective := ALGORITHMS[algorithm].objective) in OF_SEQUENCES:
         task = OF_SEQUENCES[objective][0]
@@ -203,6 +204,7 @@ def _story(directory: Path, stage: StageHistory, earlier: list[StageHistory]) ->
     """What was made of what, by which algorithm, in how many steps."""
     recipe = stage.recipe
     what = "Vision-language model" if sees_pictures(directory) else "Language model"
+    what = "Audio language model" if hears_recordings(directory) else what
     what = "Reward model" if is_reward_model(directory) else what
     if (objective := ALGORITHMS[recipe["algorithm"]["name"]].objective) in OF_SEQUENCES:
         what = OF_SEQUENCES[objective][1]

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, Qwen2AudioConfig
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.sequence_trainer import SequenceTrainer
 from rlflow.actors.train_engines import tower
 from rlflow.actors.train_engines.scalar_model import load_scalar_model
 from rlflow.actors.train_engines.token_model import TokenModel, load_token_model, score
-from rlflow.actors.vision import classifier_class, language_model_class, part_finder
+from rlflow.actors.vision import classifier_class, part_finder
 from rlflow.batching import pack
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.images import decode
@@ -241,8 +241,3 @@ def test_a_model_that_reads_text_alone_refuses_pictures_and_has_no_tower_to_trai
         score(module, list(batches), CPU, 1.0)
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no part called vision: it has language"):
         load_token_model(ModelBlock(path=str(tiny_model_dir), train=("language", "vision")), seed=0, device=CPU)
-
-
-def test_a_model_that_hears_is_refused_by_name():
-    with pytest.raises(ValueError, match="qwen2_audio hears: models of sound are not trained here"):
-        language_model_class(Qwen2AudioConfig())

@@ -162,9 +162,9 @@ def test_each_bad_picture_is_named_with_its_row_and_field(
     [
         (
             ["export", "{model}", "{new}", "--quantize", "fp8"],
-            "is a vision-language model, and schemes are of language",
+            "has a tower beside its language model, and schemes are of",
         ),
-        (["eval", "{model}", "--sets", "{choices}"], "row 1: `images` is not empty; only text is supported"),
+        (["eval", "{model}", "--sets", "{choices}"], "row 1: `images` is not empty, and it is text alone"),
     ],
     ids=["quantize", "choices"],
 )

@@ -152,8 +152,7 @@ def test_without_kto_a_label_is_a_column_like_any_other(read, write_jsonl, row, 
 
 @pytest.mark.parametrize("media", ["image", "images", "video", "videos", "audio", "audios"])
 def test_rows_with_images_video_or_audio_are_refused(media):
-    refusal = "sound is not read" if media.startswith("audio") else "the model takes text alone"
-    with pytest.raises(RowError, match=f"`{media}`.* {refusal}"):
+    with pytest.raises(RowError, match=f"`{media}`.* the model takes text alone"):
         to_record(Row(1, {"prompt": "Hi", media: "dogs.png"}), "prompt")
     assert to_record(Row(1, {"prompt": "Hi", media: None}), "prompt").messages == [HI]
 

@@ -117,10 +117,10 @@ def test_of_a_file_those_frames_are_read_that_the_models_own_processor_samples(v
         assert np.abs(made["pixel_values_videos"] - wanted["pixel_values_videos"]).max() < 0.1
         written = vision.processor.tokenizer.decode(vision._replacement(record.images[0]))
         assert written in vision.processor.tokenizer.decode(wanted["input_ids"][0])
-    most = unpack(vision.load_video({"video": "clip.mp4", "nframes": 1000}, tmp_path))
+    most = unpack(vision.load({"video": "clip.mp4", "nframes": 1000}, tmp_path, "video"))
     assert most.indices == tuple(range(24))
     scaled = ImageProcessor(vision._path, max_pixels=100)
-    assert unpack(scaled.load_video("clip.mp4", tmp_path)).metadata()["width"] == 12
+    assert unpack(scaled.load("clip.mp4", tmp_path, "video")).metadata()["width"] == 12
 
 
 def test_what_is_written_of_a_video_is_read_as_the_same_video(vision: ImageProcessor):
