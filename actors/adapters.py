@@ -32,7 +32,7 @@ from rlflow.actors.pretrained import load_whole
 from rlflow.actors.quantized_bases import check_quantized, keep_as_stored, quantized
 from rlflow.actors.vision import has_tower, language_model_class
 from rlflow.recipe import ModelBlock
-from rlflow.recipe.adapter_files import WEIGHTS, adapter_problem, mixed_kinds
+from rlflow.recipe.adapter_files import CONFIG, WEIGHTS, adapter_problem, mixed_kinds
 from rlflow.recipe.peft_methods import METHODS, TYPE
 
 TRAINED, REFERENCE = "default", "reference"
@@ -276,6 +276,11 @@ def _local(path: str, model: str, key: str) -> Path:
         from huggingface_hub import snapshot_download
 
         directory = Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+        if not (directory / CONFIG).exists():
+            raise ValueError(
+                f"{key}: {path} has no {CONFIG} at its top. Where its adapters are in folders, fetch it (hf download "
+                f"{path} --local-dir DIR) and name one: {key}: DIR/NAME"
+            )
     if problem := adapter_problem(directory, model):
         raise ValueError(f"{key}: {problem}")
     return directory

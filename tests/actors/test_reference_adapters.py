@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -125,3 +126,11 @@ def test_who_is_the_reference(
         assert block.path == str(tmp_path / placed[0])
         adapter = None if block.adapter is None else block.adapter.path
         assert adapter == (placed[1] and str(tmp_path / placed[1]))
+
+
+def test_a_repository_with_adapters_in_folders_is_told_how_to_name_one(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda path, **options: str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.adapter\.path: me/several has no adapter_config.json.*DIR/NAME"):
+        trainer_of(tiny_model_dir, AdapterBlock(path="me/several"))

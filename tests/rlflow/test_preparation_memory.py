@@ -14,6 +14,8 @@ from rlflow.preparation_memory import preparation_bytes
 from rlflow.recipe import Recipe, load_recipe
 
 LAYERS, HIDDEN, MLP, QUERIES, KEYS, VOCABULARY = 8, 1024, 4096, 1024, 512, 32_000
+TOKENS = 8 * 512
+"""Of a forward pass."""
 CONFIG = {
     "model_type": "llama",
     "hidden_size": HIDDEN,
@@ -42,6 +44,8 @@ def recipe_of(path: Path, start: str | bool) -> Recipe:
         ("pissa", 6 * HIDDEN * MLP * 4),
         # What the layers read: queries, keys, values, gate and up the hidden state, the others what is before them.
         ("corda", 2 * LAYERS * (5 * HIDDEN**2 + QUERIES**2 + MLP**2) * 4 + 6 * MLP**2 * 4),
+        # Logits and their log-softmax; of its largest layer four hidden states, gate, up and their product.
+        ("eva", TOKENS * (2 * VOCABULARY + 4 * HIDDEN + 3 * MLP) * 4),
     ],
 )
 def test_the_start_of_an_adapter_takes_what_its_method_keeps(
@@ -53,6 +57,19 @@ def test_the_start_of_an_adapter_takes_what_its_method_keeps(
     weights = shape.parameters * 4 + 2 * (shape.adapter or 0) * 4
     expected = 0 if beside_weights is None else weights + beside_weights
     assert preparation_bytes(recipe, shape) == expected
+
+
+def test_eva_of_few_words_takes_what_python_makes_of_the_widest_input(tiny_model_dir: Path):
+    recipe = recipe_of(tiny_model_dir, "eva")
+    assert recipe.model.adapter is not None
+    of_few, of_fewer = (
+        preparation_bytes(recipe, with_adapter(shape_of(CONFIG | {"vocab_size": words}), recipe.model.adapter))
+        for words in (2_000, 1_000)
+    )
+    # Embeddings and head alone are smaller: each number of an input is 48 bytes whatever the vocabulary is.
+    assert of_few - of_fewer == 2 * 1_000 * HIDDEN * 4
+    weights = shape_of(CONFIG | {"vocab_size": 1_000}).parameters * 4
+    assert of_fewer > weights + TOKENS * MLP * 48
 
 
 def test_the_plan_counts_and_says_it(tiny_model_dir: Path):
