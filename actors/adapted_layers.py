@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def layers_left_out(model: nn.Module) -> list[str]:
     """Names of linear layers, by their class, on which an adapter would have no effect or fail."""
-    return [*_read_by_kernels(model), *_other_than_linear(model)]
+    return [*_read_by_kernels(model), *_other_than_linear(model), *layers_of_one_weight(model)]
+
+
+def layers_of_one_weight(model: nn.Module) -> list[str]:
+    """Names of linear layers that have one weight with others, as Zamba's shared blocks: each with an adapter of its
+    own, they are several weights once they are merged, which the model has no place for."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in model.named_modules():
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.Linear) and not name.endswith(".base_layer") and module is not head:
+            names[id(layer.weight)].append(name)
+    return [name for same in names.values() if len(same) > 1 for name in same]
 
 
 def _read_by_kernels(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlflow.actors.adapted_layers import layers_of_one_weight
 from rlflow.actors.vision import part_finder
 from rlflow.recipe.adapter_files import unmatched_targets
 from rlflow.recipe.model_blocks import Part
@@ -59,10 +60,15 @@ def check_layers(model: PreTrainedModel, config: PeftConfig, key: str = "model.a
     Raises:
         ValueError: The head or another layer got an adapter that cannot be trained, synced and merged here.
     """
-    head = model.get_output_embeddings()
+    head, shared = model.get_output_embeddings(), layers_of_one_weight(model)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
+        if name in shared:
+            raise ValueError(
+                f"{key}: {name} has its weight together with other layers: an adapter on each cannot be merged into "
+                "it; name others, or leave target_modules at all-linear, which leaves these out"
+            )
         base = layer.get_base_layer()
         is_linear = isinstance(base, nn.Linear | Conv1D) or isinstance(layer, lora.ParamWrapper)
         if layer is head and not METHODS[PeftType(config.peft_type).value].targets_linear:

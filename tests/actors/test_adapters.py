@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlflow.actors import adapters, quantized_bases
 from rlflow.actors.learning_rates import learning_rate_shares
+from rlflow.actors.merged_weights import merged_weights
 from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.reference_model import ReferenceModel
 from rlflow.actors.train_engines.optimizers import AdamW, decay_groups, set_learning_rate, trained_rates
@@ -123,6 +124,23 @@ def test_layers_that_are_more_than_linear_get_no_adapter(tmp_path: Path):
     tokens = torch.tensor([[3, 7, 5, 9]])
     with torch.no_grad():
         torch.testing.assert_close(made(tokens).logits, model(tokens).logits)
+
+
+def test_layers_that_share_a_weight_get_no_adapter_which_would_make_several_of_it(tiny_model_dir: Path):
+    def tied() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model
+
+    block = ModelBlock(path=str(tiny_model_dir), adapter=AdapterBlock(rank=2))
+    model = tied()
+    adapters.inject(model, block, seed=0)
+    merged = dict(merged_weights(model))
+    assert merged.keys() == dict(tied().named_parameters()).keys()
+    assert sum(isinstance(module, BaseTunerLayer) for module in model.modules()) == 2 * 7 - 2
+    block = ModelBlock(path=str(tiny_model_dir), adapter=AdapterBlock(rank=2, target_modules=["q_proj", "up_proj"]))
+    with pytest.raises(ValueError, match=r"target_modules: model\.layers\.0\.mlp\.up_proj has its weight together with"):
+        adapters.inject(tied(), block, seed=0)
 
 
 def test_lora_plus_multiplies_the_learning_rate_of_b(tiny_model_dir: Path):
