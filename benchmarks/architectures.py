@@ -11,6 +11,7 @@ verdict is written down in --results at once: the same command goes on where it 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import multiprocessing
@@ -25,6 +26,7 @@ import transformers
 from tiny_architectures import build
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
+from rlflow.actors.rollout_engines import vllm_start
 from rlflow.progress import ProgressBar
 from rlflow.recipe.architectures import how_run
 
@@ -42,7 +44,7 @@ Results = dict[tuple[str, str], tuple[str, str]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("given", nargs="*", metavar="DOCUMENT.md | ARCHITECTURE")
-    parser.add_argument("--vllm", action="store_true", help="run vLLM as well, half a minute each")
+    parser.add_argument("--vllm", action="store_true", help="run vLLM as well, some ten seconds each")
     parser.add_argument("--seconds", type=float, default=120, help="that a part may take")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "rlflow_architectures.jsonl")
     options = parser.parse_args()
@@ -53,6 +55,8 @@ def main() -> None:
     names = [given for given in options.given if not given.endswith(".md")] or list(NAMES)
     wanted = [part for part in PARTS if part != "vllm" or options.vllm]
     results = _read(options.results)
+    if options.vllm:
+        _import_vllm()
     with ProgressBar("architectures", "architectures") as bar:
         for number, name in enumerate(names):
             _look_at(name, wanted, results, options)
@@ -63,6 +67,13 @@ def main() -> None:
     for document in documents:
         head, _, _ = document.read_text().partition(HEAD)
         document.write_text(f"{head}{table}\n")
+
+
+def _import_vllm() -> None:
+    """Once, for all children."""
+    vllm_start.prepare_process(num_threads=1, log_path=None)
+    with vllm_start.quiet(None):
+        importlib.import_module("vllm.v1.engine.llm_engine")
 
 
 def _look_at(name: str, wanted: list[str], results: Results, options: argparse.Namespace) -> None:

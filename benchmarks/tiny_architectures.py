@@ -41,9 +41,19 @@ SMALL |= {"is_decoder": True, "use_mamba_kernels": False, "hidden_size": 64, "vo
 
 VISION = {"num_hidden_layers": 1, "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 """Of a vision tower."""
-FOR_VLLM = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 32}
+FOR_VLLM = SMALL | {"head_dim": 32, "num_key_value_heads": 1, "moe_intermediate_size": 32}
+FOR_VLLM |= dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 2)
+FOR_VLLM |= {"attention_chunk_size": 32, "qk_nope_head_dim": 24}
 """Sizes that vLLM's CPU kernels have."""
-LATENT = {"num_key_value_heads": 4, "head_dim": 8}
+PART = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": VOCABULARY,
+}
+"""Of a model that is made of several."""
+LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -56,20 +66,58 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 1, "mamba_d_state": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_d_head": 16},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "nemotron_h": {"hybrid_override_pattern": "M*"},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0},
+    "glm4_moe": {"head_dim": 32},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 32},
+    "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "gemma4_text": {"num_experts": None},
     "qwen3_5": {"text_config": LINEAR},
     "qwen3_5_moe": {"text_config": LINEAR},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "codegen": {"n_head": 4},
+    "dbrx": {
+        "d_model": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "diffllama": {"num_key_value_heads": 2},
+    "cohere_compass_text": {
+        "logit_scale": 0.25,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "phi4_multimodal": {
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+        }
+    },
     "xlnet": {"d_head": 16, "d_inner": 96},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"], "layer_types": ["mamba", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_dt_rank": 4,
+        "num_key_value_heads": 4,
+    },
+    "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 64}
+    | dict.fromkeys(["patcher_config", "encoder_config", "decoder_config", "global_config"], PART),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "falcon": {"alibi": True},
+    "falcon": {"alibi": True, "ffn_hidden_size": 256},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 16},
     "rembert": {"input_embedding_size": 64, "output_embedding_size": 64},
     "minimax_m3_vl_text": {
@@ -81,23 +129,33 @@ OWN: dict[str, dict[str, Any]] = {
 """What an architecture wants beside small sizes."""
 
 
-def build(name: str, **fields: Any) -> Any:
+_A_DRAFT = "it drafts for another model, whose hidden states and cache it reads"
+_A_SOUND = "it writes sound, in several tokens at a time, from another model's states of a text"
+NO_MODEL = dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], _A_DRAFT) | dict.fromkeys(
+    ["musicgen", "musicgen_melody"], _A_SOUND
+)
+"""What is no language model by itself."""
+
+
+def build(name: str, sizes: dict[str, Any] = SMALL) -> Any:
     """A model of small random weights that are large enough for a leak to show, in evaluation mode.
 
     Args:
-        fields: Of its config, beside those here.
+        sizes: Of its config, where it has a field of that name.
 
     Raises:
         Exception: Of any kind: its code wants what is not installed, or cannot be small.
-        ValueError: It is too large.
+        ValueError: It is too large, or no language model.
     """
+    if name in NO_MODEL:
+        raise ValueError(NO_MODEL[name])
     make: Any = CONFIG_MAPPING[name]
     default = make()
-    own = OWN.get(name, {}) | fields
-    given = _sizes_of(default)
+    own = OWN.get(name, {})
+    given = _sizes_of(default, sizes)
     if "text_config" in default.sub_configs:
-        given["text_config"] = _sizes_of(default.text_config) | own.get("text_config", {}) | fields
-        own = {key: value for key, value in own.items() if key not in {"text_config", *fields}}
+        given["text_config"] = _sizes_of(default.text_config, sizes) | own.get("text_config", {})
+        own = {key: value for key, value in own.items() if key != "text_config"}
     if getattr(default, "vision_config", None) is not None:
         given["vision_config"] = _sizes_of(default.vision_config, VISION)
     torch.manual_seed(0)
@@ -118,6 +176,6 @@ def build(name: str, **fields: Any) -> Any:
     return model
 
 
-def _sizes_of(config: Any, sizes: dict[str, Any] = SMALL) -> dict[str, Any]:
+def _sizes_of(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     known = {*config.to_dict(), *vars(config), *config.attribute_map}
     return {key: size for key, size in sizes.items() if key in known}

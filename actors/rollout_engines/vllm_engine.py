@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
@@ -164,7 +165,10 @@ class VllmEngine:
             unset = [before & now for before, now in zip(unset or left, left, strict=True)]
         for names in unset:
             if names:
-                raise ValueError(f"weight sync: vLLM's model got no values for {', '.join(sorted(names))}")
+                raise ValueError(
+                    f"weight sync: vLLM's model got no values for {shorten(', '.join(sorted(names)), 200)}: "
+                    "set rollout.engine: torch"
+                )
         if self.on_cpu:
             self.llm.apply_model(pack_experts)
 

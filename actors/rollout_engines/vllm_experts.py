@@ -12,15 +12,21 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 ARCHITECTURES = (
+    "ExaoneMoeForCausalLM",
+    "FlexOlmoForCausalLM",
     "Glm4MoeForCausalLM",
     "GptOssForCausalLM",
     "GraniteMoeForCausalLM",
+    "GraniteMoeSWAForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "HunYuanMoEV1ForCausalLM",
     "MixtralForCausalLM",
     "OlmoeForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
 )
 """Whose logprobs were compared with transformers' after several weight syncs, on CPUs."""
+_THROUGH_TRANSFORMERS = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
 _ON_CPUS_ALONE = ("GptOssForCausalLM",)
 """Their experts have another kernel on GPUs than the Triton ones."""
 _CPU_BLOCK = 32
@@ -40,7 +46,9 @@ def expert_options(model: ModelConfig, *, on_cpu: bool, with_adapter: bool) -> d
         )
     if not model.is_moe:
         return {}
-    name = model.architecture
+    # What vLLM runs through transformers has another name there.
+    is_own = model.architecture not in _THROUGH_TRANSFORMERS
+    name = model.architecture if is_own else model.architectures[0]
     if name not in ARCHITECTURES or with_adapter or (name in _ON_CPUS_ALONE and not on_cpu):
         what = "an adapter of a mixture of experts" if with_adapter else f"new weights of {name}'s experts"
         raise ValueError(f"{what} cannot be handed to it yet; set rollout.engine: torch")

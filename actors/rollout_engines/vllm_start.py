@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
 
 from rlflow.actors.rollout_engines.vllm_experts import expert_options
+from rlflow.recipe.architectures import STATE_ON_CPU, why_not_vllm
 
 if TYPE_CHECKING:
     import vllm
@@ -142,6 +144,7 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
     """
     from vllm import LLM, EngineArgs
 
+    other = "--engine torch" if is_whole else "rollout.engine: torch"
     fixed: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -153,31 +156,36 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
     given = fixed | options
     try:
         config = EngineArgs(model_dir, **given).create_model_config()
+        if reason := why_not_vllm(config.hf_config.to_dict(), on_cpu=on_cpu):
+            raise ValueError(f"{reason}; set {other}")
         if on_cpu and (config.is_hybrid or config.has_inner_state):
-            raise ValueError(
-                "its layers carry a state, which vLLM keeps where prompts are read in pieces alone, and on a CPU they "
-                "are read in one; set rollout.engine: torch"
-            )
+            raise ValueError(f"{STATE_ON_CPU}; set {other}")
         if (
             config.architecture in OTHER_WINDOWS
             and (window := config.hf_text_config.sliding_window) < config.max_model_len
         ):
             raise ValueError(
                 f"texts that are longer than its sliding window, {window} tokens, have other logprobs in vLLM than in "
-                "transformers: keep data.max_prompt_tokens and rollout.max_new_tokens within it, or set "
-                "rollout.engine: torch"
+                f"transformers: keep data.max_prompt_tokens and rollout.max_new_tokens within it, or set {other}"
             )
         given |= expert_options(config, on_cpu=on_cpu, with_adapter="enable_lora" in options)
         return LLM.from_engine_args(EngineArgs(model_dir, **given))
-    except ValueError as error:
-        problems = [e["msg"] for e in error.errors()] if isinstance(error, pydantic.ValidationError) else [str(error)]
-        length_from = "--max-model-len" if is_whole else "data.max_prompt_tokens and rollout.max_new_tokens"
-        settings = ", ".join(f"{key} {value}" for key, value in options.items())
-        raise ValueError(
-            f"vLLM cannot run {model_dir}: {'; '.join(problems)} (with {settings}; "
-            f"max_model_len comes from {length_from})"
-        ) from error
-    # Its code for a model, or transformers' that it calls, wants what is not there.
-    except (AttributeError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"vLLM fails on {model_dir} ({said}): set rollout.engine: torch") from error
+    except torch.OutOfMemoryError:
+        raise
+    # A NotImplementedError is a RuntimeError.
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(_problem(model_dir, error, options, other, is_whole)) from error
+
+
+def _problem(model_dir: str, error: Exception, options: dict[str, Any], other: str, is_whole: bool) -> str:
+    """What vLLM says of its options, or what fails in its code for a model or in transformers' that it calls."""
+    if not isinstance(error, ValueError):
+        return f"vLLM fails on {model_dir} ({type(error).__name__}: {shorten(str(error), 400)}): set {other}"
+    problems = [e["msg"] for e in error.errors()] if isinstance(error, pydantic.ValidationError) else [str(error)]
+    said = shorten("; ".join(problems), 600, placeholder=" ...")
+    length_from = "--max-model-len" if is_whole else "data.max_prompt_tokens and rollout.max_new_tokens"
+    settings = ", ".join(f"{key} {value}" for key, value in options.items())
+    return (
+        f"vLLM cannot run {model_dir}: {said} (with {settings}; max_model_len comes from {length_from}; "
+        f"{other} runs every model that can be trained)"
+    )

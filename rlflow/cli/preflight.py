@@ -38,7 +38,7 @@ from rlflow.machine import named_cluster, this_machine
 from rlflow.ray_cluster import require_answer
 from rlflow.recipe import EnvironmentBlock, Problem, Recipe, RecipeError, RewardBlock, SourceBlock
 from rlflow.recipe.adapter_files import is_adapter
-from rlflow.recipe.architectures import has_experts
+from rlflow.recipe.architectures import has_experts, why_not_vllm
 from rlflow.recipe.loading import LocatedRecipe, RecipeSource, load_located
 from rlflow.recipe.local_paths import is_hub_id
 from rlflow.recipe.model_blocks import QUANTIZED_BASES
@@ -48,7 +48,7 @@ from rlflow.recipe.own_functions import own_functions
 from rlflow.recipe.problems import did_you_mean, nearest
 from rlflow.rewards import REWARDS
 from rlflow.rewards.reward_model import score_head_problem
-from rlflow.roles import roles
+from rlflow.roles import roles, rollout_engine
 from rlflow.tracking import missing_packages
 
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "Model")
@@ -172,7 +172,7 @@ def _missing(recipe: Recipe, to_come: Mapping[str, Recipe]) -> Found:
     yield from in_expansion(recipe.model, config_of(recipe.model, to_come))
     yield from in_sequence_parallel(recipe, to_come)
     yield from in_ids(recipe, to_come)
-    yield from _in_router(recipe)
+    yield from _in_architecture(recipe)
     template = recipe.model.chat_template
     if template is not None and template.startswith("/") and not Path(template).is_file():
         yield "model.chat_template", f"there is no file {template}"
@@ -227,10 +227,8 @@ def _in_weights(key: str, directory: Path) -> Found:
         yield key, f"{directory} has no *.safetensors: fetch the weights, or write them with save_pretrained"
 
 
-def _in_router(recipe: Recipe) -> Found:
-    """Of a config that is here; the trainers know of all others."""
-    if not recipe.model.router.is_on:
-        return
+def _in_architecture(recipe: Recipe) -> Found:
+    """Of a config that is here; the trainers and engines know of all others."""
     config = recipe.model.architecture
     if config is None:
         try:
@@ -239,8 +237,12 @@ def _in_router(recipe: Recipe) -> Found:
             return
     if not isinstance(config, dict):
         return
-    if not has_experts(config):
+    if recipe.model.router.is_on and not has_experts(config):
         yield "model.router", "is of mixtures of experts, and the model has no experts: remove it"
+    if recipe.needs_rollouts and rollout_engine(recipe) == "vllm":
+        reason = why_not_vllm(config, on_cpu=not recipe.rollout.gpus_per_worker)
+        if reason is not None:
+            yield "rollout.engine", f"vllm cannot sample this model: {reason}: set torch"
 
 
 def _in_gpus(recipe: Recipe) -> Found:

@@ -36,6 +36,18 @@ _REFUSED_FOR = {
 REFUSED = {kind: reason for reason, kinds in _REFUSED_FOR.items() for kind in kinds.split()}
 """`model_type` -> why no trainer, reference, critic or reward model takes it."""
 
+_LATENT = "it has latent attention, whose weights vLLM rearranges once they are loaded, so that it cannot take new ones"
+_NO_VLLM_FOR = {
+    _LATENT: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash youtu",
+    "vLLM leaves out the embeddings of its layers, and its logprobs are other ones": "gemma3n_text",
+    "vLLM computes its attention otherwise, and its logprobs are other ones": "doge hrm_text jetmoe moshi",
+}
+NO_VLLM = {kind: reason for reason, kinds in _NO_VLLM_FOR.items() for kind in kinds.split()}
+"""`model_type` -> why no rollouts are sampled by vLLM, on CPUs or GPUs."""
+STATE_ON_CPU = (
+    "its layers carry a state, which vLLM keeps only where prompts are read in pieces; on a CPU they are read whole"
+)
+
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields that say how many experts a layer has."""
 
@@ -64,6 +76,18 @@ def why_not_packed(config: Mapping[str, Any]) -> str | None:
     """
     how, reason = how_run(config)
     return None if how == "packed" else reason
+
+
+def why_not_vllm(config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
+    """Why vLLM does not sample a model's rollouts, or None: vLLM itself has the last word on what is not known here.
+
+    Args:
+        config: Fields of a transformers config.
+    """
+    kind = config.get("model_type")
+    if kind in NO_VLLM:
+        return NO_VLLM[kind]
+    return STATE_ON_CPU if on_cpu and NOT_PACKED.get(str(kind)) == _STATE else None
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

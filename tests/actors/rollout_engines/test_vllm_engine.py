@@ -15,7 +15,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Cohere2Config, DeepseekV3Config, Ernie4_5_MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Gemma3nTextConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlflow.actors.rollout_engines import vllm_start
 from rlflow.actors.rollout_engines.engine import generate
@@ -89,6 +97,17 @@ def test_what_fails_within_vllm_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
         vllm_start.start("some/model", {}, on_cpu=True, is_whole=False)
 
 
+def test_a_model_that_vllm_does_not_have_is_a_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ValueError(f"GPTNeoForCausalLM is not supported. Supported: {[f'Model{n}' for n in range(400)]}")
+
+    monkeypatch.setitem(sys.modules, "vllm", cast(Any, SimpleNamespace(EngineArgs=refuse, LLM=None)))
+    for is_whole, remedy in ((False, "rollout.engine: torch"), (True, "--engine torch")):
+        with pytest.raises(ValueError, match=rf"GPTNeoForCausalLM is not supported.*; {remedy} runs") as raised:
+            vllm_start.start("some/model", {}, on_cpu=True, is_whole=is_whole)
+        assert len(str(raised.value)) < 900
+
+
 @pytest.mark.slow
 def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_model_dir: Path) -> None:
     pytest.importorskip("vllm")
@@ -103,14 +122,14 @@ def test_a_max_model_len_beyond_the_models_is_refused_with_both_numbers(tiny_mod
         (Ernie4_5_MoeConfig(num_hidden_layers=2), "Ernie4_5_MoeForCausalLM's experts cannot be handed"),
         (Qwen3MoeConfig(moe_intermediate_size=24, num_experts=2), "its moe_intermediate_size is 24"),
         (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
+        (Gemma3nTextConfig(num_hidden_layers=2, num_kv_shared_layers=0), "leaves out the embeddings"),
         (Cohere2Config(num_hidden_layers=4, sliding_window=64), "longer than its sliding window, 64 tokens"),
     ],
-    ids=["other experts", "narrow experts", "latent attention", "another window"],
+    ids=["other experts", "narrow experts", "latent attention", "other logprobs", "another window"],
 )
 def test_a_model_that_vllm_reads_otherwise_is_refused(tmp_path: Path, config: Any, says: str) -> None:
     pytest.importorskip("vllm")
-    names = {"ernie4_5_moe": "Ernie4_5_Moe", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3", "cohere2": "Cohere2"}
-    config.architectures = [f"{names[config.model_type]}ForCausalLM"]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{says}.*rollout\.engine: torch"):
         start(tmp_path)

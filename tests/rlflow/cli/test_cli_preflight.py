@@ -90,6 +90,28 @@ def test_what_is_missing_is_named_with_its_key_and_a_remedy(recipe_file: Path, o
     assert says in problem
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("gemma3n_text", "vLLM leaves out the embeddings of its layers"),
+        ("deepseek_v3", "it has latent attention"),
+        ("falcon_h1", "its layers carry a state"),
+        ("qwen3", None),
+    ],
+)
+def test_a_model_that_vllm_would_sample_wrongly_is_refused_before_anything_starts(
+    recipe_file: Path, kind: str, says: str | None
+):
+    path = recipe_file.parent / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": kind}))
+    if says is None:
+        load_checked(recipe_file, ["rollout.engine=vllm"])
+    else:
+        problem = problem_of(recipe_file, "rollout.engine=vllm")
+        assert problem.startswith(f"command line: rollout.engine: vllm cannot sample this model: {says}")
+        assert problem.endswith("set torch")
+
+
 def test_a_plugin_that_is_no_python_is_named_with_its_line(recipe_file: Path):
     (recipe_file.parent / "rewards.py").write_text("x = 1\ndef brevity(:\n")
     assert f"{recipe_file.parent}/rewards.py:2 is not Python" in problem_of(recipe_file)
