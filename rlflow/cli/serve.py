@@ -120,7 +120,13 @@ def _become_vllm(
             "vLLM asks for the token under /v1 alone: keep the port from those who must not reach it", file=sys.stderr
         )
     if model.vision is not None and model.vision.max_pixels is not None:
-        print("vLLM scales pictures as the model's processor says, and knows no max_pixels", file=sys.stderr)
+        if model.vision.takes_max_pixels:
+            said = (
+                "scales pictures to max_pixels by the model's processor: a side may be a patch shorter than in training"
+            )
+        else:
+            said = "scales pictures as the model's processor says, which knows no max_pixels"
+        print(f"vLLM {said}", file=sys.stderr)
     listening.close()
     become(words, token)
 

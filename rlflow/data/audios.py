@@ -31,6 +31,8 @@ NO_WRITER = (
 """Why nothing here asks a model that hears."""
 NO_CLASSIFIER = "transformers reads no head beside the files of such models: train it by sft, dpo or kto"
 """Why none becomes a reward model or a classifier."""
+_ENDLESS = 0x7FFF0000
+"""Bytes that a header says of what was written to a pipe, or more."""
 _FULL_SCALE = 2.0**31
 """Of 32-bit samples."""
 
@@ -106,6 +108,9 @@ def _read(data: bytes) -> tuple[np.ndarray, int, bool]:
         # Of formats other than whole numbers, and of damage, which soundfile may say more of.
         except (wave.Error, EOFError) as error:
             reason = f"its WAV header cannot be read ({error})"
+            size = int.from_bytes(data[4:8], "little") + 8
+            if len(data) < size < _ENDLESS:
+                raise RowError(f"it is cut off: {len(data):,} of its {size:,} bytes are there") from error
     else:
         reason = f"its {len(data):,} bytes are no WAV file"
     if importlib.util.find_spec("soundfile") is None:
@@ -126,12 +131,12 @@ def _read_wav(data: bytes) -> tuple[np.ndarray, int, bool]:
     Raises:
         wave.Error, EOFError: It is none, or its header is damaged.
     """
-    with wave.open(io.BytesIO(data)) as file:
+    with wave.open(io.BytesIO(_plainly_named(data))) as file:
         channels, width, rate, frames = file.getparams()[:4]
         if rate < 1:
             raise RowError(f"its header says {rate} samples a second")
         # What was written to a pipe says the largest number there is; it goes on to the end of the file.
-        is_streamed = frames * channels * width >= 0x7FFF0000
+        is_streamed = frames * channels * width >= _ENDLESS
         most = len(data) // (channels * width)
         _require_short(most if is_streamed else frames, rate)
         content = file.readframes(min(frames, most))
@@ -149,6 +154,16 @@ def _read_wav(data: bytes) -> tuple[np.ndarray, int, bool]:
         whole = np.frombuffer(content, f"<i{width}").astype(np.float64)
     samples = (whole / 2.0 ** (8 * width - 1)).reshape(-1, channels)
     return samples, rate, channels == 1 and width in (2, 4) and not is_streamed
+
+
+def _plainly_named(data: bytes) -> bytes:
+    """The file with the plain tag of whole numbers, where its header has them in the extensible form, as ffmpeg writes
+    24 bits; Python knows that from 3.12 on."""
+    # The tag begins the chunk, and the subformat that it stands for is 24 bytes behind it.
+    tag = data.find(b"fmt ", 12, 4096) + 8
+    if tag < 8 or data[tag : tag + 2] != b"\xfe\xff" or data[tag + 24 : tag + 26] != b"\x01\x00":
+        return data
+    return data[:tag] + b"\x01\x00" + data[tag + 2 :]
 
 
 def _of_numbers(value: Mapping[str, Any]) -> tuple[np.ndarray, int]:

@@ -176,6 +176,11 @@ class ImageProcessor:
         return not self.takes_audios and process_picture(self.processor, blank(60, 40))["pixel_values"].ndim == 5
 
     @property
+    def takes_max_pixels(self) -> bool:
+        """Whether the processor itself scales pictures down to ``max_pixels``, as the Qwen-VL models'."""
+        return "max_pixels" in self.processor.image_processor.valid_kwargs.__annotations__
+
+    @property
     def rate(self) -> int:
         """Samples a second of the sound that the model hears."""
         return int(self.processor.feature_extractor.sampling_rate)

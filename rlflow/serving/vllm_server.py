@@ -54,6 +54,8 @@ def command(
     if model.vision is not None:
         # It would fetch what any client names, from wherever this machine reaches; files of its own it refuses anyway.
         words += ["--limit-mm-per-prompt", json.dumps({"video": 0, "audio": 0}), "--allowed-media-domains", NOWHERE]
+        if model.vision.max_pixels is not None and model.vision.takes_max_pixels:
+            words += ["--mm-processor-kwargs", json.dumps({"max_pixels": model.vision.max_pixels})]
     if every := adapters_of(model, adapters):
         modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in every.items()]
         rank = str(max(map(_rank_size, every.values())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 import wave
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,19 @@ def test_samples_of_every_width_are_the_parts_of_full_scale_that_they_stand_for(
     written = load_audio({"array": samples.tolist(), "sampling_rate": RATE}, HERE, RATE)
     assert decode_audio(written).tolist() == pytest.approx([0, -1, 0.3, 1], abs=1e-7)
     assert seconds_of(written) == 4 / RATE
+
+
+def test_headers_as_ffmpeg_writes_them_are_read():
+    """24 bits in the extensible form; to a pipe, without the length."""
+    plain = recording(0.1, width=3)
+    tail = struct.pack("<HHI14s", 22, 24, 4, bytes.fromhex("0100000000001000800000aa0038"))
+    riff = struct.pack("<4sI", b"RIFF", len(plain) - 8 + 24)
+    chunk = struct.pack("<IH", 40, 0xFFFE) + plain[22:36] + tail + b"\x9b\x71"
+    extensible = riff + plain[8:16] + chunk + plain[36:]
+    short = recording(0.1)
+    piped = b"".join([short[:4], b"\xff" * 4, short[8:40], b"\xff" * 4, short[44:]])
+    for given, meant in ((extensible, plain), (piped, short)):
+        assert np.array_equal(decode_audio(load_audio(given, HERE, RATE)), decode_audio(meant))
 
 
 def test_other_rates_are_resampled_where_scipy_is_there():
@@ -124,8 +138,9 @@ def test_without_a_recording_a_tag_is_what_somebody_wrote(vision: ImageProcessor
         ("missing.wav", "there is no file .*missing.wav"),
         (b"", "it is an empty file"),
         (b"no sound", "its 8 bytes are no WAV file"),
-        (b"RIFF\x10\x00\x00\x00WAVEfmt ", "its WAV header cannot be read"),
+        (b"RIFF\x08\x00\x00\x00WAVEfmt ", "its WAV header cannot be read"),
         (recording(0.2)[:-100], "it is cut off: 3,150 of its 3,200 samples are there"),
+        (recording(0.2)[:20] + b"\x03" + recording(0.2)[21:-100], "it is cut off: 6,344 of its 6,444 bytes are there"),
         (recording(0), "it has no samples"),
         (recording(0.01), "it is 0.010 seconds long, too short"),
         (recording(2.5), "it is 2.5 seconds long, and the Qwen2AudioProcessor leaves out its end: cut it"),

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rlflow
+from rlflow.data.video_archive import is_video
 from rlflow.tracking.rollouts import read_rollouts
 from tests.local_actors import use_local_actors
 from tests.seeing_models import NEEDS_TORCHVISION, write_seeing_model
@@ -122,23 +123,30 @@ def test_a_row_trains_a_vision_language_model_on_pictures(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", ["Echo", "Introduced"])
+@pytest.mark.parametrize(
+    ("family", "environment"),
+    [
+        ("idefics3", "Echo"),
+        ("idefics3", "Introduced"),
+        pytest.param("qwen3_vl", "Introduced", marks=NEEDS_TORCHVISION, id="a video"),
+    ],
+)
 def test_an_episode_of_several_turns_shows_its_first_messages_picture_in_each(
-    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, environment: str
 ):
     """The trainer scores all turns as the engine sampled them, under an adapter of the language model alone; of an
-    environment that begins with messages of its own, too."""
+    environment that begins with messages of its own, too, and of a video."""
     use_local_actors(monkeypatch)
     plugin = tmp_path / "plugins.py"
     plugin.write_text(PLUGINS)
     recipe = tmp_path / "recipe.yaml"
-    model = _that_stops(models("idefics3"), tmp_path / "model")
+    model = _that_stops(models(family), tmp_path / "model")
     recipe.write_text(
         f"""
 run: {{output_dir: {tmp_path / "run"}, seed: 3, steps: 2}}
 model: {{path: {model}, adapter: {{rank: 2, target_modules: [q_proj, v_proj]}}}}
 algorithm: {{name: grpo, group_size: 2, kl: {{coef: 0.1}}}}
-data: {{train: {{path: {rows_of("grpo", tmp_path)}}}, prompts_per_step: 4, max_prompt_tokens: 128}}
+data: {{train: {{path: {rows_of("grpo", tmp_path, family)}}}, prompts_per_step: 4, max_prompt_tokens: 128}}
 environment: {{plugin: "{plugin}:{environment}", max_turns: 3, max_tokens: 96}}
 rewards: [{{name: environment}}]
 rollout: {{engine: torch, max_new_tokens: 8}}
@@ -157,16 +165,25 @@ tracking: [jsonl]
     assert shown and all((prompt is None) == (environment == "Echo") for prompt in shown)
     assert all(sum(m.get("images", 0) for m in prompt) == 1 for prompt in shown if prompt is not None)
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
-    assert len(config["target_modules"]) == 4
-    assert all(".text_model." in name for name in config["target_modules"])
+    if family == "idefics3":
+        assert len(config["target_modules"]) == 4
+        assert all(".text_model." in name for name in config["target_modules"])
+    else:
+        # Its tower has no layers of these names.
+        assert set(config["target_modules"]) == {"q_proj", "v_proj"}
+        assert any(is_video(image) and r.num_turns > 1 for r in rollouts for image in r.images)
 
 
 def _that_stops(model: Path, directory: Path) -> Path:
     """The model, with an end of turn that it often writes."""
     shutil.copytree(model, directory)
     weights = load_file(directory / "model.safetensors")
-    end = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]["<end_of_utterance>"]
-    head = 0.1 * weights["lm_head.weight"]
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    vocabulary = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    end = vocabulary.get("<end_of_utterance>", vocabulary.get("<|im_end|>"))
+    tied = next(tensor for name, tensor in weights.items() if "embed_tokens" in name)
+    head = 0.1 * weights.get("lm_head.weight", tied)
     head[end] *= 30
     save_file(weights | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

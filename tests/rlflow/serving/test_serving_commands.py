@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from rlflow.cli.main import main
+from rlflow.data.chat import Chat
 from rlflow.data.errors import DataError
+from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.tokenizer import build_character_tokenizer
 from rlflow.driver.errors import RunError
 from rlflow.recipe import Recipe
@@ -36,6 +38,8 @@ from rlflow.serving.sampling import Sampling, defaults_of
 from rlflow.serving.vllm_server import PROGRAM, command
 from tests.conftest import CHARACTERS
 from tests.rlflow.serving.conftest import oracle_of, source_of
+from tests.seeing_models import NEEDS_TORCHVISION
+from tests.vision_models import write_processor
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
@@ -353,3 +357,16 @@ def test_a_hub_out_of_reach_is_one_line_after_one_request(
     assert main(["infer", "nobody/nothing"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nobody/nothing: there is no model that can be read: cannot reach http://127.0.0.1:9" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [pytest.param("qwen3_vl", ['{"max_pixels": 5000}'], marks=NEEDS_TORCHVISION), ("idefics3", [])],
+)
+def test_vllms_server_has_a_processor_that_takes_max_pixels_scale_pictures(
+    served: ServedModel, tmp_path: Path, family: str, options: list[str]
+) -> None:
+    tokenizer = write_processor(tmp_path, family).tokenizer
+    model = replace(served, chat=Chat(tokenizer, vision=ImageProcessor(str(tmp_path), 5000)))
+    words = command(model, {}, Settings(), "127.0.0.1", 1, on_cpu=True)
+    assert [option(words, name) for name in words if name == "--mm-processor-kwargs"] == options
