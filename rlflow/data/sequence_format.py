@@ -56,6 +56,10 @@ class SequenceFormat:
         around = sum(map(len, self._around(texts))) + len(self.between) * (len(texts) - 1)
         return around + sum(map(len, texts))
 
+    def room(self, texts: Sequence[np.ndarray], max_tokens: int) -> int:
+        """For so many tokens of the last text there is room beside all else."""
+        return max_tokens - self.num_tokens([*texts[:-1], texts[-1][:0]])
+
     def _around(self, texts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.around_one if len(texts) == 1 else (self.before, self.behind)
 

@@ -36,8 +36,8 @@ class Encoded(NamedTuple):
     """int32 [T], with all tokens that stand for its pictures."""
     num_tokens: int
     """Before it was cut."""
-    cuts_image: bool
-    """Whether a picture or a part of one was cut off."""
+    problem: str | None = None
+    """Why what is left of it cannot be used."""
 
 
 def words_of(value: Any, name: str) -> Words:
@@ -147,7 +147,11 @@ def encode_texts(texts: Sequence[Text], chat: Chat, form: SequenceFormat, max_to
             encoded.append(_conversation(text, next(rendered), chat, form, max_tokens))
         else:
             words = [ids[word] for word in text]
-            encoded.append(Encoded(form.joined(words, max_tokens), form.num_tokens(words), cuts_image=False))
+            cut_off = (
+                "its first text leaves no room for the second" if len(words) > 1 else "there is no room for a text"
+            )
+            problem = None if form.room(words, max_tokens) > 0 else f"{cut_off} in {max_tokens:,} tokens"
+            encoded.append(Encoded(form.joined(words, max_tokens), form.num_tokens(words), problem))
     return encoded
 
 
@@ -159,13 +163,16 @@ def _conversation(text: Rendered, token_ids: np.ndarray, chat: Chat, form: Seque
         token_ids: int32 [T], with one placeholder a picture.
     """
     if chat.vision is None:
-        return Encoded(token_ids[:max_tokens], len(token_ids), cuts_image=False)
+        return Encoded(token_ids[:max_tokens], len(token_ids))
     whole = chat.vision.expand(token_ids, text.images)
     bos = chat.tokenizer.bos_token
     if isinstance(bos, str) and text.text.startswith(bos):
-        return Encoded(whole[:max_tokens], len(whole), cuts_image(whole, max_tokens, chat.vision))
-    room = max_tokens - form.num_tokens([whole[:0]])
-    return Encoded(form.joined([whole], max_tokens), form.num_tokens([whole]), cuts_image(whole, room, chat.vision))
+        kept, num_tokens, room = whole[:max_tokens], len(whole), max_tokens
+    else:
+        kept, num_tokens = form.joined([whole], max_tokens), form.num_tokens([whole])
+        room = form.room([whole], max_tokens)
+    cut = f"its pictures end behind {max_tokens:,} tokens, and a picture is not cut"
+    return Encoded(kept, num_tokens, cut if cuts_image(whole, max(0, room), chat.vision) else None)
 
 
 def first_of(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:

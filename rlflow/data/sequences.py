@@ -122,12 +122,11 @@ def load_sequences(
         longest = max(sequence.num_tokens for sequence in sequences)
         if longest > data.max_tokens and overlong.leaves_out(row, longest):
             continue
-        if any(sequence.cuts_image for sequence in sequences):
-            kept.skipped.append(
-                row.bad(f"its pictures end behind {data.max_tokens:,} tokens, and a picture is not cut")
-            )
-            continue
         token_ids = tuple(sequence.token_ids for sequence in sequences)
+        problems = [sequence.problem for sequence in sequences if sequence.problem is not None]
+        if problem := problems[0] if problems else _alike(token_ids, row.value.labels, algorithm):
+            kept.skipped.append(row.bad(problem))
+            continue
         images = tuple(image for text in row.value.texts if isinstance(text, Rendered) for image in text.images)
         kept.append(SequenceRow(row.id, token_ids, tuple(row.value.labels), row.value.targets, images))
     overlong.settle(kept)
@@ -236,6 +235,8 @@ def _documents(columns: dict[str, Any], *, needs_positive: bool) -> tuple[Words,
     if score is not None and first_of(columns, NEGATIVES) is None:
         documents = [_column(columns, ("document", "passage", *POSITIVES), words_of)]
         return query, documents, [number_of(columns[score], score)]
+    if score is not None and columns[score] in (0, False, "0"):
+        raise RowError(f"`{score}` is 0, and it has negatives beside what would be positive: leave one of the two out")
     negatives = _negatives(columns)
     if negatives and first_of(columns, POSITIVES) is None:
         if needs_positive:
@@ -277,6 +278,18 @@ def _refuse_repeated(positives: Sequence[Words], negatives: Sequence[Words]) -> 
         if documents[one] == documents[other]:
             kinds = " (a positive and a negative)" if one < len(positives) <= other else ""
             raise RowError(f"its documents {one + 1} and {other + 1} are the same{kinds}")
+
+
+def _alike(token_ids: Sequence[np.ndarray], labels: Sequence[float], algorithm: AlgorithmBlock) -> str | None:
+    """What is wrong with documents of one row that are worth different things, and the same once they are cut."""
+    first = 1 if isinstance(algorithm, EmbeddingBlock) else 0
+    found: dict[bytes, int] = {}
+    for index in range(first, len(token_ids)):
+        other = found.setdefault(token_ids[index].tobytes(), index)
+        if labels[other] != labels[index]:
+            numbers = f"{other + 1 - first} and {index + 1 - first}"
+            return f"its documents {numbers} are the same in their {len(token_ids[index]):,} tokens, and labelled apart"
+    return None
 
 
 def _in_range(value: Any, name: str, low: float, high: float, allowed: Sequence[float] | None) -> float:

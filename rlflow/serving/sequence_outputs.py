@@ -69,8 +69,8 @@ def outputs_of_rows(source: ModelSource, data: SourceBlock) -> Iterator[list[dic
     def build(record: Record) -> _Row:
         texts = _texts(record, algorithm, chat)
         sequences = encode_texts(texts, chat, form, longest)
-        if any(sequence.cuts_image for sequence in sequences):
-            raise RowError(f"its pictures end behind {longest:,} tokens, and a picture is not cut")
+        if problems := [sequence.problem for sequence in sequences if sequence.problem is not None]:
+            raise RowError(problems[0])
         images = [text.images if isinstance(text, Rendered) else () for text in texts]
         columns = record.columns | media_columns([image for of_text in images for image in of_text])
         return _Row(columns, [*zip((sequence.token_ids for sequence in sequences), images, strict=True)])

@@ -118,6 +118,28 @@ def test_a_tokenizer_that_reads_texts_has_the_ids_that_were_trained(make_data, t
         assert reads("What is two", " plus two?\n").input_ids == found.token_ids[0].tolist()
 
 
+WORDS = "What is two plus two? " * 9
+"""Many more than ten tokens."""
+PAIRWISE = {"reranking": {"loss": "pairwise"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "row", "says"),
+    [
+        ("reranker", {}, {"query": WORDS, "document": "p", "label": 1}, "leaves no room for the second"),
+        ("classification", CLASSES, {"text": WORDS, "text_pair": "p", "label": 1}, "leaves no room for the second"),
+        ("reranker", PAIRWISE, {"query": "q", "positive": WORDS, "negative": f"{WORDS}!"}, "1 and 2 are the same"),
+        ("embedding", {}, {"anchor": "q", "positive": WORDS, "negative": ["n", f"{WORDS}!"]}, "1 and 3 are the same"),
+    ],
+    ids=["a document", "a pair", "a ranking", "a negative"],
+)  # fmt: skip
+def test_a_row_that_says_nothing_once_it_is_cut_is_left_out(make_data, tokenizer, name, options, row, says):
+    short = {"query": "q", "text": "q", "positive": "p", "negative": "n", "label": 1}
+    kept = load(make_data, tokenizer, [row, short], name, max_tokens=10, overlong="truncate", **options)
+    (skipped,) = kept.skipped
+    assert skipped.row == 1 and says in skipped.reason and len(kept) == 1
+
+
 def test_what_is_cut_keeps_its_end(make_data, tokenizer):
     row = {"text": "What is two plus two? " * 9, "label": 0}
     (found,) = load(make_data, tokenizer, [row], "classification", max_tokens=6, overlong="truncate", **CLASSES)
@@ -148,6 +170,7 @@ def test_what_is_cut_keeps_its_end(make_data, tokenizer):
         ("embedding", NEAR, {"sentence1": "a", "sentence2": "b", "label": 0.5}, "0 or 1"),
         ("embedding", {"embedding": {"loss": "cosine_similarity"}}, {"sentence1": "a", "sentence2": "b"}, "no `label`"),
         ("reranker", {}, {"query": "q", "positive": []}, "`positive` is empty"),
+        ("reranker", {}, {"query": "q", "positive": "p", "negative": "n", "label": 0}, "`label` is 0, and"),
         ("reranker", {"reranking": {"loss": "pairwise"}}, {"query": "q", "negative": ["n"]}, "no positive document"),
         ("reranker", {}, {"query": "q", "document": "d", "label": 2}, "`label` is 2, out of range"),
         ("reranker", {"reranking": {"loss": "listwise"}}, {"query": "q", "positive": "p"}, "all worth the same"),
