@@ -41,27 +41,36 @@ def labels_in(sources: SourceBlock | Sequence[SourceBlock]) -> list[str]:
     Raises:
         DataError: There are none, names and numbers are mixed, or a source cannot be read.
     """
-    given: dict[str | int, None] = {}
+    given: dict[str | int, str] = {}
+    others = ""
     for source in [sources] if isinstance(sources, SourceBlock) else sources:
-        for row in read_table(source).rows:
+        table = read_table(source)
+        for row in table.rows:
+            place = f"{table.place}, row {row.number}"
             try:
-                given |= dict.fromkeys(_classes(label_of(row.columns)))
-            except RowError:
-                continue  # which the loader says with its place
+                for name in _classes(label_of(row.columns)):
+                    given.setdefault(name, place)
+            except RowError as error:
+                # Where there are classes all the same, the loader says it of each row.
+                others = others or f" {place}: {error}."
     numbers = [name for name in given if isinstance(name, int)]
     names = sorted(name for name in given if isinstance(name, str))
     remedy = "Name the classes in algorithm.classification.labels."
     if names and numbers:
         raise DataError(f"some rows name their class ({names[0]!r}), others give a number ({numbers[0]}). {remedy}")
     if not given:
-        raise DataError(f"no row names a class: `label` is to be a name, a whole number, or a list of these. {remedy}")
+        raise DataError(
+            f"no row names a class: `label` is to be a name, a whole number, or a list of these.{others} {remedy}"
+        )
     if numbers and min(numbers) < 0:
-        raise DataError(f"a row has the class {min(numbers)}: ids count from 0. {remedy}")
+        least = min(numbers)
+        raise DataError(f"{given[least]}: it has the class {least}, and ids count from 0. {remedy}")
     count = max(numbers) + 1 if numbers else len(names)
     if count > _MOST_CLASSES:
         raise DataError(f"the rows have {count:,} classes. {remedy}")
     if count < 2:
-        raise DataError(f"all rows have one class, {(names or numbers)[0]!r}: there is nothing to tell apart. {remedy}")
+        one = (names or numbers)[0]
+        raise DataError(f"all rows have one class, {one!r}: there is nothing to tell apart.{others} {remedy}")
     return [str(number) for number in range(count)] if numbers else names
 
 

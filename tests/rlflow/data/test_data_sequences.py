@@ -211,7 +211,13 @@ def test_the_classes_are_those_that_the_rows_name(write_jsonl, labels, problem, 
 
 
 @pytest.mark.parametrize(
-    ("labels", "says"), [(["a", 1], "others give a number"), ([0, 0], "all rows have one class"), ([-1, 0], "from 0")]
+    ("labels", "says"),
+    [
+        (["a", 1], "others give a number"),
+        ([0, 0], "all rows have one class"),
+        ([0, -1], "row 2: .*from 0"),
+        ([0, 0.5], "row 2: .*not a class"),
+    ],
 )
 def test_labels_that_are_no_classes_are_refused(write_jsonl, labels, says):
     path = write_jsonl([{"text": "Hi", "label": label} for label in labels])
