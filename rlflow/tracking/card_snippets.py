@@ -131,6 +131,10 @@ OF_SEQUENCES = {
 }
 """A row's ``objective`` -> the hub's task, what the model is, and how it is used."""
 
+MERGE_FIRST = (
+    "It says something of whole sequences: merge it into its base, `rlflow export DIRECTORY OUTPUT --merge`. The card "
+    "of what that writes has the code."
+)
 SCORE_RECIPE = """\
 rewards:
   - {name: reward_model, args: {path: THIS_DIRECTORY}}"""
@@ -168,7 +172,10 @@ CHAT_OF_PICTURES = (
 
 def usage(directory: Path, recipe: dict[str, Any]) -> str:
     """Markdown with code for what the directory holds: a policy, an adapter or a reward model."""
-    objective = ALGORITHMS[recipe["algorithm"]["name"]].objective
+    row = ALGORITHMS[recipe["algorithm"]["name"]]
+    objective = row.objective
+    if is_adapter(directory) and row.learning.head != "token":
+        return MERGE_FIRST
     if objective in OF_SEQUENCES:
         if objective == "classification" and _reads_pictures(directory):
             logits = "print(dict(zip(model.config.id2label.values(), model(**inputs).logits[0].tolist())))"

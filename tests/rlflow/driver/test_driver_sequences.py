@@ -265,6 +265,7 @@ def test_an_adapter_and_its_head_are_loaded_by_peft_with_the_numbers_that_were_m
     directory = run_recipe(recipe)
     final = directory / "final"
     measured = metrics_of(directory)[-1]
+    assert "--merge" in (card := (final / "README.md").read_text()) and "(path)" not in card
     tokenizer: Any = AutoTokenizer.from_pretrained(final)
     if name == "embedding":
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model_dir), str(final)).eval()
@@ -297,6 +298,7 @@ def test_an_adapter_and_its_head_are_loaded_by_peft_with_the_numbers_that_were_m
         assert [KINDS.index(row["prediction"]) for row in said] == logits.argmax(dim=1).tolist()
         assert main(["export", str(directory), str(tmp_path / "merged"), "--merge"]) == 0
         assert torch.allclose(logits_of(tmp_path / "merged", inputs), logits, atol=1e-4)
+        assert 'pipeline("text-classification", path)' in (tmp_path / "merged" / "README.md").read_text()
     else:
         labels = torch.tensor([1.0, 0.0, 0.0] * len(rows))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels)
