@@ -18,8 +18,8 @@ FAMILIES = ["qwen2_audio", "audioflamingo3"]
 _TEMPLATE = (
     "{{%- for message in messages %}}{{{{- '<|im_start|>' + message.role + '\\n' }}}}"
     "{{%- if message.content is string %}}{{{{- message.content }}}}{{%- else %}}{{%- for part in message.content %}}"
-    "{{%- if part.type == 'audio' %}}{{{{- '{placeholder}' }}}}{{%- elif 'text' in part %}}{{{{- part.text }}}}"
-    "{{%- endif %}}"
+    "{{%- if 'audio' in part or 'audio_url' in part %}}{{{{- '{placeholder}' }}}}"
+    "{{%- elif 'text' in part %}}{{{{- part.text }}}}{{%- endif %}}"
     "{{%- endfor %}}{{%- endif %}}{{{{- '<|im_end|>\\n' }}}}{{%- endfor %}}"
     "{{%- if add_generation_prompt %}}{{{{- '<|im_start|>assistant\\n' }}}}{{%- endif %}}"
 )

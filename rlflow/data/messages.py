@@ -149,7 +149,8 @@ def parts_of(content: str, tags: Collection[str]) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
     for piece in pieces:
         if piece in tags:
-            parts.append({"type": piece[1:-1]})
+            # Qwen2-Audio's template looks for the key alone.
+            parts.append({"type": "audio", "audio": ""} if piece == TAGS["audio"] else {"type": piece[1:-1]})
         elif piece or len(pieces) == 1:
             parts.append({"type": "text", "text": piece})
     return parts

@@ -80,7 +80,7 @@ def plain_logprobs(directory: Path) -> list[tuple[list[int], np.ndarray]]:
         pieces = question["content"].split("<audio>")
         parts = [{"type": "text", "text": pieces[0]}]
         for piece in pieces[1:]:
-            parts += [{"type": "audio"}, {"type": "text", "text": piece}]
+            parts += [{"type": "audio", "audio_url": ""}, {"type": "text", "text": piece}]
         text = processor.apply_chat_template([{"role": "user", "content": parts}, answer], tokenize=False)
         sounds = []
         for name in row["audios"]:
