@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +32,7 @@ from rlflow.actors.weight_lines import ANSWER_S, Line
 
 ALIGNMENT = 64
 """Tensors begin at multiples of so many bytes in a buffer."""
+_ABORT_S = 5.0
 
 
 def device_name(device: torch.device) -> str:
@@ -261,23 +266,50 @@ class Group:
             ConnectionError: One of them is gone, or the time is up. The group is of no use any more.
         """
         try:
-            work = self._backend.broadcast([data], dist.BroadcastOptions())
             if self._device.type == "cuda":
-                # Its own wait may be for the stream alone.
-                deadline = time.monotonic() + ANSWER_S
-                while not work.is_completed():
-                    if time.monotonic() > deadline:
-                        raise ConnectionError(f"no broadcast within {ANSWER_S:g} s")
-                    time.sleep(0.0002)
-            work.wait()
+                # NCCL meets its peers in the first call, without a deadline, and later waits are for the stream alone.
+                _within(ANSWER_S, lambda: self._broadcast_here(data), "a broadcast")
+            else:
+                self._backend.broadcast([data], dist.BroadcastOptions()).wait()
         except RuntimeError as error:
             raise ConnectionError(f"a broadcast failed: {error}") from error
+
+    def _broadcast_here(self, data: torch.Tensor) -> None:
+        torch.cuda.set_device(self._device)
+        work = self._backend.broadcast([data], dist.BroadcastOptions())
+        while not work.is_completed():
+            time.sleep(0.0002)
+        work.wait()
 
     def abort(self) -> None:
         """Ends it, whatever is under way."""
         if self._device.type == "cuda":
-            self._backend.abort()
+            # What NCCL does not end goes on in a thread that nobody waits for.
+            with suppress(ConnectionError):
+                _within(_ABORT_S, self._backend.abort, "the end of a group")
         del self._backend, self._store
+
+
+def _within(seconds: float, do: Callable[[], object], what: str) -> None:
+    """Does something in a thread of its own.
+
+    Raises:
+        ConnectionError: It took longer, and goes on without anybody.
+    """
+    done: Future[object] = Future()
+
+    def settle_it() -> None:
+        try:
+            done.set_result(do())
+        # Whoever waits is told.
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=settle_it, daemon=True).start()
+    try:
+        done.result(seconds)
+    except FutureTimeoutError as error:
+        raise ConnectionError(f"{what} did not end within {seconds:g} s") from error
 
 
 def _nccl(store: Any, rank: int, world_size: int, device: torch.device, limit: timedelta) -> Any:

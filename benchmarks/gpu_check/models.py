@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlflow.actors.checkpoint_names import to_checkpoint
 from rlflow.actors.policy_trainer import PolicyTrainer
+from rlflow.actors.rollout_engines.sent_weights import Chunks
 from rlflow.actors.weight_sync import pack_weights, unpack_weights
 from rlflow.batching import pack
 from rlflow.recipe import Recipe, load_recipe
@@ -176,6 +177,8 @@ def make_engine(name: str, directory: Path, dtype: str, log_path: Path, *, is_wh
 
 
 def load(engine: Any, policy: PreTrainedModel, version: int) -> None:
-    """Gives a policy's weights to an engine, as a trainer does."""
+    """Gives a policy's weights to an engine, as a trainer does: the first version at once, others in pieces."""
     snapshot = pack_weights(to_checkpoint(policy, policy.named_parameters()), version)
-    engine.load_weights(unpack_weights(snapshot), version)
+    weights = list(unpack_weights(snapshot))
+    pieces = (weights[first : first + 5] for first in range(0, len(weights), 5))
+    engine.load_weights(Chunks(pieces) if version else weights, version)

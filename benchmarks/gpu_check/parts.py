@@ -59,6 +59,11 @@ def _training(size: str, seconds: float) -> Part:
     return Part(f"training_{size}", summary, "speed:training", seconds, {"size": size})
 
 
+def _transport(name: str, size: str, what: str) -> Part:
+    arguments = {"name": name, "size": size}
+    return Part(f"transport_{name}", what, "transports:transport", 40, arguments, needs_gpu=False)
+
+
 PARTS: tuple[Part, ...] = (
     Part("machine", "what is here", "machine:describe", 8, needs_gpu=False),
     _engine("torch", "float32", 12, needs_gpu=False),
@@ -75,6 +80,8 @@ PARTS: tuple[Part, ...] = (
     Part("nf4", "an adapter on a base of four bits", "correctness:four_bits", 15, packages=("bitsandbytes", "peft")),
     Part("adamw_8bit", "moments of eight bits", "correctness:eight_bits", 12, packages=("bitsandbytes",)),
     Part("quickstart", "recipes/quickstart.yaml, shortened", "learning:quickstart", 75, packages=("ray",)),
+    _transport("ipc", "0.5B", "new weights from another process's memory on the same GPU"),
+    _transport("collective", "0.5B", "new weights broadcast by another process: NCCL on two GPUs, gloo on a CPU"),
     _grpo("grpo_bfloat16", "GRPO in bfloat16 learns", max_staleness=0),
     _generation("0.5B", 45),
     _training("0.5B", 20),

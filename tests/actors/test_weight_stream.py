@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from free_ports import free_ports
 
 from rlflow.actors import weight_carriers, weight_lines, weight_stream
 from rlflow.actors.engine_thread import EngineThread
@@ -19,7 +25,7 @@ from rlflow.actors.policy_trainer import PolicyTrainer
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.weight_intake import WeightIntake, WeightReceiver
 from rlflow.actors.weight_stream import WeightSender
-from rlflow.actors.weight_sync import WeightSnapshot, unpack_weights
+from rlflow.actors.weight_sync import Meeting, WeightSnapshot, unpack_weights
 from rlflow.recipe import AdapterBlock, ModelBlock, TrainerBlock
 
 CPU = torch.device("cpu")
@@ -30,6 +36,8 @@ NAMED = [
     ("scalar", torch.tensor(2.5)),
     ("large", torch.randn(60, 50)),
     ("ids", torch.arange(9)),
+    ("nothing", torch.empty(0, 4)),
+    ("flags", torch.tensor([True, False, True])),
 ]
 BOTH = pytest.mark.parametrize("transport", ["ipc", "collective"])
 
@@ -37,7 +45,7 @@ BOTH = pytest.mark.parametrize("transport", ["ipc", "collective"])
 class Taker:
     """A worker without an engine, which keeps copies of what comes."""
 
-    def __init__(self, sender: WeightSender, look: Callable[[int], None] = lambda number: None) -> None:
+    def __init__(self, sender: Any, look: Callable[[int], None] = lambda number: None) -> None:
         """
         Args:
             look: Called before a tensor is copied, with how many have been.
@@ -110,6 +118,8 @@ def test_every_worker_has_every_tensor_to_the_bit_in_chunks_of_any_size(
     take_in(sender, 2)
     for version in (1, 2):
         named = [(name, tensor * version) for name, tensor in NAMED]
+        # The second version wants larger buffers.
+        named += [(f"{number}", torch.randn(4000 * version)) for number in range(2)]
         assert sender.send(iter(named), version)
         assert all(taker.has(named) for taker in takers)
     assert [taker.versions for taker in takers] == [[1, 2], [1, 2]]
@@ -224,6 +234,35 @@ def test_host_memory_ends_with_those_who_hold_it():
     assert not Path(handle["path"]).exists() and mapped[:3].tolist() == [1, 2, 3]
 
 
+def test_a_gpus_memory_is_opened_under_the_number_that_this_process_has_for_the_gpu(monkeypatch):
+    kinds = (torch.Tensor, torch.Size([4096]), (1,), 0, torch.storage.TypedStorage, torch.uint8)
+    arguments = (*kinds, 3, b"\x01\xff", 1 << 21, 512, False, b"count", 7, b"event", True)
+    names = list(inspect.signature(weight_carriers.rebuild_cuda_tensor).parameters)
+    assert len(names) == len(arguments) and names[6] == "storage_device"
+    opened = []
+    monkeypatch.setattr(weight_carriers, "reduce_tensor", lambda tensor: (None, arguments))
+    monkeypatch.setattr(weight_carriers, "rebuild_cuda_tensor", lambda *given: opened.append(given))
+    handle = json.loads(json.dumps(weight_carriers.DeviceBuffer(4096, CPU).handle()))
+    weight_carriers.mapped(handle, torch.device("cuda", 0))
+    assert opened == [(*kinds, 0, *arguments[7:])]
+
+
+def test_a_broadcast_on_a_gpu_that_never_ends_is_left_at_its_deadline(monkeypatch):
+    is_over = threading.Event()
+    stuck = SimpleNamespace(broadcast=lambda tensors, options: is_over.wait(20), abort=lambda: is_over.wait(20))
+    monkeypatch.setattr(weight_carriers, "_nccl", lambda *args: stuck)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("ANSWER_S", "_ABORT_S"):
+        monkeypatch.setattr(weight_carriers, name, 0.2)
+    group = weight_carriers.Group(None, 0, 2, torch.device("cuda", 0))
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"a broadcast did not end within 0.2 s"):
+        group.broadcast(torch.zeros(8, dtype=torch.uint8))
+    group.abort()
+    assert time.monotonic() - began < 5
+    is_over.set()
+
+
 class Pair:
     """A trainer's rank and a worker's engine: what comes through a stream, and the same through a snapshot."""
 
@@ -288,3 +327,40 @@ def test_an_engine_has_the_bits_that_a_snapshot_would_have_brought(
     ours, theirs = (engine.model.state_dict() for engine in (pair.streamed, pair.packed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     pair.close()
+
+
+@pytest.mark.slow
+def test_two_ranks_with_shards_send_whole_tensors_from_their_processes(tiny_moe_dir, tmp_path):
+    script = Path(__file__).with_name("streaming_ranks.py")
+    given = [f"127.0.0.1:{free_ports(1)[0]}", str(tiny_moe_dir), str(tmp_path)]
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), *given]) for rank in range(2)]
+    takers: dict[str, list[Taker]] = {}
+    try:
+        for transport, num_meetings in (("ipc", 2), ("collective", 1)):
+            wait_for(tmp_path / transport / "meetings.json")
+            meetings = [
+                Meeting(**{**meeting, "address": tuple(meeting["address"])})
+                for meeting in read_json(tmp_path / transport / "meetings.json")
+            ]
+            assert [meeting.device for meeting in meetings] == [weight_carriers.device_name(CPU)] * num_meetings
+            takers[transport] = [Taker(SimpleNamespace(meeting=meeting)) for meeting in (meetings[0], meetings[-1])]
+            (tmp_path / transport / "joined").touch()
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for transport, of_transport in takers.items():
+        assert read_json(tmp_path / transport / "streamed.json") == [True] * 4
+        newest = list(torch.load(tmp_path / transport / "4.pt", weights_only=True).items())
+        assert all(taker.versions == [1, 2, 3, 4] and taker.has(newest) for taker in of_transport)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -89,3 +89,9 @@ def test_numbers_of_an_engine_and_of_a_trainer_are_right_on_a_cpu(check, monkeyp
     assert [r["verdict"] for r in results.values()] == ["ok", "ok"]
     assert len(results["torch_float32"]["measurements"]) == 10
     assert len(results["fsdp"]["measurements"]) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["transport_ipc", "transport_collective"])
+def test_weights_reach_another_process_past_the_object_store_on_a_gpu(check, tmp_path, part):
+    assert check.main(["--output", str(tmp_path), part]) == 0

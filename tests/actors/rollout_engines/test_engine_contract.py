@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlflow.actors.rollout_engines.engine import generate
+from rlflow.actors.rollout_engines.sent_weights import Chunks
 from rlflow.actors.rollout_engines.stop_strings import StopStrings
 from rlflow.types import Completion, SampleRequest, SamplingParams
 from tests.actors.rollout_engines.engine_oracle import (
@@ -67,6 +69,25 @@ def test_logprobs_follow_each_of_two_weight_syncs_in_a_row(engine: RolloutEngine
         completions = generate(engine, requests)
         assert_logprobs_match({version: newer}, requests, completions)
         assert all((completion.versions == version).all() for completion in completions)
+
+
+def test_weights_that_come_in_pieces_whose_memory_is_used_again_are_those_that_come_at_once(
+    engine: RolloutEngine, policy: PreTrainedModel
+) -> None:
+    if type(engine).__name__ == "HttpEngine":
+        pytest.skip("servers read files")
+    newer = random_policy(kind_of(policy), seed=1)
+
+    def pieces() -> Iterator[list[tuple[str, torch.Tensor]]]:
+        whole = [(name, tensor.detach().clone()) for name, tensor in sent(newer).items()]
+        for first in range(0, len(whole), 3):
+            yield whole[first : first + 3]
+            for _, tensor in whole[first : first + 3]:
+                tensor.fill_(torch.nan)
+
+    engine.load_weights(Chunks(pieces()), 1)
+    requests = make_requests(SamplingParams(max_new_tokens=24, temperature=0.7))
+    assert_logprobs_match({1: newer}, requests, generate(engine, requests))
 
 
 @pytest.mark.parametrize("cache", ["recompute", "keep"])
