@@ -26,7 +26,7 @@ from rlflow.actors.reward_wire import Request, Setup
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from rlflow.rewards.episodes import episode_columns, last_said
-from rlflow.rewards.score_batch import GroupTexts, ScoreBatch
+from rlflow.rewards.score_batch import GroupTexts, ScoreBatch, ScoringError
 from rlflow.tracking.redact import remember_secrets
 from rlflow.types import Prompt
 
@@ -129,7 +129,7 @@ class RewardServer:
             if verdicts.tolist() != [1.0, 0.0]:
                 raise RewardError(
                     f"{label} gave a right and a wrong answer {verdicts.tolist()}, not [1.0, 0.0]: "
-                    f"{' '.join(scores.errors) or 'its installation is broken'}"
+                    f"{' '.join(map(str, scores.errors)) or 'its installation is broken'}"
                 )
 
     def close(self) -> None:
@@ -179,14 +179,12 @@ class _Scoring:
         self._leave_out_failed()
 
     @property
-    def errors(self) -> tuple[str, ...]:
-        """A sentence a cause: which function, on which row first, on how many more."""
-        sentences = []
-        for (function, cause), rows in list(self._failures.items())[:MAX_ERRORS]:
-            prompt, label = self._prompts[rows[0]], self.blocks[function].label
-            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            sentences.append(f"reward {label!r}, prompt {prompt.id!r}, row {rows[0]}{more}: it {cause}.")
-        return tuple(sentences)
+    def errors(self) -> tuple[ScoringError, ...]:
+        """One a cause."""
+        return tuple(
+            ScoringError(self.blocks[function].label, self._prompts[rows[0]].id, rows[0], len(rows), cause)
+            for (function, cause), rows in list(self._failures.items())[:MAX_ERRORS]
+        )
 
     def encode(self, call: Call) -> bytes:
         """Returns the request of a call."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,41 @@ class GroupTexts:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoringError:
+    """Rows on which a function failed for the same reason."""
+
+    function: str
+    prompt: str
+    """Id of the first row's."""
+    row: int
+    """The first, in its call."""
+    num_rows: int
+    cause: str
+
+    def __str__(self) -> str:
+        more = f" and {self.num_rows - 1} more" if self.num_rows > 1 else ""
+        return f"reward {self.function!r}, prompt {self.prompt!r}, row {self.row}{more}: it {self.cause}."
+
+
+def merged(errors: Iterable[ScoringError]) -> list[ScoringError]:
+    """One for each function and cause, whatever calls they came in; the first prompt stands for all."""
+    found: dict[tuple[str, str], ScoringError] = {}
+    for error in errors:
+        before = found.get(key := (error.function, error.cause))
+        found[key] = error if before is None else replace(before, num_rows=before.num_rows + error.num_rows)
+    return list(found.values())
+
+
+def told(errors: Iterable[ScoringError], most: int = 3) -> list[str]:
+    """The causes as lines, those of most rows first, and how many others there are."""
+    causes = sorted(merged(errors), key=lambda error: -error.num_rows)
+    lines = [str(error) for error in causes[:most]]
+    if left := len(causes) - len(lines):
+        lines.append(f"and {left} other cause{'s' if left > 1 else ''}")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreBatch:
     """What a RewardServer returns for the rollouts of some groups, in their order."""
 
@@ -43,8 +78,8 @@ class ScoreBatch:
     """Reward function -> bool [rows]; True where it failed (raised, timed out, returned NaN or nonsense)."""
     causes: Mapping[int, str]
     """Row -> which functions failed on it, and why."""
-    errors: tuple[str, ...]
-    """One sentence a cause, at most a handful: function, first row, how many more, what happened."""
+    errors: tuple[ScoringError, ...]
+    """One a cause, at most a handful."""
     seconds: float
     """That the call took."""
 

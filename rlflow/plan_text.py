@@ -105,32 +105,33 @@ def _teacher_line(recipe: Recipe) -> str:
 
 def _data_line(num_rows: int, plan: Plan) -> str:
     if plan.images.images:
-        return f"{num_rows:,} rows with {plan.images}"
-    return f"{num_rows:,} rows" if plan.tokenized else f"{num_rows:,} rows; how many of them fit: --tokenize"
+        return f"{_counted(num_rows, 'row')} with {plan.images}"
+    return _counted(num_rows, "row") + ("" if plan.tokenized else "; how many of them fit: --tokenize")
 
 
 def _step_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
     if recipe.generates:
         each = plan.sequences // recipe.data.prompts_per_step
-        what = f"{recipe.data.prompts_per_step} prompts x {each} completions = {plan.sequences}"
+        prompts, completions = _counted(recipe.data.prompts_per_step, "prompt"), _counted(each, "completion")
         longest = f"({recipe.data.max_prompt_tokens} prompt + {recipe.max_completion_tokens} new)"
-        lines = [f"{what} samples, at most {plan.max_tokens:,} tokens {longest}"]
+        samples = _counted(plan.sequences, "sample")
+        lines = [f"{prompts} x {completions} = {samples}, at most {plan.max_tokens:,} tokens {longest}"]
     else:
-        lines = [f"{plan.sequences} sequences, at most {plan.max_tokens:,} tokens"]
+        lines = [f"{_counted(plan.sequences, 'sequence')}, at most {plan.max_tokens:,} tokens"]
     if not recipe.trains:
         return lines
     count = recipe.algorithm.num_mini_batches
     passes = plan.updates_per_step // count
-    updates = f"{plan.updates_per_step} optimizer update{'s' if plan.updates_per_step > 1 else ''}"
+    updates = _counted(plan.updates_per_step, "optimizer update")
     again = f", {passes} passes over them" if passes > 1 else ""
-    return [*lines, f"{updates} of {plan.sequences // count} sequences{again}"]
+    return [*lines, f"{updates} of {_counted(plan.sequences // count, 'sequence')}{again}"]
 
 
 def _turns_lines(recipe: Recipe, environment: EnvironmentBlock) -> list[str]:
     who = environment.name or environment.plugin or ", ".join(environment.tools)
-    turns = f"{environment.max_turns} turn{'s' if environment.max_turns > 1 else ''}"
-    processes = f"at most {episodes_at_once(recipe)} processes of environments a worker"
+    turns = _counted(environment.max_turns, "turn")
+    processes = f"at most {_counted(episodes_at_once(recipe), 'process', 'es')} of environments a worker"
     return [
         f"{who}, at most {turns} of {recipe.rollout.max_new_tokens} tokens, {recipe.max_completion_tokens} in all",
         f"{processes}, each of which may take {environment.memory_gib:g} GiB (environment.memory_gib)",
@@ -139,10 +140,10 @@ def _turns_lines(recipe: Recipe, environment: EnvironmentBlock) -> list[str]:
 
 def _length_line(recipe: Recipe) -> str:
     run = recipe.run
-    length = f"{run.steps} steps" if run.steps is not None else f"{run.epochs:g} epochs"
+    length = _counted(run.steps, "step") if run.steps is not None else _counted(run.epochs or 0, "epoch")
     if recipe.family != "online":
         return length
-    lag = f"at most {run.max_staleness} versions behind" if run.max_staleness else "synchronous"
+    lag = f"at most {_counted(run.max_staleness, 'version')} behind" if run.max_staleness else "synchronous"
     return f"{length}, rollouts {lag}"
 
 
@@ -156,6 +157,12 @@ def _weights_line(recipe: Recipe) -> str:
     }
     probed = "" if transport.name == "objects" else "; a worker that cannot takes them out of Ray's object store"
     return f"{says[transport.name]}: {transport.reason}{probed}"
+
+
+def _counted(number: float, thing: str, ending: str = "s") -> str:
+    """``1 epoch``, ``1.5 epochs``, ``2,000 steps``."""
+    shown = f"{int(number):,}" if number == int(number) else f"{number:g}"
+    return f"{shown} {thing}{'' if number == 1 else ending}"
 
 
 def _actors_table(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -105,8 +106,9 @@ def execute(arguments: argparse.Namespace) -> int:
             inside.mkdir(exist_ok=True)
             measurements.append(_measure(arguments, source, inside))
         _report(arguments, output, measurements)
-    finally:
-        _remove_empty(output, is_ours=arguments.output is None)
+    except BaseException:
+        _remove(output, is_ours=arguments.output is None)
+        raise
     return 0
 
 
@@ -159,15 +161,16 @@ def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
     return path
 
 
-def _remove_empty(output: Path, *, is_ours: bool) -> None:
-    """Takes away what was made for results that did not come, from the inside out.
+def _remove(output: Path, *, is_ours: bool) -> None:
+    """Takes away what was made for results that did not come whole.
 
     Args:
         is_ours: Its name, and that of the directory around it, are not the user's.
     """
-    for path in (*output.glob("step_*"), output, *([output.parent] if is_ours else [])):
+    shutil.rmtree(output, ignore_errors=True)
+    if is_ours:
         with contextlib.suppress(OSError):
-            path.rmdir()
+            output.parent.rmdir()
 
 
 def _measure(arguments: argparse.Namespace, source: ModelSource, directory: Path) -> Measurement:

@@ -184,22 +184,24 @@ def _answer_all(
 ) -> None:
     """Appends the answers that are not there yet; a line at the end says what came of the rewards."""
     from rlflow.progress import ProgressBar
+    from rlflow.rewards.score_batch import ScoringError, merged, told
     from rlflow.serving.batch import answer_prompts
     from rlflow.serving.tally import Tally
 
-    tally, said = Tally(), 0
+    tally = Tally()
+    errors: list[ScoringError] = []
     with ProgressBar("answers", "prompts") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.update(num_done + done, num_done + total, tally.line)
 
-        for rows, errors in answer_prompts(prompts[num_done:], job, streams, server, progress):
+        for rows, failed in answer_prompts(prompts[num_done:], job, streams, server, progress):
             file.writelines(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows)
             file.flush()
             tally.add(rows)
-            for error in errors[: max(0, 3 - said)]:
-                print(f"rewards: {error}", file=sys.stderr)
-            said += len(errors)
+            errors = merged([*errors, *failed])
+    for line in told(errors):
+        print(f"rewards: {line}", file=sys.stderr)
     print(f"{file.name}: {tally.line}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,8 @@ class Invocation:
     line: int
     broken: tuple[int, ...] = ()
     """Lines of it that a shell would take for commands of their own."""
+    unset: frozenset[str] = frozenset()
+    """Texts in its words that stand for what the script does not say, such as ``$MODEL``."""
 
 
 def invocation_of(command: ShellCommand, gpus: int | None = None) -> Invocation | None:
@@ -99,7 +101,7 @@ def invocation_of(command: ShellCommand, gpus: int | None = None) -> Invocation 
             name: value for name, value in command.environment.items() if name.isupper() and not _HARMLESS.match(name)
         }
         own = tuple(words[place + length :])
-        return Invocation(framework, verb, own, machines, engine, noted, command.line, command.broken)
+        return Invocation(framework, verb, own, machines, engine, noted, command.line, command.broken, command.unset)
     return None
 
 
@@ -201,15 +203,7 @@ def take_launcher_flags(values: dict[str, Any], invocation: Invocation) -> Invoc
     machines, engine = invocation.machines, str(launcher.get("accelerate_config") or launcher.get("config_file") or "")
     if (processes := launcher.get("num_processes")) is not None:
         machines = Machines(_number(plain(processes), 1), f"--num_processes {processes}")
-    return Invocation(
-        invocation.framework,
-        invocation.verb,
-        invocation.words,
-        machines,
-        engine,
-        invocation.environment,
-        invocation.line,
-    )
+    return replace(invocation, machines=machines, engine=engine or invocation.engine)
 
 
 def read_yaml(path: str, told_by: str) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,7 @@ def _converted(invocation: Invocation) -> Conversion:
         draft.note(note.kind, note.text)
     for text in unclear:
         draft.note("to do", f"{text}: not a number; what holds without it is written")
-    _say_the_rest(given, draft, environment)
+    _say_the_rest(given, draft, environment, invocation.unset)
     return Conversion(
         title, render(draft, f"From {title}. `rlflow plan` says what it will do."), None, tuple(draft.notes)
     )
@@ -160,7 +159,7 @@ def _take_no_numbers(given: Given) -> list[str]:
     return unclear
 
 
-def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str]) -> None:
+def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str], unset: Set[str]) -> None:
     for name in given.unknown():
         near = nearest(name, given.table, cutoff=0.8)
         draft.note(
@@ -190,8 +189,9 @@ def _say_the_rest(given: Given, draft: Draft, environment: Mapping[str, str]) ->
     if environment:
         draft.note("unneeded", f"variables that rlflow does not read: {', '.join(sorted(environment))}")
     for name, value in draft.values.items():
-        if isinstance(value, str) and (unset := re.search(r"\$(?!HOME\b)[\w{(][^/]*", value)):
-            draft.note("to do", f"{name}: {unset[0]} is not set in what was converted: set it, or write it out")
+        left = sorted(text for text in unset - {"$HOME", "${HOME}"} if text in str(value))
+        if left:
+            draft.note("to do", f"{name}: {', '.join(left)} is not set in what was converted: set it, or write it out")
     for problem in problems_of(draft.values):
         draft.note("to do", f"{problem.key}: {problem.message}")
 

@@ -43,6 +43,9 @@ class ShellCommand:
     """From 1."""
     broken: tuple[int, ...] = ()
     """Lines that begin with an option, and that no backslash joins to it."""
+    unset: frozenset[str] = frozenset()
+    """What of the script so far stays as it is written, because nothing says what it stands for: variables, output of
+    programs. A dollar in single quotes or behind a backslash is none of it."""
 
 
 def read_commands(script: str) -> Iterator[ShellCommand]:
@@ -50,7 +53,8 @@ def read_commands(script: str) -> Iterator[ShellCommand]:
     before: ShellCommand | None = None
     for command in _commands(script):
         if before is not None and _OPTION.match(command.words[0]):
-            before = replace(before, words=before.words + command.words, broken=(*before.broken, command.line))
+            words, lines = before.words + command.words, (*before.broken, command.line)
+            before = replace(before, words=words, broken=lines, unset=before.unset | command.unset)
             continue
         if before is not None:
             yield before
@@ -75,7 +79,7 @@ def _commands(script: str) -> Iterator[ShellCommand]:
             own[named[1]] = before + words[0][named.end() :]
             words = words[1:]
         if words:
-            yield ShellCommand(tuple(words), {**reader.variables, **own}, line)
+            yield ShellCommand(tuple(words), {**reader.variables, **own}, line, unset=frozenset(reader.unset))
         else:
             reader.variables |= own
 
@@ -87,6 +91,7 @@ class _Reader:
         self.text = text
         self.at = 0
         self.variables: dict[str, str] = {}
+        self.unset: set[str] = set()
 
     @property
     def line(self) -> int:
@@ -186,7 +191,7 @@ class _Reader:
         if self.text.startswith("${", self.at):
             written = self._balanced("{", "}")
             inner = _BRACED.fullmatch(written[2:-1])
-            return written if inner is None else self._value(inner[1], inner[2], inner[3], written)
+            return self._unknown(written) if inner is None else self._value(inner[1], inner[2], inner[3], written)
         found = _VARIABLE.match(self.text, self.at)
         if found is None:
             self.at += 1
@@ -208,7 +213,7 @@ class _Reader:
     def _value(self, name: str, how: str | None, other: str | None, written: str) -> str:
         value = self.variables.get(name)
         if how is None:
-            return written if value is None else value
+            return self._unknown(written) if value is None else value
         if how.endswith("+"):
             return "" if value is None else self.expanded(other or "")
         return self.expanded(other or "") if value is None or (not value and ":" in how) else value
@@ -216,7 +221,7 @@ class _Reader:
     def expanded(self, text: str) -> str:
         """A text with the variables in it replaced."""
         inner = _Reader(text)
-        inner.variables = self.variables
+        inner.variables, inner.unset = self.variables, self.unset
         value = ""
         while inner.at < len(inner.text):
             if inner.text[inner.at] == "$":
@@ -234,12 +239,17 @@ class _Reader:
         is_arithmetic = inner.startswith("(") and inner.endswith(")")
         formula = inner[1:-1] if is_arithmetic else inner.removeprefix("expr ")
         if not is_arithmetic and formula == inner:
-            return written
+            return self._unknown(written)
         formula = self.expanded(formula).replace("\\*", "*")
         if is_arithmetic:
             formula = re.sub(r"[A-Za-z_]\w*", lambda name: self.variables.get(name[0], name[0]), formula)
         number = _calculated(formula)
-        return written if number is None else str(number)
+        return self._unknown(written) if number is None else str(number)
+
+    def _unknown(self, written: str) -> str:
+        """What stays as it is written."""
+        self.unset.add(written)
+        return written
 
 
 def _calculated(formula: str) -> int | None:

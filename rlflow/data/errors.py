@@ -59,6 +59,19 @@ def listing(lines: Sequence[object], most: int = LISTED) -> str:
     return "".join(shown)
 
 
+def spans(numbers: Sequence[int], most: int = LISTED) -> str:
+    """Ascending numbers as ``1 to 3, 7``, the first few, and how many more there are."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    shown = [str(first) if first == last else f"{first} to {last}" for first, last in found[:most]]
+    left = sum(last - first + 1 for first, last in found[most:])
+    return ", ".join(shown) + (f" and {left} more" if left else "")
+
+
 def counted(number: int, thing: str) -> str:
     """``1 picture``, ``2 pictures``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlflow.data.calls import to_tools
-from rlflow.data.errors import DataError, RowError
+from rlflow.data.errors import DataError, RowError, listing, spans
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.image_rows import COLUMNS, REJECTED_IMAGES, place_images, take_images
 from rlflow.data.logged import TOKENS, LoggedTokens
@@ -60,18 +60,37 @@ def format_of(table: Table, *, judged: bool = False) -> str:
         judged: A column ``label`` says whether the answer is desirable; otherwise it is any other column.
 
     Raises:
-        DataError: no format has these columns.
+        DataError: no format has these columns, or rows are of several formats.
     """
     counts = Counter(name for row in table.rows for name, value in row.columns.items() if value is not None)
     columns = {name for name, count in counts.items() if 2 * count > len(table.rows)}
-    for needed, name in DETECTION:
-        if needed <= columns and (judged or name != "kto"):
-            return name
+    if (found := format_with(columns, judged=judged)) is not None:
+        return found
+    rows_of: dict[str | None, list[int]] = {}
+    for row in table.rows:
+        rows_of.setdefault(format_of_row(row, judged=judged), []).append(row.number)
+    if len(rows_of) > 1:
+        lines = [f"{name or 'no format that is known'}: row {spans(rows)}" for name, rows in rows_of.items()]
+        raise DataError(
+            f"{table.place}: its rows are of several formats, of which a file has one:{listing(lines)}\n"
+            "Write a file for each, and name them all here, as in [{path: a.jsonl}, {path: b.jsonl}]."
+        )
     known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for needed, name in DETECTION)
     raise DataError(
         f"{table.place}: no format has the columns {', '.join(sorted(columns)) or '(none)'}. Formats by their columns: "
         f"{known}. Name yours in this source's `columns`, e.g. columns: {{prompt: question, solution: answer}}."
     )
+
+
+def format_with(columns: Set[str], *, judged: bool) -> str | None:
+    """The first format that these columns are enough for."""
+    names = (name for needed, name in DETECTION if needed <= columns and (judged or name != "kto"))
+    return next(names, None)
+
+
+def format_of_row(row: Row, *, judged: bool) -> str | None:
+    """The format of one row by the columns that it has."""
+    return format_with({name for name, value in row.columns.items() if value is not None}, judged=judged)
 
 
 def to_record(row: Row, name: str, vision: ImageProcessor | None = None, directory: Path = Path()) -> Record:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from rlflow.data.errors import BadRow, DataError, RowError, Rows, listing
-from rlflow.data.formats import Record, format_of, to_record
+from rlflow.data.formats import Record, format_of, format_of_row, to_record
 from rlflow.data.image_processor import ImageProcessor
 from rlflow.data.sampler import permutation
-from rlflow.data.sources import Table, read_table
+from rlflow.data.sources import Row, Table, read_table
 from rlflow.data.thoughts import in_text
 from rlflow.recipe.data_blocks import SourceBlock
 
@@ -96,7 +96,8 @@ def _build_rows(
                 )
                 value = build(_with_thoughts_in_text(record) if source.reasoning == "inline" else record)
             except RowError as error:
-                rows.skipped.append(BadRow(table.place, row.number, str(error)))
+                reason = f"{error}{_of_another_format(row, form, judged) if guessed else ''}"
+                rows.skipped.append(BadRow(table.place, row.number, reason))
             else:
                 rows.append(Loaded(f"{name}:{row.number}", table.place, row.number, value))
     rows.skipped.sort(key=lambda row: row.row)
@@ -104,6 +105,14 @@ def _build_rows(
     if not rows:
         raise DataError(f"{table.place}: every row is bad.{_named(rows.skipped)}")
     return rows
+
+
+def _of_another_format(row: Row, form: str, judged: bool) -> str:
+    """What to add to a row's fault where it is that the row is none of the table's format."""
+    own = format_of_row(row, judged=judged)
+    if own is None or own == form:
+        return ""
+    return f" (its columns are those of the format {own}, and most rows are of {form})"
 
 
 def _with_thoughts_in_text(record: Record) -> Record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlflow.driver.learner import Learner
 from rlflow.driver.prepared_stage import PreparedStage
 from rlflow.driver.resuming import lasts_longer, length_of, sum_of_measure, write_recipe
 from rlflow.driver.saving import EndedStep, SaveSchedule
+from rlflow.driver.untrained import why_nothing_was_trained
 from rlflow.tracking.spans import busy_metrics, write_trace
 from rlflow.types import StepStats
 
@@ -41,6 +42,8 @@ class Book:
         """The step under way, counted from 1; None before the first of this process."""
         self.unsaved: EndedStep | None = None
         """The step that ended last, until a checkpoint holds it."""
+        self._last_metrics: Mapping[str, float] = {}
+        """Of the step that ended last, in this process."""
         self._best = -math.inf
         self._under_way: UnderWay | None = None
         self._schedule = SaveSchedule(stage.recipe.run)
@@ -120,6 +123,7 @@ class Book:
             self._is_startup_told = True
         stats.metrics |= self.clock.metrics() | self._trace(stats.step) | self._restarts
         self.tracker.log(stats)
+        self._last_metrics = stats.metrics
         score = None if evaluation is None else evaluation.score
         if is_beside and due:
             self._begin(due, stats)
@@ -204,8 +208,7 @@ class Book:
         if not self.learner.has_trained:
             raise RunError(
                 f"nothing was trained, and {self.directory} has no final/: the gradient of every update was 0 or not "
-                "finite. Online, no group had two different rewards: look at rollouts/ and at the reward functions, or "
-                "start from a model that is right at times; offline, no token was trained: look at data.loss_on"
+                f"finite. {why_nothing_was_trained(self.recipe, self._last_metrics)}"
             )
 
     def _trace(self, step: int) -> dict[str, float]:

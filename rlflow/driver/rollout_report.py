@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlflow.driver.errors import RunError
-from rlflow.rewards.score_batch import ScoreBatch
-
-SHOWN_ERRORS = 3
+from rlflow.rewards.score_batch import ScoreBatch, ScoringError, told
 
 
 @dataclass(slots=True)
@@ -21,7 +19,7 @@ class RolloutReport:
     """Rows with a reward of any function."""
     score_s: float = 0.0
     """Of the call that took longest."""
-    errors: list[str] = field(default_factory=list)
+    errors: list[ScoringError] = field(default_factory=list)
     without: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Function -> rows on which it abstained, rows on which it failed."""
 
@@ -69,6 +67,6 @@ class RolloutReport:
             )
 
 
-def listed(errors: Sequence[str]) -> str:
-    """The first of a step's errors, a line each."""
-    return "".join(f"\n  {error}" for error in list(dict.fromkeys(errors))[:SHOWN_ERRORS])
+def listed(errors: Sequence[ScoringError]) -> str:
+    """The causes of a step's errors, a line each."""
+    return "".join(f"\n  {line}" for line in told(errors))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ray
 
+from rlflow.actors.actor_group import ActorFailure
 from rlflow.actors.trainer import Trainer
 from rlflow.checkpoint import saved_steps
 from rlflow.data.class_labels import with_labels
@@ -28,7 +29,7 @@ from rlflow.driver.book import Book
 from rlflow.driver.callbacks import CallbackLike, Callbacks, make_callback
 from rlflow.driver.clock import Clock
 from rlflow.driver.directory import directory_problem, prepare_directory, prepare_model, verify_models
-from rlflow.driver.errors import GO_ON, RunError, StopRequested
+from rlflow.driver.errors import GO_ON, RunError, StoppedUnsaved, StopRequested
 from rlflow.driver.failures import ActorsLost, finding_the_lost, saving_what_failed
 from rlflow.driver.final import write_final
 from rlflow.driver.learner import Learner
@@ -240,10 +241,9 @@ def run_stage(
                     resume=resume,
                     num_restarts=len(losses),
                 )
-                work = train_stage if recipe.trains else sample_stage
-                work(stage)
-                if "jsonl" in recipe.tracking:
-                    _write_report(directory.path, tracker)
+                with _leaving_a_report(recipe, directory.path, tracker):
+                    work = train_stage if recipe.trains else sample_stage
+                    work(stage)
                 tracker.finish({})
     except (DataError, RunError, KeyboardInterrupt) as error:
         if not is_placed or (isinstance(error, KeyboardInterrupt) and not trained_steps(directory.path)):
@@ -251,12 +251,28 @@ def run_stage(
         raise
 
 
-def _write_report(directory: Path, tracker: Tracker) -> None:
-    """Writes the run's page; what is trained is not lost where that cannot be."""
+@contextmanager
+def _leaving_a_report(recipe: Recipe, directory: Path, tracker: Tracker) -> Iterator[None]:
+    """Writes the run's page, also of one that fails within behind its first step; what is trained is not lost where
+    that cannot be."""
+    try:
+        yield
+    except (StopRequested, StoppedUnsaved):
+        raise
+    except (RunError, ActorFailure):
+        if trained_steps(directory):
+            _write_report(recipe, directory, tracker, "what there is of the run is kept")
+        raise
+    _write_report(recipe, directory, tracker, "the run is whole")
+
+
+def _write_report(recipe: Recipe, directory: Path, tracker: Tracker, otherwise: str) -> None:
+    if "jsonl" not in recipe.tracking:
+        return
     try:
         write_report(directory)
     except ReportError as error:
-        tracker.message(f"the run is whole, but for its report: {error}")
+        tracker.message(f"{otherwise}, but for its report: {error}")
 
 
 @contextmanager

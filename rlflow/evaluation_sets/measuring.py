@@ -22,6 +22,7 @@ from rlflow.progress import ProgressBar
 from rlflow.recipe import RewardBlock
 from rlflow.rewards import RewardError
 from rlflow.rewards.answers import final_answer
+from rlflow.rewards.score_batch import ScoringError, told
 from rlflow.serving.batch import Job, answer_prompts
 from rlflow.serving.models import EngineName, ServedModel, Settings, open_streams
 from rlflow.serving.sampling import Sampling
@@ -187,7 +188,7 @@ def _measure_answers(
     passed: list[list[bool]] = []
     answers: list[list[str | None]] = []
     num_samples = num_passed = num_tokens = num_cut = num_unscored = 0
-    errors: list[str] = []
+    errors: list[ScoringError] = []
     with ProgressBar(one.name, "problems") as bar, path.open("w", encoding="utf-8") as file:
 
         def show(done: int, total: int) -> None:
@@ -210,8 +211,8 @@ def _measure_answers(
                 passed[-1].append(row["passed"])
                 answers[-1].append(row["answer"])
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    for error in dict.fromkeys(errors[:3]):
-        tell(f"{one.name}: {error}")
+    for line in told(errors):
+        tell(f"{one.name}: {line}")
     num = max(1, num_samples)
     return SetResult(
         name=one.name,

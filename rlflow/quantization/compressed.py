@@ -73,6 +73,7 @@ def quantize_directory(
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - no mapping
                 tensor, layer = stored.get_tensor(name), name.removesuffix(".weight")
+                require_finite(name, tensor, kept)
                 if layer in layers.shapes and name != layer:
                     written |= {f"{layer}.{part}": one for part, one in round_weight(tensor, how, kept).items()}
                 else:
@@ -111,6 +112,17 @@ def round_weight(weight: torch.Tensor, how: QuantizationScheme, kept: torch.dtyp
     compress_module(layer)
     stored = layer.state_dict() | {"weight_scale": layer.weight_scale.data.to(kept)}
     return {name: tensor.contiguous() for name, tensor in stored.items()}
+
+
+def require_finite(name: str, tensor: torch.Tensor, kept: torch.dtype) -> None:
+    """
+    Raises:
+        DataError: The tensor holds what is no number, or is none in the dtype that scales and unrounded weights have.
+    """
+    if tensor.is_floating_point() and not bool(tensor.to(kept).isfinite().all()):
+        dtype = str(kept).removeprefix("torch.")
+        wider = "" if dtype == "bfloat16" else ", or are they too large for it: a scheme of --dtype bfloat16"
+        raise DataError(f"{name} holds weights that are not finite in {dtype}: is the checkpoint damaged{wider}?")
 
 
 def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:

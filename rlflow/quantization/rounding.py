@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlflow.data.errors import DataError
-from rlflow.quantization.compressed import shapes_in, weight_files
+from rlflow.quantization.compressed import require_finite, shapes_in, weight_files
 from rlflow.quantization.linear_layers import find_layers, read_config
 from rlflow.quantization.schemes import Scheme, group_size_for
 
@@ -80,6 +80,8 @@ def round_directory(
     group_size = group_size_for(layers.widths)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model = load_whole(AutoModelForCausalLM, str(source), dtype=torch.float16, **options)
+    for name, weight in model.named_parameters():
+        require_finite(name, weight, torch.float16)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     rows = torch.tensor(rows_of(texts, ROW_TOKENS))
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]

@@ -25,7 +25,7 @@ from rlflow.data.videos import media_columns
 from rlflow.driver.errors import RunError
 from rlflow.driver.sampling import sample_seed
 from rlflow.recipe import RewardBlock
-from rlflow.rewards.score_batch import GroupTexts
+from rlflow.rewards.score_batch import GroupTexts, ScoringError
 from rlflow.serving.conversation import SILENCE_S, room_behind
 from rlflow.serving.models import ServedModel
 from rlflow.serving.sampling import Sampling
@@ -116,8 +116,8 @@ def answer_prompts(
     streams: Streams,
     server: RewardServer | None,
     progress: Callable[[int, int], None],
-) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    """Rows of the output, some prompts' at a time, in their order; and what went wrong in rewards, a sentence each.
+) -> Iterator[tuple[list[dict[str, Any]], list[ScoringError]]]:
+    """Rows of the output, some prompts' at a time, in their order; and what went wrong in rewards.
 
     Args:
         progress: Called with how many prompts are answered, and how many there are.
@@ -185,7 +185,9 @@ def _take(pieces: queue.SimpleQueue[tuple[_Sample, Piece]], streams: Streams) ->
             return
 
 
-def _rows(done: Sequence[_Question], job: Job, server: RewardServer | None) -> tuple[list[dict[str, Any]], list[str]]:
+def _rows(
+    done: Sequence[_Question], job: Job, server: RewardServer | None
+) -> tuple[list[dict[str, Any]], list[ScoringError]]:
     rows: list[dict[str, Any]] = []
     for question in done:
         prompt = question.prompt

@@ -291,7 +291,8 @@ def _number(given: Mapping[str, Any], name: str, least: float, most: float, *, e
     if value is None:
         return None
     if type(value) not in (int, float) or not least <= value <= most or (exclusive and value == least):
-        raise RequestError(f"{name} is not a number from {least} to {most}", param=name)
+        span = f"above {least} and up to {most}" if exclusive else f"from {least} to {most}"
+        raise RequestError(f"{name} is not a number {span}", param=name)
     return float(value)
 
 

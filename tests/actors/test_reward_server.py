@@ -112,8 +112,8 @@ def test_one_bad_row_is_masked_and_named_and_its_group_keeps_its_scores(serve: A
     np.testing.assert_array_equal(scores.rewards["length"], np.array([1, math.nan, 3, 1, 2, 3], np.float32))
     assert scores.failed["length"].tolist() == [False, True, False, False, False, False]
     assert len(scores.errors) == 1
-    assert scores.errors[0].startswith("reward 'length', prompt 'set:0', row 1: it ")
-    assert cause in scores.errors[0]
+    assert str(scores.errors[0]).startswith("reward 'length', prompt 'set:0', row 1: it ")
+    assert cause in str(scores.errors[0])
     assert server.score(*batch([["a"]])).rewards["length"].tolist() == [1.0]
 
 
@@ -161,14 +161,14 @@ def test_what_is_no_list_of_one_score_a_row_fails_every_row_in_one_sentence(
     scores = serve("broken").score(*batch([["a", "b", "c", "d"]]))
     assert scores.failed["broken"].all() and np.isnan(scores.rewards["broken"]).all()
     assert len(scores.errors) == 1
-    assert scores.errors[0].startswith(f"reward 'broken', prompt 'set:0', row 0 and 3 more: it {cause}")
-    assert "return a list" in scores.errors[0]
+    assert str(scores.errors[0]).startswith(f"reward 'broken', prompt 'set:0', row 0 and 3 more: it {cause}")
+    assert "return a list" in str(scores.errors[0])
     assert scores.causes[3].startswith(f"broken: it {cause}")
 
 
 def test_a_column_that_a_function_lacks_is_one_sentence(serve: Any) -> None:
     scores = serve(RewardBlock(name="exact_match")).score(*batch([["a", "b"], ["c", "d"]], answer=["a", "b"]))
-    (sentence,) = scores.errors
+    (sentence,) = map(str, scores.errors)
     assert "prompt 'set:0', row 0 and 3 more: it cannot be called" in sentence
     assert "needs the column 'solution'; the data has answer" in sentence
 

@@ -185,6 +185,8 @@ def test_a_step_has_prompts_times_group_size_samples_of_the_longest_length(recip
     plan = plan_of(recipe_file)
     assert (plan.sequences, plan.max_tokens) == (8, 8 * 16)
     assert "4 prompts x 2 completions = 8 samples, at most 128 tokens (10 prompt + 6 new)" in render(plan)
+    one = plan_of(recipe_file, "data.prompts_per_step=1", "run.steps=null", "run.epochs=1")
+    assert "1 prompt x 2 completions = 2 samples" in render(one) and "length     1 epoch, " in render(one)
 
 
 def test_offline_training_counts_examples_and_both_answers_of_a_pair(recipe_file: Path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlflow
 from rlflow.cli.main import main
+from rlflow.evaluation_sets import measuring
 from tests.local_actors import use_local_actors
 
 ROWS = [
@@ -169,6 +171,28 @@ def test_what_cannot_be_measured_is_one_line_with_a_remedy(
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("loading", "writes", "["))]
     assert len(said) == 1 and re.search(says, said[0]), said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_disk_that_gets_full_leaves_nothing_of_an_evaluation(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, sets: int
+):
+    """In the first set, or behind one that was measured."""
+    (tmp_path / "other.jsonl").write_text((run.parent / "rows.jsonl").read_text())
+    begun: list[str] = []
+
+    def filling(value: Any, **options: Any) -> str:
+        begun.append(json.dumps(value, **options))
+        if len(begun) > 2 * (sets - 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return begun[-1]
+
+    monkeypatch.setattr(measuring, "json", SimpleNamespace(dumps=filling))
+    output = tmp_path / "out"
+    named = f"{run.parent / 'rows.jsonl'},{tmp_path / 'other.jsonl'}"
+    assert main(["eval", str(run), "--sets", named, "--reward", "exact_match", "--output", str(output)]) == 1
+    assert "No space left on device; make room, or name another place" in capsys.readouterr().err
+    assert len(begun) == 2 * sets - 1 and not output.exists()
 
 
 def test_an_adapter_is_measured_without_being_merged(tiny_model_dir: Path, tmp_path: Path):

@@ -75,3 +75,10 @@ def test_a_line_that_no_backslash_joins_to_the_command_is_read_and_said(command:
     assert "line 2 begins with an option, and no backslash" in next(
         n.text for n in conversion.notes if n.kind == "trap"
     )
+
+
+def test_a_dollar_that_is_meant_as_one_is_no_variable_and_one_that_nothing_sets_is():
+    [conversion] = convert('swift sft --model $MODEL --dataset $DATA/a.jsonl $DATA/b.jsonl --system "costs \\$5"')
+    said = [note.text for note in conversion.notes if "is not set in what was converted" in note.text]
+    assert [text.partition(" is not set")[0] for text in said] == ["model.path: $MODEL", "data.train: $DATA"]
+    assert "costs $5" in (conversion.recipe or "")

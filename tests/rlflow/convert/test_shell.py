@@ -57,3 +57,10 @@ def test_lines_of_options_without_a_backslash_before_them_belong_to_the_command(
     first, second = read_commands(script)
     assert first.words == ("swift", "sft", "--a", "1", "--b", "2") and first.broken == broken
     assert second.words == ("run",) and second.broken == ()
+
+
+def test_what_nothing_sets_is_known_from_what_is_written_so():
+    script = "M=$ROOT/m\nrun --a $M --b \"\\$5 and $X\" --c 'of $5' --d \\$6 --e ${Y:-3} --f $(date +%F) --g ${Z[0]}"
+    (command,) = read_commands(script)
+    assert command.words[2] == "$ROOT/m" and command.words[4:9] == ("$5 and $X", "--c", "of $5", "--d", "$6")
+    assert command.unset == {"$ROOT", "$X", "$(date +%F)", "${Z[0]}"}

@@ -172,6 +172,22 @@ def test_the_columns_that_most_rows_have_decide(read, write_jsonl):
     rows = [{"text": "odd one"}, {"prompt": "Hi", "text": None}, {"prompt": "Hi"}]
     loaded = read(write_jsonl(rows), max_bad_rows=1)
     assert [bad.row for bad in loaded.skipped] == [1]
+    assert loaded.skipped[0].reason.endswith("(its columns are those of the format text, and most rows are of prompt)")
+
+
+def test_a_file_of_several_formats_says_which_rows_have_which(read, write_jsonl):
+    text, prompt, none = {"text": "a"}, {"prompt": "Hi"}, {"id": 3}
+    path = write_jsonl([text, text, prompt, prompt, text, none])
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value) == (
+        f"{path}: its rows are of several formats, of which a file has one:\n"
+        "  text: row 1 to 2, 5\n  prompt: row 3 to 4\n  no format that is known: row 6\n"
+        "Write a file for each, and name them all here, as in [{path: a.jsonl}, {path: b.jsonl}]."
+    )
+    path = write_jsonl([{"text": "a"}, {"prompt": "b"}] * 40)
+    with pytest.raises(DataError, match=r"text: row 1, 3, 5, .* and \d+ more\n"):
+        read(path)
 
 
 def test_columns_of_no_format_list_the_formats_and_show_how_to_name_columns(read, write_jsonl):

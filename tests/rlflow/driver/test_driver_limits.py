@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from rlflow.actors.trainer import UpdateStats
 from rlflow.driver.errors import RunError
 from rlflow.driver.learner import Learner
 from rlflow.driver.rollout_report import RolloutReport
-from rlflow.driver.run import _write_report
-from rlflow.rewards.score_batch import ScoreBatch
+from rlflow.driver.run import _leaving_a_report
+from rlflow.driver.untrained import why_nothing_was_trained
+from rlflow.rewards.score_batch import ScoreBatch, ScoringError, told
 from rlflow.tracking.report import write_report
 from rlflow.tracking.rollouts import read_rollouts
 from rlflow.types import Sample
@@ -54,11 +56,12 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Path) -
 
 
 def report_of(failed: Sequence[bool]) -> RolloutReport:
-    """Of one group, on whose rollouts the function ``judge`` failed or abstained."""
-    unscored = np.full(len(failed), np.nan, np.float32)
-    errors = ("reward 'judge': it raised.",) * 2
+    """Of groups of one rollout, on which the function ``judge`` failed or abstained, each scored in a call."""
     report = RolloutReport()
-    report.add(len(failed), ScoreBatch({"judge": unscored}, {"judge": np.array(failed)}, {}, errors, 0.0))
+    for number, has_failed in enumerate(failed):
+        errors = (ScoringError("judge", f"set:{number}", 0, 1, "raised"),) if has_failed else ()
+        unscored = np.full(1, np.nan, np.float32)
+        report.add(1, ScoreBatch({"judge": unscored}, {"judge": np.array([has_failed])}, {}, errors, 0.0))
     return report
 
 
@@ -69,8 +72,20 @@ def test_a_run_stops_above_the_limit_of_failed_rewards_and_not_at_it():
         more.require_few_errors(0.5)
     assert str(stopped.value) == (
         "3 of 4 rollouts could not be scored, more than reward_server.max_error_fraction = 0.5:\n"
-        "  reward 'judge': it raised."
+        "  reward 'judge', prompt 'set:0', row 0 and 2 more: it raised."
     )
+
+
+def test_causes_are_told_once_each_with_how_many_rows_they_had():
+    def error(prompt: str, num_rows: int, cause: str) -> ScoringError:
+        return ScoringError("judge", prompt, 0, num_rows, cause)
+
+    errors = [error("a", 1, "hung"), error("b", 2, "raised"), error("c", 3, "raised")]
+    assert told(errors) == [
+        "reward 'judge', prompt 'b', row 0 and 4 more: it raised.",
+        "reward 'judge', prompt 'a', row 0: it hung.",
+    ]
+    assert told([error("a", 1, str(n)) for n in range(5)])[3:] == ["and 2 other causes"]
 
 
 def update_all(learner: Learner, number: int, step: int) -> None:
@@ -122,9 +137,29 @@ def test_a_run_that_trained_nothing_is_no_success(run, tmp_path, score):
     """No reward at all in fewer steps than the limit, or the same one for everything."""
     with pytest.raises(RunError, match=f"nothing was trained, and {tmp_path}/out has no final/"):
         run(score, 2)
+    assert (tmp_path / "out" / "report.html").is_file()
     with pytest.raises(RunError, match="nothing was trained"):
         run(score, 2, resume=True)
     assert not (tmp_path / "out" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "says"),
+    [
+        ("sft", {}, r"No token was trained: look at data\.loss_on$"),
+        ("grpo", {"completion/truncated_fraction": 0.4}, "No group had two different rewards: .* right at times$"),
+        (
+            "grpo",
+            {"completion/truncated_fraction": 0.75},
+            r"No group had .*\. 75% of the last step's completions were cut at their 7 tokens: raise rollout\.max_new",
+        ),
+        ("grpo", {"trainer/skipped": 1.0}, "the loss or its gradient was not finite: look at the weights"),
+    ],
+)
+def test_what_may_have_been_the_matter_is_said_of_a_run_that_trained_nothing(
+    name: str, metrics: dict[str, float], says: str
+):
+    assert re.search(says, why_nothing_was_trained(recipe_of(name, rollout={"max_new_tokens": 7}), metrics))
 
 
 @pytest.mark.slow
@@ -169,6 +204,8 @@ def test_why_a_reward_failed_in_an_evaluation_is_told(run, tmp_path):
 def test_a_report_that_cannot_be_written_is_told_of_and_ends_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "loss/sft": 0.5}\n')
     (tmp_path / ".report.html.writing").mkdir()
-    told = []
-    _write_report(tmp_path, SimpleNamespace(message=told.append))
+    told: list[str] = []
+    recipe, tracker = recipe_of("sft", tracking=["jsonl"]), SimpleNamespace(message=told.append)
+    with _leaving_a_report(recipe, tmp_path, tracker):
+        pass
     assert len(told) == 1 and "the run is whole, but for its report" in told[0] and "report.html cannot be" in told[0]

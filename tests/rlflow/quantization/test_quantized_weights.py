@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from rlflow.data.errors import DataError
@@ -166,3 +166,17 @@ def test_a_model_in_float32_is_written_in_16_bits_unless_asked(tmp_path: Path):
         stored["model.norm.weight"].dtype == stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
     )
     assert json.loads((tmp_path / "fp8" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"), [(float("nan"), "bfloat16"), (float("inf"), "bfloat16"), (1e6, "float16")]
+)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_no_numbers_are_named_and_not_rounded(tmp_path: Path, name: str, weight: float, dtype: str):
+    """Integers have none of these: they would be some other number."""
+    source = write_model(tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    weights[name].view(-1)[3] = weight
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"{name} holds weights that are not finite in {dtype}"):
+        quantize(source, tmp_path / "out", "w4a16", dtype)
