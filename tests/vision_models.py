@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -85,8 +86,14 @@ def write_processor(directory: Path, family: str) -> Any:
     return processor
 
 
-def tokenizer_of(special: tuple[str, ...], template: str, eos: str) -> Any:
-    """Byte-level BPE of a handful of merges."""
+def tokenizer_of(
+    special: tuple[str, ...], template: str, eos: str, named: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """Byte-level BPE of a handful of merges.
+
+    Args:
+        named: Special tokens of further kinds.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -101,7 +108,11 @@ def tokenizer_of(special: tuple[str, ...], template: str, eos: str) -> Any:
     )
     backend.train_from_iterator(["What is in the picture?\n\nUser: Assistant: user assistant system"] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=dict(named),
     )
     tokenizer.chat_template = template
     return tokenizer

@@ -29,7 +29,7 @@ from rlflow.recipe import ModelBlock, TrainerBlock, algorithm_of
 from rlflow.recipe.data_blocks import DataBlock
 from rlflow.recipe.model_blocks import Part
 from rlflow.types import Denominators, Sample
-from tests.hearing_models import FAMILIES, recording, write_hearing_model
+from tests.hearing_models import FAMILIES, OTHERS, recording, write_hearing_model
 from tests.local_actors import use_local_actors
 
 CPU = torch.device("cpu")
@@ -150,6 +150,26 @@ def test_no_split_into_micro_batches_and_no_recomputation_changes_a_gradient(hea
             assert gradient is not None, name
             assert (split[name] - gradient).norm() < 1e-5 * max(1.0, gradient.norm()), name
     assert all(float(whole[name].norm()) > 0 for name in whole if "audio_tower.conv1" in name)
+
+
+def test_batches_without_a_recording_leave_every_trained_parameter_a_gradient_of_zero(hearing: Path):
+    trainer = trainer_of(hearing)
+    text = [sample for sample in samples_of(hearing) if not sample.images]
+    (batches,) = pack(text, max_tokens=4096, num_ranks=1)
+    trainer.forward_backward(batches, algorithm_of("sft"), Denominators(10, 2, 2))
+    model = trainer.module.model
+    part_of = part_finder(model)
+    trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_tower = [gradient for name, gradient in trained.items() if part_of(name) != "language"]
+    assert of_tower and all(gradient is not None and not gradient.any() for gradient in of_tower)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_packed_numbers_and_gradients_of_other_architectures_are_those_of_transformers(tmp_path: Path, family: str):
+    """By the check of every model that is loaded; Qwen3-ASR's recordings of several lengths are filled up."""
+    module = load_token_model(ModelBlock(path=str(write_hearing_model(tmp_path, family))), seed=0, device=CPU)
+    assert module.tower is not None and module.tower.name == "recording"
+    assert module.passes.packs and not module.tower.problem
 
 
 def test_recordings_whose_numbers_are_not_those_of_transformers_are_refused_by_name(
