@@ -38,6 +38,7 @@ LENGTHS = (7, 23, 20)
 _ENOUGH, _ENGINES_ENOUGH, _CLOSE = 1e-4, 3e-4, 5e-3
 _NOT_THERE = "are not supported for now|was supported in vLLM until|does not dispatch|Argument position_ids not found"
 """What vLLM says of a model that it does not have, nor can run as transformers does."""
+_WANTS_PROCESSOR = "Can't load image processor|instantiate the backend tokenizer"
 WAYS = {"packed": "packed", "padded": "side by side", "alone": "one at a time"}
 
 
@@ -111,6 +112,8 @@ def vllm(name: str) -> tuple[str, str]:
     except ValueError as error:
         if re.search(_NOT_THERE, str(error)):
             return "-", ""
+        if re.search(_WANTS_PROCESSOR, str(error)):
+            return "not tried", "vLLM wants the processor of its pictures, which a small one has not"
         # Without the options that it was started with.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         return "refused", shown(cause, named=not isinstance(cause, ValueError))
@@ -203,7 +206,7 @@ def _apart(made: Any, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> floa
         expected = logprobs.gather(1, text[len(prompt) :, None]).squeeze(1).numpy()
         apart = max(apart, float(np.abs(completion.logprobs - expected).max()))
         surprise -= float(expected.sum())
-    assert surprise > 1, f"its tokens are too sure to tell: all have {surprise:.2g} nats"
+    assert surprise > 0.3, f"its tokens are too sure to tell: all have {surprise:.2g} nats"
     return apart
 
 

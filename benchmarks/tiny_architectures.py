@@ -57,10 +57,22 @@ LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "youtu"],
+        [
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
+        ],
         LATENT,
     ),
-    **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "olmo_hybrid"], LINEAR),
+    **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"], LINEAR),
+    "kimi_linear": LINEAR | LATENT,
     "minimax": LINEAR | {"block_size": 8},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 1, "mamba_d_state": 8},
@@ -80,7 +92,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_experts": None},
     "qwen3_5": {"text_config": LINEAR},
     "qwen3_5_moe": {"text_config": LINEAR},
-    "codegen": {"n_head": 4},
+    "codegen": {"n_head": 4, "num_attention_heads": 4},
     "dbrx": {
         "d_model": 64,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -88,6 +100,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "diffllama": {"num_key_value_heads": 2},
     "cohere_compass_text": {
+        "head_dim": 16,
         "logit_scale": 0.25,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -112,6 +125,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
         "mamba_dt_rank": 4,
+        "num_attention_heads": 4,
         "num_key_value_heads": 4,
     },
     "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 64}
@@ -121,6 +135,8 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 16},
     "rembert": {"input_embedding_size": 64, "output_embedding_size": 64},
     "minimax_m3_vl_text": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "index_block_size": 4,
         "index_topk_blocks": 1,

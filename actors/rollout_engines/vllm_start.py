@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from rlflow.actors.rollout_engines.vllm_experts import expert_options
 from rlflow.recipe.architectures import STATE_ON_CPU, why_not_vllm
@@ -173,7 +174,16 @@ def start(model_dir: str, options: dict[str, Any], on_cpu: bool, is_whole: bool)
     except torch.OutOfMemoryError:
         raise
     # A NotImplementedError is a RuntimeError.
-    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(_problem(model_dir, error, options, other, is_whole)) from error
 
 

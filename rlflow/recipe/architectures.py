@@ -39,6 +39,7 @@ REFUSED = {kind: reason for reason, kinds in _REFUSED_FOR.items() for kind in ki
 _LATENT = "it has latent attention, whose weights vLLM rearranges once they are loaded, so that it cannot take new ones"
 _NO_VLLM_FOR = {
     _LATENT: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash youtu",
+    "vLLM cannot load its experts by the names that they have": "dbrx",
     "vLLM leaves out the embeddings of its layers, and its logprobs are other ones": "gemma3n_text",
     "vLLM computes its attention otherwise, and its logprobs are other ones": "doge hrm_text jetmoe moshi",
 }
