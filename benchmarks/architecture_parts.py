@@ -27,6 +27,7 @@ from tiny_architectures import FOR_VLLM, VOCABULARY, build
 from rlflow.actors import adapters
 from rlflow.actors.checkpoint_names import kept_buffers, to_checkpoint
 from rlflow.actors.merged_weights import merged_weights
+from rlflow.actors.rollout_engines.sent_weights import Chunks
 from rlflow.actors.rollout_engines.torch_engine import TorchEngine
 from rlflow.actors.train_engines.probe import choose_passes, use_own_attention
 from rlflow.actors.train_engines.token_model import TokenModel
@@ -142,7 +143,9 @@ def _two_versions(model: Any, start: Callable[[str], Any]) -> tuple[Any, float]:
     apart = 0.0
     for version, one in enumerate(models):
         sent = pack_weights(to_checkpoint(one, chain(one.named_parameters(), kept_buffers(one))), version)
-        made.load_weights(unpack_weights(sent), version)
+        weights = unpack_weights(sent)
+        # The second a tensor at a time: experts and tied ones may not want to come together.
+        made.load_weights(Chunks([one] for one in weights) if version else weights, version)
         apart = max(apart, _apart(made, partial(ask, version)))
     return made, apart
 

@@ -55,6 +55,13 @@ PART = {
 """Of a model that is made of several."""
 LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+SPARSE = LINEAR | {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         [
@@ -91,6 +98,8 @@ OWN: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "gemma4_text": {"num_experts": None},
     "qwen3_5": {"text_config": LINEAR},
+    "qwen4_exp": {"text_config": SPARSE},
+    "qwen4_exp_text": SPARSE,
     "qwen3_5_moe": {"text_config": LINEAR},
     "codegen": {"n_head": 4, "num_attention_heads": 4},
     "dbrx": {

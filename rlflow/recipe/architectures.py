@@ -19,7 +19,7 @@ _REASONS = {
     _OWN: "bart bigbird_pegasus blenderbot blenderbot-small bloom codegen doge falcon gpt_neo gpt_neox_japanese "
     "gptj llama4 llama4_text marian mbart moshi mpt mvp nemotron openai-gpt pegasus phimoe plbart stablelm trocr "
     "got_ocr2 xglm",
-    _SPARSE: "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text",
+    _SPARSE: "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text",
 }
 NOT_PACKED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
 """`model_type` -> why."""
@@ -31,7 +31,7 @@ _REFUSED_FOR = {
     "prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl",
     "it is no left-to-right model as it is configured": "cpmant xlm xlnet",
     "in evaluation mode it gives no gradients": "ctrl git reformer rwkv",
-    "its own forward pass fails on a text's token ids alone": "xlstm xmod",
+    "its own forward pass fails on a text's token ids alone": "blt xlstm xmod",
 }
 REFUSED = {kind: reason for reason, kinds in _REFUSED_FOR.items() for kind in kinds.split()}
 """`model_type` -> why no trainer, reference, critic or reward model takes it."""
@@ -40,6 +40,7 @@ _LATENT = "it has latent attention, whose weights vLLM rearranges once they are 
 _NO_VLLM_FOR = {
     _LATENT: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash youtu",
     "vLLM cannot load its experts by the names that they have": "dbrx",
+    "vLLM lacks its positions of several dimensions": "cohere_compass_text",
     "vLLM leaves out the embeddings of its layers, and its logprobs are other ones": "gemma3n_text",
     "vLLM computes its attention otherwise, and its logprobs are other ones": "doge hrm_text jetmoe moshi",
 }
