@@ -50,11 +50,11 @@ oracles: .venv/oracles/.complete
 # Pictures, and what sentence-transformers and scikit-learn say: a part of `make test` skips where they are missing.
 OPTIONAL := $(addprefix tests/,$(addprefix actors/,rollout_engines/test_engine_pictures.py test_bases_of_eight_bits.py \
 	test_reranker_gradients.py test_seeing_classifiers.py test_tower_memory.py train_engines/test_pictures.py) \
-	$(addprefix rlflow/,algorithms/test_sequence_losses.py cli/test_cli_pictures.py data/test_data_digits.py \
-	data/test_data_image_processor.py data/test_data_image_rows.py data/test_data_new_model.py data/test_data_videos.py \
+	$(addprefix rlflow/,algorithms/test_sequence_losses.py cli/test_cli_pictures.py data/test_data_audios.py \
+	data/test_data_digits.py data/test_data_image_processor.py data/test_data_image_rows.py data/test_data_new_model.py \
+	data/test_data_videos.py \
 	driver/test_driver_pictures.py driver/test_driver_seeing_classifiers.py driver/test_driver_sequences.py \
-	quantization/test_fitted_schemes.py \
-	serving/test_serving_pictures.py))
+	quantization/test_fitted_schemes.py serving/test_serving_commands.py serving/test_serving_pictures.py))
 
 quickstart-images: .venv/optional/.complete
 	PYTHONPATH=.venv/optional .venv/bin/rlflow run recipes/quickstart_images.yaml
