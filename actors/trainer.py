@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlflow.actors.weight_lines import LOOPBACK, listening_at
 from rlflow.checkpoint import naming_the_disk
 from rlflow.garbage import without_collection
 from rlflow.metrics import Metric, over_ranks
@@ -87,7 +88,7 @@ class Trainer:
 
     def rendezvous(self) -> str:
         """``host:port`` at which rank 0 listens from now on: nobody takes the port until its process group is there."""
-        self._listening = socket.create_server(("", 0))
+        self._listening = listening_at(_own_address())
         return f"{_own_address()}:{self._listening.getsockname()[1]}"
 
     @without_collection()
@@ -321,10 +322,10 @@ class Trainer:
 
 
 def _own_address() -> str:
-    """Of this machine, as Ray's other nodes know it: its name may stand for 127.0.1.1 here."""
+    """Of this machine, as Ray's other nodes know it. Without Ray nobody is anywhere else."""
     import ray
 
-    return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname(socket.gethostname())
+    return ray.util.get_node_ip_address() if ray.is_initialized() else LOOPBACK
 
 
 def _numbers(metrics: Mapping[str, Metric]) -> dict[str, Metric]:

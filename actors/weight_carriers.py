@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from rlflow.actors.weight_lines import ANSWER_S, Line
+from rlflow.actors.weight_lines import ANSWER_S, Line, listening_at
 
 ALIGNMENT = 64
 """Tensors begin at multiples of so many bytes in a buffer."""
@@ -191,7 +191,18 @@ class Broadcasting:
         world_size = len(lines) + 1
         Store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
         limit = timedelta(seconds=ANSWER_S)
-        store = Store(self._host, 0, world_size, is_master=True, wait_for_workers=False, timeout=limit)
+        # By itself a store listens at all addresses of the machine.
+        listening = listening_at(self._host)
+        port = listening.getsockname()[1]
+        store = Store(
+            self._host,
+            port,
+            world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=limit,
+            master_listen_fd=listening.detach(),
+        )
         for rank, line in enumerate(lines, start=1):
             line.say("group", host=self._host, port=store.port, rank=rank, world_size=world_size)
         for line in lines:

@@ -18,7 +18,7 @@ trainer hands it to Ray's store.
 from __future__ import annotations
 
 import secrets
-import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -36,7 +36,7 @@ from rlflow.actors.weight_carriers import (
     make_buffer,
     settle,
 )
-from rlflow.actors.weight_lines import Line
+from rlflow.actors.weight_lines import LOOPBACK, Line, listening_at
 from rlflow.actors.weight_sync import Meeting
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -45,6 +45,10 @@ CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 _PROBE_BYTES = 1 << 20
 """At most: no more than a buffer has."""
 _GREETING_S = 5.0
+"""Who has not greeted for so long is a stranger."""
+_GREETING_BYTES = 1024
+_MOST_STRANGERS = 256
+"""Connections that have not greeted, at the same time. Others wait until these have ended."""
 
 
 class WeightSender:
@@ -54,11 +58,15 @@ class WeightSender:
         """
         Args:
             transport: ipc or collective.
-            host: This machine's address, as workers know it.
+            host: This machine's address, as workers know it. It is listened at with collective alone: who maps a
+                buffer is on this machine.
         """
         self._device, self._transport = device, transport
-        self._listening = socket.create_server(("", 0))
+        host = LOOPBACK if transport == "ipc" else host
+        self._listening = listening_at(host)
         self._listening.setblocking(False)
+        self._strangers: list[tuple[Line, float]] = []
+        """Connections that have not greeted, and until when each may."""
         port = self._listening.getsockname()[1]
         self.meeting = Meeting(transport, (host, port), secrets.token_hex(16), device_name(device))
         self._carrier = Ipc(device) if transport == "ipc" else Broadcasting(device, host)
@@ -117,37 +125,54 @@ class WeightSender:
 
     def close(self) -> None:
         """Ends all connections."""
-        for line in self._lines:
+        for line in [*self._lines, *(line for line, _ in self._strangers)]:
             line.close()
-        self._lines = []
+        self._lines, self._strangers = [], []
         self._carrier.close()
         self._listening.close()
 
     def _greeted(self) -> list[Line]:
-        """Connections of those who know the token and have the right device."""
+        """Connections of those who know the token and have the right device. Waits for nobody."""
         found = []
-        while True:
+        self._accept()
+        strangers, self._strangers = self._strangers, []
+        for line, deadline in strangers:
             try:
-                connection, _ = self._listening.accept()
-            except BlockingIOError:
-                return found
-            line = Line(connection)
-            try:
-                greeting = line.hear("greeting", timeout_s=_GREETING_S)
+                if not line.has_message(_GREETING_BYTES):
+                    if time.monotonic() < deadline:
+                        self._strangers.append((line, deadline))
+                    else:
+                        line.close()
+                    continue
+                greeting = line.hear("greeting")
             except ConnectionError:
                 line.close()
                 continue
-            if not secrets.compare_digest(str(greeting.get("token")), self.meeting.token):
+            token = str(greeting.get("token")).encode(errors="replace")
+            if not secrets.compare_digest(token, self.meeting.token.encode()):
                 line.close()
-            elif (reason := self._unfit(str(greeting["device"]))) is not None:
+            elif (reason := self._unfit(str(greeting.get("device")))) is not None:
                 self._refuse(line, reason)
             else:
                 found.append(line)
+        return found
+
+    def _accept(self) -> None:
+        """Takes what connections there are."""
+        while len(self._strangers) < _MOST_STRANGERS:
+            try:
+                connection, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            # It has ended before it was taken.
+            except ConnectionError:
+                continue
+            self._strangers.append((Line(connection), time.monotonic() + _GREETING_S))
 
     def _unfit(self, device: str) -> str | None:
         """Why a worker on that device cannot be sent to."""
         own = self.meeting.device
-        fits = device == own if self._transport == "ipc" else device.split()[0] == own.split()[0]
+        fits = device == own if self._transport == "ipc" else device.partition(" ")[0] == own.partition(" ")[0]
         return None if fits else f"its device is {device}, the trainer's {own}"
 
     def _refuse(self, line: Line, reason: str) -> None:

@@ -16,12 +16,22 @@ def name_is_of_this_machine_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
 
 
-@pytest.mark.parametrize(("in_ray", "host"), [(True, "10.1.2.3"), (False, "127.0.1.1")])
+@pytest.mark.parametrize(("in_ray", "host"), [(True, "127.0.3.2"), (False, "127.0.0.1")])
 def test_ranks_meet_at_the_address_by_which_ray_knows_their_node(monkeypatch, in_ray, host):
     monkeypatch.setattr(ray, "is_initialized", lambda: in_ray)
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
-    address, _, port = Trainer.rendezvous(object.__new__(Trainer)).rpartition(":")
-    assert (address, 0 < int(port) < 2**16) == (host, True)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.3.2")
+    trainer = object.__new__(Trainer)
+    address, _, port = Trainer.rendezvous(trainer).rpartition(":")
+    assert trainer._listening is not None
+    assert address == host and trainer._listening.getsockname() == (host, int(port))
+    trainer._listening.close()
+
+
+def test_an_address_that_no_interface_has_is_named(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.1")
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1, .* ray start --node-ip-address"):
+        Trainer.rendezvous(object.__new__(Trainer))
 
 
 def test_the_port_at_which_ranks_meet_is_taken_from_the_first_moment_on():
