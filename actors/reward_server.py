@@ -182,7 +182,7 @@ class _Scoring:
     def errors(self) -> tuple[ScoringError, ...]:
         """One a cause."""
         return tuple(
-            ScoringError(self.blocks[function].label, self._prompts[rows[0]].id, rows[0], len(rows), cause)
+            ScoringError(self.blocks[function].label, self._prompts[rows[0]].id, rows[0], len(rows), cause, tuple(rows))
             for (function, cause), rows in list(self._failures.items())[:MAX_ERRORS]
         )
 

@@ -44,6 +44,8 @@ class ScoringError:
     """The first, in its call."""
     num_rows: int
     cause: str
+    rows: tuple[int, ...] = ()
+    """All of them, in its call."""
 
     def __str__(self) -> str:
         more = f" and {self.num_rows - 1} more" if self.num_rows > 1 else ""
@@ -83,16 +85,22 @@ class ScoreBatch:
     seconds: float
     """That the call took."""
 
-    def split(self, sizes: Sequence[int]) -> Iterator[ScoreBatch]:
-        """The scores of each group, of so many rows; what is said of all of them stays with the first."""
+    def split(self, groups: Sequence[Group]) -> Iterator[ScoreBatch]:
+        """The scores of each group. They may be of other steps, or of an evaluation: each has its own errors."""
         first = 0
-        for size in sizes:
-            rows = range(first, first + size)
+        for group in groups:
+            rows = range(first, first + len(group.rollouts))
             yield ScoreBatch(
                 {label: values[first : rows.stop] for label, values in self.rewards.items()},
                 {label: values[first : rows.stop] for label, values in self.failed.items()},
                 {row - first: self.causes[row] for row in rows if row in self.causes},
-                self.errors if first == 0 else (),
+                tuple(_within(error, rows, group.prompt.id) for error in self.errors if set(rows) & set(error.rows)),
                 self.seconds,
             )
             first = rows.stop
+
+
+def _within(error: ScoringError, rows: range, prompt: str) -> ScoringError:
+    """An error as it befell the rows of one group."""
+    own = tuple(row - rows.start for row in error.rows if row in rows)
+    return replace(error, prompt=prompt, row=own[0], num_rows=len(own), rows=own)

@@ -129,7 +129,7 @@ class Scoring:
                 raise
             self._again(call, str(failure))
             return
-        of_groups = scores.split([len(group.rollouts) for _, group in call.groups])
+        of_groups = scores.split([group for _, group in call.groups])
         for (request, group), of_group in zip(call.groups, of_groups, strict=True):
             yield request, group, of_group
 

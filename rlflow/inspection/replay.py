@@ -173,7 +173,7 @@ def _scored(
     """The groups as training would have them now."""
     unscored = [_unscored(prompt, records) for prompt, records in groups]
     scores = server.score([GroupTexts.of(group) for group in unscored])
-    of_groups = scores.split([len(group.rollouts) for group in unscored])
+    of_groups = scores.split(unscored)
     for group, of_group in zip(unscored, of_groups, strict=True):
         yield assemble.scored_group(group, of_group, scorer.rewards, scorer.algorithm)
 
