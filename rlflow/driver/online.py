@@ -76,11 +76,13 @@ def train_online(
             counts = batch.num_sampled_tokens if algorithm.groups.count_masked else None
             metrics |= learner.update(samples, step, counts, demonstrations_of(step, demonstrations, recipe))
             book.settle()
-            pool.publish(learner.weights(step + 1), step + 1)
+            last = step + 1 == num_steps
+            # What is measured while the next step is trained must be there for workers that are started meanwhile.
+            whole = book.evaluates_after(step + 1, last=last)
+            pool.publish(learner.weights(step + 1, whole=whole), step + 1)
             advantages = assemble.rollout_advantages(batch, samples, algorithm)
             book.tracker.episodes(assemble.episodes(batch, advantages, step + 1))
             if step % recipe.run.log_rollouts_every == 0:
                 write_rollouts(rollouts_path(book.directory, step + 1), batch.groups, advantages, batch.states)
-            last = step + 1 == num_steps
             if book.end_step(StepStats(step + 1, metrics), window.state(), last=last):
                 break

@@ -132,6 +132,7 @@ class RolloutPool:
             self.supply.snapshot, self.supply.version = weights, version
             for member in self.members.values():
                 self._send_weights(member)
+            self.supply.supply(self.members.values(), self._send_weights)
 
     def add_worker(self) -> int:
         """One more worker, which takes part as soon as it is up. Returns its rank."""
@@ -167,8 +168,7 @@ class RolloutPool:
         with self.lock:
             while not is_done():
                 self.check()
-                for member in self.supply.supply(self.members.values()):
-                    self._send_weights(member)
+                self.supply.supply(self.members.values(), self._send_weights)
                 tick()
                 self.lock.wait(POLL_S)
 

@@ -46,10 +46,13 @@ class WeightSupply:
 
         return taken
 
-    def supply(self, members: Collection[Member]) -> list[Member]:
-        """Has the newest weights sent again where workers came too late for them. Returns those workers.
+    def supply(self, members: Collection[Member], send: Callable[[Member], None]) -> None:
+        """Has the newest weights sent again where workers came too late for them.
 
         Trainers are asked: whoever calls this is the one that asks them, and waits for nothing of theirs.
+
+        Args:
+            send: Called with each of those workers, once the weights are there.
 
         Raises:
             RunError: Nobody has that version any more, and work waits for it.
@@ -61,10 +64,9 @@ class WeightSupply:
             self.snapshot = snapshot
             for member in lacking:
                 member.lacks_weights = False
-            return lacking
-        if lacking and len(lacking) == len(members):
+                send(member)
+        elif lacking and len(lacking) == len(members):
             raise RunError(
                 f"every rollout worker was lost, and with them policy version {self.version}, which the trainer has "
                 "moved on from: go on from the newest checkpoint with --resume"
             )
-        return []

@@ -11,6 +11,7 @@ import pytest
 from finished_runs import NEW_MODEL, RunRecipe, metrics_of, same_weights
 from fleets import Fleet, snapshot
 
+from rlflow.actors import weight_carriers, weight_lines
 from rlflow.actors.rollout_worker import RolloutWorker
 from rlflow.actors.weight_sync import WeightSnapshot
 from rlflow.driver.errors import RunError
@@ -57,10 +58,14 @@ def test_a_worker_that_is_started_again_is_asked_for_nothing_before_it_has_the_w
     assert asked == [1, 1]
 
 
-def test_newer_weights_reach_a_worker_that_the_last_ones_went_past(streamed):
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_newer_weights_reach_a_worker_that_the_last_ones_went_past_though_nobody_waits(streamed, is_streamed):
     lose(streamed, 0)
-    streamed.publish(2)
-    streamed.pool.wait_until(lambda: streamed.pool.members[0].version == 2, lambda: None)
+    streamed.pool.supply.again = lambda: streamed.workers.put(snapshot(2))
+    streamed.workers_made[1].engine.load_weights(lambda: [], 2).result(10)
+    streamed.pool.publish(streamed.workers.put(WeightSnapshot(2, is_streamed=is_streamed)), 2)
+    with streamed.pool.lock:
+        assert streamed.pool.lock.wait_for(lambda: streamed.pool.members[0].version == 2, 20)
     assert streamed.pool.members[0].room(64) == 64
 
 
@@ -73,7 +78,7 @@ def test_when_nobody_has_the_weights_that_work_waits_for_the_run_says_so(streame
 def test_trainers_are_asked_for_what_a_worker_lacks_alone():
     supply = WeightSupply(RolloutBlock().at_update, lambda rank, said: None)
     supply.again = lambda: pytest.fail("nobody lacks anything")
-    assert supply.supply([]) == []
+    supply.supply([], lambda member: None)
 
 
 REWARD = "def evenness(completions, **columns):\n    return [sum(map(ord, text)) % 7 for text in completions]\n"
@@ -132,6 +137,8 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[RolloutPool]:
 def test_a_run_ends_with_the_same_bits_however_its_weights_travel_and_whoever_dies(
     run, sent, pools, monkeypatch, transport
 ):
+    monkeypatch.setattr(weight_lines.Line.hear, "__kwdefaults__", {"timeout_s": 5.0})
+    monkeypatch.setattr(weight_carriers, "ANSWER_S", 5.0)
     objects = run("objects", rollout__at_update__transport="objects")
     assert not any(snapshot.is_streamed or snapshot.meetings for snapshot in sent)
     sent.clear()
