@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -81,23 +81,32 @@ def check_layers(model: PreTrainedModel, config: PeftConfig, key: str = "model.a
             )
 
 
-def check_named(model: PreTrainedModel, config: Any) -> None:
+def check_named(model: PreTrainedModel, config: Any, fields: Mapping[str, Any]) -> None:
     """Of a new adapter, which is in the model: PEFT passes over what of its config names nothing, with a warning.
+
+    Args:
+        fields: What the recipe gives of the config: PEFT adds patterns of its own, of experts in one parameter.
 
     Raises:
         ValueError: A pattern, a layer's number, an excluded layer or a parameter that stands for nothing.
     """
-    if problems := [f"model.adapter.peft.{field}: {problem}" for field, problem in _named_in_vain(model, config)]:
+    if problems := [
+        f"model.adapter.peft.{field}: {problem}" for field, problem in _named_in_vain(model, config, fields)
+    ]:
         raise ValueError("; ".join(problems))
 
 
-def _named_in_vain(model: PreTrainedModel, config: Any) -> Iterator[tuple[str, str]]:
+def _named_in_vain(model: PreTrainedModel, config: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, what of it stands for nothing)."""
     fields, modules = vars(config), [name for name, _ in model.named_modules()]
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted = [
+        f"{name.partition('.base_layer')[0]}.{layer.parameter_name}" if isinstance(layer, lora.ParamWrapper) else name
+        for name, layer in layers
+    ]
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in fields.get(field) or {}:
+        for pattern in sorted((fields.get(field) or {}).keys() & (given.get(field) or {}).keys()):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
                 yield field, f"no layer with an adapter ends in {pattern}: they end in {ends}, as in {adapted[0]}"
     indices = fields.get("layers_to_transform")

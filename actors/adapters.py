@@ -91,7 +91,7 @@ def inject(model: PreTrainedModel, block: ModelBlock, *, seed: int) -> None:
     _put_in(model, config, TRAINED)
     check_layers(model, config)
     if directory is None:
-        check_named(model, config)
+        check_named(model, config, fields or {})
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
     if directory is None:

@@ -73,7 +73,7 @@ def write_prepared(block: ModelBlock, texts: Sequence[Text], directory: Path, *,
         _put_in(model, config, texts)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"model.adapter.peft.{INIT}: {start}: {error}") from error
-    check_named(model, config)
+    check_named(model, config, fields)
     written = adapters.config_of(model)
     for name in OPTIONS:
         setattr(written, name, None)

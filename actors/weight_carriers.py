@@ -42,7 +42,7 @@ def device_name(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return f"GPU {torch.cuda.get_device_properties(device).uuid}"
-    host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    host = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"CPU {host} {os.stat('/proc/self/ns/pid').st_ino} {os.getuid()}"
 
 

@@ -109,7 +109,9 @@ def _build_rows(
 
 def _of_another_format(row: Row, form: str, judged: bool) -> str:
     """What to add to a row's fault where it is that the row is none of the table's format."""
-    own = format_of_row(row, judged=judged)
+    # A row without a label is a row of this format that lacks one.
+    there = replace(row, columns={**row.columns, "label": True}) if judged else row
+    own = format_of_row(there, judged=judged)
     if own is None or own == form:
         return ""
     return f" (its columns are those of the format {own}, and most rows are of {form})"

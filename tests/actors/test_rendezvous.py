@@ -34,8 +34,9 @@ def test_an_address_that_no_interface_has_is_named(monkeypatch):
         Trainer.rendezvous(object.__new__(Trainer))
 
 
-def test_the_port_at_which_ranks_meet_is_taken_from_the_first_moment_on():
+def test_the_port_at_which_ranks_meet_is_taken_from_the_first_moment_on(monkeypatch):
     """Until its process group is there, rank 0 imports torch, for seconds in which anyone may ask for a port."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     trainer = object.__new__(Trainer)
     port = int(Trainer.rendezvous(trainer).rpartition(":")[2])
     with pytest.raises(OSError, match="in use"):
