@@ -142,8 +142,13 @@ class Ipc:
         known = self._known.setdefault(line, {})
         if place in known and known[place]() is buffer:
             return {}
+        try:
+            handle = buffer.handle()
+        # Of some of torch's allocators nothing can be exported.
+        except RuntimeError as error:
+            raise ConnectionError(f"the trainer's buffer cannot be mapped: {error}") from error
         known[place] = weakref.ref(buffer)
-        return {"handle": buffer.handle()}
+        return {"handle": handle}
 
     def send(self, data: torch.Tensor) -> None:
         """It is there already."""
@@ -324,10 +329,11 @@ def _within(seconds: float, do: Callable[[], object], what: str) -> None:
 
 
 def _nccl(store: Any, rank: int, world_size: int, device: torch.device, limit: timedelta) -> Any:
-    """A group of its own over NCCL. A peer's death is this group's affair: by torch's default it ends the process."""
-    handling = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(handling)
-    os.environ[handling] = "2"
+    """A group of its own over NCCL. A peer's death is this group's affair: the watchdog that torch starts beside other
+    groups would tell the process's own, whose monitor ends the process. With blocking waits there is none."""
+    variable = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
     try:
         torch.cuda.set_device(device)
         Nccl: Any = dist.ProcessGroupNCCL
@@ -337,6 +343,6 @@ def _nccl(store: Any, rank: int, world_size: int, device: torch.device, limit: t
         return Nccl(store, rank, world_size, options)
     finally:
         if before is None:
-            del os.environ[handling]
+            del os.environ[variable]
         else:
-            os.environ[handling] = before
+            os.environ[variable] = before

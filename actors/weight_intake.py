@@ -67,6 +67,8 @@ class WeightReceiver:
         self._line.say("greeting", token=meeting.token, device=device_name(device))
         self.is_proven = False
         """It has been probed."""
+        self.has_loaded = False
+        """A whole version came."""
         self.refusal = ""
         """Why the trainer does not send to it, now and later."""
         self.failure = ""
@@ -127,6 +129,7 @@ class WeightReceiver:
         for _ in chunks:
             raise ConnectionError(f"the engine has version {version} and did not read it to its end")
         self._line.say("loaded")
+        self.has_loaded = True
 
     def _chunks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The chunks of the version that comes, up to its end.
@@ -138,7 +141,8 @@ class WeightReceiver:
 
         while True:
             try:
-                message = self._line.hear("chunk", "end")
+                # The trainer may wait for another worker meanwhile; that it has gone is heard at once.
+                message = self._line.hear("chunk", "end", timeout_s=LOAD_TIMEOUT_S)
                 if message["kind"] == "end":
                     return
                 data = self._carrier.take(message)
@@ -214,6 +218,8 @@ class WeightIntake:
         before = self._receiver
         if before is not None and (before.is_alive or before.refusal):
             return
+        if before is not None and before.has_loaded:
+            self._num_joins = 0
         if self._num_joins >= _MOST_JOINS:
             return
         self._num_joins += 1

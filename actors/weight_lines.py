@@ -43,6 +43,8 @@ class Line:
         """Buffers with chunks that the other end has not answered, the oldest first."""
         self.is_proven = False
         """A whole version has come through."""
+        self.device = ""
+        """The other end's, as it has greeted."""
 
     def say(self, kind: str, **what: Any) -> None:
         """Raises ConnectionError when the other end is gone."""

@@ -104,7 +104,10 @@ class WeightSender:
                     self._refuse(line, f"no group came together: {error}")
             return
         self._lines = everyone
-        self._probe()
+        try:
+            self._probe()
+        except ConnectionError as error:
+            self._give_up(error)
 
     def send(self, named: Named, version: int) -> bool:
         """Sends all of it. Returns whether every worker that had been taken in has loaded it.
@@ -151,9 +154,10 @@ class WeightSender:
             token = str(greeting.get("token")).encode(errors="replace")
             if not secrets.compare_digest(token, self.meeting.token.encode()):
                 line.close()
-            elif (reason := self._unfit(str(greeting.get("device")))) is not None:
+            elif (reason := self._unfit(device := str(greeting.get("device")), [*self._lines, *found])) is not None:
                 self._refuse(line, reason)
             else:
+                line.device = device
                 found.append(line)
         return found
 
@@ -169,11 +173,16 @@ class WeightSender:
                 continue
             self._strangers.append((Line(connection), time.monotonic() + _GREETING_S))
 
-    def _unfit(self, device: str) -> str | None:
-        """Why a worker on that device cannot be sent to."""
+    def _unfit(self, device: str, others: Iterable[Line]) -> str | None:
+        """Why a worker on that device cannot be sent to beside the others."""
         own = self.meeting.device
         fits = device == own if self._transport == "ipc" else device.partition(" ")[0] == own.partition(" ")[0]
-        return None if fits else f"its device is {device}, the trainer's {own}"
+        if not fits:
+            return f"its device is {device}, the trainer's {own}"
+        is_taken = device in (own, *(line.device for line in others))
+        if self._transport == "collective" and device.startswith("GPU") and is_taken:
+            return f"it shares {device} with another of the group, which NCCL cannot serve"
+        return None
 
     def _refuse(self, line: Line, reason: str) -> None:
         self.lost.append(reason)
@@ -211,7 +220,11 @@ class WeightSender:
                 place, tensors, used = 1 - place, [], 0
             if not tensors:
                 self._wait_for(place)
-                self._make_room(place, size)
+                try:
+                    self._make_room(place, size)
+                except ConnectionError as error:
+                    self._give_up(error)
+                    continue
             values = tensor.detach().contiguous().view(-1).view(torch.uint8)
             self._data(place)[used : used + size].copy_(values)
             tensors.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), used])
@@ -230,10 +243,15 @@ class WeightSender:
         self._each(until_read)
 
     def _make_room(self, place: int, size: int) -> None:
+        """Raises ConnectionError where the device has none."""
         buffer = self._buffers[place]
         if buffer is None or len(buffer.data) < size:
             self._buffers[place] = None
-            self._buffers[place] = make_buffer(max(size, CHUNK_BYTES[self._device.type]), self._device)
+            most = max(size, CHUNK_BYTES[self._device.type])
+            try:
+                self._buffers[place] = make_buffer(most, self._device)
+            except (torch.OutOfMemoryError, OSError) as error:
+                raise ConnectionError(f"no room for a buffer of {most:,} bytes: {error}") from error
 
     def _data(self, place: int) -> torch.Tensor:
         buffer = self._buffers[place]
@@ -275,7 +293,7 @@ class WeightSender:
                 self._lost(line, error)
 
     def _give_up(self, error: ConnectionError) -> None:
-        """Ends a group."""
+        """Sends to nobody any more of those who are here."""
         lines, self._lines = self._lines, []
         self._carrier.close()
         for line in lines:
@@ -306,6 +324,8 @@ class RankStream:
 
     def __init__(self, transport: str, device: torch.device, host: str, rank: int, world_size: int) -> None:
         """All ranks make theirs at the same time."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._world_size = world_size
         self._sender = WeightSender(transport, device, host) if transport == "ipc" or rank == 0 else None
         mine = None if self._sender is None else self._sender.meeting

@@ -43,7 +43,7 @@ class WeightTransport(NamedTuple):
 
 
 def weight_transport(recipe: Recipe) -> WeightTransport:
-    """The transport that the recipe names, or that fits where it puts trainer and workers."""
+    """The transport that the recipe names, or the object store: what else would fit has not run on a GPU yet."""
     rollout, wanted = recipe.rollout, recipe.rollout.at_update.transport
     if wanted != "auto":
         return WeightTransport(wanted, "rollout.at_update.transport")
@@ -58,8 +58,12 @@ def weight_transport(recipe: Recipe) -> WeightTransport:
     if rollout.at_update.running == "wait":
         return WeightTransport("objects", "the trainer does not wait for completions under way")
     if recipe.trainer.gpus_per_worker + rollout.gpus_per_worker <= 1:
-        return WeightTransport("ipc", "trainer and worker share a GPU")
-    return WeightTransport("collective", "trainer and workers have GPUs of their own")
+        near, why = "ipc", "trainer and worker share a GPU"
+    elif min(recipe.trainer.gpus_per_worker, rollout.gpus_per_worker) >= 1:
+        near, why = "collective", "trainer and workers have GPUs of their own"
+    else:
+        return WeightTransport("objects", "workers have shares of other GPUs")
+    return WeightTransport("objects", f"{why}: {near} would fit, and has not run on a GPU yet")
 
 
 def _names_experts(config: Mapping[str, Any]) -> bool:

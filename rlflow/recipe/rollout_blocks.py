@@ -36,8 +36,8 @@ class AtUpdateBlock(Block):
     step."""
     transport: Literal["auto", "objects", "ipc", "collective"] = "auto"
     """How new weights get to workers: out of Ray's object store, or from the trainer's own memory, mapped (ipc) or
-    broadcast (collective). auto, on GPUs: ipc where trainer and worker share one, collective where they do not; else
-    objects. A worker with which it fails takes objects. On GPUs ipc and collective have not been run yet."""
+    broadcast (collective). A worker with which it fails takes objects. On GPUs ipc (trainer and worker share one) and
+    collective (each has whole ones) have not been run yet: auto is objects."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.running == "wait" and self.transport in ("ipc", "collective"):

@@ -91,7 +91,7 @@ class Commands:
             if (holder := holder_of(directory)) is not None and holder.is_here and holder.is_alive:
                 raise Refusal(409, f"{directory} is in use by {holder}: stop that, or choose another run.output_dir")
         arguments = ["run", str(recipe), *overrides, *["--resume"] * resumes]
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = command_id(time.time())
         environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
         try:
             self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -199,6 +199,12 @@ class Commands:
             return Command(**json.loads((self._state / f"{command_id}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise Refusal(404, f"there is no command {command_id[:100]}") from None
+
+
+def command_id(now: float) -> str:
+    """A name that no other command has; names are in the order in which commands were started."""
+    milliseconds = int(now * 1000) % 1000
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{milliseconds:03d}-{secrets.token_hex(2)}"
 
 
 def is_alive(command: Command) -> bool:

@@ -62,18 +62,32 @@ APART = {"trainer__gpus_per_worker": 1, "rollout__gpus_per_worker": 1}
         ({}, "objects"),
         ({"rollout__at_update__transport": "ipc"}, "ipc"),
         ({"rollout__gpus_per_worker": 1}, "objects"),
-        (SHARED, "ipc"),
+        (SHARED, "objects"),
         ({**SHARED, "rollout__at_update__transport": "objects"}, "objects"),
         ({**SHARED, "model__adapter": {"rank": 4}}, "objects"),
         ({**SHARED, "rollout__at_update__running": "wait"}, "objects"),
-        (APART, "collective"),
-        ({**APART, "trainer__workers": 2, "rollout__workers": 3}, "collective"),
+        (APART, "objects"),
+        ({**APART, "rollout__at_update__transport": "collective"}, "collective"),
         ({**APART, "rollout__gpus_per_worker": 2, "rollout__tensor_parallel_size": 2}, "objects"),
     ],
 )
 def test_weights_travel_by_where_trainer_and_workers_are(overrides: dict[str, Any], name: str):
     transport = weight_transport(recipe_with(**overrides))
     assert transport.name == name and transport.reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fits"),
+    [
+        (SHARED, "ipc would fit"),
+        (APART, "collective would fit"),
+        ({**APART, "trainer__workers": 2, "rollout__workers": 3}, "collective would fit"),
+        ({**APART, "rollout__gpus_per_worker": 0.5}, "workers have shares of other GPUs"),
+    ],
+)
+def test_what_has_not_run_on_a_gpu_is_named_and_not_chosen(overrides: dict[str, Any], fits: str):
+    transport = weight_transport(recipe_with(**overrides))
+    assert transport.name == "objects" and fits in transport.reason
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ui_server import CHANGE, Client, ask, until, write_lock, write_run
 
+from rlflow.ui.commands import command_id
 from rlflow.ui.recipes import Recipes
 from rlflow.ui.refusal import Refusal
 
@@ -240,3 +241,8 @@ def test_a_directory_that_cannot_be_written_in_can_be_watched(home: Path):
 
     ask(home, talk)
     assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")} == before
+
+
+def test_commands_of_one_second_are_in_the_order_in_which_they_were_started():
+    names = [command_id(1_800_000_000 + milliseconds / 1000) for milliseconds in range(0, 1000, 7)]
+    assert names == sorted(names)
