@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-from test_weight_stream import CPU, Taker, take_in
+from test_weight_stream import Taker, take_in
 
 from rlflow.actors import weight_carriers, weight_lines, weight_stream
-from rlflow.actors.weight_stream import WeightSender
 from rlflow.actors.weight_sync import Meeting
 
 
-@pytest.fixture
-def sender_of() -> Iterator[Callable[[str], WeightSender]]:
-    made: list[WeightSender] = []
-
-    def make(transport: str) -> WeightSender:
-        made.append(WeightSender(transport, CPU, "127.0.0.1"))
-        return made[-1]
-
-    yield make
-    for sender in made:
-        sender.close()
-
-
-def test_a_worker_that_says_nothing_takes_no_other_with_it(sender_of, monkeypatch):
+def test_a_worker_that_says_nothing_takes_no_other_with_it(make_sender, monkeypatch):
     monkeypatch.setattr(weight_lines.Line.hear, "__kwdefaults__", {"timeout_s": 0.5})
     monkeypatch.setitem(weight_stream.CHUNK_BYTES, "cpu", 4096)
     named = [(str(number), torch.randn(1000)) for number in range(20)]
-    sender = sender_of("ipc")
+    sender = make_sender("ipc")
     is_over = threading.Event()
     Taker(sender, lambda number: is_over.wait(20) if number == 3 else None)
     sound = Taker(sender)
@@ -44,20 +28,20 @@ def test_a_worker_that_says_nothing_takes_no_other_with_it(sender_of, monkeypatc
     is_over.set()
 
 
-def test_a_buffer_that_cannot_be_mapped_leaves_a_worker_to_the_object_store(sender_of, monkeypatch):
+def test_a_buffer_that_cannot_be_mapped_leaves_a_worker_to_the_object_store(make_sender, monkeypatch):
     def handle(buffer: Any) -> dict[str, Any]:
         raise RuntimeError("this allocator does not yet support shareIpcHandle")
 
     monkeypatch.setattr(weight_carriers.HostBuffer, "handle", handle)
-    sender = sender_of("ipc")
+    sender = make_sender("ipc")
     taker = Taker(sender)
     taker.until(lambda: sender.take_in() or sender.lost)
     assert sender.num_receivers == 0 and "does not yet support shareIpcHandle" in sender.lost[0]
 
 
-def test_a_device_without_room_for_a_buffer_leaves_workers_to_the_object_store(sender_of, monkeypatch):
+def test_a_device_without_room_for_a_buffer_leaves_workers_to_the_object_store(make_sender, monkeypatch):
     monkeypatch.setitem(weight_stream.CHUNK_BYTES, "cpu", 4096)
-    sender = sender_of("ipc")
+    sender = make_sender("ipc")
     Taker(sender)
     take_in(sender, 1)
 
@@ -71,10 +55,10 @@ def test_a_device_without_room_for_a_buffer_leaves_workers_to_the_object_store(s
     assert len(drained) == 3 and sender.num_receivers == 0 and "no room for a buffer of 40,000 bytes" in sender.lost[0]
 
 
-def test_of_a_group_each_has_a_gpu_of_its_own(sender_of, monkeypatch):
+def test_of_a_group_each_has_a_gpu_of_its_own(make_sender, monkeypatch):
     for module in (weight_stream, weight_carriers):
         monkeypatch.setattr(module, "device_name", lambda device: "GPU one")
-    sender = sender_of("collective")
+    sender = make_sender("collective")
     taker = Taker(sender)
     taker.until(lambda: sender.take_in() or taker.receiver.refusal)
     assert sender.num_receivers == 0 and "shares GPU one with another of the group" in taker.receiver.refusal

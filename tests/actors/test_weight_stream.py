@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,19 +84,6 @@ class Taker:
         while not is_true():
             assert time.monotonic() < deadline
             time.sleep(0.005)
-
-
-@pytest.fixture
-def make_sender() -> Iterator[Callable[[str], WeightSender]]:
-    made: list[WeightSender] = []
-
-    def make(transport: str) -> WeightSender:
-        made.append(WeightSender(transport, CPU, "127.0.0.1"))
-        return made[-1]
-
-    yield make
-    for sender in made:
-        sender.close()
 
 
 def take_in(sender: WeightSender, wanted: int) -> None:
